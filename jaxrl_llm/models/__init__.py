@@ -1,0 +1,1 @@
+"""The decoder-only transformer, its configuration, and loading and saving of checkpoints."""

@@ -1,0 +1,131 @@
+"""Architecture of a decoder-only transformer as one frozen, hashable record."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+Activation = Literal["silu", "gelu_tanh"]
+DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021) and the scalings in use.
+
+    The meaning of the scaling parameters is that of ``transformers``' ``rope_parameters``.
+    """
+
+    theta: float = 10_000.0
+    """Base of the geometric progression of wavelengths."""
+    scaling: RopeScaling = "none"
+    """``linear`` (Chen et al. 2023), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al. 2023)."""
+    factor: float = 1.0
+    """Context extension factor (all scalings)."""
+    original_max_position_embeddings: int | None = None
+    """Context length before the extension (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original length / this factor are scaled fully (llama3)."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original length / this factor are kept (llama3)."""
+    beta_fast: float = 32.0
+    """Rotations above which a frequency is kept (yarn)."""
+    beta_slow: float = 1.0
+    """Rotations below which a frequency is interpolated (yarn)."""
+    attention_factor: float | None = None
+    """Multiplier of cos and sin; ``None`` derives it from ``factor`` or the mscales (yarn)."""
+    mscale: float | None = None
+    """Numerator's coefficient of the derived attention factor (yarn)."""
+    mscale_all_dim: float | None = None
+    """Denominator's coefficient of the derived attention factor (yarn)."""
+    truncate: bool = True
+    """Round the correction range to whole dimensions (yarn)."""
+
+    def __post_init__(self) -> None:
+        """Rejects scalings that cannot be computed."""
+        if self.scaling not in get_args(RopeScaling):
+            raise ValueError(f"rope scaling {self.scaling!r} is not one of {get_args(RopeScaling)}")
+        if self.scaling in ("llama3", "yarn") and not self.original_max_position_embeddings:
+            raise ValueError(f"rope scaling {self.scaling!r} needs original_max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: pre-norm blocks, rotary positions, grouped-query attention, gated MLP."""
+
+    vocab_size: int
+    """V, rows of the embedding."""
+    embed_dim: int
+    """D, width of the residual stream."""
+    mlp_dim: int
+    """F, width of the gated MLP."""
+    num_layers: int
+    """L."""
+    num_heads: int
+    """N, query heads."""
+    num_kv_heads: int
+    """K, key and value heads; N is a multiple of it."""
+    head_dim: int
+    """H; N·H need not equal D."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the checkpoint was made for."""
+    norm_eps: float = 1e-5
+    """ε of the RMS norms."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary position embedding."""
+    qk_norm: bool = False
+    """RMS norm over H on queries and keys, before the rotation (Qwen3)."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = False
+    """Bias on the MLP's projections."""
+    tie_embeddings: bool = False
+    """Use the embedding as the LM head."""
+    sliding_windows: tuple[int | None, ...] | None = None
+    """Attention window per layer in tokens (itself included); ``None`` everywhere means full attention."""
+    activation: Activation = "silu"
+    """Nonlinearity of the MLP's gate."""
+    attention_softcap: float | None = None
+    """c in c·tanh(logits/c) of the attention."""
+    logit_softcap: float | None = None
+    """c in c·tanh(logits/c) of the LM head."""
+    dtype: DType = "float32"
+    """Type of activations and matrix products; norms, softmax and logits are float32 always."""
+    param_dtype: DType = "float32"
+    """Type in which parameters are stored."""
+    remat: Remat = "full"
+    """What the backward pass computes again in each block: everything (``full``: least memory), all but
+    the matrix products (``dots``), nothing (``none``: fastest where memory allows)."""
+
+    def __post_init__(self) -> None:
+        """Rejects sizes that do not fit together."""
+        for field in ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"ModelConfig.{field} must be positive, got {getattr(self, field)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
+            raise ValueError(
+                f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers"
+            )
+        for field, options in (("activation", Activation), ("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
+            if getattr(self, field) not in get_args(options):
+                raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalars, a tied embedding counted once."""
+        d, f, h = self.embed_dim, self.mlp_dim, self.head_dim
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * h
+        block = d * (qkv + self.num_heads * h + 3 * f + 2)
+        block += 2 * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
+        block += (2 * f + d) * self.mlp_bias
+        return self.vocab_size * d * (2 - self.tie_embeddings) + self.num_layers * block + d

@@ -1,0 +1,324 @@
+"""The decoder-only transformer: Flax NNX definitions of a block, run by ``jax.lax.scan`` over stacked layers.
+
+Parameters are a plain nested dict of arrays, the leaves under ``layers`` stacked on a leading axis; every
+function is pure in them. Weights are ``[out, in]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.rope import Rotation, rotate, rotation
+from jaxrl_llm.sharding import constrain
+
+Params = dict[str, Any]
+Attend = Callable[[jax.Array, KeyValue], jax.Array]
+"""Query ``[..., N, H]`` and the block's own keys and values ``[..., K, H]`` → mixed values ``[..., N, H]``."""
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class Linear(nnx.Module):
+    """y = x·Wᵀ + b, computed in the type of x."""
+
+    def __init__(self, out: int, inner: int, axes: tuple[str, str], bias: bool, config: ModelConfig, rngs: nnx.Rngs):
+        """Weight ``[out, inner]`` from N(0, 0.02²), bias zero; ``axes`` are the logical names of both."""
+        dtype = jnp.dtype(config.param_dtype)
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., inner]`` to ``[..., out]``."""
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean(x²) + ε) · scale, in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, config: ModelConfig):
+        """Scale ``[width]`` of ones."""
+        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)), axes=("norm",))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (self.scale[...].astype(jnp.float32) * wide).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; the attention itself is passed in."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """Query, key, value and output projections, and norms on queries and keys where configured."""
+        d, h = config.embed_dim, config.head_dim
+        n, k = config.num_heads * h, config.num_kv_heads * h
+        self.query = Linear(n, d, ("heads", "embed"), config.attention_bias, config, rngs)
+        self.key = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs)
+        self.value = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs)
+        self.output = Linear(d, n, ("embed", "heads"), config.output_bias, config, rngs)
+        self.query_norm = RMSNorm(h, config) if config.qk_norm else None
+        self.key_norm = RMSNorm(h, config) if config.qk_norm else None
+        self.head_dim = h
+
+    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, KeyValue]:
+        """Maps ``[..., D]`` to ``[..., D]``, and returns the keys and values ``[..., K, H]`` it made."""
+        query, key, value = (
+            projection(x).reshape(*x.shape[:-1], -1, self.head_dim)
+            for projection in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        memory = KeyValue(rotate(key, turn), value)
+        mixed = attention(rotate(query, turn), memory)
+        return self.output(mixed.reshape(*x.shape[:-1], -1)), memory
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """The three projections."""
+        d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
+        self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs)
+        self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs)
+        self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., D]`` to ``[..., D]``."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """Parameters of one layer."""
+        self.attention_norm = RMSNorm(config.embed_dim, config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, KeyValue]:
+        """Maps the residual stream ``[..., D]`` to itself, and returns the layer's keys and values."""
+        mixed, memory = self.attention(self.attention_norm(x), turn, attention)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), memory
+
+
+class Frame(nnx.Module):
+    """Parameters outside the layers: embedding, last norm, LM head (absent when tied)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """Embedding and head ``[V, D]``."""
+        v, d = config.vocab_size, config.embed_dim
+        self.embed = Linear(v, d, ("vocab", "embed"), False, config, rngs)
+        self.final_norm = RMSNorm(d, config)
+        self.lm_head = None if config.tie_embeddings else Linear(v, d, ("vocab", "embed"), False, config, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A transformer without its parameters: hashable, static under ``jit``; every method is pure.
+
+    >>> model = Transformer(config)
+    >>> params = jax.jit(model.init)(jax.random.key(0))
+    >>> hidden = model.hidden(params, prompt, prompt_lengths, completion)  # [P, G, Tc, D]
+    """
+
+    config: ModelConfig
+
+    # ---------------------------------------------------------------- parameters
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters: weights N(0, 0.02²), norms one, biases zero."""
+        frame_key, layers_key = jax.random.split(key)
+
+        def one_layer(layer_key: jax.Array) -> Params:
+            return nnx.to_pure_dict(nnx.state(Block(self.config, nnx.Rngs(layer_key))))
+
+        layers = jax.vmap(one_layer)(jax.random.split(layers_key, self.config.num_layers))
+        frame = nnx.to_pure_dict(nnx.state(Frame(self.config, nnx.Rngs(frame_key))))
+        return {**frame, "layers": layers}
+
+    def abstract_params(self) -> Params:
+        """Shapes and types of the parameters."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> Params:
+        """Logical axis names of each parameter: the tree of ``init`` with tuples as leaves."""
+
+        def names(make: Callable[[ModelConfig, nnx.Rngs], nnx.Module], prefix: tuple[str, ...]) -> Params:
+            state = nnx.state(nnx.eval_shape(lambda: make(self.config, nnx.Rngs(0))))
+            axes = jax.tree.map(
+                lambda leaf: prefix + leaf.get_metadata()["axes"],
+                state,
+                is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+            )
+            return nnx.to_pure_dict(axes)
+
+        return {**names(Frame, ()), "layers": names(Block, ("layers",))}
+
+    # ---------------------------------------------------------------- layers
+
+    @functools.cached_property
+    def _block(self) -> nnx.GraphDef:
+        return nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))[0]
+
+    def block(self, layer_params: Params) -> Block:
+        """The block with one layer's parameters in it."""
+        return nnx.merge(self._block, layer_params)
+
+    def norm(self, params: Params, x: jax.Array) -> jax.Array:
+        """The last norm, after the layers."""
+        return nnx.merge(nnx.split(nnx.eval_shape(lambda: RMSNorm(x.shape[-1], self.config)))[0], params["final_norm"])(x)
+
+    def windows(self) -> jax.Array | None:
+        """Attention window of each layer, ``[L]`` int32, or ``None`` where no layer has one."""
+        windows = self.config.sliding_windows
+        if windows is None or not any(windows):
+            return None
+        return jnp.array([window or jnp.iinfo(jnp.int32).max for window in windows], jnp.int32)
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Embeddings of ``tokens`` ``[..., T]`` in the compute type, ``[..., T, D]``."""
+        x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
+        return constrain(x, "rows", *(None,) * (x.ndim - 1))
+
+    def rotation(self, positions: jax.Array) -> Rotation:
+        """Rotary angles of ``positions``."""
+        return rotation(self.config.rope, self.config.head_dim, positions)
+
+    def run_layers(
+        self,
+        params: Params,
+        x: jax.Array,
+        positions: jax.Array,
+        make_attention: Callable[[jax.Array | None], Attend],
+        *,
+        collect: bool = False,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """Scans the blocks over the residual stream.
+
+        Args:
+            params: all parameters.
+            x: ``[B, T, D]``.
+            positions: ``[B, T]``.
+            make_attention: the layer's window (a traced scalar, or ``None``) → its attention.
+            collect: also return the keys and values of all layers, ``[L, B, T, K, H]``.
+        """
+        turn = self.rotation(positions)
+
+        def step(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, KeyValue | None]:
+            layer_params, window = layer
+            x, memory = self.block(layer_params)(x, turn, make_attention(window))
+            x = constrain(x, "rows", None, None)
+            return x, memory if collect else None
+
+        if self.config.remat != "none":
+            policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            step = jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=False)
+        return jax.lax.scan(step, x, (params["layers"], self.windows()))
+
+    # ---------------------------------------------------------------- forward passes
+
+    def causal(
+        self, params: Params, tokens: jax.Array, *, collect: bool = False
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """Plain causal pass over right-padded rows.
+
+        Padding lies after every real token, so that causality alone hides it; its own states are meaningless.
+
+        Args:
+            params: parameters.
+            tokens: ``[B, T]``.
+            collect: also return all layers' keys and values ``[L, B, T, K, H]``.
+
+        Returns:
+            Normed hidden states ``[B, T, D]``, and the keys and values or ``None``.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        def make_attention(window: jax.Array | None) -> Attend:
+            mask = causal_mask(positions, positions, window)
+            return lambda query, memory: attend(query, memory, mask, softcap=self.config.attention_softcap)
+
+        x, memory = self.run_layers(params, self.embed(params, tokens), positions, make_attention, collect=collect)
+        return self.norm(params, x), memory
+
+    def hidden(
+        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array
+    ) -> jax.Array:
+        """States that predict each completion token, each prompt computed once for its G completions.
+
+        In every layer prompt tokens attend to the prompt; a completion's tokens attend to the prompt and,
+        causally, to their own. Equal to running the G concatenated sequences, gradient included.
+
+        Args:
+            params: parameters.
+            prompt: ``[P, Tp]`` right-padded.
+            prompt_lengths: ``[P]``, at least 1.
+            completion: ``[P, G, Tc]`` right-padded; padding content does not matter to real tokens.
+
+        Returns:
+            Normed hidden states ``[P, G, Tc, D]``: entry t predicts completion token t; entry 0 is the
+            prompt's last state, shared by the group.
+        """
+        prompts, prompt_width = prompt.shape
+        _, group, width = completion.shape
+        tokens = jnp.concatenate([prompt, completion.reshape(prompts, -1)], axis=1)
+        prompt_positions = jnp.broadcast_to(jnp.arange(prompt_width), prompt.shape)
+        own_positions = prompt_lengths[:, None, None] + jnp.arange(width)  # [P, 1, Tc]
+        positions = jnp.concatenate([prompt_positions, jnp.tile(own_positions[:, 0], (1, group))], axis=1)
+        is_prompt = prompt_positions < prompt_lengths[:, None]  # [P, Tp]
+
+        def make_attention(window: jax.Array | None) -> Attend:
+            causal = causal_mask(prompt_positions, prompt_positions, window)
+            own = causal_mask(own_positions, own_positions, window)
+            to_prompt = causal_mask(own_positions, prompt_positions[:, None], window) & is_prompt[:, None, None]
+
+            def attention(query: jax.Array, memory: KeyValue) -> jax.Array:
+                softcap = self.config.attention_softcap
+                head = jax.tree.map(lambda a: a[:, :prompt_width], memory)
+                tail = jax.tree.map(lambda a: a[:, prompt_width:].reshape(prompts, group, width, *a.shape[2:]), memory)
+                of_prompt = attend(query[:, :prompt_width], head, causal, softcap=softcap)
+                own_query = query[:, prompt_width:].reshape(prompts, group, width, *query.shape[2:])
+                of_own = attend_shared(own_query, head, tail, to_prompt, own, softcap=softcap)
+                return jnp.concatenate([of_prompt, of_own.reshape(prompts, group * width, *query.shape[2:])], axis=1)
+
+            return attention
+
+        x, _ = self.run_layers(params, self.embed(params, tokens), positions, make_attention)
+        last = jnp.take_along_axis(x[:, :prompt_width], (prompt_lengths - 1)[:, None, None], axis=1)
+        own = x[:, prompt_width:].reshape(prompts, group, width, -1)
+        first = jnp.broadcast_to(last[:, None], (prompts, group, 1, own.shape[-1]))
+        return self.norm(params, jnp.concatenate([first, own[:, :, :-1]], axis=2))
+
+    # ---------------------------------------------------------------- head
+
+    def head(self, params: Params) -> jax.Array:
+        """Weight of the LM head, ``[V, D]`` (the embedding when tied)."""
+        return params["embed" if self.config.tie_embeddings else "lm_head"]["weight"]
+
+    def head_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Logits ``[..., V]`` of normed states ``[..., D]``, float32."""
+        weight = self.head(params).astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Logits ``[B, T, V]`` of a plain causal pass: for checks, not for training."""
+        return self.head_logits(params, self.causal(params, tokens)[0])

@@ -1,0 +1,138 @@
+"""Device mesh, logical axis names, and the shardings of parameters, activations and states.
+
+Parameters and activations carry *logical* axis names; one table of rules maps them to the mesh axes
+``data`` (rows), ``fsdp`` (rows, and parameters cut along the embedding), ``tensor`` (heads, MLP, vocabulary).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "rows": ("data", "fsdp"),
+    "heads_activation": "tensor",
+    "vocab_activation": "tensor",
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+}
+"""Logical axis → mesh axis. An axis that is absent or ``None`` is not sharded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be −1: whatever is left over."""
+
+    data: int = 1
+    """Replicas of the parameters; rows of the batch are split over data × fsdp."""
+    fsdp: int = -1
+    """Shards of the parameters along the embedding; also splits rows."""
+    context: int = 1
+    """Shards of the time axis (not implemented yet: must be 1)."""
+    tensor: int = 1
+    """Shards of heads, MLP and vocabulary."""
+    expert: int = 1
+    """Shards of experts (not implemented yet: must be 1)."""
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Devices along each axis, the −1 filled in.
+
+        Raises:
+            ValueError: the product does not fit the number of devices, or an axis cannot be used yet.
+        """
+        sizes = dataclasses.asdict(self)
+        for axis in ("context", "expert"):
+            if sizes[axis] != 1:
+                raise ValueError(f"mesh.{axis}={sizes[axis]}: the {axis} axis is not implemented yet; set mesh.{axis}=1")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+            raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {sizes}")
+        fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+        if free:
+            if num_devices % fixed:
+                raise ValueError(f"{num_devices} devices cannot be split by the fixed mesh axes {sizes}")
+            sizes[free[0]] = num_devices // fixed
+        elif fixed != num_devices:
+            raise ValueError(
+                f"mesh {sizes} needs {fixed} devices, there are {num_devices}; set one axis to -1 to use all"
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of ``config`` over ``devices`` (default: all), axes in the order of ``MESH_AXES``."""
+    devices = jax.devices() if devices is None else devices
+    sizes = (config or MeshConfig()).sizes(len(devices))
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=list(devices))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Number of pieces into which rows are cut: data × fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The partition of an array whose dimensions have these logical names."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose first axis is rows (prompts)."""
+    return NamedSharding(mesh, spec(("rows",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Shardings of a tree of parameters.
+
+    Args:
+        mesh: the device mesh.
+        axes: tree of tuples of logical names.
+        shapes: tree of arrays or ``ShapeDtypeStruct`` of the same structure.
+
+    Raises:
+        ValueError: a dimension cannot be split evenly; names the parameter, the axis and the sizes.
+    """
+
+    def one(path: Any, names: tuple[str | None, ...], leaf: Any) -> NamedSharding:
+        for dimension, name in zip(leaf.shape, names, strict=True):
+            axis = RULES[name] if name is not None else None
+            if axis is None:
+                continue
+            size = int(np.prod([mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis)]))
+            if dimension % size:
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"parameter {where} has {dimension} entries along {name!r}, which mesh axis {axis!r} of size "
+                    f"{size} does not divide; choose a mesh.{axis} that does"
+                )
+        return NamedSharding(mesh, spec(names))
+
+    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Keeps ``x`` laid out by its logical axes on the ambient mesh (``jax.set_mesh``); without one, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

@@ -1,0 +1,1 @@
+"""Training loops: data, sampling, rewards, updates, checkpoints and reports of a run."""

@@ -27,6 +27,29 @@ Attend = Callable[[jax.Array, KeyValue], jax.Array]
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
+@jax.custom_vjp
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x·Wᵀ, whose backward pass materialises the incoming gradient before the two products that read it.
+
+    Without the barrier XLA fuses the pointwise gradient of the activation, transposed, into the operand of
+    the weight's gradient, which costs the CPU a fifth of an update.
+    """
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight), (x, weight)
+
+
+def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    gradient = jax.lax.optimization_barrier(gradient)
+    return jnp.einsum("...o,oi->...i", gradient, weight), jnp.einsum("...o,...i->oi", gradient, x)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """y = x·Wᵀ + b, computed in the type of x."""
 
@@ -38,7 +61,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[..., inner]`` to ``[..., out]``."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = _product(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -1,0 +1,237 @@
+"""The decoding loop: each prompt is computed once, its G completions share its keys and values.
+
+One pure function, compiled as one program: prefill, then a `while_loop` that ends when every row has ended.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.masking import length_mask
+from jaxrl_llm.models.attention import KeyValue, attend_shared, causal_mask
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
+from jaxrl_llm.sharding import constrain
+from jaxrl_llm.types import Rollout
+
+
+class _Loop(NamedTuple):
+    """State of the loop. A slot decodes one completion at a time; there are M of them for each prompt."""
+
+    time: jax.Array
+    """Index of `token` in its completion: a scalar while slots march together, else `[P, M]`; −1: none yet."""
+    token: jax.Array
+    """`[P, M]` the token drawn last."""
+    sample: jax.Array
+    """`[P, M]` which of the G completions the slot is decoding; ≥ G: none, the slot is idle."""
+    begun: jax.Array
+    """`[P]` how many of the completions have been taken up."""
+    cache: KeyValue
+    """`[L, P, M, Tc, K, H]` keys and values of the slots' own tokens."""
+    completion: jax.Array
+    """`[P, G, Tc]` tokens so far."""
+    lengths: jax.Array
+    """`[P, G]`."""
+    finished: jax.Array
+    """`[P, G]` a stop token was drawn."""
+    logprobs: jax.Array
+    """`[P, G, Tc]`."""
+    sampler_logprobs: jax.Array
+    """`[P, G, Tc]`."""
+
+
+class _Prompt(NamedTuple):
+    """What the loop reads of the prompts."""
+
+    lengths: jax.Array
+    """`[P]`."""
+    memory: KeyValue
+    """`[L, P, Tp, K, H]`."""
+    logits: jax.Array
+    """`[P, V]` of each completion's first token."""
+    keys: jax.Array
+    """`[P, G]` a PRNG key for each completion."""
+
+
+def row_keys(key: jax.Array, prompt_index: jax.Array, group: int) -> jax.Array:
+    """A PRNG key `[P, G]` for each completion: `key` with the prompt's index, then the sample's, folded in.
+
+    So a row's sample does not depend on the batch that it is in.
+    """
+
+    def of_prompt(index: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, index), jnp.arange(group))
+
+    return jax.vmap(of_prompt)(prompt_index)
+
+
+def sample(
+    model: Transformer,
+    params: Params,
+    prompt: jax.Array,
+    prompt_lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    config: SamplingConfig,
+    stop_tokens: tuple[int, ...],
+) -> Rollout:
+    """Samples G completions of each prompt.
+
+    Args:
+        model: the transformer.
+        params: its parameters, in the type to decode with.
+        prompt: `[P, Tp]` int32, right-padded.
+        prompt_lengths: `[P]` int32, each at least 1.
+        keys: `[P, G]` PRNG keys, see `row_keys`.
+        config: distribution, longest completion, slots.
+        stop_tokens: ids that end a completion; the one drawn is part of it.
+
+    Returns:
+        `Rollout`; positions beyond a completion's length hold token 0 and log-prob 0.
+    """
+    group = keys.shape[1]
+    slots = min(config.slots or group, group)
+    hidden, memory = model.causal(params, prompt, collect=True)
+    assert memory is not None
+    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
+    prompts = _Prompt(prompt_lengths, memory, model.head_logits(params, last), keys)
+
+    state = _start(model, prompts, prompt.shape[0], group, slots, config)
+    first = draw(_fold_time(_slot_keys(keys, state.sample), 0), prompts.logits[:, None], config)
+    state = _record(state, first, stop_tokens, recycle=slots < group)
+
+    def unfinished(state: _Loop) -> jax.Array:
+        active = jnp.any(state.sample < group)
+        return active if slots < group else active & (state.time < config.max_tokens - 1)
+
+    def step(state: _Loop) -> _Loop:
+        hidden, cache = _decode(model, params, prompts, state)
+        logits = model.head_logits(params, hidden)
+        if slots < group:  # a slot that has just taken up a completion draws its first token
+            logits = jnp.where((state.time < 0)[..., None], prompts.logits[:, None], logits)
+        time = jnp.broadcast_to(state.time + 1, state.sample.shape)
+        drawn = draw(_fold_time(_slot_keys(keys, state.sample), time), logits, config)
+        return _record(state._replace(cache=cache), drawn, stop_tokens, recycle=slots < group)
+
+    state = jax.lax.while_loop(unfinished, step, state)
+    mask = length_mask(state.lengths, config.max_tokens)
+    return Rollout(
+        prompt=prompt,
+        prompt_lengths=prompt_lengths,
+        completion=jnp.where(mask, state.completion, 0),
+        completion_lengths=state.lengths,
+        finished=state.finished,
+        logprobs=jnp.where(mask, state.logprobs, 0.0),
+        sampler_logprobs=jnp.where(mask, state.sampler_logprobs, 0.0),
+    )
+
+
+def _start(
+    model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig
+) -> _Loop:
+    """The state before the first token."""
+    layers, _, _, kv_heads, head_dim = prompts.memory.key.shape
+    empty = jnp.zeros((layers, size, slots, config.max_tokens, kv_heads, head_dim), prompts.memory.key.dtype)
+    empty = constrain(empty, None, "rows", None, None, "heads_activation", None)
+    blank = jnp.zeros((size, group, config.max_tokens))
+    return _Loop(
+        time=jnp.int32(-1) if slots == group else jnp.full((size, slots), -1, jnp.int32),
+        token=jnp.zeros((size, slots), jnp.int32),
+        sample=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (size, slots)),
+        begun=jnp.full((size,), slots, jnp.int32),
+        cache=KeyValue(empty, empty),
+        completion=blank.astype(jnp.int32),
+        lengths=jnp.zeros((size, group), jnp.int32),
+        finished=jnp.zeros((size, group), bool),
+        logprobs=blank,
+        sampler_logprobs=blank,
+    )
+
+
+def _slot_keys(keys: jax.Array, sample: jax.Array) -> jax.Array:
+    """Keys of the completions that the slots are at, `[P, M]`."""
+    return jnp.take_along_axis(keys, jnp.minimum(sample, keys.shape[1] - 1), axis=1)
+
+
+def _fold_time(keys: jax.Array, time: jax.Array | int) -> jax.Array:
+    time = jnp.broadcast_to(jnp.asarray(time), keys.shape)
+    return jax.vmap(jax.vmap(jax.random.fold_in))(keys, time)
+
+
+def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle: bool) -> _Loop:
+    """Writes the drawn tokens down, ends completions, and gives freed slots their next one."""
+    size, group, width = state.completion.shape
+    time = state.time + 1
+    rows = jnp.arange(size)[:, None]
+    active = state.sample < group
+    stopped = jnp.any(drawn.token[..., None] == jnp.array(stop_tokens, jnp.int32), axis=-1) & active
+    ended = stopped | (jnp.broadcast_to(time, active.shape) == width - 1)
+
+    def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        """Idle slots have sample ≥ G: out of bounds, hence dropped."""
+        return buffer.at[rows, state.sample, time].set(values.astype(buffer.dtype), mode="drop")
+
+    following, begun = jnp.full_like(state.sample, group), state.begun
+    if recycle:
+        taken = jnp.cumsum(ended & active, axis=1, dtype=jnp.int32)
+        following = jnp.minimum(begun[:, None] + taken - 1, group)
+        begun = begun + taken[:, -1]
+    return state._replace(
+        time=jnp.where(ended, -1, time) if recycle else time,
+        token=drawn.token.astype(jnp.int32),
+        sample=jnp.where(ended & active, following, state.sample),
+        begun=begun,
+        completion=write(state.completion, drawn.token),
+        lengths=state.lengths.at[rows, state.sample].set(
+            jnp.broadcast_to(state.time + 2, active.shape), mode="drop"
+        ),
+        finished=state.finished.at[rows, state.sample].set(stopped, mode="drop"),
+        logprobs=write(state.logprobs, drawn.logprob),
+        sampler_logprobs=write(state.sampler_logprobs, drawn.sampler_logprob),
+    )
+
+
+def _decode(
+    model: Transformer, params: Params, prompts: _Prompt, state: _Loop
+) -> tuple[jax.Array, KeyValue]:
+    """Runs the tokens drawn last through the layers: states `[P, M, D]`, and the cache with their keys."""
+    time = jnp.maximum(state.time, 0)
+    size, slots = state.token.shape
+    position = prompts.lengths[:, None] + jnp.broadcast_to(time, (size, slots))  # [P, M]
+    own_position = prompts.lengths[:, None, None] + jnp.arange(state.completion.shape[-1])  # [P, 1, Tc]
+    prompt_width = prompts.memory.key.shape[2]
+    is_prompt = length_mask(prompts.lengths, prompt_width)[:, None, None]
+    turn = model.rotation(position)
+    rows, columns = jnp.arange(size)[:, None], jnp.arange(slots)
+
+    def layer(carry: tuple[jax.Array, KeyValue], given: tuple) -> tuple[tuple[jax.Array, KeyValue], None]:
+        x, cache = carry
+        layer_params, window, index, prompt_memory = given
+
+        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            if time.ndim == 0:
+                return jax.lax.dynamic_update_slice(buffer, new[None, :, :, None], (index, 0, 0, time, 0, 0))
+            return buffer.at[index, rows, columns, time].set(new)
+
+        def attention(query: jax.Array, new: KeyValue) -> jax.Array:
+            nonlocal cache
+            cache = KeyValue(write(cache.key, new.key), write(cache.value, new.value))
+            own = KeyValue(*(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in cache))
+            to_own = causal_mask(position[..., None], own_position, window)
+            to_prompt = is_prompt
+            if window is not None:
+                prompt_position = jnp.arange(prompt_width)[None, None]
+                to_prompt = is_prompt & causal_mask(position[..., None], prompt_position, window)
+            softcap = model.config.attention_softcap
+            return attend_shared(query[:, :, None], prompt_memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
+
+        x, _ = model.block(layer_params)(x, turn, attention)
+        return (constrain(x, "rows", None, None), cache), None
+
+    x = model.embed(params, state.token)
+    layers = (params["layers"], model.windows(), jnp.arange(model.config.num_layers), prompts.memory)
+    (x, cache), _ = jax.lax.scan(layer, (x, state.cache), layers)
+    return model.norm(params, x), cache

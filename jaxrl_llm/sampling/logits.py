@@ -1,0 +1,148 @@
+"""The distribution that a token is drawn from, and the draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_IMPOSSIBLE = -1e30  # finite, so that no difference of two of them is NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are sampled."""
+
+    max_tokens: int = 256
+    """Longest completion, in tokens, the stop token included."""
+    temperature: float = 1.0
+    """Divisor of the logits; 0 decodes greedily."""
+    top_k: int | None = None
+    """Keep the k most likely tokens."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches this (Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the most likely one (Nguyen et al. 2024)."""
+    slots: int | None = None
+    """Completions of one prompt that are decoded at a time; a finished one makes room for the next
+    (`None`: all of them)."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that describe no distribution."""
+        for field, good in (
+            ("max_tokens", self.max_tokens >= 1),
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature)),
+            ("top_k", self.top_k is None or self.top_k >= 1),
+            ("top_p", 0 < self.top_p <= 1),
+            ("min_p", 0 <= self.min_p < 1),
+            ("slots", self.slots is None or self.slots >= 1),
+        ):
+            if not good:
+                raise ValueError(f"sampling.{field}={getattr(self, field)!r} is out of range")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are excluded."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
+
+class Draw(NamedTuple):
+    """Sampled tokens and their log-probs, each `[...]`."""
+
+    token: jax.Array
+    logprob: jax.Array
+    """Under the model: temperature 1, no truncation."""
+    sampler_logprob: jax.Array
+    """Under the distribution that it was drawn from."""
+
+
+def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Makes tokens outside top-k, then top-p, then min-p impossible.
+
+    Each filter sees the distribution that the one before it left. Ties at a threshold are all kept.
+
+    Args:
+        logits: `[..., V]`, tempered.
+        config: the filters.
+
+    Returns:
+        `[..., V]`.
+    """
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
+        logits = jnp.where(logits >= threshold, logits, _IMPOSSIBLE)
+    if config.top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        above = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of strictly more likely tokens
+        threshold = jnp.min(jnp.where(above < config.top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= threshold, logits, _IMPOSSIBLE)
+    if config.min_p > 0:
+        threshold = jnp.max(logits, axis=-1, keepdims=True) + math.log(config.min_p)
+        logits = jnp.where(logits >= threshold, logits, _IMPOSSIBLE)
+    return logits
+
+
+def draw(keys: jax.Array, logits: jax.Array, config: SamplingConfig) -> Draw:
+    """Draws a token of each row.
+
+    Args:
+        keys: a PRNG key for each row, `[...]`.
+        logits: `[..., V]` float32 of the model, which may broadcast against `keys`.
+        config: temperature and filters.
+
+    Returns:
+        `Draw` of the shape of `keys`.
+    """
+    if config.greedy:
+        token = jnp.broadcast_to(jnp.argmax(logits, axis=-1), keys.shape)
+        logprob = _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+        return Draw(token, logprob, jnp.zeros_like(logprob))
+    tempered = truncate(logits / config.temperature, config)
+    peak = jnp.max(tempered, axis=-1)
+    weights = jnp.exp(tempered - peak[..., None])
+    token = _inverse_cdf(keys, weights)
+    sampler_logprob = _gather(tempered, token) - peak - jnp.log(jnp.sum(weights, axis=-1))
+    if config.temperature == 1 and not config.truncates:
+        return Draw(token, sampler_logprob, sampler_logprob)
+    return Draw(token, _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1), sampler_logprob)
+
+
+def _gather(values: jax.Array, index: jax.Array) -> jax.Array:
+    values = jnp.broadcast_to(values, (*index.shape, values.shape[-1]))
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def _inverse_cdf(keys: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index drawn with probability proportional to `weights` `[..., V]`.
+
+    Two uniform numbers a row instead of V Gumbel ones: the first chooses a block of about √V entries by
+    their sums, the second an entry of that block. Exact up to the 2⁻²³ grid of each uniform; entries of
+    weight 0 are never chosen.
+    """
+    vocabulary = weights.shape[-1]
+    block = 1 << max(1, (vocabulary - 1).bit_length() // 2)
+    weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -vocabulary % block)])
+    blocks = weights.reshape(*weights.shape[:-1], -1, block)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.ravel()).reshape(*keys.shape, 2)
+    chosen = _first_above(jnp.sum(blocks, axis=-1), uniform[..., 0])
+    blocks = jnp.broadcast_to(blocks, (*chosen.shape, *blocks.shape[-2:]))
+    entries = jnp.take_along_axis(blocks, chosen[..., None, None], axis=-2)[..., 0, :]
+    return chosen * block + _first_above(entries, uniform[..., 1])
+
+
+def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first entry of positive weight at which the running sum exceeds `uniform` times the total."""
+    running = jnp.cumsum(weights, axis=-1)
+    above = (running > uniform[..., None] * running[..., -1:]) & (weights > 0)
+    # Rounding may leave none above; the last entry of positive weight is then the one.
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, axis=-1)
+    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)

@@ -1,0 +1,49 @@
+"""Records that cross rooms: what the sampler hands to the learner, and the learner's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from jaxrl_llm.masking import length_mask
+
+
+@struct.dataclass
+class Rollout:
+    """G sampled completions of each of P prompts; a group is axis 1."""
+
+    prompt: jax.Array
+    """`[P, Tp]` int32, right-padded."""
+    prompt_lengths: jax.Array
+    """`[P]` int32."""
+    completion: jax.Array
+    """`[P, G, Tc]` int32, right-padded; the very ids that were sampled, a sampled stop token included."""
+    completion_lengths: jax.Array
+    """`[P, G]` int32, the stop token counted."""
+    finished: jax.Array
+    """`[P, G]` bool: ended by a stop token; the others were cut at Tc."""
+    logprobs: jax.Array
+    """`[P, G, Tc]` float32: log-prob of each token under the model itself (temperature 1, no truncation)."""
+    sampler_logprobs: jax.Array
+    """`[P, G, Tc]` float32: log-prob under the distribution that it was drawn from (tempered, truncated)."""
+
+    @property
+    def mask(self) -> jax.Array:
+        """Which completion positions hold sampled tokens, bool `[P, G, Tc]`; from lengths, never from ids."""
+        return length_mask(self.completion_lengths, self.completion.shape[-1])
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that an update changes; what a checkpoint must hold beside the data's position."""
+
+    step: jax.Array
+    """Scalar int32: updates steps (iterations) made."""
+    params: Any
+    """The policy's parameters."""
+    opt_state: Any
+    """The optimizer's state."""
+    key: jax.Array
+    """Root of all randomness, uint32 key data; constant: each step folds its number in."""

@@ -1,0 +1,103 @@
+"""One process or many: start-up, global arrays from each process's rows, decisions equal on all processes.
+
+With one process nothing here communicates or compiles. With several, every function except
+`is_main_process` and `global_batch` is a collective: all processes must call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to the others. Call it first, before anything else of JAX, and only when asked for.
+
+    On TPU pods and under Slurm, Open MPI or Kubernetes JAX finds all three values itself: leave them None.
+
+    Args:
+        coordinator_address: `host:port` of process 0.
+        num_processes: How many processes there are.
+        process_id: Which one this is, from 0.
+
+    Raises:
+        ValueError: If some of the three are given and others not.
+        RuntimeError: If this process has already joined, or JAX has already computed something.
+    """
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise ValueError(
+            f"distributed.initialize needs all of {', '.join(given)}, or none of them on a cluster that JAX "
+            f"detects; missing: {', '.join(missing)}"
+        )
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def global_batch(sharding: Any, local_rows: Any) -> Any:
+    """Makes global arrays from the rows that each process holds.
+
+    Args:
+        sharding: A `jax.sharding.Sharding` for all arrays, or a tree of them as `local_rows`.
+        local_rows: A tree of host arrays: this process's rows, in the order of its devices. A dimension that
+            is not split between processes is given whole, and equal, on each.
+
+    Returns:
+        The tree of global `jax.Array`s. No process reads another's rows.
+    """
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, local_rows)
+    return jax.tree.map(
+        lambda rows, place: jax.make_array_from_process_local_data(place, np.asarray(rows)),
+        local_rows,
+        sharding,
+    )
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; the answer is equal on all.
+
+    For decisions such as "stop now", which a signal makes on one host alone. With several processes the call
+    waits for the work already given to the devices: make it where the host waits anyway.
+    """
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+
+
+def from_main_process(value: Any) -> Any:
+    """The value of process 0, on all processes: the name of a run, the step to resume from.
+
+    Args:
+        value: Anything that JSON can hold; ignored on processes other than 0.
+
+    Returns:
+        Process 0's value, after a round trip through JSON when there are several processes.
+    """
+    if jax.process_count() == 1:
+        return value
+    # Two broadcasts, because every process must bring arrays of one shape: first the length, then the text.
+    # int32 and not uint8, since the broadcast is a sum over the processes.
+    text = np.frombuffer(json.dumps(value).encode() if is_main_process() else b"", np.uint8).astype(np.int32)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    padded = np.zeros(length, np.int32)
+    padded[: text.size] = text
+    received = multihost_utils.broadcast_one_to_all(padded)
+    return json.loads(np.asarray(received).astype(np.uint8).tobytes())

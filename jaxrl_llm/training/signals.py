@@ -1,0 +1,77 @@
+"""Stopping a run cleanly: SIGTERM and Ctrl-C set a flag that the trainer reads between steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class GracefulStop:
+    """Context manager that turns SIGTERM and the first Ctrl-C into `requested`.
+
+    Schedulers send SIGTERM some seconds before SIGKILL, and a Ctrl-C in the middle of an update would leave
+    nothing worth saving. A second Ctrl-C means that the user does not want to wait: it raises
+    `KeyboardInterrupt` at once. Further SIGTERMs change nothing.
+
+    The handlers that were installed before are restored on exit. Outside the main thread Python permits no
+    signal handlers: there the object is inert and `requested` stays False unless `request` is called.
+
+    Example:
+        >>> with GracefulStop() as stop:
+        ...     for step in range(steps):
+        ...         train(step)
+        ...         if stop.requested:
+        ...             break
+
+    Attributes:
+        notice: Text written to standard error when a signal arrives (a step may take minutes, and silence
+            would look as if the signal were ignored), or None for silence.
+    """
+
+    def __init__(self, notice: str | None = "Stopping after this step; Ctrl-C again aborts.") -> None:
+        self.notice = notice
+        self._reason: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self._reason is not None
+
+    @property
+    def reason(self) -> str | None:
+        """What asked for the stop: a signal's name ("SIGTERM", "SIGINT") or the text given to `request`."""
+        return self._reason
+
+    def request(self, reason: str) -> None:
+        """Asks for the stop without a signal; the first reason is kept."""
+        if self._reason is None:
+            self._reason = reason
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None: the handler was not installed from Python, and Python cannot put it back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested and self.notice is not None:
+            # Not print: the signal may have interrupted a print, whose buffer may not be entered twice.
+            os.write(2, f"\n{name}: {self.notice}\n".encode())
+        self.request(name)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_llm.training import distributed
+from jaxrl_llm.training.compilation import CompilationCounter
+
+
+def test_one_process_communicates_and_compiles_nothing() -> None:
+    with CompilationCounter() as counter:
+        assert distributed.is_main_process()
+        assert distributed.any_process(True) is True
+        assert distributed.any_process(False) is False
+        value = {"name": object()}  # not even JSON is made of it
+        assert distributed.from_main_process(value) is value
+    assert counter.counts == {}
+
+
+def test_global_batch_on_one_process(mesh: Mesh) -> None:
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    batch = {"prompt": np.arange(32, dtype=np.int32).reshape(8, 4), "lengths": np.arange(8, dtype=np.int32)}
+    with CompilationCounter() as counter:
+        one_sharding = distributed.global_batch(rows, batch)
+        whole = NamedSharding(mesh, PartitionSpec())
+        two_shardings = distributed.global_batch({"prompt": rows, "lengths": whole}, batch)
+    assert counter.counts == {}
+    for name, array in batch.items():
+        np.testing.assert_array_equal(one_sharding[name], array)
+        np.testing.assert_array_equal(two_shardings[name], array)
+        assert one_sharding[name].sharding == rows
+    assert two_shardings["lengths"].sharding == whole
+
+
+def test_half_given_address_names_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="missing: num_processes, process_id"):
+        distributed.initialize("localhost:1234")
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxrl_llm.training import distributed
+from jaxrl_llm.training.checkpoint import Checkpointer
+from jaxrl_llm.training.metrics import MetricsWriter
+
+address, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+distributed.initialize(address, 2, process)
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+out = {"main": distributed.is_main_process()}
+
+# Rows of each process become one array: the sum needs both halves.
+batch = distributed.global_batch(rows, {"x": np.arange(4.0) + 4 * process})
+out["sum"] = float(jax.jit(lambda x: x.sum())(batch["x"]))
+
+out["stop"] = [distributed.any_process(flag) for flag in (False, process == 1, True)]
+out["name"] = distributed.from_main_process(f"run {process} ∑")
+out["none"] = distributed.from_main_process(None if process == 0 else {"a": 1})
+
+state = {"w": batch["x"]}
+with Checkpointer(folder / "checkpoints", keep=1) as checkpointer:
+    for step in (1, 2):
+        checkpointer.save(step, state, {"process": process, "step": step})
+    restored, extra = checkpointer.restore(state)
+    out["extra"] = extra
+    out["restored"] = [np.asarray(s.data).tolist() for s in restored["w"].addressable_shards]
+    out["steps"] = checkpointer.all_steps()
+with MetricsWriter(folder, tensorboard=False, is_main_process=distributed.is_main_process()) as writer:
+    writer.write(1, {"reward": 1.0})
+print(json.dumps(out))
+"""
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(process), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUTF8": "1"},
+        )
+        for process in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors
+    first, second = (json.loads(output.splitlines()[-1]) for output, _ in results)
+    assert (first.pop("main"), second.pop("main")) == (True, False)
+    assert first.pop("restored") == [[0.0, 1.0], [2.0, 3.0]]
+    assert second.pop("restored") == [[4.0, 5.0], [6.0, 7.0]]
+    assert first == second
+    assert first == {
+        "sum": 28.0,
+        "stop": [False, True, True],
+        "name": "run 0 ∑",
+        "none": None,
+        "extra": {"process": 0, "step": 2},
+        "steps": [2],
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    # One process restores what two have written.
+    from jaxrl_llm.training.checkpoint import Checkpointer
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        abstract = {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}
+        restored, _ = checkpointer.restore(abstract)
+    np.testing.assert_array_equal(restored["w"], np.arange(8, dtype=np.float32))

@@ -287,9 +287,9 @@ def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> No
     with Checkpointer(tmp_path) as checkpointer:
         restored, _ = checkpointer.restore(abstract_state(1_000))
         assert_bit_equal(restored["w"], np.random.default_rng(1).random((1_000, 1000), np.float32))
-        checkpointer.save(2, restored)
-        assert checkpointer.all_steps() == [1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        checkpointer.save(3, restored)
+        assert checkpointer.all_steps() == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]  # what was left of 2 is gone
 
 
 def test_full_disk_is_an_error_at_the_next_call_and_saving_can_go_on(tmp_path: Path) -> None:

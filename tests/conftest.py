@@ -17,8 +17,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLBACKEND", "agg")
 # XLA's CPU client gives itself one thread per device, and each device holds one while it waits for the others
-# of a collective. On JAX 0.10 with fewer cores than devices, programs dispatched without waiting for each other
-# then starve, and the process aborts ("waiting for all reduce ... may be stuck"). Threads are cheap.
+# of a collective. On JAX 0.10 with fewer cores than devices, programs dispatched one behind the other then
+# starve, and the process aborts ("waiting for all reduce ... may be stuck"). Threads are cheap.
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax

@@ -1,0 +1,53 @@
+"""Families of checkpoints: one file each. To add one, write its file and put it in `FAMILIES`."""
+
+from __future__ import annotations
+
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.families.base import Family, Json
+from jaxrl_llm.models.families.llama import LLAMA
+from jaxrl_llm.models.families.mistral import MISTRAL
+from jaxrl_llm.models.families.qwen2 import QWEN2
+from jaxrl_llm.models.families.qwen3 import QWEN3
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+"""All families; the first that expresses a configuration is the one that it is exported as."""
+
+
+def family_of(config: Json) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        ValueError: none has this ``model_type``, or the checkpoint is no causal language model.
+    """
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            if architectures and family.architecture not in architectures:
+                raise ValueError(f"architectures={architectures} is not supported: {family.architecture} is")
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ValueError(
+        f"model_type {model_type!r} (architectures={architectures}) is not supported; known: {known}"
+    )
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The family as which a model of this configuration is exported.
+
+    Raises:
+        ValueError: none of them can have this configuration.
+    """
+    for family in FAMILIES:
+        if family.expresses(config):
+            return family
+    traits = {
+        name: getattr(config, name)
+        for name in (
+            *("embed_dim", "num_heads", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
+            *("sliding_windows", "attention_softcap", "logit_softcap"),
+        )
+    }
+    raise ValueError(
+        f"no family in {[family.model_type for family in FAMILIES]} has this combination, so that "
+        f"transformers could not load it: {', '.join(f'{name}={value}' for name, value in traits.items())}"
+    )

@@ -1,0 +1,134 @@
+"""What a model family is: how its Hugging Face `config.json` and tensor names map to ours.
+
+A family is a table, not a fork: one `Transformer` computes all of them. The functions here read and write
+the parts of `config.json` that the families share; what differs is in each family's own file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrl_llm.models.config import Activation, ModelConfig
+
+Json = Mapping[str, Any]
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+DECODER_NAMES: dict[str, str] = {
+    "embed.weight": "model.embed_tokens.weight",
+    "layers.attention_norm.scale": "model.layers.{layer}.input_layernorm.weight",
+    "layers.attention.query.weight": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layers.attention.query.bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "layers.attention.key.weight": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layers.attention.key.bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "layers.attention.value.weight": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers.attention.value.bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers.attention.output.weight": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layers.attention.output.bias": "model.layers.{layer}.self_attn.o_proj.bias",
+    "layers.mlp_norm.scale": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers.mlp.gate.weight": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layers.mlp.gate.bias": "model.layers.{layer}.mlp.gate_proj.bias",
+    "layers.mlp.up.weight": "model.layers.{layer}.mlp.up_proj.weight",
+    "layers.mlp.up.bias": "model.layers.{layer}.mlp.up_proj.bias",
+    "layers.mlp.down.weight": "model.layers.{layer}.mlp.down_proj.weight",
+    "layers.mlp.down.bias": "model.layers.{layer}.mlp.down_proj.bias",
+    "final_norm.scale": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+"""Parameter → tensor name in a checkpoint, ``{layer}`` for each layer; shared by Llama's descendants."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of checkpoints, as `transformers` names it."""
+
+    model_type: str
+    """``model_type`` of `config.json`."""
+    architecture: str
+    """Name of the `transformers` class, in ``architectures`` of `config.json`."""
+    read_config: Callable[[Json], ModelConfig]
+    """`config.json` → configuration; raises ``ValueError`` on what is not implemented."""
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    """Configuration → the entries of `config.json` that describe the architecture."""
+    expresses: Callable[[ModelConfig], bool]
+    """Whether a checkpoint of this family can have this configuration."""
+    tensor_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: DECODER_NAMES)
+    """Parameter → tensor name."""
+
+
+def require(config: Json, key: str) -> Any:
+    """``config[key]``, or an error that names the missing key."""
+    if config.get(key) is None:
+        raise ValueError(f"config.json of model_type {config.get('model_type')!r} has no {key!r}")
+    return config[key]
+
+
+def read_decoder(config: Json) -> dict[str, Any]:
+    """The arguments of `ModelConfig` that all families spell alike, positions (`rope.py`) left out.
+
+    Raises:
+        ValueError: a size is missing, or the checkpoint needs something that is not implemented.
+    """
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"config.json asks for quantization_config (quant_method={method!r}); only plain float weights "
+            "can be read from safetensors: use the unquantised checkpoint, or a GGUF file"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act={activation!r} is not implemented; known: {', '.join(_ACTIVATIONS)}")
+    heads, width = require(config, "num_attention_heads"), require(config, "hidden_size")
+    head_dim = config.get("head_dim")
+    if head_dim is None and width % heads:
+        raise ValueError(
+            f"hidden_size={width} is no multiple of num_attention_heads={heads}, and head_dim is not set"
+        )
+    return {
+        "vocab_size": require(config, "vocab_size"),
+        "embed_dim": width,
+        "mlp_dim": require(config, "intermediate_size"),
+        "num_layers": require(config, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim or width // heads,
+        "max_position_embeddings": require(config, "max_position_embeddings"),
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "activation": _ACTIVATIONS[activation],
+    }
+
+
+def write_decoder(config: ModelConfig) -> dict[str, Any]:
+    """The entries of `config.json` that all families spell alike: the inverse of `read_decoder`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu" if config.activation == "silu" else "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+    }
+
+
+def plain_logits(config: ModelConfig) -> bool:
+    """Whether no soft-cap is set: none of these families has one."""
+    return config.attention_softcap is None and config.logit_softcap is None
+
+
+def single_window(config: ModelConfig) -> bool:
+    """Whether all layers with a sliding window have the same one, as these families need."""
+    return len({window for window in config.sliding_windows or () if window is not None}) <= 1

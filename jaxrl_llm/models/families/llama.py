@@ -1,0 +1,43 @@
+"""Llama 2, 3 and 3.x, and what took over its architecture: SmolLM2, TinyLlama, TinyStories-sized models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.families.base import Family, Json, plain_logits, read_decoder, write_decoder
+from jaxrl_llm.models.families.rope import read_rope, write_rope
+
+
+def _read(config: Json) -> ModelConfig:
+    bias = bool(config.get("attention_bias", False))
+    return ModelConfig(
+        **read_decoder(config),
+        rope=read_rope(config),
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **write_decoder(config),
+        **write_rope(config.rope),
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+def _expresses(config: ModelConfig) -> bool:
+    return (
+        not config.qk_norm
+        and not any(config.sliding_windows or ())
+        and config.attention_bias == config.output_bias
+        and config.embed_dim % config.num_heads == 0  # transformers insists, even where head_dim is set
+        and plain_logits(config)
+    )
+
+
+LLAMA = Family("llama", "LlamaForCausalLM", _read, _write, _expresses)
+"""Grouped-query attention, no norm on queries and keys, the attention's biases all or none."""

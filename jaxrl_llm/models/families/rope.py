@@ -1,0 +1,96 @@
+"""Rotary embeddings in `config.json`: ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxrl_llm.models.config import RopeConfig, RopeScaling
+from jaxrl_llm.models.families.base import Json, require
+
+_SCALINGS: dict[str, RopeScaling] = {
+    "default": "none",
+    "linear": "linear",
+    "llama3": "llama3",
+    "yarn": "yarn",
+}
+
+
+def read_rope(config: Json) -> RopeConfig:
+    """Rotary embedding of a `config.json`, in the spelling of any version of `transformers`.
+
+    Raises:
+        ValueError: an unknown scaling, a partial rotation, or a different rotation per layer type.
+    """
+    entries: Json = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    nested = [key for key, value in entries.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"rope_parameters per layer type ({', '.join(nested)}) are not implemented")
+    kind = entries.get("rope_type", entries.get("type", "default"))
+    if kind not in _SCALINGS:
+        raise ValueError(f"rope scaling type {kind!r} is not implemented; known: {', '.join(_SCALINGS)}")
+    partial = entries.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor={partial} is not implemented; only 1.0 is")
+
+    theta = float(entries.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    # The order of precedence is that of transformers, which lets Phi-style top-level entries win.
+    original = config.get("original_max_position_embeddings") or entries.get(
+        "original_max_position_embeddings"
+    )
+    original = original or require(config, "max_position_embeddings")
+    factor = entries.get("factor")
+    if factor is None and kind == "yarn":
+        factor = require(config, "max_position_embeddings") / original
+    if factor is None:
+        raise ValueError(f"rope scaling {kind!r} has no 'factor': {dict(entries)}")
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling="linear", factor=float(factor))
+    if kind == "llama3":
+        return RopeConfig(
+            theta=theta,
+            scaling="llama3",
+            factor=float(factor),
+            original_max_position_embeddings=int(original),
+            low_freq_factor=float(_entry(entries, "low_freq_factor")),
+            high_freq_factor=float(_entry(entries, "high_freq_factor")),
+        )
+    return RopeConfig(
+        theta=theta,
+        scaling="yarn",
+        factor=float(factor),
+        original_max_position_embeddings=int(original),
+        beta_fast=float(entries.get("beta_fast") or 32.0),
+        beta_slow=float(entries.get("beta_slow") or 1.0),
+        attention_factor=entries.get("attention_factor"),
+        mscale=entries.get("mscale"),
+        mscale_all_dim=entries.get("mscale_all_dim"),
+        truncate=bool(entries.get("truncate", True)),
+    )
+
+
+def _entry(entries: Json, key: str) -> Any:
+    if entries.get(key) is None:
+        raise ValueError(f"rope scaling has no {key!r}: {dict(entries)}")
+    return entries[key]
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """The entries of `config.json` for a rotary embedding, readable by `transformers` 4 and 5 alike."""
+    scaling: dict[str, Any] = {}
+    if rope.scaling != "none":
+        scaling = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.scaling == "llama3":
+        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.scaling == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        optional = {key: getattr(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
+        scaling |= {key: value for key, value in optional.items() if value is not None}
+    return {
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling or None,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": rope.theta},
+    }

@@ -1,0 +1,57 @@
+"""From what a user calls a checkpoint (folder, `.gguf` file or hub id) to a local path."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+
+
+def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str | None = None) -> Path:
+    """The local folder or `.gguf` file of a checkpoint, downloaded first if ``name`` is a hub id.
+
+    The network is used only when ``name`` is no existing path and has the form ``organisation/name``.
+
+    Args:
+        name: a folder, a `.gguf` file, or a hub id.
+        weights: whether the weights are needed, or only configuration and tokenizer.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: there is no such path, and ``name`` is no hub id; or the download failed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is a file, but neither a model folder nor a .gguf file")
+    text = os.fspath(name)
+    if not _HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".json")):
+        raise ValueError(
+            f"{text} does not exist; give a folder, a .gguf file, or a hub id such as 'Qwen/Qwen3-0.6B'"
+        )
+    if Path(text.split("/")[0]).is_dir():
+        raise ValueError(
+            f"{text} does not exist, but the folder {text.split('/')[0]!r} does: a misspelt local path?"
+        )
+    return _download(text, weights=weights, revision=revision)
+
+
+def _download(name: str, *, weights: bool, revision: str | None) -> Path:
+    # Imported here: most runs read local files, and need no HTTP stack.
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        # Subfolders and "consolidated" files hold the same weights in other formats.
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except Exception as error:  # of many kinds: HTTP, cache, offline mode
+        raise ValueError(
+            f"{name} is no local folder, and could not be had from the hub: {type(error).__name__}: {error}"
+        ) from error
+    return Path(folder)

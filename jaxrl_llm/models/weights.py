@@ -1,0 +1,172 @@
+"""From named tensors on disk to sharded parameters, each process reading only the slices that it holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxrl_llm.models.transformer import Params, Transformer
+
+Index = tuple[slice, ...]
+
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn_rot_embd\.weight$|rope_freqs\.weight$|masked_bias$")
+"""Tensors beside the parameters in some checkpoints: tables that are computed here from the configuration."""
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors, readable by name and slice."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """The slice ``index`` of a tensor, without reading the rest of it."""
+        ...
+
+
+class Leaf(NamedTuple):
+    """One parameter: where it is in the tree, and the tensors that make it up."""
+
+    path: str
+    """Keys joined by dots."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: tuple[str, ...]
+    """One tensor, or one for each layer."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading axis is layers."""
+        return self.path.startswith("layers.")
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each of the tensors."""
+        return self.shape[1:] if self.stacked else self.shape
+
+
+def leaves(tree: Params, names: Mapping[str, str]) -> list[Leaf]:
+    """The parameters of a tree (of arrays or of shapes) with their tensors' names, in the tree's order."""
+    found = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        if path not in names:
+            raise ValueError(f"parameter {path} has no tensor name in this format")
+        layers = leaf.shape[0] if path.startswith("layers.") else 1
+        tensors = tuple(names[path].format(layer=layer) for layer in range(layers))
+        found.append(Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors))
+    return found
+
+
+def load_weights(
+    source: TensorSource,
+    names: Mapping[str, str],
+    transformer: Transformer,
+    shardings: Any = None,
+    *,
+    where: str,
+) -> Params:
+    """Reads the parameters of ``transformer``.
+
+    At no time is there a second copy of more than one parameter (stacked over the layers) in host memory, and
+    of that only what the devices of this process hold.
+
+    Args:
+        source: the checkpoint's tensors.
+        names: parameter → tensor name, ``{layer}`` standing for each layer.
+        transformer: gives shapes and types; values are cast to its ``param_dtype``, slice by slice.
+        shardings: tree of ``Sharding`` like the parameters; ``None`` puts all on the default device.
+        where: the checkpoint's name for error messages.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of the wrong shape; all of them are named.
+    """
+    abstract = transformer.abstract_params()
+    wanted = leaves(abstract, names)
+    _check(
+        wanted,
+        source.shapes,
+        tied=transformer.config.tie_embeddings,
+        head=names["lm_head.weight"],
+        where=where,
+    )
+    if transformer.config.tie_embeddings and names["lm_head.weight"] in source.shapes:
+        _check_tied(source, names["embed.weight"], names["lm_head.weight"], where=where)
+    placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings)
+    if len(placements) != len(wanted):
+        raise ValueError(f"{where}: {len(placements)} shardings for {len(wanted)} parameters")
+    arrays = [_load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def _load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(_read_slice(source, leaf, (slice(None),) * len(leaf.shape)))
+    pieces: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}  # replicas share what was read
+
+    def piece(index: Index | None) -> np.ndarray:
+        index = index or ()  # None is how JAX spells the index of a scalar
+        key = tuple(part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
+        if key not in pieces:
+            pieces[key] = _read_slice(source, leaf, index)
+        return pieces[key]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, piece, dtype=leaf.dtype)
+
+
+def _read_slice(source: TensorSource, leaf: Leaf, index: Index) -> np.ndarray:
+    bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
+    out = np.empty([stop - start for start, stop, _ in bounds], leaf.dtype)
+    if not leaf.stacked:
+        out[...] = source.read(leaf.tensors[0], index)
+        return out
+    for row, layer in enumerate(range(*bounds[0])):
+        out[row] = source.read(leaf.tensors[layer], index[1:])
+    return out
+
+
+def _check_tied(source: TensorSource, embed: str, head: str, *, where: str, rows: int = 4096) -> None:
+    for start in range(0, source.shapes[embed][0], rows):
+        part = (slice(start, start + rows), slice(None))
+        if not np.array_equal(source.read(embed, part), source.read(head, part)):
+            raise ValueError(
+                f"{where}: {head} differs from {embed}, though tie_word_embeddings says that they are one; "
+                "set it to false in config.json to use both"
+            )
+
+
+def _check(
+    wanted: Sequence[Leaf], shapes: Mapping[str, tuple[int, ...]], *, tied: bool, head: str, where: str
+) -> None:
+    expected = {tensor: leaf.tensor_shape for leaf in wanted for tensor in leaf.tensors}
+    missing = [name for name in expected if name not in shapes]
+    # A tied checkpoint may carry its head nonetheless: the embedding a second time.
+    unexpected = [
+        name
+        for name in shapes
+        if name not in expected and not HARMLESS.search(name) and not (tied and name == head)
+    ]
+    wrong = [
+        f"{name} has shape {list(shapes[name])}, the configuration says {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    problems = list(
+        _lists(("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong))
+    )
+    if problems:
+        hint = "; is it tied to the embedding (tie_word_embeddings)?" if missing == [head] else ""
+        raise ValueError(f"{where} does not fit its configuration: {'; '.join(problems)}{hint}")
+
+
+def _lists(*kinds: tuple[str, Sequence[str]], most: int = 6) -> Iterator[str]:
+    for kind, items in kinds:
+        if items:
+            more = f" and {len(items) - most} more" if len(items) > most else ""
+            yield f"{len(items)} {kind}: {', '.join(items[:most])}{more}"

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).with_name("golden")
+
+
+@pytest.fixture(scope="session")
+def golden_module() -> ModuleType:
+    """make_golden.py: the cases, and the weights and tokens they are made of."""
+    spec = importlib.util.spec_from_file_location("make_golden", Path(__file__).with_name("make_golden.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden_tensors(golden_module: ModuleType) -> Callable[[str], dict[str, np.ndarray]]:
+    """The tensors of a golden case, by name, as the checkpoint holds them."""
+
+    def tensors(case: str) -> dict[str, np.ndarray]:
+        shapes = json.loads((GOLDEN / f"{case}.json").read_text())["tensors"]
+        return {name: golden_module.tensor(name, shape) for name, shape in shapes.items()}
+
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def golden_config() -> Callable[[str], dict[str, Any]]:
+    """The `config.json` of a golden case, as transformers wrote it."""
+    return lambda case: json.loads((GOLDEN / f"{case}.json").read_text())["config"]
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path,
+    golden_tensors: Callable[[str], dict[str, np.ndarray]],
+    golden_config: Callable[[str], dict[str, Any]],
+) -> Callable[..., Path]:
+    """Makes a Hugging Face folder of a golden case, its configuration or tensors changed at will."""
+
+    def make(
+        case: str, *, config: dict[str, Any] | None = None, tensors: dict[str, np.ndarray] | None = None
+    ) -> Path:
+        folder = tmp_path / f"{case}_checkpoint"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**golden_config(case), **(config or {})}))
+        save_file(golden_tensors(case) if tensors is None else tensors, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+_TO_GGUF = {  # as llama.cpp's converter names them
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{_TO_GGUF[part]}.{kind}"
+    return f"{_TO_GGUF[stem]}.{kind}"
+
+
+def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of queries and keys: the two halves of a head in turns."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    *,
+    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """Writes a checkpoint as llama.cpp's converter does; `kinds`: part of a matrix's name → its type."""
+    arch = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if config["model_type"] == "mistral" and config["sliding_window"]:
+        writer.add_sliding_window(config["sliding_window"])
+    extra(writer)
+    for name, value in tensors.items():
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            value = _interleave(value, heads if "q_proj" in name else kv_heads)
+        kind = gguf.GGMLQuantizationType.F32
+        if value.ndim == 2:
+            kind = next((kind for part, kind in (kinds or {}).items() if part in name), kind)
+        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def gguf_writer() -> Callable[..., Path]:
+    """`write_gguf`."""
+    return write_gguf

@@ -1,0 +1,238 @@
+"""Every family against golden logits of PyTorch (see make_golden.py), and its config.json map."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.config import ModelConfig, RopeConfig
+from jaxrl_llm.models.families import FAMILIES, family_for, family_of
+from jaxrl_llm.models.pretrained import from_pretrained
+from jaxrl_llm.models.transformer import Transformer
+
+CASES = sorted(path.stem for path in Path(__file__).with_name("golden").glob("*.npz"))
+TOLERANCE = 1e-4
+
+
+def read_golden(case: str) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    with np.load(Path(__file__).with_name("golden") / f"{case}.npz") as file:
+        arrays = dict(file)
+    logits = [arrays.pop(f"logits_{number}") for number in range(4)]
+    return arrays, logits
+
+
+def plain_rows(batch: dict[str, np.ndarray], sequences: list[list[np.ndarray]]) -> np.ndarray:
+    """The concatenated sequences, right-padded with tokens that must not matter."""
+    rows = [row for group in sequences for row in group]
+    out = np.full((len(rows), batch["prompt"].shape[1] + batch["completion"].shape[2]), 7, np.int32)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = row
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_pytorch(case, checkpoint, golden_module):
+    transformer, params = from_pretrained(checkpoint(case))
+    batch, expected = read_golden(case)
+
+    @jax.jit
+    def both(params: Any, rows: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden = transformer.hidden(params, batch["prompt"], batch["prompt_lengths"], batch["completion"])
+        return transformer.logits(params, rows), transformer.head_logits(params, hidden)
+
+    plain, shared = map(np.asarray, both(params, plain_rows(batch, golden_module.sequences(batch)), batch))
+    for number, torch in enumerate(expected):
+        prompt, sample = divmod(number, 2)
+        own = batch["completion_lengths"][prompt, sample]
+        end = batch["prompt_lengths"][prompt] + own
+        ours = plain[number, end - len(torch) : end]
+        np.testing.assert_allclose(ours, torch, atol=TOLERANCE, rtol=0, err_msg=f"sequence {number}")
+
+        # The same through the layout of training, each prompt computed once for its completions: the state at
+        # t predicts token t + 1, and the file may hold fewer positions than the completion has.
+        before = torch[-own - 1 : -1]
+        ours = shared[prompt, sample, own - len(before) : own]
+        np.testing.assert_allclose(
+            ours, before, atol=TOLERANCE, rtol=0, err_msg=f"shared prompt, sequence {number}"
+        )
+
+
+def test_every_case_has_a_golden_file(golden_module):
+    assert set(golden_module.CASES) == set(CASES)
+    assert {model_type for model_type, _ in golden_module.CASES.values()} == {f.model_type for f in FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("llama_linear_long", {"rope": RopeConfig()}),
+        ("llama_llama3_long", {"rope": RopeConfig()}),
+        ("llama_yarn_mscale_long", {"rope": RopeConfig()}),
+        ("mistral_window", {"sliding_windows": (6, 6)}),
+        ("qwen2_upper_window", {"sliding_windows": (4, 4)}),
+        ("llama_biases", {"activation": "silu"}),
+    ],
+)
+def test_golden_logits_depend_on_what_they_check(case, change, checkpoint, golden_module):
+    """A model that ignored the setting would fail the comparison by a wide margin."""
+    transformer, params = from_pretrained(checkpoint(case))
+    other = Transformer(dataclasses.replace(transformer.config, **change))
+    batch, expected = read_golden(case)
+    row = plain_rows(batch, golden_module.sequences(batch))[:1]  # the longest, without padding
+    ours = np.asarray(jax.jit(other.logits)(params, row))[0, -len(expected[0]) :]
+    assert np.abs(ours - expected[0]).max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_survives_both_spellings(case, golden_config):
+    """transformers 5 (rope_parameters, layer_types), 4 (rope_theta, rope_scaling), and what we export."""
+    new = golden_config(case)
+    config = family_of(new).read_config(new)
+    rope = dict(new["rope_parameters"])
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
+    old |= {
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
+    assert family_of(old).read_config(old) == config
+    if old["rope_scaling"]:
+        rope["type"] = rope.pop("rope_type")  # older still
+        assert family_of(old).read_config(old) == config
+
+    family = family_for(config)
+    exported = {"model_type": family.model_type, **family.write_config(config)}
+    assert family_of(exported).read_config(exported) == config
+    without_new = {
+        key: value for key, value in exported.items() if key not in ("rope_parameters", "layer_types")
+    }
+    assert family_of(without_new).read_config(without_new) == config
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("llama", "llama"),
+        ("llama_biases", "llama"),
+        ("mistral_window", "mistral"),
+        ("mistral", "llama"),  # without a window there is no difference
+        ("qwen2", "qwen2"),
+        ("qwen2_upper_window", "qwen2"),
+        ("qwen3", "qwen3"),
+    ],
+)
+def test_family_of_export(case, expected, golden_config):
+    config = golden_config(case)
+    assert family_for(family_of(config).read_config(config)).model_type == expected
+
+
+def test_transformers_reads_the_exported_config_as_the_original(golden_config, golden_module):
+    from jaxrl_llm.models.tokenizers import import_transformers
+
+    auto = import_transformers().AutoConfig
+    for case, (model_type, _) in golden_module.CASES.items():
+        original = golden_config(case)
+        config = family_of(original).read_config(original)
+        family = family_for(config)
+        if family.model_type != model_type:
+            continue
+        ours = auto.for_model(**{"model_type": model_type, **family.write_config(config)}).to_dict()
+        spelt_anew = {"rope_theta", "rope_scaling", "rope_parameters", "max_window_layers"}
+        for key in set(family.write_config(config)) - spelt_anew:
+            assert ours[key] == original.get(key, ours[key]), (case, key)
+        rope = {key: value for key, value in original["rope_parameters"].items() if value is not None}
+        assert rope.items() <= ours["rope_parameters"].items(), case
+
+
+def test_known_checkpoints():
+    """Entries of well-known config.json files, which spell things differently."""
+    llama32 = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "eos_token_id": [128001, 128008, 128009],
+    }
+    config = family_of(llama32).read_config(llama32)
+    assert config.rope == RopeConfig(500000.0, "llama3", 32.0, 8192, 1.0, 4.0)
+    assert config.num_parameters == 1_235_814_400  # as its model card says: 1.24 billion
+
+    qwen25 = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 21,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+    config = family_of(qwen25).read_config(qwen25)
+    assert config.sliding_windows is None and config.attention_bias and config.rope.theta == 1e6
+    assert config.num_parameters == 494_032_768
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("llama", {"model_type": "gpt2"}, "'gpt2'.*known: llama, mistral, qwen2, qwen3"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ("llama", {"hidden_act": "relu2"}, "hidden_act='relu2'.*silu"),
+        ("llama", {"hidden_size": None}, "'hidden_size'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope'.*linear, llama3, yarn"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "no 'factor'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'low_freq_factor'"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
+        ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        ("qwen3", {"num_key_value_heads": 3}, "num_kv_heads=3"),
+    ],
+)
+def test_what_is_not_implemented_is_named(case, change, message, golden_config):
+    config = {**golden_config(case), **change}
+    with pytest.raises(ValueError, match=message):
+        family_of(config).read_config(config)
+
+
+def test_harmless_entries_are_accepted(golden_config):
+    config = {**golden_config("llama"), "attention_dropout": 0.1, "pretraining_tp": 2, "hidden_act": "swish"}
+    assert family_of(config).read_config(config).activation == "silu"
+
+
+def test_export_refuses_what_no_family_has():
+    config = ModelConfig(32, 16, 32, 1, 2, 2, 8, qk_norm=True, mlp_bias=True)
+    with pytest.raises(ValueError, match=r"qk_norm=True.*mlp_bias=True"):
+        family_for(config)

@@ -1,0 +1,148 @@
+"""From a row to a prompt, and from a prompt to tokens.
+
+A prompt is plain text or conversational: a list of messages with `role` and `content`. Both are what reward
+functions receive, before any chat template.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxrl_llm.data.sources import Row, nearest_name
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a row becomes a prompt.
+
+    Raises:
+        ValueError: The template is not a format string over named columns, or a system message is given for
+            plain prompts.
+    """
+
+    prompt_column: str = "prompt"
+    """Column with the prompt, text or messages. Not read where `template` is given."""
+
+    template: str | None = None
+    """Python format string over the row's columns, such as `"{question}\\nAnswer:"`; `{{` writes a brace."""
+
+    system: str | None = None
+    """System message put before the prompt; makes text prompts conversational."""
+
+    conversational: bool | None = None
+    """True wraps text into a user message, so that the chat template applies; False insists on text; None
+    leaves the prompt as the row has it."""
+
+    def __post_init__(self) -> None:
+        if self.system is not None and self.conversational is False:
+            raise ValueError("a system message needs conversational prompts: leave out system or conversational=False")
+        if self.template is not None and not self._template_columns:
+            raise ValueError(f"template {self.template!r} uses no column of the row; write one as {{question}}")
+
+    @property
+    def _template_columns(self) -> list[str]:
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(self.template or "") if field is not None]
+        except ValueError as error:
+            raise ValueError(f"template {self.template!r}: {error} (write a brace itself as {{{{ or }}}})") from error
+        columns = [re.split(r"[.\[]", field, maxsplit=1)[0] for field in fields]
+        if any(column == "" or column.isdigit() for column in columns):
+            raise ValueError(f"template {self.template!r}: name a column in each pair of braces, as in {{question}}")
+        return columns
+
+    @property
+    def consumed_column(self) -> str | None:
+        """The column that reward functions receive as `prompts` rather than under its own name."""
+        return self.prompt_column if self.template is None else None
+
+    def prompt(self, row: Row) -> Prompt:
+        """Returns the prompt of a row, as reward functions see it.
+
+        Raises:
+            ValueError: A column is missing or empty, or the prompt is neither text nor a list of messages
+                that ends with the user's.
+        """
+        if self.template is None:
+            prompt = _column(row, self.prompt_column)
+        else:
+            prompt = self.template.format_map({name: _column(row, name) for name in self._template_columns})
+        if isinstance(prompt, str):
+            if not self.conversational and self.system is None:
+                return prompt
+            messages: list[Message] = [{"role": "user", "content": prompt}]
+        elif self.conversational is False:
+            raise ValueError(f"conversational=False, but the prompt is a {type(prompt).__name__}, not text")
+        else:
+            messages = _messages(prompt)
+        if self.system is None:
+            return messages
+        if messages[0]["role"] == "system":
+            raise ValueError("the prompt has a system message already; leave out system=")
+        return [{"role": "system", "content": self.system}, *messages]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Returns the token ids of a prompt, special tokens once.
+
+    Text gets the special tokens the tokenizer puts in front of a text, no second BOS if it starts with one,
+    and no EOS at its end. Messages get what the chat template writes, up to the start of the assistant's
+    turn, and nothing else.
+
+    Args:
+        prompt: Text or messages.
+        tokenizer: What `jaxrl_llm.models.tokenizers.Tokenizer` describes.
+
+    Raises:
+        ValueError: Messages for a tokenizer without a chat template, or a prompt of no tokens.
+    """
+    if isinstance(prompt, str):
+        ids = _encode_text(prompt, tokenizer)
+    elif tokenizer.chat_template is None:
+        raise ValueError("the prompt is conversational, but the tokenizer has no chat template; use text prompts")
+    else:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    return ids
+
+
+def _encode_text(text: str, tokenizer: Any) -> list[int]:
+    ids = list(tokenizer.encode(text, add_special_tokens=True))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        del ids[0]
+    if ids and ids[-1] == eos and tokenizer.encode(text, add_special_tokens=False)[-1:] != [eos]:
+        del ids[-1]
+    return ids
+
+
+def _column(row: Row, name: str) -> Any:
+    if name not in row:
+        raise ValueError(f"no column {name!r}{nearest_name(name, list(row))} (columns: {', '.join(row)})")
+    if row[name] is None:
+        raise ValueError(f"the column {name!r} is empty (None)")
+    return row[name]
+
+
+def _messages(prompt: Any) -> list[Message]:
+    """Checks a list of messages and copies it without the empty entries that Parquet adds."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise ValueError(f"a prompt is text or a list of messages, got {prompt!r:.200}")
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message is an object with role and content, got {message!r:.200}")
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message needs role and content, both text, got {dict(message)!r:.200}")
+        messages.append({name: value for name, value in message.items() if value is not None})
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's; a prompt ends before its turn")
+    return messages

@@ -1,0 +1,182 @@
+"""A data set of tokenised prompts, and the batches it is served in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxrl_llm.data.formats import Prompt, PromptFormat, encode_prompt
+from jaxrl_llm.data.sources import Row, RowSource
+
+# Reward functions receive these beside the columns.
+_REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """P prompts, as the sampler and the reward functions need them."""
+
+    tokens: np.ndarray
+    """[P, Tp] int32, right-padded."""
+
+    lengths: np.ndarray
+    """[P] int32, number of tokens of each prompt."""
+
+    prompts: list[Prompt]
+    """Text or messages, for the reward functions."""
+
+    columns: dict[str, list[Any]]
+    """Every other column of the rows, None where a row lacks it."""
+
+    indices: np.ndarray
+    """[P] int64, each prompt's row number in the source."""
+
+    valid: np.ndarray
+    """[P] bool, False for the repeats that fill up the last batch of an evaluation."""
+
+    epoch: int
+    """Epoch of the batch's first prompt, from 0; the batch may run on into the next one."""
+
+
+class PromptDataset:
+    """A source's prompts, formatted, checked and tokenised once.
+
+    Every row is read at construction, so that a missing column or a prompt that is too long is found before
+    training starts, and so that the order of prompts does not depend on which are dropped. Tokens are kept (4
+    bytes each); rows are read again when they are served.
+
+    Args:
+        source: The rows, as `open_source` gives them.
+        tokenizer: What `jaxrl_llm.models.tokenizers.Tokenizer` describes; not kept.
+        max_prompt_length: Tp, tokens per prompt including special ones.
+        prompt_format: How a row becomes a prompt; the column `prompt` by default.
+        overlong: What to do with longer prompts: `"raise"`, or `"drop"` and count them.
+        max_rows: Use the first rows only.
+
+    Attributes:
+        column_names: Columns that reach the reward functions, of all rows together.
+        dropped: Number of prompts that were too long.
+        longest: Tokens of the longest prompt kept.
+        fingerprint: Number of rows and of prompts and a hash of every row; equal for equal data.
+
+    Raises:
+        ValueError: No rows, a row that gives no prompt (names its number), a prompt that is too long (names
+            its row, its length and the limit) or nothing left after dropping.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        tokenizer: Any,
+        *,
+        max_prompt_length: int,
+        prompt_format: PromptFormat | None = None,
+        overlong: Literal["raise", "drop"] = "raise",
+        max_rows: int | None = None,
+    ) -> None:
+        if overlong not in ("raise", "drop"):
+            raise ValueError(f"overlong is 'raise' or 'drop', got {overlong!r}")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows must be positive, got {max_rows}")
+        num_rows = len(source) if max_rows is None else min(max_rows, len(source))
+        if num_rows == 0:
+            raise ValueError("the data set has no rows")
+        self.max_prompt_length = max_prompt_length
+        self._source = source
+        self._format = prompt_format or PromptFormat()
+        self._pad = tokenizer.pad_token_id or 0  # never read: lengths say what is a token
+        encoded = self._read(num_rows, tokenizer)
+        lengths = np.array([len(ids) for ids in encoded], np.int32)
+        kept = np.flatnonzero(lengths <= max_prompt_length)
+        self.dropped = num_rows - len(kept)
+        if self.dropped and (overlong == "raise" or len(kept) == 0):
+            raise ValueError(_overlong_message(lengths, max_prompt_length))
+        self._rows = kept
+        self._lengths = lengths[kept]
+        self._starts = np.cumsum(self._lengths, dtype=np.int64) - self._lengths
+        self._tokens = np.concatenate([encoded[row] for row in kept])
+        self.longest = int(self._lengths.max())
+        self.fingerprint = {"rows": num_rows, "prompts": len(kept), "content": self._content}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _read(self, num_rows: int, tokenizer: Any) -> list[np.ndarray]:
+        """Tokenises every row, and gathers column names and the hash of the content on the way."""
+        encoded, names, digest = [], {}, hashlib.sha256()
+        for index in range(num_rows):
+            row = self._row(index)
+            try:
+                ids = encode_prompt(self._format.prompt(row), tokenizer)
+            except Exception as error:  # the tokenizer's and the template's own errors do not know the row
+                raise ValueError(f"row {index}: {error}") from error
+            encoded.append(np.asarray(ids, np.int32))
+            names.update(dict.fromkeys(row))
+            digest.update(_stable_text(row).encode("utf-8", "surrogatepass"))
+        names.pop(self._format.consumed_column, None)
+        self.column_names = tuple(names)
+        self._content = digest.hexdigest()[:16]
+        clashing = [name for name in _REWARD_ARGUMENTS if name in names]
+        if clashing:
+            raise ValueError(f"the column {clashing[0]!r} clashes with an argument of reward functions; rename it")
+        return encoded
+
+    def _row(self, index: int) -> Row:
+        row = self._source[index]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {index} is a {type(row).__name__}, not a mapping of columns: {row!r:.200}")
+        return row
+
+    def batch(
+        self, items: Sequence[int] | np.ndarray, *, epoch: int = 0, valid: np.ndarray | None = None
+    ) -> PromptBatch:
+        """Returns the prompts numbered `items` (0 to `len(self) - 1`).
+
+        Args:
+            items: Numbers of prompts; repeats are allowed.
+            epoch: Copied to the batch.
+            valid: [P] bool, all True where None.
+        """
+        numbers = np.asarray(items, np.int64)
+        tokens = np.full((len(numbers), self.max_prompt_length), self._pad, np.int32)  # [P, Tp]
+        for slot, item in enumerate(numbers):
+            start, length = self._starts[item], self._lengths[item]
+            tokens[slot, :length] = self._tokens[start : start + length]
+        indices = self._rows[numbers]
+        rows = [self._row(int(index)) for index in indices]
+        return PromptBatch(
+            tokens=tokens,
+            lengths=self._lengths[numbers],
+            prompts=[self._format.prompt(row) for row in rows],
+            columns={name: [row.get(name) for row in rows] for name in self.column_names},
+            indices=indices,
+            valid=np.ones(len(numbers), bool) if valid is None else valid,
+            epoch=epoch,
+        )
+
+
+def _overlong_message(lengths: np.ndarray, limit: int) -> str:
+    overlong = np.flatnonzero(lengths > limit)
+    row = overlong[0]
+    advice = "raise max_prompt_length" + (" or set overlong='drop'" if len(overlong) < len(lengths) else "")
+    return (
+        f"row {row}: the prompt has {lengths[row]} tokens, more than max_prompt_length={limit} "
+        f"({len(overlong)} of {len(lengths)} prompts are too long, the longest has {lengths.max()}); {advice}"
+    )
+
+
+def _stable_text(value: Any) -> str:
+    """Writes a value the same way in every process: no addresses, no set order."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_stable_text(name)}:{_stable_text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_stable_text, value)) + "]"
+    if isinstance(value, set | frozenset):
+        return "{" + ",".join(sorted(map(_stable_text, value))) + "}"
+    if isinstance(value, np.ndarray):
+        return _stable_text(value.tolist())
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)

@@ -132,8 +132,9 @@ def _read_slice(source: TensorSource, leaf: Leaf, index: Index) -> np.ndarray:
 
 
 def _check_tied(source: TensorSource, embed: str, head: str, *, where: str, rows: int = 4096) -> None:
-    for start in range(0, source.shapes[embed][0], rows):
-        part = (slice(start, start + rows), slice(None))
+    total = source.shapes[embed][0]
+    for start in range(0, total, rows):
+        part = (slice(start, min(start + rows, total)), slice(None))
         if not np.array_equal(source.read(embed, part), source.read(head, part)):
             raise ValueError(
                 f"{where}: {head} differs from {embed}, though tie_word_embeddings says that they are one; "

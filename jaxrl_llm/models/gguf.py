@@ -71,25 +71,17 @@ class GGUFSource:
         reader = open_gguf(path)
         self.path = path
         self.metadata: Metadata = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if not name.startswith("tokenizer.")
+            name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")
         }
         if self.metadata.get("split.count", 1) > 1:
-            raise ValueError(
-                f"{path} is one of {self.metadata['split.count']} parts; merge them (llama-gguf-split)"
-            )
+            raise ValueError(f"{path} is one of {self.metadata['split.count']} parts; merge them (llama-gguf-split)")
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.shapes = {
-            name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()
-        }
+        self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         for kind, (name, tensor) in {t.tensor_type: (name, t) for name, t in self._tensors.items()}.items():
             try:
                 dequantize(tensor.data[:1], kind)
             except NotImplementedError as error:
-                raise ValueError(
-                    f"{path}: quantisation {kind.name} (of {name!r}) is not supported by gguf"
-                ) from error
+                raise ValueError(f"{path}: quantisation {kind.name} (of {name!r}) is not supported by gguf") from error
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """The slice ``index`` of a tensor in float32; only its rows are dequantised."""
@@ -126,18 +118,14 @@ class GGUFSource:
         architecture = self.metadata.get("general.architecture")
         if architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
-            raise ValueError(
-                f"{self.path}: GGUF architecture {architecture!r} is not supported; known: {known}"
-            )
+            raise ValueError(f"{self.path}: GGUF architecture {architecture!r} is not supported; known: {known}")
         if self._get("expert_count", 0):
             count = self._get("expert_count")
             raise ValueError(f"{self.path}: mixtures of experts (expert_count={count}) are not supported")
         heads, width = self._get("attention.head_count"), self._get("embedding_length")
         head_dim = self._get("attention.key_length", width // heads)
         if self._get("attention.value_length", head_dim) != head_dim:
-            raise ValueError(
-                f"{self.path}: keys of size {head_dim} and values of another size are not supported"
-            )
+            raise ValueError(f"{self.path}: keys of size {head_dim} and values of another size are not supported")
         window = self._get("attention.sliding_window", 0) or None
         bias = "blk.0.attn_q.bias" in self.shapes
         config: dict[str, Any] = {
@@ -207,9 +195,7 @@ class GGUFSource:
         factor = float(stored.max())
         for length in _LLAMA3_CONTEXTS:
             rope = RopeConfig(theta, "llama3", factor, length, low_freq_factor=1.0, high_freq_factor=4.0)
-            if stored.shape == plain.shape and np.allclose(
-                plain / frequencies(rope, head_dim)[0], stored, rtol=1e-4
-            ):
+            if stored.shape == plain.shape and np.allclose(plain / frequencies(rope, head_dim)[0], stored, rtol=1e-4):
                 return {
                     "rope_type": "llama3",
                     "factor": factor,
@@ -217,9 +203,7 @@ class GGUFSource:
                     "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0,
                 }
-        raise ValueError(
-            f"{self.path}: rope_freqs.weight is no Llama 3 scaling with factors 1 and 4: {stored}"
-        )
+        raise ValueError(f"{self.path}: rope_freqs.weight is no Llama 3 scaling with factors 1 and 4: {stored}")
 
 
 def special_ids(reader: GGUFReader) -> dict[str, Any]:

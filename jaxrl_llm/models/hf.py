@@ -64,9 +64,7 @@ class SafetensorsSource:
             self._open(folder / shard)
         for tensor, shard in placed.items():
             if tensor not in self.shapes:
-                raise ValueError(
-                    f"{folder / shard} has no tensor {tensor!r}, where {WEIGHTS_INDEX} places it"
-                )
+                raise ValueError(f"{folder / shard} has no tensor {tensor!r}, where {WEIGHTS_INDEX} places it")
 
     def _open(self, path: Path) -> None:
         if not path.exists():
@@ -164,9 +162,7 @@ def write_weights(
     gathered: dict[str, np.ndarray] = {}
     for number, shard in enumerate(plan, start=1):
         needed = {leaf.path for leaf, _ in shard}
-        gathered = {
-            path: gathered[path] if path in gathered else _gather(arrays[path]) for path in sorted(needed)
-        }
+        gathered = {path: gathered[path] if path in gathered else _gather(arrays[path]) for path in sorted(needed)}
         if folder is None:
             continue
         name = WEIGHTS if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"

@@ -30,13 +30,9 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str 
         raise ValueError(f"{path} is a file, but neither a model folder nor a .gguf file")
     text = os.fspath(name)
     if not _HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".json")):
-        raise ValueError(
-            f"{text} does not exist; give a folder, a .gguf file, or a hub id such as 'Qwen/Qwen3-0.6B'"
-        )
+        raise ValueError(f"{text} does not exist; give a folder, a .gguf file, or a hub id such as 'Qwen/Qwen3-0.6B'")
     if Path(text.split("/")[0]).is_dir():
-        raise ValueError(
-            f"{text} does not exist, but the folder {text.split('/')[0]!r} does: a misspelt local path?"
-        )
+        raise ValueError(f"{text} does not exist, but the folder {text.split('/')[0]!r} does: a misspelt local path?")
     return _download(text, weights=weights, revision=revision)
 
 

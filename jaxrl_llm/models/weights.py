@@ -142,25 +142,19 @@ def _check_tied(source: TensorSource, embed: str, head: str, *, where: str, rows
             )
 
 
-def _check(
-    wanted: Sequence[Leaf], shapes: Mapping[str, tuple[int, ...]], *, tied: bool, head: str, where: str
-) -> None:
+def _check(wanted: Sequence[Leaf], shapes: Mapping[str, tuple[int, ...]], *, tied: bool, head: str, where: str) -> None:
     expected = {tensor: leaf.tensor_shape for leaf in wanted for tensor in leaf.tensors}
     missing = [name for name in expected if name not in shapes]
     # A tied checkpoint may carry its head nonetheless: the embedding a second time.
     unexpected = [
-        name
-        for name in shapes
-        if name not in expected and not HARMLESS.search(name) and not (tied and name == head)
+        name for name in shapes if name not in expected and not HARMLESS.search(name) and not (tied and name == head)
     ]
     wrong = [
         f"{name} has shape {list(shapes[name])}, the configuration says {list(shape)}"
         for name, shape in expected.items()
         if name in shapes and tuple(shapes[name]) != shape
     ]
-    problems = list(
-        _lists(("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong))
-    )
+    problems = list(_lists(("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong)))
     if problems:
         hint = "; is it tied to the embedding (tie_word_embeddings)?" if missing == [head] else ""
         raise ValueError(f"{where} does not fit its configuration: {'; '.join(problems)}{hint}")

@@ -50,9 +50,7 @@ def checkpoint(
 ) -> Callable[..., Path]:
     """Makes a Hugging Face folder of a golden case, its configuration or tensors changed at will."""
 
-    def make(
-        case: str, *, config: dict[str, Any] | None = None, tensors: dict[str, np.ndarray] | None = None
-    ) -> Path:
+    def make(case: str, *, config: dict[str, Any] | None = None, tensors: dict[str, np.ndarray] | None = None) -> Path:
         folder = tmp_path / f"{case}_checkpoint"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps({**golden_config(case), **(config or {})}))

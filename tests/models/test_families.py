@@ -57,9 +57,7 @@ def test_logits_equal_pytorch(case, checkpoint, golden_module):
         # t predicts token t + 1, and the file may hold fewer positions than the completion has.
         before = torch[-own - 1 : -1]
         ours = shared[prompt, sample, own - len(before) : own]
-        np.testing.assert_allclose(
-            ours, before, atol=TOLERANCE, rtol=0, err_msg=f"shared prompt, sequence {number}"
-        )
+        np.testing.assert_allclose(ours, before, atol=TOLERANCE, rtol=0, err_msg=f"shared prompt, sequence {number}")
 
 
 def test_every_case_has_a_golden_file(golden_module):
@@ -107,9 +105,7 @@ def test_config_survives_both_spellings(case, golden_config):
     family = family_for(config)
     exported = {"model_type": family.model_type, **family.write_config(config)}
     assert family_of(exported).read_config(exported) == config
-    without_new = {
-        key: value for key, value in exported.items() if key not in ("rope_parameters", "layer_types")
-    }
+    without_new = {key: value for key, value in exported.items() if key not in ("rope_parameters", "layer_types")}
     assert family_of(without_new).read_config(without_new) == config
 
 

@@ -105,9 +105,7 @@ def test_k_quants(kind, tmp_path):
     assert source.shapes["blk.0.ffn_up.weight"] == up.shape == (8, 2 * block)
     np.testing.assert_array_equal(up, gguf.quants.dequantize(data, kind))
     assert np.isfinite(up).all() and up.std() > 0
-    np.testing.assert_array_equal(
-        source.read("blk.0.ffn_up.weight", (slice(2, 5), slice(7, 300))), up[2:5, 7:300]
-    )
+    np.testing.assert_array_equal(source.read("blk.0.ffn_up.weight", (slice(2, 5), slice(7, 300))), up[2:5, 7:300])
     query = source.read("blk.0.attn_q.weight", whole)
     np.testing.assert_array_equal(query, up[[0, 2, 1, 3, 4, 6, 5, 7]])  # two heads of four rows
     np.testing.assert_array_equal(source.read("blk.0.attn_q.weight", (slice(1, 6), whole[1])), query[1:6])
@@ -135,9 +133,7 @@ def test_llama3_scaling_is_read_from_its_table(factor, length, write):
         writer.add_tensor("rope_freqs.weight", table.astype(np.float32))
 
     config = load_config(write("llama", config={"rope_parameters": {"rope_theta": theta}}, extra=extra))
-    np.testing.assert_allclose(
-        frequencies(config.rope, head_dim)[0], frequencies(rope, head_dim)[0], rtol=1e-6
-    )
+    np.testing.assert_allclose(frequencies(config.rope, head_dim)[0], frequencies(rope, head_dim)[0], rtol=1e-6)
     assert config.rope.scaling == "llama3" and config.rope.factor == factor
 
 

@@ -343,9 +343,7 @@ def test_failed_export_leaves_the_old_folder_and_no_litter(checkpoint, tmp_path)
             raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        save_pretrained(
-            folder, transformer, jax.tree.map(jnp.zeros_like, params), tokenizer=Broken(), overwrite=True
-        )
+        save_pretrained(folder, transformer, jax.tree.map(jnp.zeros_like, params), tokenizer=Broken(), overwrite=True)
     assert_equal(from_pretrained(folder)[1], params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "llama_checkpoint"]
 

@@ -32,9 +32,7 @@ def byte_level_vocab() -> list[str]:
     return SPECIAL + DEFINED + sorted(pre_tokenizers.ByteLevel.alphabet()) + merged + whole
 
 
-def write_tokenizer(
-    path, *, model="gpt2", pre="smollm", tokens=None, template=CHATML, extra=lambda writer: None
-):
+def write_tokenizer(path, *, model="gpt2", pre="smollm", tokens=None, template=CHATML, extra=lambda writer: None):
     tokens = tokens or byte_level_vocab()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
@@ -122,9 +120,7 @@ def test_beginning_of_sequence_is_added_where_the_file_says(pre, stated, adds, t
             writer.add_add_bos_token(stated)
 
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t.gguf", pre=pre, extra=extra))
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi")) == (["<|im_start|>"] if adds else []) + [
-        "hi"
-    ]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi")) == (["<|im_start|>"] if adds else []) + ["hi"]
     assert pieces(tokenizer, "hi") == ["hi"]
 
 
@@ -141,17 +137,13 @@ def test_sentencepiece(tmp_path):
         writer.add_eos_token_id(2)
         writer.add_unk_token_id(0)
 
-    path = write_tokenizer(
-        tmp_path / "t.gguf", model="llama", pre="default", tokens=tokens, template=None, extra=extra
-    )
+    path = write_tokenizer(tmp_path / "t.gguf", model="llama", pre="default", tokens=tokens, template=None, extra=extra)
     tokenizer = load_tokenizer(path)
     assert pieces(tokenizer, "ab") == ["▁ab"]
     assert pieces(tokenizer, "abc") == ["▁ab", "c"]  # "ab" is merged first, then "▁ab" before "abc"
     assert pieces(tokenizer, "bc") == ["▁", "bc"]
     assert pieces(tokenizer, "aé") == ["▁a", "<0xC3>", "<0xA9>"]
-    assert (
-        tokenizer.convert_ids_to_tokens(tokenizer.encode("a</s>"))[0] == "<s>"
-    )  # the default of these files
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a</s>"))[0] == "<s>"  # the default of these files
     assert tokenizer.decode(tokenizer.encode("ab é abc", add_special_tokens=False)) == "ab é abc"
     assert tokenizer.chat_template is None
     assert stop_token_ids(tokenizer) == (2,)

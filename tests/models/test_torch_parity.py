@@ -21,17 +21,13 @@ from jaxrl_llm.models.pretrained import from_pretrained, load_config, save_pretr
 from jaxrl_llm.models.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Transformer
 
-torch = pytest.importorskip(
-    "torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'"
-)
+torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
 
 CASES = sorted(path.stem for path in Path(__file__).with_name("golden").glob("*.npz"))
 TOLERANCE = 1e-4
 
 # transformers and torch warn of their own deprecations; ours stay errors in every other file
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 def padded_logits(model, rows):
@@ -56,16 +52,12 @@ def test_both_directions(case, golden_module, tmp_path):
         tokens[number, : len(row)] = row
     ours = np.asarray(jax.jit(transformer.logits)(params, tokens))
     for number, row in enumerate(rows):
-        np.testing.assert_allclose(
-            ours[number, : len(row)], expected[number, : len(row)], atol=TOLERANCE, rtol=0
-        )
+        np.testing.assert_allclose(ours[number, : len(row)], expected[number, : len(row)], atol=TOLERANCE, rtol=0)
 
     from transformers import AutoModelForCausalLM
 
     folder = save_pretrained(tmp_path / "ours", transformer, params)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     state, original = loaded.state_dict(), model.state_dict()
     assert state.keys() == original.keys()
     assert all(torch.equal(state[name], value) for name, value in original.items())
@@ -151,9 +143,7 @@ def test_real_model_from_gguf(tmp_path):
         path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
     ).eval()
     theirs, ours = AutoTokenizer.from_pretrained(path.parent, **options), load_tokenizer(path)
-    messages = [
-        {"role": "user", "content": "Natalia sold 48 clips to 3 friends. How many is that each? It's $16."}
-    ]
+    messages = [{"role": "user", "content": "Natalia sold 48 clips to 3 friends. How many is that each? It's $16."}]
     text = ours.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = ours.encode(text, add_special_tokens=False)

@@ -26,9 +26,7 @@ def family_of(config: Json) -> Family:
                 raise ValueError(f"architectures={architectures} is not supported: {family.architecture} is")
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise ValueError(
-        f"model_type {model_type!r} (architectures={architectures}) is not supported; known: {known}"
-    )
+    raise ValueError(f"model_type {model_type!r} (architectures={architectures}) is not supported; known: {known}")
 
 
 def family_for(config: ModelConfig) -> Family:

@@ -88,9 +88,7 @@ def read_decoder(config: Json) -> dict[str, Any]:
     heads, width = require(config, "num_attention_heads"), require(config, "hidden_size")
     head_dim = config.get("head_dim")
     if head_dim is None and width % heads:
-        raise ValueError(
-            f"hidden_size={width} is no multiple of num_attention_heads={heads}, and head_dim is not set"
-        )
+        raise ValueError(f"hidden_size={width} is no multiple of num_attention_heads={heads}, and head_dim is not set")
     return {
         "vocab_size": require(config, "vocab_size"),
         "embed_dim": width,

@@ -27,15 +27,11 @@ def read_windows(config: Json) -> tuple[int | None, ...] | None:
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown or len(kinds) != layers:
-        raise ValueError(
-            f"layer_types has {len(kinds)} entries for {layers} layers; not implemented: {unknown}"
-        )
+        raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers; not implemented: {unknown}")
     if "sliding_attention" not in kinds:
         return None
     if window is None:
-        raise ValueError(
-            "layer_types asks for sliding_attention, but use_sliding_window and sliding_window do not"
-        )
+        raise ValueError("layer_types asks for sliding_attention, but use_sliding_window and sliding_window do not")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 

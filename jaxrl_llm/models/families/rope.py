@@ -36,9 +36,7 @@ def read_rope(config: Json) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta=theta)
     # The order of precedence is that of transformers, which lets Phi-style top-level entries win.
-    original = config.get("original_max_position_embeddings") or entries.get(
-        "original_max_position_embeddings"
-    )
+    original = config.get("original_max_position_embeddings") or entries.get("original_max_position_embeddings")
     original = original or require(config, "max_position_embeddings")
     factor = entries.get("factor")
     if factor is None and kind == "yarn":

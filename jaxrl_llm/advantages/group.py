@@ -1,0 +1,133 @@
+"""Advantages of a sample relative to the other samples of its prompt: GRPO, Dr. GRPO, RLOO, LitePPO."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxrl_llm.masking import (
+    fill_masked,
+    group_first,
+    group_total,
+    mask_or_all,
+    masked_var,
+    safe_divide,
+)
+
+AdvantageScale = Literal["group", "batch", "variance", "none"]
+AdvantageBaseline = Literal["mean", "leave_one_out"]
+
+
+def group_advantages(
+    rewards: ArrayLike,
+    *,
+    scale: AdvantageScale = "group",
+    baseline: AdvantageBaseline = "mean",
+    ddof: int = 1,
+    eps: float = 1e-4,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+) -> Array:
+    """Rewards minus their group's baseline, divided by a scale.
+
+        A = (R − baseline) / (scale + eps)
+
+    The scale is
+
+    - "group": the group's standard deviation (GRPO, Shao et al. 2024, 2402.03300);
+    - "batch": the standard deviation of all valid rewards (LitePPO, Liu et al. 2025, 2508.08221);
+    - "variance": the group's variance, in place of its root (a reading of GRPO in secondary literature);
+    - "none": no division (Dr. GRPO, Liu et al. 2025, 2503.20783).
+
+    The baseline is the "mean" of the group, the sample itself included, or "leave_one_out", the mean of
+    its other samples (RLOO, Ahmadian et al. 2024, 2402.14740), which makes A larger by G / (G − 1).
+
+    A group whose valid rewards are all equal, by an exact comparison, has advantages of exactly 0: its
+    mean may be off by a rounding error, which the division by eps would blow up.
+
+    Args:
+        rewards: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
+        scale: What the centred rewards are divided by.
+        baseline: What is subtracted.
+        ddof: 1 for the unbiased deviation (TRL, verl), 0 for the population's.
+        eps: Added to the divisor, outside the root.
+        mask: Bool, of the shape of `rewards`: False for samples that could not be scored. They have
+            advantage 0 and no part in any statistic; their reward may be NaN.
+        group_ids: Labels of the shape of `rewards`, in any order; equal labels form a group.
+
+    Returns:
+        The shape of `rewards`, float32. A NaN among the valid rewards stays visible as NaN.
+
+    Raises:
+        ValueError: On shapes that do not fit or an unknown option.
+    """
+    if scale not in get_args(AdvantageScale):
+        raise ValueError(f"unknown scale {scale!r}: choose one of {', '.join(get_args(AdvantageScale))}")
+    if baseline not in get_args(AdvantageBaseline):
+        raise ValueError(f"unknown baseline {baseline!r}: choose one of {', '.join(get_args(AdvantageBaseline))}")
+    mask = mask_or_all(mask, rewards=rewards)
+    rewards = fill_masked(rewards, mask)
+    group = _group_statistics(rewards, mask, group_ids)
+
+    if baseline == "mean":
+        centred = rewards - group.mean
+    else:
+        others = group.count - 1
+        centred = rewards - safe_divide(group.mean * group.count - rewards, others)
+    if scale == "none":
+        divisor = jnp.ones(())
+    elif scale == "variance":
+        divisor = group.variance(ddof) + eps
+    else:
+        variance = group.variance(ddof) if scale == "group" else masked_var(rewards, mask, ddof=ddof)
+        divisor = _safe_sqrt(variance) + eps
+    return jnp.where(mask & ~group.is_constant, safe_divide(centred, divisor), 0.0)
+
+
+def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_ids: ArrayLike | None = None) -> Array:
+    """Marks the groups that teach nothing: no two valid rewards differ, by an exact comparison.
+
+    A group with one valid sample, or none, is such a group.
+
+    Args:
+        rewards: `[..., G]`, or any shape with `group_ids`.
+        mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
+        group_ids: Labels of the shape of `rewards`.
+
+    Returns:
+        Bool: `[...]`, one for each group; with `group_ids`, for each sample that of its group.
+    """
+    mask = mask_or_all(mask, rewards=rewards)
+    is_constant = _group_statistics(fill_masked(rewards, mask), mask, group_ids).is_constant
+    return is_constant[..., 0] if group_ids is None else is_constant
+
+
+class _GroupStatistics(NamedTuple):
+    """Statistics of each sample's group, of the shape of the rewards."""
+
+    count: Array
+    mean: Array
+    sum_of_squares: Array
+    is_constant: Array
+
+    def variance(self, ddof: int) -> Array:
+        return safe_divide(self.sum_of_squares, jnp.maximum(self.count - ddof, 0))
+
+
+def _group_statistics(rewards: Array, mask: Array, group_ids: ArrayLike | None) -> _GroupStatistics:
+    count = group_total(mask, mask, group_ids)
+    mean = safe_divide(group_total(rewards, mask, group_ids), count)
+    sum_of_squares = group_total((rewards - mean) ** 2, mask, group_ids)
+    # Not highest == lowest: a NaN differs from itself and so keeps its group from passing for a constant one.
+    first_reward = group_total(rewards, group_first(mask, group_ids), group_ids)
+    is_constant = group_total(rewards != first_reward, mask, group_ids) == 0
+    return _GroupStatistics(count, mean, sum_of_squares, is_constant)
+
+
+def _safe_sqrt(x: Array) -> Array:
+    """√x with gradient 0 at x = 0, where the true one is infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)

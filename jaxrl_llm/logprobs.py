@@ -30,7 +30,7 @@ class TokenScores(NamedTuple):
 
 
 def scores_from_logits(logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> TokenScores:
-    """log p(x) = z_x/τ − logΣ exp(z/τ) and H = logΣ exp(z/τ) − Σ p·z/τ.
+    """Log p(x) = z_x/τ − logΣ exp(z/τ) and H = logΣ exp(z/τ) − Σ p·z/τ.
 
     Args:
         logits: ``[..., T, V]``; entry t scores ``tokens[..., t]`` (already aligned). −∞ marks an impossible token.
@@ -88,7 +88,7 @@ def token_scores(
 
 
 class _Slices(NamedTuple):
-    """How the vocabulary is cut: slice j holds the entries j, j + count, j + 2·count, …
+    """How the vocabulary is cut: slice j holds the entries j, j + count, j + 2·count and so on.
 
     Strided slices keep a vocabulary that is sharded over devices sharded within each slice.
     """

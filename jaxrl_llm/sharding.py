@@ -57,7 +57,9 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis in ("context", "expert"):
             if sizes[axis] != 1:
-                raise ValueError(f"mesh.{axis}={sizes[axis]}: the {axis} axis is not implemented yet; set mesh.{axis}=1")
+                raise ValueError(
+                    f"mesh.{axis}={sizes[axis]}: the {axis} axis is not implemented yet; set mesh.{axis}=1"
+                )
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
             raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {sizes}")
@@ -136,3 +138,33 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def gather_for_sampling(params: Any, axes: Any, dtype: Any) -> Any:
+    """Parameters in `dtype`, still split over `tensor` but no longer over `fsdp`: what a decoding loop wants."""
+
+    def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
+        return constrain(leaf.astype(dtype), *(None if name == "embed" else name for name in names))
+
+    return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any, shardings: Any) -> Any:
+    """Shardings of a training state: the optimizer's copies of a parameter lie where the parameter does.
+
+    Args:
+        mesh: the device mesh.
+        abstract_state: record with `params` and `opt_state`, of shapes.
+        shardings: tree of the parameters' shardings.
+    """
+    structure = jax.tree.structure(shardings)
+    whole = replicated(mesh)
+
+    def is_like_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    opt_state = jax.tree.map(
+        lambda node: shardings if is_like_params(node) else whole, abstract_state.opt_state, is_leaf=is_like_params
+    )
+    everything = jax.tree.map(lambda _: whole, abstract_state)
+    return everything.replace(params=shardings, opt_state=opt_state)

@@ -107,15 +107,11 @@ class ModelConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"ModelConfig.{field} must be positive, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
-            raise ValueError(
-                f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers"
-            )
+            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
         for field, options in (("activation", Activation), ("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")

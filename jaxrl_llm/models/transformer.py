@@ -98,8 +98,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, KeyValue]:
         """Maps ``[..., D]`` to ``[..., D]``, and returns the keys and values ``[..., K, H]`` it made."""
         query, key, value = (
-            projection(x).reshape(*x.shape[:-1], -1, self.head_dim)
-            for projection in (self.query, self.key, self.value)
+            projection(x).reshape(*x.shape[:-1], -1, self.head_dim) for projection in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -206,7 +205,9 @@ class Transformer:
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:
         """The last norm, after the layers."""
-        return nnx.merge(nnx.split(nnx.eval_shape(lambda: RMSNorm(x.shape[-1], self.config)))[0], params["final_norm"])(x)
+        return nnx.merge(nnx.split(nnx.eval_shape(lambda: RMSNorm(x.shape[-1], self.config)))[0], params["final_norm"])(
+            x
+        )
 
     def windows(self) -> jax.Array | None:
         """Attention window of each layer, ``[L]`` int32, or ``None`` where no layer has one."""
@@ -257,9 +258,7 @@ class Transformer:
 
     # ---------------------------------------------------------------- forward passes
 
-    def causal(
-        self, params: Params, tokens: jax.Array, *, collect: bool = False
-    ) -> tuple[jax.Array, KeyValue | None]:
+    def causal(self, params: Params, tokens: jax.Array, *, collect: bool = False) -> tuple[jax.Array, KeyValue | None]:
         """Plain causal pass over right-padded rows.
 
         Padding lies after every real token, so that causality alone hides it; its own states are meaningless.
@@ -281,9 +280,7 @@ class Transformer:
         x, memory = self.run_layers(params, self.embed(params, tokens), positions, make_attention, collect=collect)
         return self.norm(params, x), memory
 
-    def hidden(
-        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array
-    ) -> jax.Array:
+    def hidden(self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> jax.Array:
         """States that predict each completion token, each prompt computed once for its G completions.
 
         In every layer prompt tokens attend to the prompt; a completion's tokens attend to the prompt and,

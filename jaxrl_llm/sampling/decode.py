@@ -129,9 +129,7 @@ def sample(
     )
 
 
-def _start(
-    model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig
-) -> _Loop:
+def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig) -> _Loop:
     """The state before the first token."""
     layers, _, _, kv_heads, head_dim = prompts.memory.key.shape
     empty = jnp.zeros((layers, size, slots, config.max_tokens, kv_heads, head_dim), prompts.memory.key.dtype)
@@ -185,18 +183,14 @@ def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle:
         sample=jnp.where(ended & active, following, state.sample),
         begun=begun,
         completion=write(state.completion, drawn.token),
-        lengths=state.lengths.at[rows, state.sample].set(
-            jnp.broadcast_to(state.time + 2, active.shape), mode="drop"
-        ),
+        lengths=state.lengths.at[rows, state.sample].set(jnp.broadcast_to(state.time + 2, active.shape), mode="drop"),
         finished=state.finished.at[rows, state.sample].set(stopped, mode="drop"),
         logprobs=write(state.logprobs, drawn.logprob),
         sampler_logprobs=write(state.sampler_logprobs, drawn.sampler_logprob),
     )
 
 
-def _decode(
-    model: Transformer, params: Params, prompts: _Prompt, state: _Loop
-) -> tuple[jax.Array, KeyValue]:
+def _decode(model: Transformer, params: Params, prompts: _Prompt, state: _Loop) -> tuple[jax.Array, KeyValue]:
     """Runs the tokens drawn last through the layers: states `[P, M, D]`, and the cache with their keys."""
     time = jnp.maximum(state.time, 0)
     size, slots = state.token.shape

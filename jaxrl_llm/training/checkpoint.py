@@ -161,17 +161,13 @@ class Checkpointer:
         leaves = leaves_by_path(abstract_state)
         for path, leaf in leaves.items():
             if getattr(leaf, "sharding", None) is None:
-                raise ValueError(
-                    f"restore needs a sharding for every array of abstract_state; {path} has none"
-                )
+                raise ValueError(f"restore needs a sharding for every array of abstract_state; {path} has none")
         if found := differences(self._manager.item_metadata(step)["state"].tree, leaves):
             raise ValueError(
-                f"step {step} in {self.folder} is a checkpoint of another model or optimizer:\n  "
-                + "\n  ".join(found)
+                f"step {step} in {self.folder} is a checkpoint of another model or optimizer:\n  " + "\n  ".join(found)
             )
         abstract = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for path, leaf in leaves.items()
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in leaves.items()
         }
         restored = self._manager.restore(
             step,

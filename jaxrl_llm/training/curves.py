@@ -71,9 +71,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _series(
-    lines: list[dict[str, Any]], name: str, path: str | os.PathLike[str]
-) -> tuple[list[int], list[float]]:
+def _series(lines: list[dict[str, Any]], name: str, path: str | os.PathLike[str]) -> tuple[list[int], list[float]]:
     points = [(line["step"], line[name]) for line in lines if name in line]
     if not points:
         known = sorted({key for line in lines for key in line} - {"step"})

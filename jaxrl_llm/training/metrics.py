@@ -159,10 +159,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def comparable_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads a `metrics.jsonl` without what differs between equal runs: `step_time` and `perf/…`."""
-    return [
-        {name: value for name, value in line.items() if not is_performance(name)}
-        for line in read_metrics(path)
-    ]
+    return [{name: value for name, value in line.items() if not is_performance(name)} for line in read_metrics(path)]
 
 
 def is_performance(name: str) -> bool:

@@ -250,9 +250,7 @@ class Report:
                 continue
             note = f"step {step}" if name.startswith("eval/") else ""
             trend = Text(sparkline(self._history[name], _TREND_WIDTH), style="cyan")
-            table.add_row(
-                Text(name, style="bold"), Text(short_number(value), justify="right"), trend, Text(note)
-            )
+            table.add_row(Text(name, style="bold"), Text(short_number(value), justify="right"), trend, Text(note))
         if phases:
             table.add_row(Text("seconds", style="bold"), Text(""), Text(" · ".join(phases)))
         if table.row_count:

@@ -46,18 +46,14 @@ class RewardSum:
     def __post_init__(self) -> None:
         if not self.functions:
             raise ValueError("no reward function: give at least one")
-        unnamed = [
-            f for f in self.functions if not (callable(f) and isinstance(getattr(f, "__name__", None), str))
-        ]
+        unnamed = [f for f in self.functions if not (callable(f) and isinstance(getattr(f, "__name__", None), str))]
         if unnamed:
             raise ValueError(
                 f"a reward function must be callable and have a __name__ (for its metric), got {unnamed[0]!r}"
             )
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
-            raise ValueError(
-                f"several reward functions are named {repeated}: give each its own __name__ (or name=)"
-            )
+            raise ValueError(f"several reward functions are named {repeated}: give each its own __name__ (or name=)")
         weights = (1.0,) * len(self.functions) if self.weights is None else self.weights
         if len(weights) != len(self.functions) or not all(math.isfinite(weight) for weight in weights):
             raise ValueError(
@@ -146,9 +142,7 @@ class RewardSum:
         return RewardScores(total=total.astype(np.float32), by_name=by_name)
 
 
-def _rewards_of(
-    function: RewardFunction, arguments: Mapping[str, Any], completions: Sequence[Any]
-) -> np.ndarray:
+def _rewards_of(function: RewardFunction, arguments: Mapping[str, Any], completions: Sequence[Any]) -> np.ndarray:
     """Calls the function and returns its values as float32 [N], NaN for None."""
     name, count = function.__name__, len(completions)
     parameters = inspect.signature(function).parameters
@@ -167,9 +161,7 @@ def _rewards_of(
             f"the reward function {name!r} must return a list of {count} values, got {values!r:.80}"
         ) from None
     if returned != count:
-        raise ValueError(
-            f"the reward function {name!r} must return {count} values, one a sample, got {returned}"
-        )
+        raise ValueError(f"the reward function {name!r} must return {count} values, one a sample, got {returned}")
     return np.asarray(
         [_number(value, name, index, completions[index]) for index, value in enumerate(values)], np.float32
     )

@@ -1,0 +1,161 @@
+"""GRPO from nothing: a character-level model learns to add, on a laptop, without network or checkpoint.
+
+    python experiments/grpo_arithmetic.py
+
+A small transformer is first fine-tuned on a few hundred solved sums, until it gets some of the rest right. Then
+GRPO with a verifiable reward (the sum is right or it is not) takes over: no more solutions are shown.
+
+Hardware: two CPU cores; also one GPU or TPU. Time: under three minutes, compilation included.
+Expected: accuracy on held-out problems from about 40 % to over 90 %.
+Any setting is a flag: --algorithm.clip-high=0.28 --training.steps=300 --seed=1; see --help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.supervised import Demonstrations, make_supervised_step
+from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start
+from jaxrl_llm.config import DataConfig, Experiment
+from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
+
+Row = dict[str, str]
+
+
+def exact_answer(prompts: list[Any], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """1 if the completion is the sum and nothing else, else 0."""
+    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """Supervised fine-tuning before reinforcement learning."""
+
+    demonstrations: int = 1500
+    """Solved problems that are shown."""
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Demonstrations per step."""
+    learning_rate: float = 2e-3
+    """Peak of a cosine schedule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArithmeticExperiment(Experiment):
+    """An `Experiment` on generated sums with a model made here."""
+
+    largest: int = 99
+    """Largest summand."""
+    held_out: int = 500
+    """Problems kept for evaluation."""
+    warm_start: WarmStart = WarmStart()
+    """Supervised fine-tuning before reinforcement learning."""
+
+
+CONFIG = ArithmeticExperiment(
+    name="grpo_arithmetic",
+    rewards=(exact_answer,),
+    algorithm=PolicyGradient(),
+    data=DataConfig(max_prompt_length=6),
+    sampling=SamplingConfig(max_tokens=4),
+    training=TrainingConfig(
+        steps=200, prompts_per_step=64, samples_per_prompt=8, checkpoint_every=100, samples_every=50
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
+    evaluation=EvaluationConfig(every=25, max_prompts=500),
+)
+
+
+def problems(config: ArithmeticExperiment) -> tuple[list[Row], list[Row]]:
+    """All sums in random order: those to train on, and those held out."""
+    numbers = range(config.largest + 1)
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in numbers for b in numbers]
+    random.Random(config.seed).shuffle(rows)
+    return rows[config.held_out :], rows[: config.held_out]
+
+
+def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
+    """A new model, fine-tuned on the first training problems."""
+    model = Transformer(
+        ModelConfig(
+            vocab_size=len(tokenizer),
+            embed_dim=128,
+            mlp_dim=384,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=32,
+            max_position_embeddings=64,
+            tie_embeddings=True,
+            remat="none",
+        )
+    )
+    settings = config.warm_start
+    optimizer_config = OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=20)
+    optimizer = make_optimizer(optimizer_config, make_schedule(optimizer_config, settings.steps))
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    with jax.set_mesh(mesh):
+        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
+        state = jax.jit(lambda p: make_train_state(p, optimizer, config.seed))(params)
+        step = jax.jit(make_supervised_step(model, optimizer), donate_argnums=0)
+        shown = demonstrations(problems(config)[0][: settings.demonstrations], tokenizer, config)
+        order = np.random.default_rng(config.seed)
+        for _ in range(settings.steps):
+            rows = order.integers(len(shown.prompt), size=settings.batch_size)
+            state, metrics = step(state, jax.tree.map(lambda x: x[rows], shown))  # noqa: B023 - used at once
+        print(f"warm start: {settings.steps} steps on {len(shown.prompt)} sums, nll {float(metrics['nll']):.3f}")
+    return Policy(model, state.params, tokenizer, (tokenizer.eos_token_id,))
+
+
+def demonstrations(rows: list[Row], tokenizer: CharTokenizer, config: ArithmeticExperiment) -> Demonstrations:
+    """Problems and their solutions as padded arrays."""
+
+    def pad(texts: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.array([len(ids) for ids in texts], np.int32)
+        return np.array([ids + [0] * (width - len(ids)) for ids in texts], np.int32), lengths
+
+    prompt, prompt_lengths = pad([tokenizer.encode(row["prompt"]) for row in rows], config.data.max_prompt_length)
+    answers = [[*tokenizer.encode(row["answer"]), tokenizer.eos_token_id] for row in rows]
+    completion, lengths = pad(answers, config.sampling.max_tokens)
+    mask = np.arange(completion.shape[1]) < lengths[:, None]
+    return Demonstrations(prompt, prompt_lengths, completion[:, None], mask[:, None])
+
+
+def main(args: list[str] | None = None) -> TrainingResult:
+    """Runs the experiment."""
+    config = start(parse(CONFIG, args, description=__doc__ or ""))
+    began = time.perf_counter()
+    with plain_errors():
+        mesh = make_mesh(config.mesh)
+        policy = warm_start(config, CharTokenizer("0123456789+="), mesh)
+        train_rows, eval_rows = problems(config)
+        trainer = make_trainer(config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows)
+    result = trainer.run()
+    next_steps = (
+        "harder sums:        python experiments/grpo_arithmetic.py --largest=199 --training.steps=500",
+        "another objective:  python experiments/grpo_arithmetic.py --algorithm.clip-high=0.28 "
+        "--algorithm.aggregation=token-mean",
+        "a language model:   python experiments/grpo_gsm8k.py --model.path=<checkpoint> --data.train=<gsm8k.jsonl>",
+    )
+    finish(config, policy, result, seconds=time.perf_counter() - began, next_steps=next_steps)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""One optimizer step: a gradient over micro-batches, and what the optimizer makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_llm.masking import Mean, Metrics
+from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.sharding import constrain
+
+Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
+"""(parameters, rows, normalizer) → the rows' part of the loss, and its metrics."""
+Carry = tuple[Params, optax.OptState]
+
+
+def make_gradient_step(
+    loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int
+) -> Callable[[Carry, Any, jax.Array], tuple[Carry, Metrics]]:
+    """The function `((params, opt_state), rows, normalizer) -> ((params, opt_state), metrics)`.
+
+    With the denominator of all rows given to every micro-batch, losses and gradients of the micro-batches add
+    up to those of the whole. Gradients, moments and the update are float32 whatever parameters are stored in.
+    """
+
+    def gradient_of(params: Params, rows: Any, normalizer: jax.Array) -> tuple[Params, jax.Array, Metrics]:
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows, normalizer)
+        return widen(gradient), value, metrics
+
+    def accumulated(params: Params, rows: Any, normalizer: jax.Array) -> tuple[Params, jax.Array, Metrics]:
+        def micro_step(total: Params, part: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
+            gradient, value, metrics = gradient_of(params, part, normalizer)
+            return jax.tree.map(jnp.add, total, gradient), (value, metrics)
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+        gradient, (values, stacked) = jax.lax.scan(micro_step, zeros, deal(rows, micro_batches))
+        return gradient, jnp.sum(values), {name: record.reduce() for name, record in stacked.items()}
+
+    def gradient_step(carry: Carry, rows: Any, normalizer: jax.Array) -> tuple[Carry, Metrics]:
+        params, opt_state = carry
+        if micro_batches == 1:
+            gradient, value, metrics = gradient_of(params, spread(rows), normalizer)
+        else:
+            gradient, value, metrics = accumulated(params, rows, normalizer)
+        wide = widen(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, wide)
+        params = jax.tree.map(lambda old, new: new.astype(old.dtype), params, optax.apply_updates(wide, updates))
+        metrics = metrics | {"loss": Mean.of(value), "grad_norm": Mean.of(optax.global_norm(gradient))}
+        return (params, opt_state), metrics
+
+    return gradient_step
+
+
+def spread(rows: Any) -> Any:
+    """Splits rows `[R, …]` over the mesh."""
+    return jax.tree.map(lambda x: constrain(x, "rows", *(None,) * (x.ndim - 1)), rows)
+
+
+def deal(rows: Any, parts: int) -> Any:
+    """`[R, …]` → `[parts, R/parts, …]`, row i to part i mod `parts`, so that each part spans all devices."""
+
+    def one(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+        return constrain(x, None, "rows", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(one, rows)
+
+
+def collect(x: jax.Array) -> jax.Array:
+    """The inverse of `deal`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def widen(tree: Any) -> Any:
+    """Float32 copies of parameters or gradients that are stored in less; the rest as it is."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

@@ -1,0 +1,83 @@
+"""The optimizer: AdamW behind a clipped gradient norm, with a learning-rate schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+ScheduleShape = Literal["constant", "linear", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: ScheduleShape = "constant"
+    """Shape after the warm-up: constant, or falling to 0 at the last step, linearly or as a cosine."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only (not on biases and norms)."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float | None = 1.0
+    """Bound on the gradient's global norm; `None` for none."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        if self.schedule not in get_args(ScheduleShape):
+            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of {get_args(ScheduleShape)}")
+        for field in ("learning_rate", "warmup_steps", "weight_decay"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"optimizer.{field}={getattr(self, field)} must not be negative")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm} must be positive, or None")
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of optimizer steps made.
+
+    Raises:
+        ValueError: the warm-up does not fit into `total_steps`.
+    """
+    rest = total_steps - config.warmup_steps
+    if config.warmup_steps and rest <= 0:
+        raise ValueError(
+            f"optimizer.warmup_steps={config.warmup_steps} leaves nothing of {total_steps} optimizer steps"
+        )
+    peak = config.learning_rate
+    shapes = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(1, rest)),
+    }
+    after = shapes[config.schedule]()
+    if not config.warmup_steps:
+        return after
+    # The first step already moves: step i of the warm-up has the rate (i + 1)/(steps + 1).
+    first = peak / (config.warmup_steps + 1)
+    return optax.join_schedules([optax.linear_schedule(first, peak, config.warmup_steps), after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The gradient transformation of `config`."""
+    adam = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_weights_only
+    )
+    if config.max_grad_norm is None:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
+
+
+def _weights_only(params: Any) -> Any:
+    """Marks what decays: leaves named `weight`; rank does not tell, since stacked biases are matrices, too."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)

@@ -1,0 +1,124 @@
+"""The configuration of an experiment as one frozen record, which is also its command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.update import UpdateConfig
+from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.models.config import DType, Remat
+from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import MeshConfig
+from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.metrics import WandbConfig
+from jaxrl_llm.training.trainer import TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Which checkpoint to train, and in which types."""
+
+    path: str | None = None
+    """Folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B."""
+    dtype: DType = "float32"
+    """Type of activations and matrix products; bfloat16 on TPU and GPU."""
+    param_dtype: DType = "float32"
+    """Type in which parameters are stored."""
+    remat: Remat = "full"
+    """What the backward pass computes again: full needs the least memory, none is the fastest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Prompts to train and to evaluate on."""
+
+    train: str | None = None
+    """File (.jsonl, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
+    eval: str | None = None
+    """The same for held-out prompts; without it nothing is evaluated."""
+    max_prompt_length: int = 256
+    """Tp: tokens of the longest prompt, special tokens included."""
+    overlong: Literal["raise", "drop"] = "raise"
+    """What to do with longer prompts: stop at once, or drop and count them."""
+    max_train_prompts: int | None = None
+    """Use the first prompts only."""
+    format: PromptFormat = PromptFormat()
+    """How a row becomes a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All settings of a run."""
+
+    name: str
+    """Name of the run, and of its folder."""
+    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
+    """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
+    reward_weights: tuple[float, ...] | None = None
+    """Weight of each reward function; all 1 unless given."""
+    algorithm: PolicyGradient = PolicyGradient()
+    """The objective."""
+    model: ModelSource = ModelSource()
+    """The policy."""
+    data: DataConfig = DataConfig()
+    """Prompts."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are sampled."""
+    training: TrainingConfig = TrainingConfig()
+    """Length of the run and size of a step."""
+    update: UpdateConfig = UpdateConfig()
+    """Epochs, minibatches, micro-batches."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When and how to evaluate."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    wandb: Annotated[WandbConfig | None, tyro.conf.AvoidSubcommands] = None
+    """Also log to Weights & Biases."""
+    seed: int = 0
+    """Of parameters, samples and orders."""
+    run_dir: str | None = None
+    """Folder of metrics, checkpoints and the resolved configuration; by default runs/<name>-<time>."""
+    resume: bool = False
+    """Go on from the latest checkpoint in run_dir, if there is one."""
+    distributed: bool = False
+    """Call jax.distributed.initialize first: on every host of a pod."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share, flat and JSON-able; what may change is left out."""
+        free = ("run_dir", "resume", "distributed", "wandb", "name")
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in free}
+        flat = flatten(kept)
+        return {name: value for name, value in flat.items() if not name.startswith(_MAY_CHANGE)}
+
+
+_MAY_CHANGE = (
+    "mesh.",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.samples_every",
+    "evaluation.",
+    "data.eval",
+)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested record as one level of JSON-able values under dotted names; functions by their names."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        flat: dict[str, Any] = {}
+        for name, inner in value.items():
+            flat |= flatten(inner, f"{prefix}{name}.")
+        return flat
+    if isinstance(value, tuple | list):
+        value = [getattr(item, "__name__", item) for item in value]
+    return {prefix[:-1]: json.loads(json.dumps(value, default=str))}

@@ -1,0 +1,111 @@
+"""The compiled sampler: one XLA program for a mesh, from prompts to a rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.models.config import DType
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.decode import row_keys, sample
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import constrain, gather_for_sampling, replicated, row_shards
+from jaxrl_llm.types import Rollout
+
+
+class Sampler:
+    """Samples `group` completions of each prompt of a batch.
+
+    Inside the program the parameters are cast to the rollout type and gathered from `fsdp` shards once, before
+    the loop, so that no weight moves per decoded token. The rollout is replicated over the mesh: it is small,
+    and the host of each process reads it.
+
+    Args:
+        model: the transformer.
+        config: distribution, longest completion, slots.
+        group: G, completions per prompt.
+        stop_tokens: ids that end a completion.
+        mesh: the device mesh.
+        dtype: type of the parameters while decoding; `None`: the model's compute type.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: SamplingConfig,
+        *,
+        group: int,
+        stop_tokens: tuple[int, ...],
+        mesh: jax.sharding.Mesh,
+        dtype: DType | None = None,
+    ):
+        if group < 1:
+            raise ValueError(f"samples per prompt must be at least 1, got {group}")
+        outside = [token for token in stop_tokens if not 0 <= token < model.config.vocab_size]
+        if outside:
+            raise ValueError(f"stop tokens {outside} are outside the vocabulary of {model.config.vocab_size}")
+        self.model, self.config, self.group = model, config, group
+        self.stop_tokens = tuple(stop_tokens)
+        self.mesh, self.dtype = mesh, jnp.dtype(dtype or model.config.dtype)
+        self._axes = model.logical_axes()
+        self._program = jax.jit(self._sample, out_shardings=replicated(mesh))
+
+    def __call__(self, params: Params, prompt: np.ndarray, prompt_lengths: np.ndarray, key: Any, step: Any) -> Rollout:
+        """Samples; returns at once, with the arrays still being computed.
+
+        Args:
+            params: parameters of the model, sharded or not.
+            prompt: `[P, Tp]` int32, right-padded.
+            prompt_lengths: `[P]` int32, 1 to Tp.
+            key: root of the run's randomness, uint32 key data.
+            step: number that is folded into the key, so that steps never repeat each other's noise.
+
+        Raises:
+            ValueError: a prompt is empty or longer than its row, or prompt and completion exceed the model's
+                positions, or the rows cannot be split over the mesh.
+        """
+        lengths = np.asarray(prompt_lengths)
+        if lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
+            raise ValueError(f"prompt lengths {lengths} do not fit prompts of shape {prompt.shape}")
+        limit = self.model.config.max_position_embeddings
+        if lengths.max() + self.config.max_tokens > limit:
+            raise ValueError(
+                f"a prompt of {lengths.max()} tokens and sampling.max_tokens={self.config.max_tokens} exceed the "
+                f"model's {limit} positions; shorten one of them"
+            )
+        self._row_split(prompt.shape[0])
+        with jax.set_mesh(self.mesh):
+            return self._program(
+                params, np.asarray(prompt, np.int32), lengths.astype(np.int32), key, np.asarray(step, np.int32)
+            )
+
+    def _row_split(self, prompts: int) -> int:
+        """Into how many rows the completions of a prompt are dealt, so that rows fill the mesh."""
+        shards = row_shards(self.mesh)
+        for split in range(1, self.group + 1):
+            if self.group % split == 0 and prompts * split % shards == 0:
+                return split
+        raise ValueError(
+            f"{prompts} prompts × {self.group} samples cannot be split over the {shards} row shards of the mesh "
+            "(data × fsdp); make one of them a multiple of it"
+        )
+
+    def _sample(
+        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
+    ) -> Rollout:
+        prompts, group = prompt.shape[0], self.group
+        split = self._row_split(prompts)
+        root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 0)
+        keys = row_keys(root, jnp.arange(prompts), group).reshape(prompts * split, group // split)
+        params = gather_for_sampling(params, self._axes, self.dtype)
+        rows = constrain(jnp.repeat(prompt, split, axis=0), "rows", None)
+        lengths = constrain(jnp.repeat(prompt_lengths, split), "rows")
+        rollout = sample(self.model, params, rows, lengths, keys, config=self.config, stop_tokens=self.stop_tokens)
+        whole = {
+            name: getattr(rollout, name).reshape(prompts, group, *getattr(rollout, name).shape[2:])
+            for name in ("completion", "completion_lengths", "finished", "logprobs", "sampler_logprobs")
+        }
+        return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, **whole)

@@ -1,0 +1,101 @@
+"""From sampled tokens to text and rewards, on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.training.report import SampledCompletion
+from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """G completions of each of P prompts, decoded and scored; the same in every process."""
+
+    rewards: np.ndarray
+    """`[P, G]` float32: the weighted sum."""
+    by_name: dict[str, np.ndarray]
+    """`[P, G]` float32 by reward function; NaN where one does not apply."""
+    prompts: list[Any]
+    """Text or messages, one a prompt."""
+    completion_ids: list[list[int]]
+    """Sampled ids, prompt-major: the G samples of prompt 0 first."""
+
+    def reward_metrics(self) -> dict[str, float]:
+        """`rewards/<name>/mean` and `std` of each function, over the samples that it applies to."""
+        metrics = {}
+        for name, values in self.by_name.items():
+            known = values[~np.isnan(values)]
+            metrics[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
+            metrics[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
+        return metrics
+
+    def samples(self, tokenizer: Any, count: int) -> list[SampledCompletion]:
+        """Some completions for a person to read: the best and worst of the first prompts."""
+        shown = []
+        group = self.rewards.shape[1]
+        for prompt in range(len(self.prompts)):
+            for sample in dict.fromkeys((int(self.rewards[prompt].argmax()), int(self.rewards[prompt].argmin()))):
+                ids = self.completion_ids[prompt * group + sample]
+                text = tokenizer.decode(ids, skip_special_tokens=False)
+                reward = float(self.rewards[prompt, sample])
+                shown.append(SampledCompletion(prompt_text(self.prompts[prompt]), text, reward))
+        return shown[:count]
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for a person to read: the text, or the last message's."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, tokenizer: Any) -> Episodes:
+    """Decodes and scores a rollout.
+
+    With several processes each scores its share of the samples, and the results are gathered.
+
+    Args:
+        rollout: with arrays that this process can read whole.
+        batch: the prompts that it was sampled from.
+        rewards: the reward functions.
+        tokenizer: decodes the sampled ids; special tokens are left out of the text that is scored.
+    """
+    completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
+    prompts, group, width = completion.shape
+    rows, ends = completion.reshape(-1, width), lengths.ravel()
+    ids = [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
+    own = range(jax.process_index(), len(ids), jax.process_count())
+
+    def completion_of(sample: int) -> Any:
+        text = tokenizer.decode(ids[sample], skip_special_tokens=True)
+        if isinstance(batch.prompts[sample // group], str):
+            return text
+        return [{"role": "assistant", "content": text}]
+
+    scores = rewards(
+        [batch.prompts[sample // group] for sample in own],
+        [completion_of(sample) for sample in own],
+        [ids[sample] for sample in own],
+        {name: [values[sample // group] for sample in own] for name, values in batch.columns.items()},
+    )
+    table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
+    total, *named = table.reshape(-1, prompts, group)
+    return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids)
+
+
+def _gather(table: np.ndarray, own: range, size: int) -> np.ndarray:
+    """Columns of all processes, `[functions, size]`, from this one's `[functions, len(own)]`."""
+    if jax.process_count() == 1:
+        return table
+    from jax.experimental import multihost_utils
+
+    whole = np.full((table.shape[0], size), np.nan, np.float32)
+    whole[:, own] = table
+    shares = multihost_utils.process_allgather(whole)  # [processes, functions, size]
+    sample = np.arange(size)
+    return np.asarray(shares)[sample % jax.process_count(), :, sample].T

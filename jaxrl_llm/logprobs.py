@@ -182,8 +182,9 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         gradient = jnp.where(is_token, to_logprob, 0.0) - jnp.exp(logprobs) * pull
         gradient = (gradient * slices.slope(logits)).astype(hidden.dtype)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
-        to_weight = jnp.einsum("...v,...d->vd", gradient, hidden, preferred_element_type=jnp.float32)
-        return to_hidden, to_weight
+        # Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states.
+        to_weight = jnp.einsum("...d,...v->dv", hidden, gradient, preferred_element_type=jnp.float32)
+        return to_hidden, to_weight.T
 
     start = jnp.zeros(hidden.shape, jnp.float32)
     to_hidden, to_head = jax.lax.scan(one, start, (slices.split(head), jnp.arange(slices.count)))

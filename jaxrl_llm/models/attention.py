@@ -11,10 +11,17 @@ _MASKED = -1e30  # finite, so that a row without any key gives finite weights an
 
 
 class KeyValue(NamedTuple):
-    """Keys and values ``[..., T, K, H]``, rotated and ready to attend to."""
+    """Keys (rotated) and values of tokens, laid out so that attention is plain row-major matrix products."""
 
     key: jax.Array
+    """`[..., K, H, T]`."""
     value: jax.Array
+    """`[..., K, T, H]`."""
+
+    @classmethod
+    def of(cls, key: jax.Array, value: jax.Array) -> KeyValue:
+        """From `[..., T, K, H]` as the projections give them."""
+        return cls(jnp.moveaxis(key, -3, -1), jnp.swapaxes(value, -3, -2))
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
@@ -44,7 +51,7 @@ def attend(query: jax.Array, memory: KeyValue, mask: jax.Array, *, softcap: floa
 
     Args:
         query: ``[B, Tq, N, H]``.
-        memory: keys and values ``[B, Tk, K, H]``; query head n reads key head n // (N/K).
+        memory: of Tk tokens a row; query head n reads key head n // (N/K).
         mask: bool ``[B, Tq, Tk]``.
         softcap: c in c·tanh(·/c) on the scores, or ``None``.
 
@@ -52,12 +59,11 @@ def attend(query: jax.Array, memory: KeyValue, mask: jax.Array, *, softcap: floa
         ``[B, Tq, N, H]``.
     """
     batch, length, heads, head_dim = query.shape
-    kv_heads = memory.key.shape[-2]
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    scores = jnp.einsum("btknh,bskh->bktns", query, memory.key, preferred_element_type=jnp.float32)
+    grouped = _by_kv_head(query, memory.value.shape[-3])  # [B, K, Tq, N/K, H]
+    scores = _product(grouped, memory.key)
     weights = jax.nn.softmax(_logits(scores, mask[:, None, :, None, :], softcap), axis=-1)
-    mixed = jnp.einsum("bktns,bskh->btknh", weights.astype(query.dtype), memory.value)
-    return mixed.reshape(batch, length, heads, head_dim)
+    mixed = _product(weights.astype(query.dtype), memory.value)
+    return jnp.swapaxes(mixed, 1, 2).reshape(batch, length, heads, head_dim).astype(query.dtype)
 
 
 def attend_shared(
@@ -76,8 +82,8 @@ def attend_shared(
 
     Args:
         query: ``[P, G, Tq, N, H]``.
-        prompt: keys and values ``[P, Tp, K, H]``.
-        own: keys and values ``[P, G, Tk, K, H]``.
+        prompt: keys and values of Tp tokens of each prompt.
+        own: keys and values of Tk tokens of each completion.
         prompt_mask: bool ``[P, 1 or G, Tq, Tp]``.
         own_mask: bool ``[P or 1, G or 1, Tq, Tk]``.
         softcap: c in c·tanh(·/c) on the scores, or ``None``.
@@ -86,24 +92,32 @@ def attend_shared(
         ``[P, G, Tq, N, H]``.
     """
     prompts, group, length, heads, head_dim = query.shape
-    kv_heads = own.key.shape[-2]
-    query = query.reshape(prompts, group, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    to_prompt = jnp.einsum("pgtknh,pskh->pkgtns", query, prompt.key, preferred_element_type=jnp.float32)
-    to_own = jnp.einsum("pgtknh,pgskh->pgktns", query, own.key, preferred_element_type=jnp.float32)
+    grouped = _by_kv_head(query, own.value.shape[-3])  # [P, G, K, Tq, N/K, H]
+    to_prompt = _product(jnp.swapaxes(grouped, 1, 2), prompt.key, rows=3)  # [P, K, G, Tq, N/K, Tp]
+    to_own = _product(grouped, own.key)  # [P, G, K, Tq, N/K, Tk]
     to_prompt = _logits(to_prompt, prompt_mask[:, None, :, :, None, :], softcap)
     to_own = _logits(to_own, own_mask[:, :, None, :, None, :], softcap)
 
-    peak_prompt = jnp.swapaxes(jnp.max(to_prompt, axis=-1), 1, 2)  # [P, G, K, Tq, N/K]
-    peak = jax.lax.stop_gradient(jnp.maximum(peak_prompt, jnp.max(to_own, axis=-1)))
+    peak = jnp.maximum(jnp.swapaxes(jnp.max(to_prompt, axis=-1), 1, 2), jnp.max(to_own, axis=-1))
+    peak = jax.lax.stop_gradient(peak)  # [P, G, K, Tq, N/K]
     to_prompt = jnp.exp(to_prompt - jnp.swapaxes(peak, 1, 2)[..., None])
     to_own = jnp.exp(to_own - peak[..., None])
     total = jnp.swapaxes(jnp.sum(to_prompt, axis=-1), 1, 2) + jnp.sum(to_own, axis=-1)
 
-    mixed = jnp.einsum(
-        "pkgtns,pskh->pgtknh", to_prompt.astype(query.dtype), prompt.value, preferred_element_type=jnp.float32
-    )
-    mixed += jnp.einsum(
-        "pgktns,pgskh->pgtknh", to_own.astype(query.dtype), own.value, preferred_element_type=jnp.float32
-    )
-    mixed /= jnp.swapaxes(total, 2, 3)[..., None]
-    return mixed.astype(query.dtype).reshape(prompts, group, length, heads, head_dim)
+    mixed = jnp.swapaxes(_product(to_prompt.astype(query.dtype), prompt.value, rows=3), 1, 2)
+    mixed = (mixed + _product(to_own.astype(query.dtype), own.value)) / total[..., None]
+    return jnp.swapaxes(mixed, 2, 3).reshape(prompts, group, length, heads, head_dim).astype(query.dtype)
+
+
+def _by_kv_head(query: jax.Array, kv_heads: int) -> jax.Array:
+    """`[..., Tq, N, H]` → `[..., K, Tq, N/K, H]`, divided by √H."""
+    *lead, length, heads, head_dim = query.shape
+    grouped = query.reshape(*lead, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    return jnp.moveaxis(grouped, -3, -4)
+
+
+def _product(left: jax.Array, right: jax.Array, *, rows: int = 2) -> jax.Array:
+    """Matrix product in float32 over the last axes, the `rows` axes before the last of `left` taken as one."""
+    flat = left.reshape(*left.shape[: -rows - 1], -1, left.shape[-1])
+    product = jnp.matmul(flat, right, preferred_element_type=jnp.float32)
+    return product.reshape(*left.shape[:-1], right.shape[-1])

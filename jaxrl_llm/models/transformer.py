@@ -21,18 +21,21 @@ from jaxrl_llm.models.rope import Rotation, rotate, rotation
 from jaxrl_llm.sharding import constrain
 
 Params = dict[str, Any]
-Attend = Callable[[jax.Array, KeyValue], jax.Array]
-"""Query ``[..., N, H]`` and the block's own keys and values ``[..., K, H]`` → mixed values ``[..., N, H]``."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens → mixed values `[..., N, H]`."""
+Projected = tuple[jax.Array, jax.Array]
+"""Keys (rotated) and values of some tokens, both `[..., K, H]`."""
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x·Wᵀ, whose backward pass materialises the incoming gradient before the two products that read it.
+    """x·Wᵀ, whose backward pass transposes the narrower operand of the weight's gradient.
 
-    Without the barrier XLA fuses the pointwise gradient of the activation, transposed, into the operand of
-    the weight's gradient, which costs the CPU a fifth of an update.
+    XLA's CPU products want their left operand transposed for it, and fuse that with the pointwise arithmetic that
+    makes the operand: on the wide side of an MLP this is the activation's derivative, element by element in the
+    wrong order, a fifth of an update's time.
     """
     return jnp.einsum("...i,oi->...o", x, weight)
 
@@ -43,8 +46,10 @@ def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[
 
 def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    gradient = jax.lax.optimization_barrier(gradient)
-    return jnp.einsum("...o,oi->...i", gradient, weight), jnp.einsum("...o,...i->oi", gradient, x)
+    to_x = jnp.einsum("...o,oi->...i", gradient, weight)
+    if weight.shape[0] < weight.shape[1]:
+        return to_x, jnp.einsum("...o,...i->oi", gradient, x)
+    return to_x, jnp.einsum("...i,...o->io", x, gradient).T
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -95,16 +100,16 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(h, config) if config.qk_norm else None
         self.head_dim = h
 
-    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
         """Maps ``[..., D]`` to ``[..., D]``, and returns the keys and values ``[..., K, H]`` it made."""
         query, key, value = (
             projection(x).reshape(*x.shape[:-1], -1, self.head_dim) for projection in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        memory = KeyValue(rotate(key, turn), value)
-        mixed = attention(rotate(query, turn), memory)
-        return self.output(mixed.reshape(*x.shape[:-1], -1)), memory
+        key = rotate(key, turn)
+        mixed = attention(rotate(query, turn), key, value)
+        return self.output(mixed.reshape(*x.shape[:-1], -1)), (key, value)
 
 
 class MLP(nnx.Module):
@@ -133,11 +138,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed_dim, config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
         """Maps the residual stream ``[..., D]`` to itself, and returns the layer's keys and values."""
-        mixed, memory = self.attention(self.attention_norm(x), turn, attention)
+        mixed, projected = self.attention(self.attention_norm(x), turn, attention)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), memory
+        return x + self.mlp(self.mlp_norm(x)), projected
 
 
 class Frame(nnx.Module):
@@ -241,15 +246,15 @@ class Transformer:
             x: ``[B, T, D]``.
             positions: ``[B, T]``.
             make_attention: the layer's window (a traced scalar, or ``None``) → its attention.
-            collect: also return the keys and values of all layers, ``[L, B, T, K, H]``.
+            collect: also return the keys and values of all layers, stacked on axis 0.
         """
         turn = self.rotation(positions)
 
         def step(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, KeyValue | None]:
             layer_params, window = layer
-            x, memory = self.block(layer_params)(x, turn, make_attention(window))
+            x, projected = self.block(layer_params)(x, turn, make_attention(window))
             x = constrain(x, "rows", None, None)
-            return x, memory if collect else None
+            return x, KeyValue.of(*projected) if collect else None
 
         if self.config.remat != "none":
             policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -266,7 +271,7 @@ class Transformer:
         Args:
             params: parameters.
             tokens: ``[B, T]``.
-            collect: also return all layers' keys and values ``[L, B, T, K, H]``.
+            collect: also return the keys and values of all layers, stacked on axis 0.
 
         Returns:
             Normed hidden states ``[B, T, D]``, and the keys and values or ``None``.
@@ -275,7 +280,9 @@ class Transformer:
 
         def make_attention(window: jax.Array | None) -> Attend:
             mask = causal_mask(positions, positions, window)
-            return lambda query, memory: attend(query, memory, mask, softcap=self.config.attention_softcap)
+            return lambda query, key, value: attend(
+                query, KeyValue.of(key, value), mask, softcap=self.config.attention_softcap
+            )
 
         x, memory = self.run_layers(params, self.embed(params, tokens), positions, make_attention, collect=collect)
         return self.norm(params, x), memory
@@ -304,25 +311,28 @@ class Transformer:
         positions = jnp.concatenate([prompt_positions, jnp.tile(own_positions[:, 0], (1, group))], axis=1)
         is_prompt = prompt_positions < prompt_lengths[:, None]  # [P, Tp]
 
+        def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """`[P, Tp + G·Tc, …]` → `[P, Tp, …]` and `[P, G, Tc, …]`."""
+            return x[:, :prompt_width], x[:, prompt_width:].reshape(prompts, group, width, *x.shape[2:])
+
         def make_attention(window: jax.Array | None) -> Attend:
             causal = causal_mask(prompt_positions, prompt_positions, window)
             own = causal_mask(own_positions, own_positions, window)
             to_prompt = causal_mask(own_positions, prompt_positions[:, None], window) & is_prompt[:, None, None]
 
-            def attention(query: jax.Array, memory: KeyValue) -> jax.Array:
+            def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
                 softcap = self.config.attention_softcap
-                head = jax.tree.map(lambda a: a[:, :prompt_width], memory)
-                tail = jax.tree.map(lambda a: a[:, prompt_width:].reshape(prompts, group, width, *a.shape[2:]), memory)
-                of_prompt = attend(query[:, :prompt_width], head, causal, softcap=softcap)
-                own_query = query[:, prompt_width:].reshape(prompts, group, width, *query.shape[2:])
-                of_own = attend_shared(own_query, head, tail, to_prompt, own, softcap=softcap)
-                return jnp.concatenate([of_prompt, of_own.reshape(prompts, group * width, *query.shape[2:])], axis=1)
+                of_prompt, of_own = zip(*(split(a) for a in (query, key, value)), strict=True)
+                shared = KeyValue.of(*of_prompt[1:])
+                to_shared = attend(of_prompt[0], shared, causal, softcap=softcap)
+                mixed = attend_shared(of_own[0], shared, KeyValue.of(*of_own[1:]), to_prompt, own, softcap=softcap)
+                return jnp.concatenate([to_shared, mixed.reshape(prompts, group * width, *mixed.shape[3:])], axis=1)
 
             return attention
 
         x, _ = self.run_layers(params, self.embed(params, tokens), positions, make_attention)
-        last = jnp.take_along_axis(x[:, :prompt_width], (prompt_lengths - 1)[:, None, None], axis=1)
-        own = x[:, prompt_width:].reshape(prompts, group, width, -1)
+        of_prompt, own = split(x)
+        last = jnp.take_along_axis(of_prompt, (prompt_lengths - 1)[:, None, None], axis=1)
         first = jnp.broadcast_to(last[:, None], (prompts, group, 1, own.shape[-1]))
         return self.norm(params, jnp.concatenate([first, own[:, :, :-1]], axis=2))
 

@@ -30,7 +30,7 @@ class _Loop(NamedTuple):
     begun: jax.Array
     """`[P]` how many of the completions have been taken up."""
     cache: KeyValue
-    """`[L, P, M, Tc, K, H]` keys and values of the slots' own tokens."""
+    """Keys and values of the slots' own tokens, `[L, P, M]` before the axes of `KeyValue`."""
     completion: jax.Array
     """`[P, G, Tc]` tokens so far."""
     lengths: jax.Array
@@ -49,7 +49,7 @@ class _Prompt(NamedTuple):
     lengths: jax.Array
     """`[P]`."""
     memory: KeyValue
-    """`[L, P, Tp, K, H]`."""
+    """Keys and values, `[L, P]` before the axes of `KeyValue`."""
     logits: jax.Array
     """`[P, V]` of each completion's first token."""
     keys: jax.Array
@@ -131,16 +131,19 @@ def sample(
 
 def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig) -> _Loop:
     """The state before the first token."""
-    layers, _, _, kv_heads, head_dim = prompts.memory.key.shape
-    empty = jnp.zeros((layers, size, slots, config.max_tokens, kv_heads, head_dim), prompts.memory.key.dtype)
-    empty = constrain(empty, None, "rows", None, None, "heads_activation", None)
+    layers, _, kv_heads, _, head_dim = prompts.memory.value.shape
+
+    def empty(*shape: int) -> jax.Array:
+        cache = jnp.zeros((layers, size, slots, kv_heads, *shape), prompts.memory.value.dtype)
+        return constrain(cache, None, "rows", None, "heads_activation", None, None)
+
     blank = jnp.zeros((size, group, config.max_tokens))
     return _Loop(
         time=jnp.int32(-1) if slots == group else jnp.full((size, slots), -1, jnp.int32),
         token=jnp.zeros((size, slots), jnp.int32),
         sample=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (size, slots)),
         begun=jnp.full((size,), slots, jnp.int32),
-        cache=KeyValue(empty, empty),
+        cache=KeyValue(key=empty(head_dim, config.max_tokens), value=empty(config.max_tokens, head_dim)),
         completion=blank.astype(jnp.int32),
         lengths=jnp.zeros((size, group), jnp.int32),
         finished=jnp.zeros((size, group), bool),
@@ -196,7 +199,7 @@ def _decode(model: Transformer, params: Params, prompts: _Prompt, state: _Loop) 
     size, slots = state.token.shape
     position = prompts.lengths[:, None] + jnp.broadcast_to(time, (size, slots))  # [P, M]
     own_position = prompts.lengths[:, None, None] + jnp.arange(state.completion.shape[-1])  # [P, 1, Tc]
-    prompt_width = prompts.memory.key.shape[2]
+    prompt_width = prompts.memory.key.shape[-1]
     is_prompt = length_mask(prompts.lengths, prompt_width)[:, None, None]
     turn = model.rotation(position)
     rows, columns = jnp.arange(size)[:, None], jnp.arange(slots)
@@ -205,14 +208,21 @@ def _decode(model: Transformer, params: Params, prompts: _Prompt, state: _Loop) 
         x, cache = carry
         layer_params, window, index, prompt_memory = given
 
-        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        def write(cache: KeyValue, key: jax.Array, value: jax.Array) -> KeyValue:
             if time.ndim == 0:
-                return jax.lax.dynamic_update_slice(buffer, new[None, :, :, None], (index, 0, 0, time, 0, 0))
-            return buffer.at[index, rows, columns, time].set(new)
+                here = (index, 0, 0, 0)
+                return KeyValue(
+                    jax.lax.dynamic_update_slice(cache.key, key[None, ..., None], (*here, 0, time)),
+                    jax.lax.dynamic_update_slice(cache.value, value[None, ..., None, :], (*here, time, 0)),
+                )
+            return KeyValue(
+                cache.key.at[index, rows, columns, :, :, time].set(key),
+                cache.value.at[index, rows, columns, :, time].set(value),
+            )
 
-        def attention(query: jax.Array, new: KeyValue) -> jax.Array:
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             nonlocal cache
-            cache = KeyValue(write(cache.key, new.key), write(cache.value, new.value))
+            cache = write(cache, key, value)
             own = KeyValue(*(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in cache))
             to_own = causal_mask(position[..., None], own_position, window)
             to_prompt = is_prompt

@@ -29,8 +29,8 @@ class _Loop(NamedTuple):
     """`[P, M]` which of the G completions the slot is decoding; ≥ G: none, the slot is idle."""
     begun: jax.Array
     """`[P]` how many of the completions have been taken up."""
-    cache: KeyValue
-    """Keys and values of the slots' own tokens, `[L, P, M]` before the axes of `KeyValue`."""
+    cache: tuple[KeyValue, ...]
+    """Keys and values of the slots' own tokens in each layer, `[P, M]` before the axes of `KeyValue`."""
     completion: jax.Array
     """`[P, G, Tc]` tokens so far."""
     lengths: jax.Array
@@ -43,13 +43,21 @@ class _Loop(NamedTuple):
     """`[P, G, Tc]`."""
 
 
+class _Layer(NamedTuple):
+    """One layer, cut out of the stacked arrays before the loop: cutting it in the loop would copy its weights."""
+
+    params: Params
+    window: jax.Array | None
+    memory: KeyValue
+    """The prompts' keys and values, `[P]` before the axes of `KeyValue`."""
+
+
 class _Prompt(NamedTuple):
     """What the loop reads of the prompts."""
 
     lengths: jax.Array
     """`[P]`."""
-    memory: KeyValue
-    """Keys and values, `[L, P]` before the axes of `KeyValue`."""
+    layers: tuple[_Layer, ...]
     logits: jax.Array
     """`[P, V]` of each completion's first token."""
     keys: jax.Array
@@ -97,7 +105,9 @@ def sample(
     hidden, memory = model.causal(params, prompt, collect=True)
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    prompts = _Prompt(prompt_lengths, memory, model.head_logits(params, last), keys)
+    stacked = (params["layers"], model.windows(), memory)
+    layers = [_Layer(*jax.tree.map(lambda a: a[i], stacked)) for i in range(model.config.num_layers)]  # noqa: B023
+    prompts = _Prompt(prompt_lengths, tuple(layers), model.head_logits(params, last), keys)
 
     state = _start(model, prompts, prompt.shape[0], group, slots, config)
     first = draw(_fold_time(_slot_keys(keys, state.sample), 0), prompts.logits[:, None], config)
@@ -131,11 +141,15 @@ def sample(
 
 def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig) -> _Loop:
     """The state before the first token."""
-    layers, _, kv_heads, _, head_dim = prompts.memory.value.shape
 
-    def empty(*shape: int) -> jax.Array:
-        cache = jnp.zeros((layers, size, slots, kv_heads, *shape), prompts.memory.value.dtype)
-        return constrain(cache, None, "rows", None, "heads_activation", None, None)
+    def empty(memory: KeyValue) -> KeyValue:
+        _, kv_heads, _, head_dim = memory.value.shape
+
+        def zeros(*shape: int) -> jax.Array:
+            cache = jnp.zeros((size, slots, kv_heads, *shape), memory.value.dtype)
+            return constrain(cache, "rows", None, "heads_activation", None, None)
+
+        return KeyValue(key=zeros(head_dim, config.max_tokens), value=zeros(config.max_tokens, head_dim))
 
     blank = jnp.zeros((size, group, config.max_tokens))
     return _Loop(
@@ -143,7 +157,7 @@ def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: i
         token=jnp.zeros((size, slots), jnp.int32),
         sample=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (size, slots)),
         begun=jnp.full((size,), slots, jnp.int32),
-        cache=KeyValue(key=empty(head_dim, config.max_tokens), value=empty(config.max_tokens, head_dim)),
+        cache=tuple(empty(layer.memory) for layer in prompts.layers),
         completion=blank.astype(jnp.int32),
         lengths=jnp.zeros((size, group), jnp.int32),
         finished=jnp.zeros((size, group), bool),
@@ -193,49 +207,45 @@ def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle:
     )
 
 
-def _decode(model: Transformer, params: Params, prompts: _Prompt, state: _Loop) -> tuple[jax.Array, KeyValue]:
+def _decode(
+    model: Transformer, params: Params, prompts: _Prompt, state: _Loop
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """Runs the tokens drawn last through the layers: states `[P, M, D]`, and the cache with their keys."""
     time = jnp.maximum(state.time, 0)
     size, slots = state.token.shape
     position = prompts.lengths[:, None] + jnp.broadcast_to(time, (size, slots))  # [P, M]
     own_position = prompts.lengths[:, None, None] + jnp.arange(state.completion.shape[-1])  # [P, 1, Tc]
-    prompt_width = prompts.memory.key.shape[-1]
+    prompt_width = prompts.layers[0].memory.key.shape[-1]
     is_prompt = length_mask(prompts.lengths, prompt_width)[:, None, None]
     turn = model.rotation(position)
-    rows, columns = jnp.arange(size)[:, None], jnp.arange(slots)
+    softcap = model.config.attention_softcap
+    x, caches = model.embed(params, state.token), []
+    for layer, own in zip(prompts.layers, state.cache, strict=True):
 
-    def layer(carry: tuple[jax.Array, KeyValue], given: tuple) -> tuple[tuple[jax.Array, KeyValue], None]:
-        x, cache = carry
-        layer_params, window, index, prompt_memory = given
-
-        def write(cache: KeyValue, key: jax.Array, value: jax.Array) -> KeyValue:
-            if time.ndim == 0:
-                here = (index, 0, 0, 0)
-                return KeyValue(
-                    jax.lax.dynamic_update_slice(cache.key, key[None, ..., None], (*here, 0, time)),
-                    jax.lax.dynamic_update_slice(cache.value, value[None, ..., None, :], (*here, time, 0)),
-                )
-            return KeyValue(
-                cache.key.at[index, rows, columns, :, :, time].set(key),
-                cache.value.at[index, rows, columns, :, time].set(value),
-            )
-
-        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            nonlocal cache
-            cache = write(cache, key, value)
-            own = KeyValue(*(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in cache))
-            to_own = causal_mask(position[..., None], own_position, window)
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array, layer=layer, own=own) -> jax.Array:
+            own = _write(own, key, value, time)
+            caches.append(own)
+            to_own = causal_mask(position[..., None], own_position, layer.window)
             to_prompt = is_prompt
-            if window is not None:
+            if layer.window is not None:
                 prompt_position = jnp.arange(prompt_width)[None, None]
-                to_prompt = is_prompt & causal_mask(position[..., None], prompt_position, window)
-            softcap = model.config.attention_softcap
-            return attend_shared(query[:, :, None], prompt_memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
+                to_prompt = is_prompt & causal_mask(position[..., None], prompt_position, layer.window)
+            return attend_shared(query[:, :, None], layer.memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
 
-        x, _ = model.block(layer_params)(x, turn, attention)
-        return (constrain(x, "rows", None, None), cache), None
+        x, _ = model.block(layer.params)(x, turn, attention)
+        x = constrain(x, "rows", None, None)
+    return model.norm(params, x), tuple(caches)
 
-    x = model.embed(params, state.token)
-    layers = (params["layers"], model.windows(), jnp.arange(model.config.num_layers), prompts.memory)
-    (x, cache), _ = jax.lax.scan(layer, (x, state.cache), layers)
-    return model.norm(params, x), cache
+
+def _write(cache: KeyValue, key: jax.Array, value: jax.Array, time: jax.Array) -> KeyValue:
+    """Puts the keys and values `[P, M, K, H]` of the slots' tokens where they belong in time."""
+    if time.ndim == 0:
+        return KeyValue(
+            jax.lax.dynamic_update_slice(cache.key, key[..., None], (0, 0, 0, 0, time)),
+            jax.lax.dynamic_update_slice(cache.value, value[..., None, :], (0, 0, 0, time, 0)),
+        )
+    rows, columns = jnp.arange(time.shape[0])[:, None], jnp.arange(time.shape[1])
+    return KeyValue(
+        cache.key.at[rows, columns, :, :, time].set(key),
+        cache.value.at[rows, columns, :, time].set(value),
+    )

@@ -1,0 +1,86 @@
+"""What the accelerator can do, what the compiled programs take of it, and what they compute."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from measure import Shape, Work
+
+from jaxrl_llm.models.config import DType, ModelConfig
+
+_SMALLEST, _LARGEST = 512, 16_384
+
+
+def matmul_peak(mesh: Mesh, dtype: DType, *, seconds: float = 0.3, repeats: int = 3) -> dict[str, float]:
+    """The best rate of square matrix products, rows split over all devices, at JAX's default precision.
+
+    Sizes double until one product takes longer than `seconds`.
+
+    Returns:
+        `gflops` per second, and the `size` that reached it.
+    """
+    best, size = {"gflops": 0.0, "size": 0}, _SMALLEST
+    multiply = jax.jit(jnp.matmul)
+    while size <= _LARGEST:
+        rows = -(-size // mesh.size) * mesh.size
+        by_rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        left = jax.device_put(jnp.full((rows, size), 0.5, dtype), by_rows)
+        right = jax.device_put(jnp.full((size, size), 0.5, dtype), NamedSharding(mesh, PartitionSpec()))
+        multiply(left, right).block_until_ready()
+        taken = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            multiply(left, right).block_until_ready()
+            taken.append(time.perf_counter() - began)
+        rate = 2e-9 * rows * size**2 / min(taken)
+        if rate > best["gflops"]:
+            best = {"gflops": round(rate, 1), "size": size}
+        if min(taken) > seconds:
+            break
+        size *= 2
+    return best
+
+
+def computed_flops(work: Work, config: ModelConfig, shape: Shape, *, reference: bool) -> int:
+    """Matrix products of the shared-prompt computation: each prompt once, the head on completions only.
+
+    Causal attention included, a backward pass twice its forward pass; what is computed again in a backward pass
+    to save memory, and masked parts of attention, are not counted.
+    """
+    prompts, samples, length, new = shape.prompts, shape.samples, shape.prompt_tokens, shape.completion_tokens
+    heads = config.num_heads * config.head_dim
+    projections = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
+    layer, pair = 2 * projections, 4 * heads  # FLOPs of a token's products, and of a query with one key
+    head = 2 * config.embed_dim * config.vocab_size
+
+    def forward(fed: int, scored: int) -> int:
+        """`fed` tokens of each completion go through the layers, `scored` distributions are made in all."""
+        tokens = prompts * (length + samples * fed)
+        pairs = prompts * (length * (length + 1) // 2 + samples * (fed * length + fed * (fed + 1) // 2))
+        return config.num_layers * (tokens * layer + pairs * pair) + scored * head
+
+    # A group's first token is drawn from one distribution; the last token is drawn and not fed.
+    sampling = forward(new - 1, prompts * (1 + samples * (new - 1)))
+    learning = forward(new, prompts * samples * new)
+    update = 3 * learning + (learning if reference else 0)
+    return {"W1": sampling, "W2": update, "W3": sampling + update}[work]
+
+
+def temporaries_gib() -> dict[str, float]:
+    """Memory that each compiled program of this process needs beside its arguments and results, on one device."""
+    sizes: dict[str, float] = {}
+    for program in jax.devices()[0].client.live_executables():
+        name = program.hlo_modules()[0].name.removeprefix("jit_").strip("_")
+        size = program.get_compiled_memory_stats().temp_size_in_bytes / 2**30
+        if size > 1e-3:
+            sizes[name] = round(max(size, sizes.get(name, 0.0)), 3)
+    return sizes
+
+
+def device_peak_gib() -> float | None:
+    """The most memory that was in use on the first device; `None` where the backend does not count, as on CPUs."""
+    counted = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if counted is None else round(counted / 2**30, 3)

@@ -1,0 +1,218 @@
+"""What is timed: sampling, an update, an iteration, put together from the library's parts as the trainer does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from make_model import SIZES, Size, word_tokenizer
+from measure import WORKS, Shape, Work
+
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state, make_update_step
+from jaxrl_llm.config import ModelSource
+from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.models.pretrained import from_pretrained
+from jaxrl_llm.models.tokenizers import load_tokenizer
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated, row_shards, state_shardings
+from jaxrl_llm.training.episodes import score_rollout
+from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.types import Rollout
+
+COUNTED_TOKEN = 260
+"""The reward is how often it occurs."""
+
+Phases = dict[str, float]
+"""Seconds of the parts of one repetition, where it has any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What is timed, on which model, how often."""
+
+    model: ModelSource = ModelSource(remat="none")
+    """The policy; without a path, a random one of `size`."""
+    size: Size = "tiny"
+    """Size of the random model: tiny (4 layers of width 128) or smollm2 (SmolLM2-135M's)."""
+    work: tuple[Work, ...] = tuple(WORKS)
+    """W1: sampling, W2: one GRPO update, W3: one iteration: sampling, a Python reward, update."""
+    kl_coef: float = 0.0
+    """Weight of the KL term; above 0 every update scores the batch under the reference, too."""
+    shape: Shape = Shape()
+    """Sizes of the batch."""
+    micro_batches: int = 1
+    """Pieces in which the gradient is accumulated: more of them need less memory."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    repeats: int = 5
+    """Repetitions that are timed, after the one that compiles."""
+    cache: bool = False
+    """Use the persistent compilation cache, as training does: the first run fills it, later ones start faster."""
+    json: str | None = None
+    """File that every record is appended to, one JSON object a line; -: print lines of RESULT and JSON."""
+    beside: str | None = None
+    """Shell command of a peer, run in turns with ours: {work} in it becomes W1, W2 or W3, and it must print a line
+    RESULT {"seconds": {"median": …}}."""
+    pairs: int = 3
+    """Turns of each with `beside`."""
+
+    def __post_init__(self) -> None:
+        """Rejects counts that cannot be meant, and a peer that cannot know its work."""
+        for field in ("repeats", "pairs"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.beside is not None and len(self.work) > 1 and "{work}" not in self.beside:
+            raise ValueError(f"--beside {self.beside!r} must contain {{work}}, since {' '.join(self.work)} are run")
+
+
+# ---- The policy and its programs -----------------------------------------------------------------
+
+
+def load(config: Benchmark, mesh: jax.sharding.Mesh) -> tuple[Transformer, Params, Any]:
+    """Model, parameters on the mesh, tokenizer."""
+    source = config.model
+
+    def shardings(model: Transformer) -> Any:
+        return parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+
+    types: Any = {"dtype": source.dtype, "param_dtype": source.param_dtype, "remat": source.remat}
+    if source.path is not None:
+        model, params = from_pretrained(source.path, shardings=shardings, **types)
+        return model, params, load_tokenizer(source.path)
+    model = Transformer(dataclasses.replace(SIZES[config.size], **types))
+    params = jax.jit(model.init, out_shardings=shardings(model))(jax.random.key(0))
+    return model, params, word_tokenizer(model.config.vocab_size)
+
+
+class Learner:
+    """The training state and the compiled update."""
+
+    def __init__(self, config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, params: Params):
+        algorithm, plan = PolicyGradient(kl_coef=config.kl_coef), UpdateConfig(micro_batches=config.micro_batches)
+        optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
+        shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+        abstract = jax.eval_shape(lambda p: make_train_state(p, optimizer, 0), model.abstract_params())
+        placed = state_shardings(mesh, abstract, shardings)
+        step = make_update_step(model, optimizer, algorithm, plan, row_shards=row_shards(mesh))
+        self._program = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
+        self._mesh, self._reference = mesh, params if algorithm.needs_reference else None
+        begin = jax.jit(lambda p: make_train_state(p, optimizer, 0), out_shardings=placed)
+        with jax.set_mesh(mesh):
+            self.state = begin(params)  # a copy of them: updates overwrite it
+
+    def __call__(self, rollout: Rollout, rewards: np.ndarray) -> None:
+        """Makes one update, to its end."""
+        with jax.set_mesh(self._mesh):
+            self.state, metrics = self._program(self.state, rollout, rewards, self._reference)
+        jax.block_until_ready((self.state, metrics))
+
+
+def make_sampler(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Sampler:
+    """Samples completions that nothing stops."""
+    settings = SamplingConfig(max_tokens=config.shape.completion_tokens)
+    return Sampler(model, settings, group=config.shape.samples, stop_tokens=(), mesh=mesh)
+
+
+def random_prompts(shape: Shape, vocabulary: int, seed: int) -> np.ndarray:
+    """Ids `[P, Tp]`."""
+    return np.random.default_rng(seed).integers(4, vocabulary, (shape.prompts, shape.prompt_tokens), np.int32)
+
+
+# ---- The works -----------------------------------------------------------------------------------
+
+
+def prepare(config: Benchmark, work: Work, mesh: jax.sharding.Mesh) -> tuple[Transformer, Callable[[int], Phases]]:
+    """The model, and what is timed: a function of the repetition's number."""
+    model, params, tokenizer = load(config, mesh)
+    if work == "W1":
+        return model, _sampling(config, mesh, model, params)
+    learner = Learner(config, mesh, model, params)
+    if work == "W2":
+        return model, _updating(config, mesh, model, learner)
+    return model, _iterating(config, mesh, model, learner, tokenizer)
+
+
+def _sampling(
+    config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, params: Params
+) -> Callable[[int], Phases]:
+    sampler, lengths = make_sampler(config, mesh, model), _lengths(config.shape)
+    key = jax.random.key_data(jax.random.key(0))
+
+    def work(number: int) -> Phases:
+        prompt = random_prompts(config.shape, model.config.vocab_size, number)
+        jax.block_until_ready(sampler(params, prompt, lengths, key, number))
+        return {}
+
+    return work
+
+
+def _updating(
+    config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, learner: Learner
+) -> Callable[[int], Phases]:
+    shape, vocabulary = config.shape, model.config.vocab_size
+    random = np.random.default_rng(0)
+    size = (shape.prompts, shape.samples, shape.completion_tokens)
+    arrays = {
+        "prompt": random_prompts(shape, vocabulary, 0),
+        "prompt_lengths": _lengths(shape),
+        "completion": random.integers(4, vocabulary, size, np.int32),
+        "completion_lengths": np.full(size[:2], shape.completion_tokens, np.int32),
+        "finished": np.zeros(size[:2], bool),
+        "logprobs": np.zeros(size, np.float32),
+        "sampler_logprobs": np.zeros(size, np.float32),
+    }
+    rollout = Rollout(**jax.device_put(arrays, replicated(mesh)))
+    rewards = random.random(size[:2], np.float32)
+
+    def work(number: int) -> Phases:
+        learner(rollout, rewards)
+        return {}
+
+    return work
+
+
+def _iterating(
+    config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, learner: Learner, tokenizer: Any
+) -> Callable[[int], Phases]:
+    shape, vocabulary = config.shape, model.config.vocab_size
+    sampler, rewards = make_sampler(config, mesh, model), RewardSum((count_token,))
+
+    def work(number: int) -> Phases:
+        tokens = random_prompts(shape, vocabulary, number)
+        batch = PromptBatch(
+            tokens=tokens,
+            lengths=_lengths(shape),
+            prompts=[tokenizer.decode(row.tolist()) for row in tokens],
+            columns={},
+            indices=np.arange(shape.prompts),
+            valid=np.ones(shape.prompts, bool),
+            epoch=0,
+        )
+        times = [time.perf_counter()]
+        rollout = sampler(learner.state.params, tokens, batch.lengths, learner.state.key, number)
+        jax.block_until_ready(rollout)
+        times.append(time.perf_counter())
+        episodes = score_rollout(rollout, batch, rewards, tokenizer)
+        times.append(time.perf_counter())
+        learner(rollout, episodes.rewards)
+        times.append(time.perf_counter())
+        return dict(zip(("sample", "reward", "update"), np.diff(times).tolist(), strict=True))
+
+    return work
+
+
+def _lengths(shape: Shape) -> np.ndarray:
+    return np.full((shape.prompts,), shape.prompt_tokens, np.int32)
+
+
+def count_token(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]) -> list[float]:
+    """How often one token occurs."""
+    return [float(ids.count(COUNTED_TOKEN)) for ids in completion_ids]

@@ -97,6 +97,9 @@ class ModelConfig:
     """Type of activations and matrix products; norms, softmax and logits are float32 always."""
     param_dtype: DType = "float32"
     """Type in which parameters are stored."""
+    scan_layers: bool = True
+    """Run the layers as one compiled loop, so that compile time does not grow with depth. Unrolled, a small
+    model on a CPU is up to twice as fast."""
     remat: Remat = "full"
     """What the backward pass computes again in each block: everything (``full``: least memory), all but
     the matrix products (``dots``), nothing (``none``: fastest where memory allows)."""
@@ -112,6 +115,8 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
             raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
+        if any(window is not None and window < 1 for window in self.sliding_windows or ()):
+            raise ValueError(f"sliding_windows={self.sliding_windows} must be positive, or None for full attention")
         for field, options in (("activation", Activation), ("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")

@@ -29,6 +29,13 @@ Projected = tuple[jax.Array, jax.Array]
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
+def unstack(stacked: Any) -> list[Any]:
+    """Cuts a tree of arrays along their common first axis; the gradient is one concatenation."""
+    leaves, structure = jax.tree.flatten(stacked)
+    cut = [[part[0] for part in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
+    return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)]
+
+
 @jax.custom_vjp
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x·Wᵀ, whose backward pass transposes the narrower operand of the weight's gradient.
@@ -258,8 +265,15 @@ class Transformer:
 
         if self.config.remat != "none":
             policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-            step = jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(step, x, (params["layers"], self.windows()))
+            step = jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
+        layers = (params["layers"], self.windows())
+        if self.config.scan_layers:
+            return jax.lax.scan(step, x, layers)
+        memories = []
+        for layer in unstack(layers):
+            x, memory = step(x, layer)
+            memories.append(memory)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *memories) if collect else None
 
     # ---------------------------------------------------------------- forward passes
 

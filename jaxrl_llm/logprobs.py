@@ -84,7 +84,8 @@ def token_scores(
         raise ValueError(f"temperature must be positive, got {temperature}; greedy scores are those at 1.0")
     vocabulary = head.shape[0]
     size = min(vocabulary, chunk_size or max(MIN_CHUNK, CHUNK_LOGITS // max(1, tokens.size)))
-    return _scores(_Slices(vocabulary, -(-vocabulary // size), float(temperature), logit_softcap), hidden, head, tokens)
+    slices = _Slices(vocabulary, -(-vocabulary // size), head.dtype, float(temperature), logit_softcap)
+    return _scores(slices, hidden, head, tokens)
 
 
 class _Slices(NamedTuple):
@@ -95,6 +96,7 @@ class _Slices(NamedTuple):
 
     vocabulary: int
     count: int
+    head_dtype: jnp.dtype
     temperature: float
     softcap: float | None
 
@@ -182,13 +184,28 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         gradient = jnp.where(is_token, to_logprob, 0.0) - jnp.exp(logprobs) * pull
         gradient = (gradient * slices.slope(logits)).astype(hidden.dtype)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
-        # Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states.
-        to_weight = jnp.einsum("...d,...v->dv", hidden, gradient, preferred_element_type=jnp.float32)
-        return to_hidden, to_weight.T
+        return to_hidden, _outer_product(hidden, gradient).T
 
     start = jnp.zeros(hidden.shape, jnp.float32)
     to_hidden, to_head = jax.lax.scan(one, start, (slices.split(head), jnp.arange(slices.count)))
-    return to_hidden.astype(hidden.dtype), slices.join(to_head), None
+    return to_hidden.astype(hidden.dtype), slices.join(to_head).astype(slices.head_dtype), None
+
+
+def _outer_product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Sums hidden ⊗ gradient over tokens, `[D, size]`, in float32.
+
+    Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states. It has no
+    such product of bfloat16 operands at all (jaxlib 0.10: "Unsupported element type for DotThunk"), so that there
+    they are widened first.
+    """
+
+    def product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,...v->dv", hidden, gradient, preferred_element_type=jnp.float32)
+
+    def widened(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        return product(hidden.astype(jnp.float32), gradient.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(hidden, gradient, cpu=widened, default=product)
 
 
 _scores.defvjp(_forward, _backward)

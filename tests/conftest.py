@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import getpass
+import importlib.metadata
+import importlib.util
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # JAX reads these when it is imported, and the processes that tests start inherit them. Loading a program from
 # the cache still counts as a compilation (`/jax/core/compile/backend_compile_duration`), so that tests that
@@ -21,9 +27,20 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # starve, and the process aborts ("waiting for all reduce ... may be stuck"). Threads are cheap.
 os.environ.setdefault("PJRT_NPROC", "32")
 
+# Compiling is most of what these tests do. Without LLVM's optimisations, and with the emitter of fused kernels that
+# came before the present one, it takes a ninth of the time. XLA_FLAGS="" tests what users run. XLA aborts on flags
+# that it does not know, hence the versions that do.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import MeshConfig
 
 # In this process alone: the scripts that tests start see one device, as a newcomer's machine does.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -37,3 +54,60 @@ def mesh() -> Mesh:
         ("data", "fsdp", "context", "tensor", "expert"),
         axis_types=(AxisType.Auto,) * 5,
     )
+
+
+@pytest.fixture(
+    params=[MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=4)],
+    ids=["fsdp8", "fsdp2_tensor4", "data2_fsdp4"],
+)
+def mesh_config(request: pytest.FixtureRequest) -> MeshConfig:
+    """The layouts of eight devices that must agree with one device."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., ModelConfig]:
+    """A small model that every mesh of `mesh_config` can hold, its settings changed at will."""
+
+    def make(**changes: Any) -> ModelConfig:
+        sizes = {"vocab_size": 64, "embed_dim": 32, "mlp_dim": 48, "num_layers": 2}
+        heads = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4}
+        other = {"max_position_embeddings": 128, "remat": "none", "tie_embeddings": True}
+        return ModelConfig(**{**sizes, **heads, **other, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lively_params() -> Callable[..., Params]:
+    """Parameters far from those of `init`: no bias is 0, no norm is 1, and attention and logits have a shape."""
+
+    def make(model: Transformer, seed: int = 0) -> Params:
+        rng = np.random.default_rng(seed)
+
+        def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            noise = rng.normal(size=leaf.shape)
+            match path[-1].key:
+                case "weight":
+                    noise *= 1.5 / np.sqrt(leaf.shape[-1])
+                case "scale":
+                    noise = 1 + 0.3 * noise
+                case _:
+                    noise *= 0.3
+            return jax.numpy.asarray(noise, leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, model.abstract_params())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """`integration/tiny_experiment.py`, a whole run in a second, as a module."""
+    path = Path(__file__).parent / "integration" / "tiny_experiment.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +25,15 @@ from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.curves import plot_curves
 from jaxrl_llm.training.distributed import from_main_process, initialize, is_main_process
+from jaxrl_llm.training.episodes import RewardError
+from jaxrl_llm.training.formatting import duration
 from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
 from jaxrl_llm.training.report import Report
+from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.scoring import RewardSum
 from jaxrl_llm.training.trainer import Trainer, TrainingResult
 
-ConfigT = TypeVar("ConfigT")
+ConfigT = TypeVar("ConfigT", bound=Experiment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     return tyro.cli(type(config), args=args, default=config, description=description)
 
 
-def start(config: Experiment) -> Experiment:
+def start(config: ConfigT) -> ConfigT:
     """Prepares the process: distributed start where asked for, compilation cache, run folder.
 
     Returns:
@@ -58,13 +64,27 @@ def start(config: Experiment) -> Experiment:
     if config.distributed:
         initialize()
     enable_persistent_cache()
-    run_dir = config.run_dir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = dataclasses.replace(config, run_dir=from_main_process(run_dir))
+    with plain_errors():
+        folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
+        find_run(folder, config.settings(), resume=config.resume)
+    config = dataclasses.replace(config, run_dir=str(folder))
     if is_main_process():
-        folder = Path(config.run_dir or run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
     return config
+
+
+def _new_folder(name: str) -> str:
+    """Creates `runs/<name>-<time>`, or one numbered after it: several runs may start in the same second."""
+    if not is_main_process():
+        return ""
+    stamp = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = Path(stamp if number == 1 else f"{stamp}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return str(folder)
+    raise AssertionError("unreachable")
 
 
 def load_policy(config: Experiment, mesh: jax.sharding.Mesh) -> Policy:
@@ -73,19 +93,73 @@ def load_policy(config: Experiment, mesh: jax.sharding.Mesh) -> Policy:
     Raises:
         ValueError: none is named, or it cannot be used; says why.
     """
-    source = config.model
-    if source.path is None:
-        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
-    tokenizer = load_tokenizer(source.path)
-    generation = load_generation_config(source.path)
+    source, path = config.model, _model_path(config)
+    tokenizer, generation = load_tokenizer(path), load_generation_config(path)
     model, params = from_pretrained(
-        source.path,
+        path,
         shardings=lambda t: parameter_shardings(mesh, t.logical_axes(), t.abstract_params()),
         dtype=source.dtype,
         param_dtype=source.param_dtype,
         remat=source.remat,
     )
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
+
+
+def _model_path(config: Experiment) -> str:
+    if config.model.path is None:
+        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
+    return config.model.path
+
+
+def load_prompts(
+    config: Experiment,
+    tokenizer: Any,
+    *,
+    train_rows: RowSource | None = None,
+    eval_rows: RowSource | None = None,
+) -> tuple[PromptDataset, PromptDataset | None]:
+    """Prompts to train on and held-out ones, with all columns that the reward functions require.
+
+    Args:
+        config: settings.
+        tokenizer: of the model.
+        train_rows: prompts, in place of `config.data.train`.
+        eval_rows: held-out prompts, in place of `config.data.eval`.
+
+    Raises:
+        ValueError: none are given, or they cannot be used; says which and why.
+        FileNotFoundError: a file is missing.
+    """
+    rewards = RewardSum(config.rewards, config.reward_weights)
+
+    def load(source: str | RowSource, what: str, limit: int | None) -> PromptDataset:
+        rows = open_source(source)
+        try:
+            prompts = PromptDataset(
+                rows,
+                tokenizer,
+                max_prompt_length=config.data.max_prompt_length,
+                prompt_format=config.data.format,
+                overlong=config.data.overlong,
+                max_rows=limit,
+            )
+            rewards.check_columns(prompts.column_names)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+        return prompts
+
+    training = config.data.train if train_rows is None else train_rows
+    if training is None:
+        raise ValueError("no prompts given: pass --data.train=<file, hf:…, tfds:… or reasoning_gym:…>")
+    train = load(training, "training prompts", config.data.max_train_prompts)
+    evaluation = config.data.eval if eval_rows is None else eval_rows
+    held_out = None if evaluation is None else load(evaluation, "held-out prompts", config.evaluation.max_prompts)
+    if held_out is None and config.evaluation.every:
+        raise ValueError(
+            f"evaluation.every={config.evaluation.every} needs held-out prompts: "
+            "pass --data.eval=<file, hf:…, tfds:… or reasoning_gym:…>, or --evaluation.every=0"
+        )
+    return train, held_out
 
 
 def make_trainer(
@@ -95,6 +169,7 @@ def make_trainer(
     *,
     train_rows: RowSource | None = None,
     eval_rows: RowSource | None = None,
+    prompts: tuple[PromptDataset, PromptDataset | None] | None = None,
 ) -> Trainer:
     """The trainer that `config` describes.
 
@@ -104,31 +179,16 @@ def make_trainer(
         mesh: the device mesh.
         train_rows: prompts, in place of `config.data.train`.
         eval_rows: held-out prompts, in place of `config.data.eval`.
+        prompts: what `load_prompts` returned, if it was called before.
     """
-    if train_rows is None:
-        if config.data.train is None:
-            raise ValueError("no prompts given: pass --data.train=<file, hf:…, tfds:… or reasoning_gym:…>")
-        train_rows = open_source(config.data.train)
-    if eval_rows is None and config.data.eval is not None:
-        eval_rows = open_source(config.data.eval)
-
-    def prompts(rows: RowSource, limit: int | None) -> PromptDataset:
-        return PromptDataset(
-            rows,
-            policy.tokenizer,
-            max_prompt_length=config.data.max_prompt_length,
-            prompt_format=config.data.format,
-            overlong=config.data.overlong,
-            max_rows=limit,
-        )
-
+    train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
     return Trainer(
         model=policy.model,
         params=policy.params,
         tokenizer=policy.tokenizer,
         stop_tokens=policy.stop_tokens,
-        dataset=prompts(train_rows, config.data.max_train_prompts),
-        eval_dataset=None if eval_rows is None else prompts(eval_rows, config.evaluation.max_prompts),
+        dataset=train,
+        eval_dataset=held_out,
         rewards=RewardSum(config.rewards, config.reward_weights),
         algorithm=config.algorithm,
         run_dir=config.run_dir or f"runs/{config.name}",
@@ -142,8 +202,14 @@ def make_trainer(
         resume=config.resume,
         description=config.settings(),
         title=config.name,
-        wandb=config.wandb,
+        wandb=config.wandb if config.wandb.project else None,
     )
+
+
+def train(trainer: Trainer) -> TrainingResult:
+    """Trains; a reward function that fails ends the program with one line, after the steps before are saved."""
+    with plain_errors((RewardError, ImportError)):
+        return trainer.run()
 
 
 def finish(
@@ -161,15 +227,13 @@ def finish(
     )
     if not is_main_process():
         return
-    rows = [("steps", f"{result.step}" + (f" (stopped: {result.stopped})" if result.stopped else ""))]
+    rows = [("steps", f"{result.step}" + (f" of {config.training.steps} ({result.stopped})" if result.stopped else ""))]
     for name in ("eval/accuracy", "eval/reward", "eval/completion_length"):
         if name in result.last_evaluation:
-            before, after = result.first_evaluation[name], result.last_evaluation[name]
-            rows.append((name, f"{before:.3f} → {after:.3f}"))
-    rows.append(("time", f"{seconds:.0f} s, compilation included"))
+            rows.append((name, f"{result.first_evaluation[name]:.3f} → {result.last_evaluation[name]:.3f}"))
+    rows.append(("time", f"{duration(seconds)}, compilation included"))
     recorded = {name for line in read_metrics(folder / METRICS_FILE) for name in line}
-    panels = [("reward", "eval/reward"), "eval/accuracy", "entropy", ("completions/mean_length",), "grad_norm"]
-    shown = [kept for panel in panels if (kept := [n for n in _names(panel) if n in recorded])]
+    shown = [kept for panel in _PANELS if (kept := [name for name in panel if name in recorded])]
     if shown:
         plot_curves(folder / METRICS_FILE, folder / "curves.png", shown, title=config.name)
         rows.append(("curves", str(folder / "curves.png")))
@@ -177,31 +241,38 @@ def finish(
     Report(result.step).summary(config.name, rows, next_steps=next_steps)
 
 
-def _names(panel: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (panel,) if isinstance(panel, str) else panel
+_PANELS = (("reward", "eval/reward"), ("eval/accuracy",), ("entropy",), ("completions/mean_length",), ("grad_norm",))
+"""What the picture of a run shows, where it was recorded."""
 
 
 def run(config: Experiment, args: list[str] | None = None, *, description: str = "") -> TrainingResult:
     """Runs an experiment on a checkpoint: what the last line of an experiment file calls.
 
-    Errors in the settings, the data or the checkpoint end the program with one line that says what is wrong.
+    Errors in the settings, the data, the checkpoint or a reward function end the program with one line that says
+    what is wrong.
     """
     config = start(parse(config, args, description=description))
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
+        prompts = load_prompts(config, load_tokenizer(_model_path(config)))  # first: a model may take minutes
         policy = load_policy(config, mesh)
-        trainer = make_trainer(config, policy, mesh)
+        trainer = make_trainer(config, policy, mesh, prompts=prompts)
     policy = dataclasses.replace(policy, params=None)  # the trainer has its own copy
-    result = trainer.run()
+    result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began)
     return result
 
 
 @contextlib.contextmanager
-def plain_errors() -> Any:
-    """Turns errors of the user's input into one line on standard error and exit status 2."""
+def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> Iterator[None]:
+    """Turns errors of the user's making into one line on standard error and exit status 2; a bug keeps its traceback.
+
+    Args:
+        kinds: which; by default those that settings, data and files cause.
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -81,8 +81,8 @@ class Experiment:
     """When and how to evaluate."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
-    wandb: Annotated[WandbConfig | None, tyro.conf.AvoidSubcommands] = None
-    """Also log to Weights & Biases."""
+    wandb: WandbConfig = WandbConfig(project="")
+    """Also log to Weights & Biases, if a project is named."""
     seed: int = 0
     """Of parameters, samples and orders."""
     run_dir: str | None = None
@@ -93,20 +93,36 @@ class Experiment:
     """Call jax.distributed.initialize first: on every host of a pod."""
 
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must share, flat and JSON-able; what may change is left out."""
-        free = ("run_dir", "resume", "distributed", "wandb", "name")
-        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in free}
-        flat = flatten(kept)
-        return {name: value for name, value in flat.items() if not name.startswith(_MAY_CHANGE)}
+        """What a resumed run must share, flat and JSON-able.
+
+        Left out is what changes no result, but only memory, speed or what is observed; where the data lie, since
+        their content is compared; and, with a constant learning rate, the number of steps, so that a run can be
+        extended.
+        """
+        free = _FREE if self.optimizer.schedule != "constant" else (*_FREE, "training.steps")
+        return {
+            name: value
+            for name, value in flatten(self).items()
+            if name not in free and not name.startswith(tuple(f"{record}." for record in free))
+        }
 
 
-_MAY_CHANGE = (
-    "mesh.",
+_FREE = (
+    "name",
+    "run_dir",
+    "resume",
+    "distributed",
+    "wandb",
+    "mesh",
+    "evaluation",
+    "data.train",
+    "data.eval",
+    "model.remat",
+    "sampling.slots",
+    "update.micro_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.samples_every",
-    "evaluation.",
-    "data.eval",
 )
 
 

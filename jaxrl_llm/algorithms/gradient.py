@@ -49,7 +49,7 @@ def make_gradient_step(
         wide = widen(params)
         updates, opt_state = optimizer.update(gradient, opt_state, wide)
         params = jax.tree.map(lambda old, new: new.astype(old.dtype), params, optax.apply_updates(wide, updates))
-        metrics = metrics | {"loss": Mean.of(value), "grad_norm": Mean.of(optax.global_norm(gradient))}
+        metrics = metrics | {"loss": Mean.of(value), "grad_norm": Mean.of(optax.tree.norm(gradient))}
         return (params, opt_state), metrics
 
     return gradient_step

@@ -51,7 +51,7 @@ class Sampler:
         self.stop_tokens = tuple(stop_tokens)
         self.mesh, self.dtype = mesh, jnp.dtype(dtype or model.config.dtype)
         self._axes = model.logical_axes()
-        self._program = jax.jit(self._sample, out_shardings=replicated(mesh))
+        self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
 
     def __call__(self, params: Params, prompt: np.ndarray, prompt_lengths: np.ndarray, key: Any, step: Any) -> Rollout:
         """Samples; returns at once, with the arrays still being computed.
@@ -70,16 +70,24 @@ class Sampler:
         lengths = np.asarray(prompt_lengths)
         if lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
             raise ValueError(f"prompt lengths {lengths} do not fit prompts of shape {prompt.shape}")
-        limit = self.model.config.max_position_embeddings
-        if lengths.max() + self.config.max_tokens > limit:
-            raise ValueError(
-                f"a prompt of {lengths.max()} tokens and sampling.max_tokens={self.config.max_tokens} exceed the "
-                f"model's {limit} positions; shorten one of them"
-            )
+        self.check_length(lengths.max())
         self._row_split(prompt.shape[0])
         with jax.set_mesh(self.mesh):
             return self._program(
                 params, np.asarray(prompt, np.int32), lengths.astype(np.int32), key, np.asarray(step, np.int32)
+            )
+
+    def check_length(self, longest: int) -> None:
+        """Checks that the model has positions for the longest prompt and a completion.
+
+        Raises:
+            ValueError: it has not.
+        """
+        limit = self.model.config.max_position_embeddings
+        if longest + self.config.max_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and sampling.max_tokens={self.config.max_tokens} exceed the "
+                f"model's {limit} positions; shorten one of them"
             )
 
     def _row_split(self, prompts: int) -> int:
@@ -93,9 +101,10 @@ class Sampler:
             "(data × fsdp); make one of them a multiple of it"
         )
 
-    def _sample(
+    def sample(
         self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
     ) -> Rollout:
+        """The program, to be compiled; see `__call__`."""
         prompts, group = prompt.shape[0], self.group
         split = self._row_split(prompts)
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -134,12 +136,13 @@ class Checkpointer:
         check_savable(arrays)
         # A copy, as it is now: the caller may change its dict while the file is being written.
         copied = json.loads(json.dumps(dict(extra or {})))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(copied)),
-            metrics=self._tracked(metrics),
-            force=True,  # the caller decides when to save, not a policy
-        )
+        with _silenced("Requested `tracked_metric`"):  # not every checkpoint has an evaluation
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(copied)),
+                metrics=self._tracked(metrics),
+                force=True,  # the caller decides when to save, not a policy
+            )
         self._current = self._saving = step
         return True
 
@@ -279,3 +282,18 @@ class Checkpointer:
     def _remove_deleted(self) -> None:
         if not self._read_only and jax.process_index() == 0:
             (self.folder / _DELETED).rmtree(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _silenced(start: str) -> Iterator[None]:
+    """Leaves log messages of Orbax that start like this out."""
+
+    def differs(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(start)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(differs)
+    try:
+        yield
+    finally:
+        logger.removeFilter(differs)

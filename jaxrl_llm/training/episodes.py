@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.training.distributed import any_process
 from jaxrl_llm.training.report import SampledCompletion
-from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.training.scoring import RewardScores, RewardSum
 from jaxrl_llm.types import Rollout
+
+
+class RewardError(Exception):
+    """A reward function raised, or returned what is not one number a sample; its exception is the cause."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +39,26 @@ class Episodes:
         """`rewards/<name>/mean` and `std` of each function, over the samples that it applies to."""
         metrics = {}
         for name, values in self.by_name.items():
-            known = values[~np.isnan(values)]
-            metrics[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
-            metrics[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
+            metrics[f"rewards/{name}/mean"] = mean = mean_of_known(values)
+            metrics[f"rewards/{name}/std"] = mean_of_known((values - mean) ** 2) ** 0.5
         return metrics
 
     def samples(self, tokenizer: Any, count: int) -> list[SampledCompletion]:
         """Some completions for a person to read: the best and worst of the first prompts."""
-        shown = []
+        return list(itertools.islice(self._best_and_worst(tokenizer), count))
+
+    def _best_and_worst(self, tokenizer: Any) -> Iterator[SampledCompletion]:
         group = self.rewards.shape[1]
-        for prompt in range(len(self.prompts)):
-            for sample in dict.fromkeys((int(self.rewards[prompt].argmax()), int(self.rewards[prompt].argmin()))):
-                ids = self.completion_ids[prompt * group + sample]
-                text = tokenizer.decode(ids, skip_special_tokens=False)
-                reward = float(self.rewards[prompt, sample])
-                shown.append(SampledCompletion(prompt_text(self.prompts[prompt]), text, reward))
-        return shown[:count]
+        for number, (prompt, rewards) in enumerate(zip(self.prompts, self.rewards, strict=True)):
+            for sample in dict.fromkeys((int(rewards.argmax()), int(rewards.argmin()))):
+                text = tokenizer.decode(self.completion_ids[number * group + sample], skip_special_tokens=False)
+                yield SampledCompletion(prompt_text(prompt), text, float(rewards[sample]))
+
+
+def mean_of_known(values: np.ndarray) -> float:
+    """Mean of the entries that are not NaN; NaN if all are."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def prompt_text(prompt: Any) -> str:
@@ -60,10 +72,13 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
     With several processes each scores its share of the samples, and the results are gathered.
 
     Args:
-        rollout: with arrays that this process can read whole.
-        batch: the prompts that it was sampled from.
+        rollout: what the sampler returned; its arrays are replicated.
+        batch: the prompts it was sampled from.
         rewards: the reward functions.
         tokenizer: decodes the sampled ids; special tokens are left out of the text that is scored.
+
+    Raises:
+        RewardError: a reward function failed, in this process or in another: all raise together.
     """
     completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
     prompts, group, width = completion.shape
@@ -77,7 +92,8 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
             return text
         return [{"role": "assistant", "content": text}]
 
-    scores = rewards(
+    scores = _score(
+        rewards,
         [batch.prompts[sample // group] for sample in own],
         [completion_of(sample) for sample in own],
         [ids[sample] for sample in own],
@@ -86,6 +102,26 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
     table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
     total, *named = table.reshape(-1, prompts, group)
     return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids)
+
+
+def _score(rewards: RewardSum, *arguments: Any) -> RewardScores:
+    """Calls the reward functions; if that fails in one process, it fails in all, and none waits for another."""
+    scores, failure = None, None
+    try:
+        scores = rewards(*arguments)
+    except (RuntimeError, ValueError) as error:
+        failure = error
+    if any_process(failure is not None) or scores is None:
+        raise RewardError(_message(failure)) from failure
+    return scores
+
+
+def _message(failure: Exception | None) -> str:
+    """What failed, and the line of the reward function's code where it did."""
+    if failure is None:
+        return "a reward function failed in another process"
+    frames = traceback.extract_tb(failure.__cause__.__traceback__) if failure.__cause__ else []
+    return f"{failure} ({frames[-1].filename}:{frames[-1].lineno})" if frames else str(failure)
 
 
 def _gather(table: np.ndarray, own: range, size: int) -> np.ndarray:

@@ -15,8 +15,7 @@ from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import row_shards
-from jaxrl_llm.training.episodes import Episodes, score_rollout
-from jaxrl_llm.training.report import SampledCompletion
+from jaxrl_llm.training.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.scoring import RewardSum
 
 
@@ -34,6 +33,13 @@ class EvaluationConfig:
     """Reward function whose value of at least 1 means that a prompt is solved; `None`: the first one."""
     batch_size: int | None = None
     """Prompts decoded at a time; `None`: as many as a training step has rows."""
+
+    def __post_init__(self) -> None:
+        """Rejects counts that cannot be meant."""
+        for field, least in (("every", 0), ("max_prompts", 1), ("samples", 0), ("batch_size", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ValueError(f"evaluation.{field}={value} must be at least {least}")
 
 
 def pass_at_k(solved: np.ndarray, k: int) -> float:
@@ -92,14 +98,13 @@ class Evaluator:
         self._batch_size = -(-wanted // shards) * shards
         greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0)
         self._greedy = Sampler(model, greedy, group=1, stop_tokens=stop_tokens, mesh=mesh)
+        self._greedy.check_length(dataset.longest)
         self._samples = config.samples
-        self._drawn = (
-            Sampler(model, sampling, group=config.samples, stop_tokens=stop_tokens, mesh=mesh)
-            if config.samples
-            else None
-        )
+        self._drawn = None
+        if config.samples:
+            self._drawn = Sampler(model, sampling, group=config.samples, stop_tokens=stop_tokens, mesh=mesh)
 
-    def __call__(self, params: Params, key: np.ndarray) -> tuple[dict[str, float], list[SampledCompletion]]:
+    def __call__(self, params: Params, key: np.ndarray) -> tuple[dict[str, float], Episodes]:
         """Evaluates `params`.
 
         Args:
@@ -108,23 +113,25 @@ class Evaluator:
 
         Returns:
             Metrics: `eval/reward`, `eval/rewards/<name>`, `eval/accuracy` (prompts solved greedily),
-            `eval/completion_length`, `eval/finished`, and with samples `eval/pass@1` and `eval/pass@k`; and some
-            greedy completions.
+            `eval/completion_length`, `eval/finished`, and with samples `eval/pass@1` and `eval/pass@k`; and the
+            first batch's greedy completions.
+
+        Raises:
+            RewardError: a reward function failed.
         """
-        greedy, drawn, lengths, finished, shown = [], [], [], [], []
+        greedy, drawn, lengths, finished, first = [], [], [], [], None
         for number, batch in enumerate(eval_batches(self._dataset, batch_size=self._batch_size)):
             rollout = self._greedy(params, batch.tokens, batch.lengths, key, number)
             episodes = score_rollout(rollout, batch, self._rewards, self._tokenizer)
+            first = first or episodes
             greedy.append(_valid(episodes, batch.valid))
             lengths.append(np.asarray(rollout.completion_lengths)[batch.valid])
             finished.append(np.asarray(rollout.finished)[batch.valid])
-            if number == 0:
-                shown = episodes.samples(self._tokenizer, 3)
             if self._drawn is not None:
                 rollout = self._drawn(params, batch.tokens, batch.lengths, key, number)
                 drawn.append(_valid(score_rollout(rollout, batch, self._rewards, self._tokenizer), batch.valid))
         scores = {name: np.concatenate([part[name] for part in greedy]) for name in greedy[0]}
-        metrics = {f"eval/rewards/{name}": float(np.nanmean(scores[name])) for name in self._rewards.names}
+        metrics = {f"eval/rewards/{name}": mean_of_known(scores[name]) for name in self._rewards.names}
         metrics["eval/reward"] = float(scores[""].mean())
         metrics["eval/accuracy"] = float(np.mean(scores[self.solved_by] >= 1))
         metrics["eval/completion_length"] = float(np.concatenate(lengths).mean())
@@ -133,7 +140,8 @@ class Evaluator:
             solved = np.concatenate([part[self.solved_by] for part in drawn]) >= 1
             for k in sorted({1, self._samples}):
                 metrics[f"eval/pass@{k}"] = pass_at_k(solved, k)
-        return metrics, shown
+        assert first is not None  # a data set is never empty
+        return metrics, first
 
 
 def _valid(episodes: Episodes, valid: np.ndarray) -> dict[str, np.ndarray]:

@@ -47,6 +47,7 @@ _SHOWN = {
 _PHASES = "perf/*_seconds"
 _HISTORY = 4096
 _TREND_WIDTH = 32
+_SECONDS_BETWEEN_LINES = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Report:
     """Shows the progress of a run; a context manager.
 
     On a terminal it is a live view: progress with the time left, metrics with their trend, seconds of each
-    phase, and sampled completions. Elsewhere (a file, a pipe, a log of a job) it prints one line for each
-    logged step, and completions every `samples_every` steps, without escape codes.
+    phase, and sampled completions. Elsewhere (a file, a pipe, a log of a job) it prints lines without escape
+    codes: a step's metrics, at most one line a second, every evaluation, and completions every `samples_every`
+    steps.
     """
 
     def __init__(
@@ -99,9 +101,10 @@ class Report:
         self._live: Live | None = None
         self._use_live = enabled and terminal
         self._title, self._samples_every = title, samples_every
-        self._step, self._total = start_step, total_steps
+        self._start, self._step, self._total = start_step, start_step, total_steps
         self._clock = clock
         self._first: tuple[float, int] | None = None  # time and step of the first report
+        self._printed: float | None = None  # when the last step had its line
         self._latest: dict[str, tuple[int, float]] = {}
         self._history: dict[str, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=_HISTORY)
@@ -149,7 +152,7 @@ class Report:
         if not self._enabled:
             return
         now = self._clock()
-        if self._first is None:
+        if self._first is None and step > self._start:
             # The time left is judged from the steps after the first report: the first step compiles.
             self._first = (now, step)
         self._step = max(self._step, step)
@@ -160,8 +163,18 @@ class Report:
         if self._live is not None:
             self._progress.update(self._task, completed=self._step, left=f"{left} left" if left else "")
             self._live.update(self._render())
-        else:
+        elif self._is_printed(step, metrics, now):
             self._line(self._plain(step, metrics, left))
+
+    def _is_printed(self, step: int, metrics: Mapping[str, float], now: float) -> bool:
+        """Whether a step has its line; where steps take milliseconds, not all have."""
+        if any(name.startswith("eval/") for name in metrics):
+            return True
+        due = self._printed is None or now - self._printed >= _SECONDS_BETWEEN_LINES
+        if due or step >= self._total or self.wants_samples(step):
+            self._printed = now
+            return True
+        return False
 
     def wants_samples(self, step: int) -> bool:
         """Whether completions of this step would be shown; if not, they need not be decoded."""
@@ -213,8 +226,12 @@ class Report:
 
     @staticmethod
     def _shown(metrics: Mapping[str, float]) -> Iterator[str]:
+        redundant = {"loss"} if "reward" in metrics else set()  # on-policy it is about 0, whatever is learnt
+        for pattern in ("rewards/*/mean", "eval/rewards/*"):
+            if len(names := fnmatch.filter(metrics, pattern)) == 1:  # the sum says the same
+                redundant.update(names)
         for pattern in (*_SHOWN, "eval/*", _PHASES):
-            yield from (name for name in metrics if fnmatch.fnmatchcase(name, pattern))
+            yield from (name for name in metrics if fnmatch.fnmatchcase(name, pattern) and name not in redundant)
 
     def _time_left(self, now: float) -> str:
         if self._first is None or self._step <= self._first[1] or self._step >= self._total:

@@ -348,9 +348,7 @@ def test_error_that_ended_the_run_is_not_hidden_by_a_failed_write(
     assert any("no space left on device" in note for note in error.value.__notes__)
 
 
-def test_old_checkpoints_are_renamed_before_they_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_checkpoints_are_renamed_before_they_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A process killed in the middle of the removal: half a checkpoint must never be among the numbered ones.
     with monkeypatch.context() as patch, Checkpointer(tmp_path, keep=1) as checkpointer:
         patch.setattr(checkpointer, "_remove_deleted", lambda: None)

@@ -178,14 +178,10 @@ def test_wandb_gets_the_same_lines_and_a_resumed_run_is_the_same_run(
             writer.write(1, {"reward": 0.5})
     assert run.lines == [{"reward": 0.5, "step": 1}] * 2 and run.finished
     assert calls[0] == calls[1]
-    assert (
-        calls[0]["name"] == "my-run" and calls[0]["mode"] == "offline" and calls[0]["config"] == {"seed": 0}
-    )
+    assert calls[0]["name"] == "my-run" and calls[0]["mode"] == "offline" and calls[0]["config"] == {"seed": 0}
 
 
-def test_missing_wandb_names_the_extra_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_wandb_names_the_extra_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"jaxrl-llm\[wandb\]"):
         MetricsWriter(tmp_path, wandb=WandbConfig("project"))

@@ -13,6 +13,8 @@ METRICS = {
     "reward": 0.5,
     "reward_std": 0.25,
     "rewards/correct/mean": 0.4,
+    "rewards/format/mean": 0.1,
+    "loss": 1e-9,
     "kl": 0.001,
     "completions/mean_length": 12.0,
     "perf/tokens_per_second": 2345.6,
@@ -49,7 +51,7 @@ def test_plain_output_is_one_line_a_step_without_escape_codes() -> None:
         report.log(2, METRICS)
     lines = raw.getvalue().decode().splitlines()
     assert lines[0] == (
-        "step 1/10 | reward 0.5 (std 0.25) | rewards/correct 0.4 | kl 0.001 | length 12 | tok/s 2,346"
+        "step 1/10 | reward 0.5 (std 0.25) | rewards/correct 0.4 | rewards/format 0.1 | kl 0.001 | length 12 | tok/s 2,346"
         " | seconds: sample 1, update 2"
     )
     # Eight steps of three seconds: the compiling one does not count.
@@ -62,9 +64,31 @@ def test_plain_evaluation_and_resumed_start() -> None:
     with report:
         report.log(4, {"eval/accuracy": 0.75})
         report.log(5, {"loss": 0.5})
+        report.log(6, {"loss": 0.5})
     assert raw.getvalue().decode().splitlines() == [
         "step 4/10 | eval/accuracy 0.75",
-        "step 5/10 | loss 0.5 | 15s left",
+        "step 5/10 | loss 0.5",  # it compiled
+        "step 6/10 | loss 0.5 | 12s left",
+    ]
+
+
+def test_plain_lines_come_once_a_second_but_evaluations_and_the_last_step_always() -> None:
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="utf-8", write_through=True), width=40)
+    ticks = iter([0.0, 0.4, 0.5, 1.1, 1.2, 1.3])
+    with Report(5, console=console, clock=lambda: next(ticks), samples_every=0) as report:
+        report.log(1, {"kl": 0.1})
+        report.log(2, {"kl": 0.2})
+        report.log(2, {"eval/reward": 0.5, "eval/rewards/correct": 0.5})
+        report.log(3, {"kl": 0.3})
+        report.log(4, {"kl": 0.4})
+        report.log(5, {"kl": 0.5})
+    shown = [line.split(" | ")[:2] for line in raw.getvalue().decode().splitlines()]
+    assert shown == [
+        ["step 1/5", "kl 0.1"],
+        ["step 2/5", "eval/reward 0.5"],
+        ["step 3/5", "kl 0.3"],
+        ["step 5/5", "kl 0.5"],
     ]
 
 

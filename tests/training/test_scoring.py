@@ -61,9 +61,7 @@ def test_functions_get_their_arguments_by_name():
         return [0.0] * 3
 
     def without_columns(completions, answer, weight=1.0):
-        return [
-            float(completion == gold) * weight for completion, gold in zip(completions, answer, strict=True)
-        ]
+        return [float(completion == gold) * weight for completion, gold in zip(completions, answer, strict=True)]
 
     scores = score(everything, without_columns, columns={"answer": ["a", "b", "ccc"], "source": [1, 2, 3]})
     assert seen == {**SAMPLES, "answer": ["a", "b", "ccc"], "source": [1, 2, 3]}
@@ -115,9 +113,7 @@ def test_wrong_number_of_values():
         score(returning(0.5))
 
 
-@pytest.mark.parametrize(
-    "value", ["1.0", math.nan, math.inf, -math.inf, 1e39, 10**400, [1.0], {}, 1j, np.nan]
-)
+@pytest.mark.parametrize("value", ["1.0", math.nan, math.inf, -math.inf, 1e39, 10**400, [1.0], {}, 1j, np.nan])
 def test_a_value_that_is_no_finite_number(value):
     completions = ["a", "é" * 200, "c"]
     with pytest.raises(ValueError, match=rf"'fixed' .* for sample 1, completion '{'é' * 80}'$"):

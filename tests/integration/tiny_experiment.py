@@ -1,0 +1,137 @@
+"""A run small enough for tests: sums, a character tokenizer, a random model.
+
+Also a script: `--signal=SIGKILL --signal-at=update:3` sends itself a signal in the middle of step 3, and
+`--signal-at=checkpoint:4` while the checkpoint of step 4 is being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import signal
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.update import UpdateConfig
+from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
+from jaxrl_llm.config import DataConfig, Experiment
+from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.trainer import Trainer, TrainingConfig
+
+TOKENIZER = CharTokenizer("0123456789+-*=")
+
+
+def shared_characters(prompts: list[Any], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """Share of the completion's characters that occur in the answer."""
+    return [sum(c in right for c in text) / (len(text) + 1) for text, right in zip(completions, answer, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyExperiment(Experiment):
+    signal: str | None = None
+    """Name of a signal to send to this very process."""
+    signal_at: str = "update:1"
+    """Phase and step."""
+
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in super().settings().items() if not name.startswith("signal")}
+
+
+# Everything that a resumed run could lose: a reference, an order of minibatches, a schedule, epochs of the data.
+CONFIG = TinyExperiment(
+    name="tiny",
+    rewards=(shared_characters,),
+    algorithm=PolicyGradient(kl_coef=0.05),
+    data=DataConfig(max_prompt_length=6),
+    sampling=SamplingConfig(max_tokens=5),
+    training=TrainingConfig(
+        steps=4, prompts_per_step=4, samples_per_prompt=4, checkpoint_every=2, keep_checkpoints=1, samples_every=0
+    ),
+    update=UpdateConfig(minibatches=2),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+    evaluation=EvaluationConfig(every=2, samples=2),
+)
+TRAIN_ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(10)]
+EVAL_ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)]
+
+
+def make_policy(mesh: jax.sharding.Mesh) -> Policy:
+    model = Transformer(
+        ModelConfig(
+            vocab_size=len(TOKENIZER),
+            embed_dim=16,
+            mlp_dim=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=8,
+            max_position_embeddings=16,
+            tie_embeddings=True,
+            remat="none",
+        )
+    )
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+    return Policy(model, params, TOKENIZER, (TOKENIZER.eos_token_id,))
+
+
+def make(config: TinyExperiment, mesh: jax.sharding.Mesh) -> tuple[Policy, Trainer]:
+    policy = make_policy(mesh)
+    return policy, make_trainer(config, policy, mesh, train_rows=TRAIN_ROWS, eval_rows=EVAL_ROWS)
+
+
+def send_signal(trainer: Trainer, name: str, place: str) -> None:
+    """Arranges for the signal to be sent at the place."""
+    phase, step = place.split(":")
+
+    def send() -> None:
+        os.kill(os.getpid(), getattr(signal, name))
+
+    if phase == "update":
+        update = trainer.update
+
+        def update_or_send(state: Any, *args: Any) -> Any:
+            if int(state.step) + 1 == int(step):
+                send()
+            return update(state, *args)
+
+        trainer.update = update_or_send
+    else:  # arrays are written, and the first folder of the unfinished checkpoint gets its final name
+        unfinished = os.path.join("checkpoints", f"{step}.")
+        sys.addaudithook(lambda event, args: send() if event == "os.rename" and unfinished in str(args[0]) else None)
+
+
+def digest(tree: Any) -> str:
+    """A hash of every bit of every array."""
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        total.update(np.asarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def main(args: list[str] | None = None) -> None:
+    config = start(parse(CONFIG, args))
+    with plain_errors():
+        mesh = make_mesh(config.mesh)
+        policy, trainer = make(config, mesh)
+    if config.signal:
+        send_signal(trainer, config.signal, config.signal_at)
+    result = train(trainer)
+    if jax.process_count() == 1:
+        print("digest", digest(trainer.state))
+    finish(config, policy, result, seconds=1.0)
+
+
+if __name__ == "__main__":
+    main()

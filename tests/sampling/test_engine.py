@@ -1,0 +1,111 @@
+"""The compiled sampler: the same rows on every mesh, noise by step, one compilation, and what it refuses."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
+from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.types import Rollout
+
+
+def assert_same_rows(ours: Rollout, expected: Rollout) -> None:
+    np.testing.assert_array_equal(ours.completion, expected.completion)
+    np.testing.assert_array_equal(ours.completion_lengths, expected.completion_lengths)
+    np.testing.assert_array_equal(ours.finished, expected.finished)
+    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-4)
+    np.testing.assert_allclose(ours.sampler_logprobs, expected.sampler_logprobs, atol=1e-4)
+
+
+def test_every_mesh_samples_the_same_rows(mesh_config, tiny_config, lively_params, make_sampler, prompts, key):
+    """Parameters lie sharded on the mesh; fsdp 8 and data 2 × fsdp 4 must cut groups, since there are 4 prompts."""
+    model = Transformer(tiny_config(tie_embeddings=False, sliding_windows=(4, None)))
+    params = lively_params(model)
+    expected = make_sampler(model, group=4, temperature=0.8)(params, *prompts, key, 2)
+    mesh = make_mesh(mesh_config)
+    sharded = jax.device_put(params, parameter_shardings(mesh, model.logical_axes(), params))
+    ours = make_sampler(model, group=4, temperature=0.8, mesh=mesh)(sharded, *prompts, key, 2)
+    assert_same_rows(ours, expected)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(ours))
+
+
+def test_slots_on_a_mesh(tiny_config, lively_params, make_sampler, prompts, key):
+    model = Transformer(tiny_config())
+    params = lively_params(model)
+    tokens, lengths = prompts
+    expected = make_sampler(model, group=8)(params, tokens[:2], lengths[:2], key, 2)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    ours = make_sampler(model, group=8, slots=2, mesh=mesh)(params, tokens[:2], lengths[:2], key, 2)
+    assert_same_rows(ours, expected)
+
+
+def test_noise_differs_between_steps_keys_prompts_and_samples(tiny_config, lively_params, make_sampler, key):
+    model = Transformer(tiny_config())
+    params = lively_params(model)
+    prompt, lengths = np.full((4, 6), 5, np.int32), np.array([3, 3, 3, 3])
+    sampler = make_sampler(model, group=4, stop_tokens=())
+
+    def tokens(key: np.ndarray, step: int) -> np.ndarray:
+        return np.asarray(sampler(params, prompt, lengths, key, step).completion)
+
+    with CompilationCounter() as counter:
+        first = tokens(key, 0)
+        assert len({tuple(row) for row in first.reshape(-1, 8)}) == 16  # equal prompts, yet different rows
+        mark = counter.mark()
+        np.testing.assert_array_equal(tokens(key, 0), first)
+        others = [tokens(key, 1), tokens(key, 2), tokens(key + np.uint32(1), 0)]
+        assert counter.since(mark) == {}
+    for number, other in enumerate(others):
+        assert not (other == first).all(axis=-1).any(), number
+    assert not (others[0] == others[1]).all(axis=-1).any()
+
+
+def test_the_given_parameters_are_those_that_sample(tiny_config, lively_params, make_sampler, prompts, key):
+    """Nothing of the first call's parameters is kept in the program."""
+    model = Transformer(tiny_config())
+    sampler = make_sampler(model)
+    first = sampler(lively_params(model), *prompts, key, 0)
+    other = sampler(lively_params(model, seed=1), *prompts, key, 0)
+    assert not np.array_equal(first.completion, other.completion)
+
+
+def test_the_rollout_type_may_be_narrower(tiny_config, lively_params, make_sampler, prompts, key):
+    """It rounds the log-probs, and changes few tokens."""
+    model = Transformer(tiny_config())
+    params = lively_params(model)
+    exact = make_sampler(model)(params, *prompts, key, 0)
+    rounded = make_sampler(model, dtype="bfloat16")(params, *prompts, key, 0)
+    first, other = np.asarray(exact.logprobs)[..., 0], np.asarray(rounded.logprobs)[..., 0]
+    same = np.asarray(exact.completion)[..., 0] == np.asarray(rounded.completion)[..., 0]
+    assert same.mean() > 0.5
+    gap = np.abs(first - other)[same]
+    assert 0 < gap.max() < 0.2
+
+
+def test_lengths_that_do_not_fit_raise(tiny_config, lively_params, make_sampler, prompts, key):
+    model = Transformer(tiny_config(max_position_embeddings=12))
+    params = lively_params(model)
+    tokens, _ = prompts
+    sampler = make_sampler(model)
+    for lengths in ([3, 7, 1, 4], [3, 0, 1, 4], [3, 3, 3]):
+        with pytest.raises(ValueError, match=r"prompt lengths .* do not fit prompts of shape \(4, 6\)"):
+            sampler(params, tokens, np.array(lengths), key, 0)
+    with pytest.raises(ValueError, match=r"5 tokens and sampling.max_tokens=8 exceed the model's 12 positions"):
+        sampler(params, tokens, np.array([3, 5, 1, 4]), key, 0)
+    sampler(params, tokens, np.array([3, 4, 1, 4]), key, 0)  # 4 + 8 is just possible
+
+
+def test_settings_that_do_not_fit_raise(tiny_config, lively_params, make_sampler, prompts, key):
+    model = Transformer(tiny_config())
+    with pytest.raises(ValueError, match=r"stop tokens \[64\] are outside the vocabulary of 64"):
+        make_sampler(model, stop_tokens=(1, 64))
+    with pytest.raises(ValueError, match=r"stop tokens \[-1\]"):
+        make_sampler(model, stop_tokens=(-1,))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        make_sampler(model, group=0)
+    sampler = make_sampler(model, group=3, mesh=make_mesh(MeshConfig(fsdp=8)))
+    with pytest.raises(ValueError, match="4 prompts × 3 samples cannot be split over the 8 row shards"):
+        sampler(lively_params(model), *prompts, key, 0)

@@ -75,7 +75,7 @@ class MeshConfig:
         return sizes
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of ``config`` over ``devices`` (default: all), axes in the order of ``MESH_AXES``."""
     devices = jax.devices() if devices is None else devices
     sizes = (config or MeshConfig()).sizes(len(devices))

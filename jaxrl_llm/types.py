@@ -10,8 +10,7 @@ from flax import struct
 from jaxrl_llm.masking import length_mask
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """G sampled completions of each of P prompts; a group is axis 1."""
 
     prompt: jax.Array
@@ -35,8 +34,7 @@ class Rollout:
         return length_mask(self.completion_lengths, self.completion.shape[-1])
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that an update changes; what a checkpoint must hold beside the data's position."""
 
     step: jax.Array

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jaxrl_llm.algorithms.gradient import make_gradient_step
+from jaxrl_llm.algorithms.update import UpdateConfig, split_groups
 from jaxrl_llm.logprobs import token_scores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import sft_loss
@@ -31,9 +32,21 @@ class Demonstrations(NamedTuple):
 
 
 def make_supervised_step(
-    policy: Transformer, optimizer: optax.GradientTransformation, *, micro_batches: int = 1
+    policy: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    row_shards: int = 1,
 ) -> Callable[[TrainState, Demonstrations], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function `(state, demonstrations) -> (state, metrics)` that makes one optimizer step on `sft_loss`."""
+    """The pure function `(state, demonstrations) -> (state, metrics)` that makes one optimizer step on `sft_loss`.
+
+    Args:
+        policy: the model.
+        optimizer: an optax transformation.
+        micro_batches: pieces in which the gradient is accumulated.
+        row_shards: number of pieces into which the mesh cuts rows (data × fsdp).
+    """
+    plan = UpdateConfig(micro_batches=micro_batches)
 
     def loss(params: Params, rows: Demonstrations, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
         hidden = policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
@@ -45,7 +58,9 @@ def make_supervised_step(
 
     def supervised_step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, dict[str, jax.Array]]:
         normalizer = aggregation_normalizer(batch.mask, mode="token-mean")
-        (params, opt_state), metrics = gradient_step((state.params, state.opt_state), batch, normalizer)
+        prompts, group = batch.mask.shape[:2]
+        rows = split_groups(batch, plan.group_split(prompts, group, row_shards))
+        (params, opt_state), metrics = gradient_step((state.params, state.opt_state), rows, normalizer)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {name: record.value() for name, record in metrics.items()}
 

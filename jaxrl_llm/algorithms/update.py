@@ -168,8 +168,9 @@ def make_update_step(
                 raise ValueError("this algorithm reads a reference (kl_coef is not 0): pass its parameters")
             batch = batch._replace(ref_logprobs=score_all(reference))
         if plan.optimizer_steps > 1:  # else the old policy is the policy itself, and no pass is needed
-            batch = batch._replace(old_logprobs=score_all(state.params))
-            metrics |= _sampling_gap(batch.old_logprobs, batch)
+            old_logprobs = score_all(state.params)
+            metrics |= _sampling_gap(old_logprobs, batch)
+            batch = batch._replace(old_logprobs=old_logprobs)
 
         key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), 1)
 

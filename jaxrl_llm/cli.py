@@ -61,16 +61,18 @@ def start(config: ConfigT) -> ConfigT:
     Returns:
         The configuration with `run_dir` filled in; written to `run_dir/config.json`.
     """
-    if config.distributed:
-        initialize()
-    enable_persistent_cache()
     with plain_errors():
+        if config.resume and config.run_dir is None:
+            raise ValueError("--resume needs --run-dir=<folder of the run>")
+        if config.distributed:
+            initialize()
+        enable_persistent_cache()
         folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
         find_run(folder, config.settings(), resume=config.resume)
-    config = dataclasses.replace(config, run_dir=str(folder))
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        config = dataclasses.replace(config, run_dir=str(folder))
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
     return config
 
 
@@ -78,23 +80,26 @@ def _new_folder(name: str) -> str:
     """Creates `runs/<name>-<time>`, or one numbered after it: several runs may start in the same second."""
     if not is_main_process():
         return ""
-    stamp = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        folder = Path(stamp if number == 1 else f"{stamp}-{number}")
-        with contextlib.suppress(FileExistsError):
+    first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(first)
+    for number in itertools.count(2):
+        try:
             folder.mkdir(parents=True)
-            return str(folder)
-    raise AssertionError("unreachable")
+            break
+        except FileExistsError:
+            folder = Path(f"{first}-{number}")
+    return str(folder)
 
 
-def load_policy(config: Experiment, mesh: jax.sharding.Mesh) -> Policy:
-    """The checkpoint that `config.model` names, on the mesh, with its tokenizer.
+def load_policy(config: Experiment, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
+    """The checkpoint that `config.model` names, on the mesh, with its tokenizer (loaded, unless it is given).
 
     Raises:
         ValueError: none is named, or it cannot be used; says why.
     """
     source, path = config.model, _model_path(config)
-    tokenizer, generation = load_tokenizer(path), load_generation_config(path)
+    tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+    generation = load_generation_config(path)
     model, params = from_pretrained(
         path,
         shardings=lambda t: parameter_shardings(mesh, t.logical_axes(), t.abstract_params()),
@@ -255,8 +260,9 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
-        prompts = load_prompts(config, load_tokenizer(_model_path(config)))  # first: a model may take minutes
-        policy = load_policy(config, mesh)
+        tokenizer = load_tokenizer(_model_path(config))
+        prompts = load_prompts(config, tokenizer)  # before the model, which may take minutes
+        policy = load_policy(config, mesh, tokenizer)
         trainer = make_trainer(config, policy, mesh, prompts=prompts)
     policy = dataclasses.replace(policy, params=None)  # the trainer has its own copy
     result = train(trainer)

@@ -1,4 +1,4 @@
-"""The order of prompts: deterministic, checkpointable, the same for any number of processes."""
+"""The order of prompts: deterministic, checkpointable, the same in every process."""
 
 from __future__ import annotations
 
@@ -19,35 +19,24 @@ class PromptLoader(Iterator[PromptBatch]):
 
     Args:
         dataset: The prompts.
-        batch_size: Prompts per step, of all processes together.
+        batch_size: Prompts per step.
         seed: Seed of the order, 0 to 2³² - 1.
-        process_index: Which block of each batch this process serves.
-        process_count: Number of processes; the order of the whole does not depend on it.
 
     Raises:
-        ValueError: A batch size that is not a positive multiple of `process_count`, or an impossible index or
-            seed.
+        ValueError: A batch size below 1, or an impossible seed.
     """
 
-    def __init__(
-        self,
-        dataset: PromptDataset,
-        *,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
+    def __init__(self, dataset: PromptDataset, *, batch_size: int, seed: int) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
-        own = _own_block(batch_size, process_index, process_count)
+        _check(batch_size)
         size = len(dataset)
-        # (epoch, number of the prompt), read only after the batch has been cut to this process's block
+        # (epoch, number of the prompt)
         order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
         order = order.map_with_index(lambda position, item: (position // size, int(item)))
         # Without drop_remainder Grain computes the length of endless data in floating point, which overflows.
         batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).map(
-            lambda pairs: dataset.batch([item for _, item in pairs[own]], epoch=pairs[0][0])
+            lambda pairs: dataset.batch([item for _, item in pairs], epoch=pairs[0][0])
         )
         reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # tokens are in memory already
         self._iterator = iter(batches.to_iter_dataset(reading))
@@ -57,7 +46,7 @@ class PromptLoader(Iterator[PromptBatch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position as a dict that JSON can hold, the same in every process."""
+        """Returns the position as a dict that JSON can hold."""
         return {"fingerprint": dict(self._fingerprint), "iterator": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -81,35 +70,23 @@ class PromptLoader(Iterator[PromptBatch]):
         self._iterator.set_state(state["iterator"])
 
 
-def eval_batches(
-    dataset: PromptDataset, *, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[PromptBatch]:
+def eval_batches(dataset: PromptDataset, *, batch_size: int) -> Iterator[PromptBatch]:
     """Yields every prompt once, in the order of the source, in batches of one shape.
 
     The last batch is filled up with repeats from the start, whose `valid` is False.
 
     Args:
         dataset: The prompts.
-        batch_size: Prompts per batch, of all processes together.
-        process_index: Which block of each batch this process serves.
-        process_count: Number of processes; each yields the same number of batches.
+        batch_size: Prompts per batch.
 
     Raises:
-        ValueError: A batch size that is not a positive multiple of `process_count`.
+        ValueError: A batch size below 1.
     """
-    own = _own_block(batch_size, process_index, process_count)
-    starts = range(0, len(dataset), batch_size)
-    positions = (np.arange(start, start + batch_size)[own] for start in starts)
+    _check(batch_size)
+    positions = (np.arange(start, start + batch_size) for start in range(0, len(dataset), batch_size))
     return (dataset.batch(block % len(dataset), valid=block < len(dataset)) for block in positions)
 
 
-def _own_block(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the number of processes, got batch_size={batch_size} "
-            f"and process_count={process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be between 0 and {process_count - 1}, got {process_index}")
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
+def _check(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,7 +1,7 @@
-"""One process or many: start-up, global arrays from each process's rows, decisions equal on all processes.
+"""One process or many: start-up, and decisions that are equal on all processes.
 
-With one process nothing here communicates or compiles. With several, every function except
-`is_main_process` and `global_batch` is a collective: all processes must call it, in the same order.
+With one process nothing here communicates or compiles. With several, every function except `is_main_process` is
+a collective: all processes must call it, in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def initialize(
         process_id: Which one this is, from 0.
 
     Raises:
-        ValueError: If some of the three are given and others not.
+        ValueError: If some of the three are given and others not, or none and JAX finds no cluster.
         RuntimeError: If this process has already joined, or JAX has already computed something.
     """
     given = {
@@ -43,32 +43,20 @@ def initialize(
             f"distributed.initialize needs all of {', '.join(given)}, or none of them on a cluster that JAX "
             f"detects; missing: {', '.join(missing)}"
         )
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except ValueError as error:
+        if not missing:
+            raise
+        raise ValueError(
+            f"JAX finds no cluster to join here ({error}): on one machine, leave --distributed out; on several that "
+            f"JAX does not detect, give {', '.join(given)} to jaxrl_llm.training.distributed.initialize"
+        ) from error
 
 
 def is_main_process() -> bool:
     """Whether this is process 0, the one that prints and writes."""
     return jax.process_index() == 0
-
-
-def global_batch(sharding: Any, local_rows: Any) -> Any:
-    """Makes global arrays from the rows that each process holds.
-
-    Args:
-        sharding: A `jax.sharding.Sharding` for all arrays, or a tree of them as `local_rows`.
-        local_rows: A tree of host arrays: this process's rows, in the order of its devices. A dimension that
-            is not split between processes is given whole, and equal, on each.
-
-    Returns:
-        The tree of global `jax.Array`s. No process reads another's rows.
-    """
-    if isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.tree.map(lambda _: sharding, local_rows)
-    return jax.tree.map(
-        lambda rows, place: jax.make_array_from_process_local_data(place, np.asarray(rows)),
-        local_rows,
-        sharding,
-    )
 
 
 def any_process(flag: bool) -> bool:

@@ -89,6 +89,8 @@ class Loop:
             logged = time.perf_counter()
             evaluation = self._evaluate() if self._due(self.trainer.evaluation.every) else None
             stopping = self.step < last and any_process(self.stop.requested)
+            if stopping:
+                self.stop.request("another process was stopped")  # kept where this one was not
             if stopping or self._due(self.trainer.config.checkpoint_every):
                 self._save(evaluation)
             began = ended + time.perf_counter() - logged  # evaluations and checkpoints are no part of a step

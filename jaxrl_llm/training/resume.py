@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.training.checkpoint import Checkpointer
+from jaxrl_llm.training.distributed import from_main_process
 from jaxrl_llm.training.metrics import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -35,7 +36,8 @@ class SavedRun:
 def find_run(run_dir: str | Path, settings: Mapping[str, Any], *, resume: bool) -> SavedRun | None:
     """The run that is to go on; `None`: one starts anew.
 
-    No arrays are loaded and nothing is written: call it before anything that takes long.
+    No arrays are loaded and nothing is written: call it before anything that takes long. With several processes
+    all must call it, and process 0 looks: the others may look when it has already begun to write.
 
     Args:
         run_dir: folder of the run.
@@ -46,13 +48,16 @@ def find_run(run_dir: str | Path, settings: Mapping[str, Any], *, resume: bool) 
         ValueError: the folder holds a run and `resume` is False, or that run had other settings (names them).
     """
     folder = Path(run_dir)
+    metrics = folder / METRICS_FILE
+    has_checkpoints, has_metrics = from_main_process(
+        [(folder / CHECKPOINTS).exists(), metrics.exists() and metrics.stat().st_size > 0]
+    )
     saved = None
-    if (folder / CHECKPOINTS).exists():
+    if has_checkpoints:
         with Checkpointer(folder / CHECKPOINTS, read_only=True) as checkpoints:
             if (step := checkpoints.latest_step()) is not None:
                 saved = SavedRun(step, **checkpoints.read_extra(step))
-    metrics = folder / METRICS_FILE
-    if not resume and (saved or (metrics.exists() and metrics.stat().st_size)):
+    if not resume and (saved or has_metrics):
         known = f"a checkpoint of step {saved.step}" if saved else "no checkpoint"
         raise ValueError(f"{folder} holds a run ({known}): go on with --resume, or choose another --run-dir")
     if saved:

@@ -161,6 +161,11 @@ class Trainer:
                 rows=prompts * group,
             )
         self._optimizer_steps = plan.optimizer_steps
+        self._what_a_step_is = (
+            f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
+            f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
+            f"on {mesh.size} device(s)."
+        )
         schedule = make_schedule(optimizer, self.config.steps * plan.optimizer_steps)
         transformation = make_optimizer(optimizer, schedule)
         step = make_update_step(
@@ -222,6 +227,7 @@ class Trainer:
                     enabled=is_main_process(),
                 )
             )
+            report.message(self._what_a_step_is)
             loop = Loop(self, checkpoints if self.config.checkpoint_every else None, writer, report, stop)
             loop.train()
         return TrainingResult(
@@ -231,3 +237,8 @@ class Trainer:
             last_evaluation=loop.evaluations[-1] if loop.evaluations else {},
             stopped=stop.reason if loop.step < self.config.steps else None,
         )
+
+
+def _count(dataset: PromptDataset) -> str:
+    dropped = f" ({dataset.dropped} too long were dropped)" if dataset.dropped else ""
+    return f"{len(dataset)} prompts{dropped}"

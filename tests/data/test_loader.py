@@ -71,24 +71,6 @@ def test_order_depends_on_the_seed_alone():
     assert not any(epoch in flat[4] for epoch in flat[3])
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_order_does_not_depend_on_the_number_of_processes(process_count):
-    whole = take(PromptLoader(make_dataset(), batch_size=4, seed=0), 7)
-    parts = [
-        take(
-            PromptLoader(make_dataset(), batch_size=4, seed=0, process_index=i, process_count=process_count),
-            7,
-        )
-        for i in range(process_count)
-    ]
-    for batch, *own in zip(whole, *parts, strict=True):
-        np.testing.assert_array_equal(np.concatenate([part.tokens for part in own]), batch.tokens)
-        assert [prompt for part in own for prompt in part.prompts] == batch.prompts
-        assert [answer for part in own for answer in part.columns["answer"]] == batch.columns["answer"]
-        assert {part.epoch for part in own} == {batch.epoch}
-        assert {len(part.prompts) for part in own} == {4 // process_count}
-
-
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7])
 def test_resume_gives_the_identical_continuation(steps):
     loader = PromptLoader(make_dataset(), batch_size=4, seed=5)
@@ -100,15 +82,6 @@ def test_resume_gives_the_identical_continuation(steps):
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert_equal(take(resumed, 6), expected)
-
-
-def test_resume_with_another_number_of_processes():
-    loader = PromptLoader(make_dataset(), batch_size=4, seed=5, process_index=1, process_count=2)
-    take(loader, 3)
-    resumed = PromptLoader(make_dataset(), batch_size=4, seed=5)
-    resumed.set_state(loader.get_state())
-    for own, whole in zip(take(loader, 3), take(resumed, 3), strict=True):
-        assert own.indices.tolist() == whole.indices.tolist()[2:]
 
 
 def test_state_of_another_run_is_refused():
@@ -145,9 +118,7 @@ def test_one_prompt_serves_any_batch():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "positive multiple of the number of processes, got batch_size=0"),
-        ({"batch_size": 3, "process_count": 2}, "got batch_size=3 and process_count=2"),
-        ({"process_index": 2, "process_count": 2}, "process_index must be between 0 and 1, got 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be between 0 and"),
         ({"seed": 2**32}, "seed must be between 0 and"),
     ],
@@ -173,13 +144,6 @@ def test_evaluation_in_batches_larger_than_the_data():
     assert batch.valid.tolist() == [True, True, False, False, False]
 
 
-def test_evaluation_on_two_processes():
-    parts = [list(eval_batches(make_dataset(9), batch_size=4, process_index=i, process_count=2)) for i in (0, 1)]
-    assert indices(parts[0]) == [[0, 1], [4, 5], [8, 0]]
-    assert indices(parts[1]) == [[2, 3], [6, 7], [1, 2]]
-    assert [part[-1].valid.tolist() for part in parts] == [[True, False], [False, False]]
-
-
 def test_evaluation_checks_its_batch_size_at_once():
-    with pytest.raises(ValueError, match="batch_size must be a positive multiple"):
-        eval_batches(make_dataset(), batch_size=3, process_count=2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        eval_batches(make_dataset(), batch_size=0)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, sta
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.pretrained import save_pretrained
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
@@ -33,8 +36,9 @@ TOKENIZER = CharTokenizer("0123456789+-*=")
 
 
 def shared_characters(prompts: list[Any], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    """Share of the completion's characters that occur in the answer."""
-    return [sum(c in right for c in text) / (len(text) + 1) for text, right in zip(completions, answer, strict=True)]
+    """A point for each character that is a digit, another if it occurs in the answer; per character."""
+    points = [[c.isdigit() + (c in right) for c in text] for text, right in zip(completions, answer, strict=True)]
+    return [sum(of_text) / (len(of_text) + 1) for of_text in points]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +66,23 @@ CONFIG = TinyExperiment(
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
     evaluation=EvaluationConfig(every=2, samples=2),
 )
+SIZES: dict[str, Any] = {
+    "vocab_size": len(TOKENIZER),
+    "embed_dim": 16,
+    "mlp_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 16,
+    "remat": "none",
+}
 TRAIN_ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(10)]
 EVAL_ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)]
 
 
 def make_policy(mesh: jax.sharding.Mesh) -> Policy:
-    model = Transformer(
-        ModelConfig(
-            vocab_size=len(TOKENIZER),
-            embed_dim=16,
-            mlp_dim=32,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=8,
-            max_position_embeddings=16,
-            tie_embeddings=True,
-            remat="none",
-        )
-    )
+    model = Transformer(ModelConfig(**SIZES))
     shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
     params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
     return Policy(model, params, TOKENIZER, (TOKENIZER.eos_token_id,))
@@ -89,6 +91,17 @@ def make_policy(mesh: jax.sharding.Mesh) -> Policy:
 def make(config: TinyExperiment, mesh: jax.sharding.Mesh) -> tuple[Policy, Trainer]:
     policy = make_policy(mesh)
     return policy, make_trainer(config, policy, mesh, train_rows=TRAIN_ROWS, eval_rows=EVAL_ROWS)
+
+
+def save_checkpoint(folder: Path) -> Path:
+    """A checkpoint of a random model with a chat template, which reads and writes printable ASCII."""
+    tokenizer = CharTokenizer("".join(map(chr, range(32, 127))) + "\n")
+    model = Transformer(ModelConfig(**SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}))
+    save_pretrained(folder, model, model.init(jax.random.key(0)), tokenizer=tokenizer)
+    settings = folder / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    return folder
 
 
 def send_signal(trainer: Trainer, name: str, place: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.training import distributed
 from jaxrl_llm.training.compilation import CompilationCounter
@@ -26,24 +25,18 @@ def test_one_process_communicates_and_compiles_nothing() -> None:
     assert counter.counts == {}
 
 
-def test_global_batch_on_one_process(mesh: Mesh) -> None:
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    batch = {"prompt": np.arange(32, dtype=np.int32).reshape(8, 4), "lengths": np.arange(8, dtype=np.int32)}
-    with CompilationCounter() as counter:
-        one_sharding = distributed.global_batch(rows, batch)
-        whole = NamedSharding(mesh, PartitionSpec())
-        two_shardings = distributed.global_batch({"prompt": rows, "lengths": whole}, batch)
-    assert counter.counts == {}
-    for name, array in batch.items():
-        np.testing.assert_array_equal(one_sharding[name], array)
-        np.testing.assert_array_equal(two_shardings[name], array)
-        assert one_sharding[name].sharding == rows
-    assert two_shardings["lengths"].sharding == whole
-
-
 def test_half_given_address_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match="missing: num_processes, process_id"):
         distributed.initialize("localhost:1234")
+
+
+def test_no_cluster_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_cluster(*args: object) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    with pytest.raises(ValueError, match=r"no cluster to join here \(coord.* leave --distributed out"):
+        distributed.initialize()
 
 
 TWO_PROCESSES = """
@@ -63,15 +56,14 @@ mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 rows = NamedSharding(mesh, PartitionSpec("fsdp"))
 out = {"main": distributed.is_main_process()}
 
-# Rows of each process become one array: the sum needs both halves.
-batch = distributed.global_batch(rows, {"x": np.arange(4.0) + 4 * process})
-out["sum"] = float(jax.jit(lambda x: x.sum())(batch["x"]))
+x = jax.make_array_from_process_local_data(rows, np.arange(4.0) + 4 * process)
+out["sum"] = float(jax.jit(lambda x: x.sum())(x))  # needs both halves
 
 out["stop"] = [distributed.any_process(flag) for flag in (False, process == 1, True)]
 out["name"] = distributed.from_main_process(f"run {process} ∑")
 out["none"] = distributed.from_main_process(None if process == 0 else {"a": 1})
 
-state = {"w": batch["x"]}
+state = {"w": x}
 with Checkpointer(folder / "checkpoints", keep=1) as checkpointer:
     for step in (1, 2):
         checkpointer.save(step, state, {"process": process, "step": step})

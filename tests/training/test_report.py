@@ -51,8 +51,8 @@ def test_plain_output_is_one_line_a_step_without_escape_codes() -> None:
         report.log(2, METRICS)
     lines = raw.getvalue().decode().splitlines()
     assert lines[0] == (
-        "step 1/10 | reward 0.5 (std 0.25) | rewards/correct 0.4 | rewards/format 0.1 | kl 0.001 | length 12 | tok/s 2,346"
-        " | seconds: sample 1, update 2"
+        "step 1/10 | reward 0.5 (std 0.25) | rewards/correct 0.4 | rewards/format 0.1 | kl 0.001 | length 12"
+        " | tok/s 2,346 | seconds: sample 1, update 2"
     )
     # Eight steps of three seconds: the compiling one does not count.
     assert lines[1] == lines[0].replace("1/10", "2/10") + " | 24s left"

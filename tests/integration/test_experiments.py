@@ -1,0 +1,67 @@
+"""Every experiment of the repository runs two steps at debug size, on eight devices."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from jaxrl_llm.models.pretrained import from_pretrained
+from jaxrl_llm.training.metrics import read_metrics
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
+SMALL = (
+    "--training.steps=2",
+    "--training.prompts-per-step=4",
+    "--training.samples-per-prompt=2",
+    "--training.checkpoint-every=2",
+    "--optimizer.warmup-steps=0",
+    "--evaluation.every=2",
+    "--evaluation.max-prompts=3",
+)
+
+
+def gsm8k_rows(folder: Path) -> Path:
+    path = folder / "gsm8k.jsonl"
+    rows = [{"question": f"What is {n} + 1?", "answer": f"Add them.\n#### {n + 1}"} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def debug_size(tiny: ModuleType, tmp_path: Path):
+    """What makes an experiment small beside `SMALL`. A new experiment adds its flags here."""
+
+    def flags(name: str) -> list[str]:
+        match name:
+            case "grpo_arithmetic":
+                return ["--warm-start.steps=30", "--warm-start.demonstrations=64", "--held-out=16"]
+            case "grpo_gsm8k":
+                checkpoint, rows = tiny.save_checkpoint(tmp_path / "checkpoint"), gsm8k_rows(tmp_path)
+                small = ["--sampling.max-tokens=8", "--data.max-prompt-length=300"]
+                return [f"--model.path={checkpoint}", f"--data.train={rows}", f"--data.eval={rows}", *small]
+        raise NotImplementedError(f"no debug size for experiments/{name}.py: add it here")
+
+    return flags
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [str(path), *SMALL, *debug_size(path.stem), f"--run-dir={run_dir}"])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    assert {"reward", "grad_norm", "eval/accuracy"} <= {name for line in lines for name in line}
+    assert (run_dir / "config.json").exists() and (run_dir / "curves.png").exists()
+    assert (run_dir / "checkpoints" / "2").is_dir()
+    from_pretrained(run_dir / "model")  # what was trained can be loaded
+    assert str(run_dir / "curves.png") in capsys.readouterr().out  # the summary says where things are
+
+
+def test_there_are_experiments() -> None:
+    assert {"grpo_arithmetic"} <= {path.stem for path in EXPERIMENTS}

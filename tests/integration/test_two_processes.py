@@ -1,0 +1,118 @@
+"""Two processes, as two hosts of a pod: the same run as one process, and the same end for both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.metrics import comparable_metrics
+
+SCRIPT = """
+import dataclasses, json, os, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from jaxrl_llm.training import distributed
+sys.path.insert(0, sys.argv[1])
+import tiny_experiment as tiny
+
+folder, address, process = sys.argv[2], sys.argv[3], int(sys.argv[4])
+distributed.initialize(address, 2, process)
+
+def run(name, *args):
+    try:
+        tiny.main([f"--run-dir={folder}/{name}", "--mesh.data=2", "--mesh.fsdp=2", *args])
+        return 0
+    except SystemExit as ended:
+        return ended.code
+
+out = {"whole": run("whole")}
+lean = "--evaluation.every=0"
+calls = 0
+
+def shared_characters(prompts, completions, answer):
+    global calls
+    calls += 1
+    if process == 1 and calls == 3:
+        raise KeyError("only here")
+    return tiny.shared_characters(prompts, completions, answer)
+
+tiny.CONFIG = dataclasses.replace(tiny.CONFIG, rewards=(shared_characters,))
+out["failed"] = run("failed", lean)
+signal = ["--signal=SIGTERM", "--signal-at=update:3"] if process == 1 else []
+out["resumed"] = run("failed", lean, "--resume", *signal)
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+    """The folder of the runs, and how the two processes ended."""
+    folder = tmp_path_factory.mktemp("runs")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), address]
+    processes = [
+        subprocess.Popen(
+            [*command, str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUTF8": "1"},
+        )
+        for process in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return folder, [
+        subprocess.CompletedProcess(process.args, process.returncode, *result)
+        for process, result in zip(processes, results, strict=True)
+    ]
+
+
+def test_both_end_alike(outcome) -> None:
+    _, (first, second) = outcome
+    for process in (first, second):
+        assert process.returncode == 0, process.stderr
+        assert json.loads(process.stdout.splitlines()[-1]) == {"whole": 0, "failed": 2, "resumed": 0}
+    assert "step 4/4" in first.stdout and "step 4/4" not in second.stdout
+
+
+def test_metrics_are_those_of_one_process(outcome, tiny: ModuleType, tmp_path: Path) -> None:
+    folder, _ = outcome
+    config = dataclasses.replace(tiny.CONFIG, run_dir=str(tmp_path))
+    tiny.make(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1].run()
+    expected = comparable_metrics(tmp_path / "metrics.jsonl")
+    actual = comparable_metrics(folder / "whole" / "metrics.jsonl")
+    assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    for line, other in zip(expected, actual, strict=True):
+        assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
+
+
+def test_a_reward_that_fails_in_one_ends_both_after_saving(outcome) -> None:
+    _, (first, second) = outcome
+    assert "error: a reward function failed in another process" in first.stderr
+    assert "error: the reward function 'shared_characters' raised KeyError on 8 samples: 'only here'" in second.stderr
+    assert "Failed after step 2 and saved." in first.stdout
+
+
+def test_both_resume_and_a_signal_to_one_stops_both(outcome) -> None:
+    folder, (first, second) = outcome
+    assert "Stopped after step 3 (another process was stopped) and saved." in first.stdout
+    assert "SIGTERM" in second.stderr and "SIGTERM" not in first.stderr
+    whole, resumed = (comparable_metrics(folder / name / "metrics.jsonl") for name in ("whole", "failed"))
+    assert resumed == [line for line in whole if "reward" in line][:3]
+    assert {path.name for path in (folder / "failed" / "checkpoints").iterdir()} == {"3"}  # the one that is kept

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.config import DataConfig, Experiment, ModelSource
+from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.metrics import read_metrics
+from jaxrl_llm.training.trainer import TrainingConfig
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def right(prompts: list[Any], completions: list[Any], answer: list[str]) -> list[float]:
+    return [float(len(str(completion)) % 3) for completion in completions]
+
+
+def write(name: str, *rows: dict[str, Any] | str) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("".join(f"{line}\n" for line in lines))
+    return name
+
+
+ROW = {"question": "1+1?", "answer": "2"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def config(checkpoint: Path) -> Experiment:
+    return Experiment(
+        name="test",
+        rewards=(right,),
+        model=ModelSource(path=str(checkpoint), remat="none"),
+        data=DataConfig(max_prompt_length=48, format=PromptFormat(prompt_column="question")),
+        sampling=SamplingConfig(max_tokens=4),
+        training=TrainingConfig(steps=2, prompts_per_step=8, samples_per_prompt=2, checkpoint_every=0),
+    )
+
+
+# ---- The command line ---------------------------------------------------------------------------------
+
+
+def test_an_unknown_flag_ends_at_once_and_names_the_nearest(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tiny, "start", lambda config: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as ended:
+        tiny.main(["--algorithm.clp-high=0.3"])
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert "Unrecognized options: --algorithm.clp-high=0.3" in text
+    assert re.search(r"Perhaps you meant:\s+\W*\s+--algorithm.clip-high", text)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--training.steps=0", "training.steps=0 must be at least 1"),
+        ("--algorithm.clip-high=much", "--algorithm.clip-high"),
+        ("--optimizer.schedule=step", "--optimizer.schedule"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_its_flag(
+    config: Experiment, capsys: pytest.CaptureFixture[str], flag: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(config, [flag])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_change_what_they_name(config: Experiment) -> None:
+    args = "--algorithm.clip-high=0.28 --mesh.fsdp=-1 --reward-weights 0.5 --wandb.project=p --data.format.system=s"
+    args += " --algorithm.clip-low=None --resume --model.dtype=bfloat16 --evaluation.max-prompts=7"
+    parsed = cli.parse(config, args.split())
+    assert parsed.algorithm.clip_high == 0.28 and parsed.algorithm.clip_low is None
+    assert (parsed.reward_weights, parsed.wandb.project, parsed.resume) == ((0.5,), "p", True)
+    assert (parsed.data.format.system, parsed.data.format.prompt_column) == ("s", "question")
+    assert (parsed.model.dtype, parsed.model.path) == ("bfloat16", config.model.path)
+    assert parsed.rewards == config.rewards
+    assert cli.parse(config, []) == config
+
+
+# ---- The folder of a run ------------------------------------------------------------------------------
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.time, "strftime", lambda form: "20260101-120000")
+    folders = [cli.start(config).run_dir for _ in range(3)]
+    assert folders == [f"runs/test-20260101-120000{suffix}" for suffix in ("", "-2", "-3")]
+    written = json.loads(Path(folders[1] or "", "config.json").read_text())
+    assert (written["run_dir"], written["sampling.max_tokens"], written["rewards"]) == (folders[1], 4, ["right"])
+
+
+def test_a_folder_that_is_taken_stays_as_it_is(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(config, run_dir="taken")
+    cli.start(config)
+    before = Path("taken/config.json").read_bytes()
+    write("taken/metrics.jsonl", {"step": 1})
+    with pytest.raises(SystemExit) as ended:
+        cli.start(dataclasses.replace(config, seed=1))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: taken holds a run (no checkpoint): go on with --resume, or choose another --run-dir\n"
+    )
+    assert Path("taken/config.json").read_bytes() == before
+
+
+def test_resuming_needs_to_know_what(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.start(dataclasses.replace(config, resume=True))
+    assert capsys.readouterr().err == "error: --resume needs --run-dir=<folder of the run>\n"
+    assert not Path("runs").exists()
+
+
+def test_a_folder_that_cannot_be_made(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    write("file")
+    with pytest.raises(SystemExit):
+        cli.start(dataclasses.replace(config, run_dir="file"))
+    assert capsys.readouterr().err == "error: [Errno 17] File exists: 'file'\n"
+
+
+# ---- Errors before the model is loaded ----------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs with these flags; the one line that it ends with. No model may be loaded before."""
+    monkeypatch.setattr(cli, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+
+    def refused(*args: str, **changes: Any) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(dataclasses.replace(config, **changes), list(args))
+        assert ended.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return refused
+
+
+def test_no_model_and_no_such_model(refused) -> None:
+    assert refused("--model.path=None") == "no model given: pass --model.path=<folder, .gguf file or hub id>"
+    assert "./nowhere/model" in refused("--model.path=./nowhere/model")
+
+
+def test_no_data(refused) -> None:
+    assert "pass --data.train=" in refused()
+    train = f"--data.train={write('train.jsonl', ROW)}"
+    assert "evaluation.every=5 needs held-out prompts: pass --data.eval=" in refused(train, "--evaluation.every=5")
+
+
+def test_a_missing_file_names_those_near_it(refused) -> None:
+    write("train.jsonl", ROW)
+    message = refused("--data.train=trian.jsonl")
+    assert message.startswith("no data file trian.jsonl; files near it: train.jsonl")
+
+
+def test_an_empty_data_set(refused) -> None:
+    assert refused(f"--data.train={write('empty.jsonl')}") == "empty.jsonl has no rows"
+    good, empty = write("train.jsonl", ROW), write("empty.jsonl")
+    assert refused(f"--data.train={good}", f"--data.eval={empty}", "--evaluation.every=1") == "empty.jsonl has no rows"
+
+
+def test_a_line_that_is_no_json(refused) -> None:
+    assert refused(f"--data.train={write('train.jsonl', ROW, '{oops')}").startswith("train.jsonl:2: not valid JSON")
+
+
+def test_a_misspelt_column(refused) -> None:
+    train = f"--data.train={write('train.jsonl', ROW, ROW)}"
+    assert refused(train, "--data.format.prompt-column=questoin") == (
+        "training prompts: row 0: no column 'questoin'; did you mean 'question'? (columns: question, answer)"
+    )
+    message = refused(train, "--data.format.template={question} {anwser}")
+    assert "no column 'anwser'; did you mean 'answer'?" in message
+
+
+def test_a_column_that_a_reward_needs(refused) -> None:
+    train = f"--data.train={write('train.jsonl', ROW)}"
+    held_out = f"--data.eval={write('eval.jsonl', {'question': '1+2?', 'solution': '3'})}"
+    assert refused(train, held_out) == (
+        "held-out prompts: the reward function 'right' requires the column(s) ['answer'], which the data set lacks; "
+        "its columns are ['solution']"
+    )
+
+
+def test_a_prompt_that_is_too_long(refused) -> None:
+    message = refused(f"--data.train={write('train.jsonl', ROW, {**ROW, 'question': 'x' * 50})}")
+    assert message.startswith("training prompts: row 1: the prompt has 50 tokens, more than max_prompt_length=48")
+
+
+def test_a_mesh_that_does_not_fit(refused) -> None:
+    assert "8 devices" in refused("--mesh.tensor=3")
+
+
+def test_weights_that_do_not_match(refused) -> None:
+    message = refused(f"--data.train={write('train.jsonl', ROW)}", "--reward-weights", "1.0", "2.0")
+    assert "reward weights must be one finite number a function, got [1.0, 2.0]" in message
+
+
+# ---- Whole runs ---------------------------------------------------------------------------------------
+
+
+def test_a_conversational_run_from_a_checkpoint_to_a_checkpoint(config: Experiment, checkpoint: Path) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    def polite(prompts: list[Any], completions: list[Any], answer: list[str]) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return right(prompts, completions, answer)
+
+    train = write("train.jsonl", *({"question": f"{n}+1?", "answer": str(n + 1)} for n in range(8)))
+    config = dataclasses.replace(config, rewards=(polite,), evaluation=EvaluationConfig(every=2, max_prompts=3))
+    args = [f"--data.train={train}", f"--data.eval={train}", "--data.format.system=Add.", "--run-dir=run"]
+    result = cli.run(config, args)
+    assert result.step == 2
+    prompt, completion = seen[0]
+    assert prompt == [{"role": "system", "content": "Add."}, {"role": "user", "content": "0+1?"}]
+    assert [message["role"] for message in completion] == ["assistant"]
+    assert [line["step"] for line in read_metrics("run/metrics.jsonl")] == [0, 1, 2, 2]
+    # What came out can be trained again, or read by transformers: the same files as those that went in.
+    assert {path.name for path in checkpoint.iterdir()} <= {path.name for path in Path("run/model").iterdir()}
+    again = dataclasses.replace(config, run_dir="again", model=ModelSource(path="run/model"))
+    assert cli.run(again, [*args[:3], "--training.steps=1", "--evaluation.every=0"]).step == 1
+    assert read_metrics("again/metrics.jsonl")[0]["num_tokens"] == read_metrics("run/metrics.jsonl")[1]["num_tokens"]
+
+
+def test_a_reward_that_fails_ends_with_one_line(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    def right(prompts: list[Any], completions: list[Any], answer: list[str]) -> list[float]:
+        raise LookupError("no such key")
+
+    config = dataclasses.replace(config, rewards=(right,))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(config, [f"--data.train={write('train.jsonl', ROW)}"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: the reward function 'right' raised LookupError on 16 samples: no such key \(.*test_cli.py:\d+\)\n",
+        error,
+    )
+
+
+def test_weights_and_biases_that_is_not_installed(
+    config: Experiment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        cli.run(config, [f"--data.train={write('train.jsonl', ROW)}", "--wandb.project=p"])
+    assert "error: Weights & Biases is not installed: pip install 'jaxrl-llm[wandb]'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.masking import Mean, Metrics, as_float
+from jaxrl_llm.masking import Mean, Metrics, as_float, check_mask
 
 
 def sft_loss(
@@ -35,6 +35,7 @@ def sft_loss(
     Raises:
         ValueError: On shapes that do not fit or a mask that is not bool.
     """
+    mask = check_mask(mask, logprobs=logprobs)
     losses = -as_float(logprobs)
     loss = aggregate(losses, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
     return loss, {"nll": Mean.of(losses, mask)}

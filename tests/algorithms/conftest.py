@@ -1,0 +1,80 @@
+"""Rollouts that were never sampled, and the objective computed the plain way: prompts repeated, all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.types import Rollout
+
+
+@pytest.fixture(scope="session")
+def make_rollout() -> Callable[..., Rollout]:
+    """Random ragged rows; about half of those that fill the width are finished."""
+
+    def make(prompts: int = 4, group: int = 4, prompt_width: int = 5, width: int = 6, seed: int = 0) -> Rollout:
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, width + 1, (prompts, group)).astype(np.int32)
+        lengths[0, 0] = width
+        prompt_lengths = rng.integers(1, prompt_width + 1, prompts).astype(np.int32)
+        prompt_lengths[-1] = prompt_width
+        finished = (lengths < width) | (rng.random(lengths.shape) < 0.5)
+        finished[0, 0] = False
+        shape = (prompts, group, width)
+        logprobs = -rng.exponential(size=shape).astype(np.float32)
+        return Rollout(
+            prompt=rng.integers(0, 64, (prompts, prompt_width)).astype(np.int32),
+            prompt_lengths=prompt_lengths,
+            completion=rng.integers(0, 64, shape).astype(np.int32),
+            completion_lengths=lengths,
+            finished=finished,
+            logprobs=logprobs,
+            sampler_logprobs=logprobs,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def repeated_logprobs() -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Log-probs and entropies `[P, G, Tc]` of a rollout's tokens from the logits of P·G whole sequences."""
+
+    def logprobs(
+        model: Transformer, params: Params, rollout: Rollout, temperature: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        prompts, group, width = rollout.completion.shape
+        tokens = np.zeros((prompts, group, rollout.prompt.shape[1] + width), np.int32)
+        places = np.zeros((prompts, group, width), np.int32)
+        for p, g in np.ndindex(prompts, group):
+            start, stop = rollout.prompt_lengths[p], rollout.prompt_lengths[p] + rollout.completion_lengths[p, g]
+            tokens[p, g, :start] = rollout.prompt[p, :start]
+            tokens[p, g, start:stop] = rollout.completion[p, g, : stop - start]
+            places[p, g] = start + np.arange(width) - 1
+        logits = model.logits(params, tokens.reshape(prompts * group, -1)) / temperature
+        every = jax.nn.log_softmax(logits, axis=-1).reshape(prompts, group, -1, model.config.vocab_size)
+        predicted = jnp.take_along_axis(every, places[..., None], axis=2)
+        chosen = jnp.take_along_axis(predicted, rollout.completion[..., None], axis=-1)[..., 0]
+        return chosen, -jnp.sum(jnp.exp(predicted) * predicted, axis=-1)
+
+    return logprobs
+
+
+@pytest.fixture(scope="session")
+def assert_trees_close() -> Callable[..., None]:
+    """Each leaf finite and within `tolerance` of the larger of 1 and the other's largest entry."""
+
+    def check(ours: Any, expected: Any, tolerance: float = 1e-5) -> None:
+        def one(path: Any, a: Any, b: Any) -> None:
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert np.isfinite(a).all(), path
+            np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=str(path))
+
+        jax.tree_util.tree_map_with_path(one, ours, expected)
+
+    return check

@@ -1,0 +1,71 @@
+"""Accumulation over micro-batches, on a loss whose gradient is known by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, widen
+from jaxrl_llm.masking import Max, Mean, Metrics
+
+ROWS = np.arange(24, dtype=np.float32).reshape(12, 2)
+
+
+def loss(params: Any, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Σ (w·x)² / 2N, whose gradient is Σ (w·x)·x / N."""
+    products = rows["x"] @ params["w"]["weight"].astype(jnp.float32)
+    return 0.5 * jnp.sum(products**2) / normalizer, {"mean": Mean.of(products), "max": Max.of(products)}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 12])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_micro_batches_add_up(micro_batches, dtype):
+    optimizer = optax.sgd(0.5)
+    params = {"w": {"weight": jnp.array([0.5, -0.25], dtype)}}
+    step = jax.jit(make_gradient_step(loss, optimizer, micro_batches))
+    (after, _), metrics = step((params, optimizer.init(widen(params))), {"x": ROWS}, jnp.float32(12))
+    products = ROWS @ np.array([0.5, -0.25])
+    gradient = products @ ROWS / 12
+    expected = np.array([0.5, -0.25]) - 0.5 * gradient
+    weight = after["w"]["weight"]
+    assert weight.dtype == dtype
+    np.testing.assert_allclose(weight.astype(jnp.float32), expected, rtol=1e-6 if dtype == "float32" else 1e-2)
+    values = {name: float(record.value()) for name, record in metrics.items()}
+    expected_metrics = {
+        "loss": 0.5 * np.sum(products**2) / 12,
+        "grad_norm": np.linalg.norm(gradient),
+        "mean": products.mean(),
+        "max": products.max(),
+    }
+    assert values == pytest.approx(expected_metrics, rel=1e-2 if dtype == "bfloat16" else 1e-5)
+
+
+def test_small_updates_of_bfloat16_parameters_are_computed_in_float32():
+    """A gradient that bfloat16 sums would lose: 1 + 256 · 2⁻⁹ is 1.5 in float32, 1 in bfloat16."""
+
+    def linear(params: Any, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        return jnp.sum(rows["x"]) * params["weight"].astype(jnp.float32), {}
+
+    rows = {"x": np.concatenate([[1.0], np.full(255, 2.0**-9)]).astype(np.float32)}
+    params = {"weight": jnp.zeros((), jnp.bfloat16)}
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_gradient_step(linear, optimizer, 256))
+    (after, _), _ = step((params, optimizer.init(widen(params))), rows, jnp.float32(1))
+    assert float(after["weight"]) == pytest.approx(-(1 + 255 * 2.0**-9), rel=2**-8)
+
+
+def test_deal_is_undone_by_collect():
+    dealt = deal({"a": jnp.arange(12), "b": jnp.asarray(ROWS)}, 3)
+    np.testing.assert_array_equal(dealt["a"], [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
+    np.testing.assert_array_equal(collect(dealt["a"]), np.arange(12))
+    np.testing.assert_array_equal(collect(dealt["b"]), ROWS)
+
+
+def test_widen_touches_half_precision_only():
+    tree = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float32)}
+    assert {name: leaf.dtype.name for name, leaf in widen(tree).items()} == {"a": "float32", "b": "float32"}

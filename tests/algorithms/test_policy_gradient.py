@@ -1,0 +1,122 @@
+"""The objective as a record: what it needs, and that it hands every setting to the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.algorithms.policy_gradient import GroupAdvantage, LearnerBatch, PolicyGradient
+from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.losses.policy import grpo_loss
+from jaxrl_llm.masking import Metrics
+
+
+@pytest.fixture
+def batch() -> LearnerBatch:
+    rng = np.random.default_rng(0)
+    shape = (3, 2, 4)
+    mask = np.arange(4) < np.array([[4, 1], [2, 3], [0, 4]])[..., None]
+
+    def logprobs() -> jax.Array:
+        return jnp.asarray(-rng.exponential(size=shape), jnp.float32)
+
+    return LearnerBatch(
+        prompt=jnp.zeros((3, 2), jnp.int32),
+        prompt_lengths=jnp.ones(3, jnp.int32),
+        completion=jnp.zeros(shape, jnp.int32),
+        mask=jnp.asarray(mask),
+        advantages=jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+        sampler_logprobs=logprobs(),
+        old_logprobs=logprobs(),
+        ref_logprobs=logprobs(),
+    )
+
+
+@pytest.fixture
+def scores(batch: LearnerBatch) -> TokenScores:
+    rng = np.random.default_rng(1)
+    assert batch.old_logprobs is not None
+    logprobs = batch.old_logprobs + jnp.asarray(0.3 * rng.normal(size=batch.mask.shape), jnp.float32)
+    return TokenScores(logprobs, jnp.asarray(rng.random(batch.mask.shape), jnp.float32))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"clip_low": 0.05, "clip_high": 0.4},
+    {"clip_low": None, "clip_high": None},
+    {"dual_clip": 1.1},
+    {"ratio_cap": 1.3},
+    {"kl_coef": 0.5},
+    {"kl_coef": 0.5, "kl_estimator": "k2"},
+    {"kl_coef": 0.5, "kl_clip": 0.1},
+    {"aggregation": "token-mean"},
+    {"aggregation": "seq-mean-token-sum-norm", "max_length": 7},
+]
+
+
+def value(algorithm: PolicyGradient, scores: TokenScores, batch: LearnerBatch) -> tuple[jax.Array, Metrics]:
+    return algorithm.loss(scores, batch, algorithm.normalizer(batch.mask))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_setting_reaches_the_loss(settings, scores, batch):
+    algorithm = PolicyGradient(**settings)
+    loss, metrics = value(algorithm, scores, batch)
+    given = {
+        name: x for name, x in dataclasses.asdict(algorithm).items() if name not in ("advantage", "mask_truncated")
+    }
+    given["max_length"] = given["max_length"] or 4
+    expected, _ = grpo_loss(
+        scores.logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.mask,
+        ref_logprobs=batch.ref_logprobs,
+        **given,
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    if settings:
+        assert abs(float(loss) - float(value(PolicyGradient(), scores, batch)[0])) > 1e-4
+    mask = np.asarray(batch.mask)
+    assert float(metrics["entropy"].value()) == pytest.approx(float(np.asarray(scores.entropy)[mask].mean()), rel=1e-5)
+
+
+def test_entropy_is_a_metric_and_no_part_of_the_gradient(scores, batch):
+    def loss(entropy: jax.Array) -> tuple[jax.Array, Any]:
+        value_, metrics = value(PolicyGradient(), scores._replace(entropy=entropy), batch)
+        return value_ + metrics["entropy"].value(), metrics
+
+    gradient, _ = jax.grad(loss, has_aux=True)(scores.entropy)
+    assert (np.asarray(gradient) == 0).all()
+
+
+def test_parts_declare_what_they_need():
+    assert not PolicyGradient().needs_reference
+    assert PolicyGradient(kl_coef=0.1).needs_reference
+    assert not PolicyGradient().needs_whole_groups
+    assert PolicyGradient(aggregation="group-mean-token-mean").needs_whole_groups
+    assert PolicyGradient(aggregation="group-sum-token-mean").needs_whole_groups
+
+
+def test_advantages_against_numpy():
+    rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    deviation = rewards.std(axis=1, ddof=1, keepdims=True)
+    np.testing.assert_allclose(GroupAdvantage()(rewards), centred / (deviation + 1e-4), rtol=1e-4)
+    np.testing.assert_allclose(GroupAdvantage(scale="none")(rewards), centred, atol=1e-6)
+    rloo = GroupAdvantage(scale="none", baseline="leave_one_out")(rewards)
+    np.testing.assert_allclose(rloo, centred * 4 / 3, atol=1e-6)
+    population = GroupAdvantage(ddof=0, eps=0.5)(rewards)
+    np.testing.assert_allclose(population, centred / (rewards.std(axis=1, keepdims=True) + 0.5), rtol=1e-4)
+
+
+def test_records_are_hashable_and_compare_by_value():
+    assert PolicyGradient() == PolicyGradient()
+    assert hash(PolicyGradient(clip_high=0.3)) == hash(PolicyGradient(clip_high=0.3))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PolicyGradient().clip_low = 0.1  # type: ignore[misc]

@@ -1,0 +1,128 @@
+"""Supervised steps: the plain cross-entropy of exactly the masked tokens, learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.algorithms.supervised import Demonstrations, make_supervised_step
+from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import make_mesh, row_shards
+from jaxrl_llm.types import Rollout
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def demonstrations(make_rollout: Callable[..., Rollout]) -> Demonstrations:
+    """Four prompts with two completions each, ragged, every one ended by EOS; EOS is the padding id, too."""
+    rollout = make_rollout(group=2)
+    mask = np.array(rollout.mask)
+    is_last = np.arange(mask.shape[-1]) == rollout.completion_lengths[..., None] - 1
+    completion = np.where(mask & ~is_last, rollout.completion, EOS)
+    return Demonstrations(rollout.prompt, rollout.prompt_lengths, completion, mask)
+
+
+def step_once(
+    model: Transformer, params: Params, batch: Demonstrations, **settings: int
+) -> tuple[Params, dict[str, float]]:
+    """The gradient (the change under SGD with rate 1), and the metrics."""
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_supervised_step(model, optimizer, **settings))
+    state, metrics = step(make_train_state(params, optimizer, 0), batch)
+    assert int(state.step) == 1
+    change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
+    return change, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, lively_params, demonstrations) -> dict[str, Any]:
+    model = Transformer(tiny_config(logit_softcap=5.0))
+    params = lively_params(model)
+    gradient, metrics = step_once(model, params, demonstrations)
+    return {"model": model, "params": params, "gradient": gradient, "metrics": metrics}
+
+
+def test_gradient_is_that_of_the_plain_cross_entropy(
+    whole, demonstrations, make_rollout, repeated_logprobs, assert_trees_close
+):
+    """Repeated prompts and full logits; one mean over all masked tokens, the final EOS among them."""
+    rollout = make_rollout(group=2).replace(completion=demonstrations.completion)
+
+    @jax.jit
+    def plain(params: Params) -> tuple[jax.Array, Params]:
+        def loss(params: Params) -> jax.Array:
+            logprobs = repeated_logprobs(whole["model"], params, rollout)[0]
+            return -jnp.sum(jnp.where(demonstrations.mask, logprobs, 0)) / demonstrations.mask.sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    loss, gradient = plain(whole["params"])
+    assert_trees_close(whole["gradient"], gradient)
+    assert whole["metrics"]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert whole["metrics"]["nll"] == pytest.approx(float(loss), rel=1e-5)
+    assert whole["metrics"]["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batches_do_not_change_the_gradient(micro_batches, whole, demonstrations, assert_trees_close):
+    gradient, metrics = step_once(whole["model"], whole["params"], demonstrations, micro_batches=micro_batches)
+    assert_trees_close(gradient, whole["gradient"], tolerance=2e-6)
+    assert metrics == pytest.approx(whole["metrics"], rel=1e-5)
+
+
+def test_mesh_does_not_change_the_gradient(mesh_config, whole, demonstrations, assert_trees_close):
+    """Also where there are more devices than prompts."""
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        gradient, metrics = step_once(whole["model"], whole["params"], demonstrations, row_shards=row_shards(mesh))
+    assert_trees_close(gradient, whole["gradient"])
+    assert metrics == pytest.approx(whole["metrics"], rel=1e-5)
+
+
+def test_rows_that_cannot_be_split_raise(whole, demonstrations):
+    with pytest.raises(ValueError, match=r"4 prompts × 2 samples .* update\.micro_batches=3"):
+        step_once(whole["model"], whole["params"], demonstrations, micro_batches=3)
+
+
+def test_a_batch_of_which_all_is_masked_changes_nothing(whole, demonstrations):
+    empty = demonstrations._replace(mask=np.zeros_like(demonstrations.mask))
+    gradient, metrics = step_once(whole["model"], whole["params"], empty)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    assert metrics == {"loss": 0, "nll": 0, "grad_norm": 0}
+
+
+def test_training_lowers_the_loss_and_learns_to_stop(tiny_config, demonstrations):
+    """From scratch: greedy choices become the demonstrations, EOS included; unmasked tokens are not learned."""
+    model = Transformer(tiny_config())
+    optimizer = optax.adam(0.01)
+    mask = demonstrations.mask.copy()
+    mask[1] = False  # these must stay unlearned
+    batch = demonstrations._replace(mask=mask)
+    step = jax.jit(make_supervised_step(model, optimizer), donate_argnums=0)
+    state = jax.jit(lambda key: make_train_state(model.init(key), optimizer, 0))(jax.random.key(0))
+    losses = []
+    for _ in range(150):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(64), rel=0.05)
+    assert losses[-1] < 0.6  # two completions of one prompt: the first token alone leaves ln 2
+
+    @jax.jit
+    def greedy(params: Params) -> jax.Array:
+        hidden = model.hidden(params, batch.prompt, batch.prompt_lengths, batch.completion)
+        return jnp.argmax(model.head_logits(params, hidden), axis=-1)
+
+    right = np.asarray(greedy(state.params)) == batch.completion
+    is_end = demonstrations.mask & (batch.completion == EOS)
+    assert right[mask & is_end].mean() > 0.9
+    assert right[mask].mean() > 0.8
+    unlearned = demonstrations.mask & ~mask & ~is_end
+    assert right[unlearned].mean() < 0.3

@@ -1,0 +1,174 @@
+"""Meshes, the shardings of parameters and states, and what cannot be laid out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import (
+    MESH_AXES,
+    MeshConfig,
+    constrain,
+    gather_for_sampling,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    row_sharding,
+    row_shards,
+    state_shardings,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "expected"),
+    [
+        (MeshConfig(), 8, (1, 8, 1, 1, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1, 1)),
+        (MeshConfig(tensor=4), 8, (1, 2, 1, 4, 1)),
+        (MeshConfig(data=-1, fsdp=2), 8, (4, 2, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 1, 2, 1)),
+        (MeshConfig(fsdp=1, tensor=-1), 6, (1, 1, 1, 6, 1)),
+    ],
+)
+def test_sizes(config, devices, expected):
+    assert tuple(config.sizes(devices)[axis] for axis in MESH_AXES) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (MeshConfig(context=2), 8, r"mesh\.context=2: the context axis is not implemented yet"),
+        (MeshConfig(expert=2), 8, r"mesh\.expert=2: the expert axis is not implemented yet"),
+        (MeshConfig(context=-1, fsdp=1), 8, r"mesh\.context=-1"),
+        (MeshConfig(data=-1, fsdp=-1), 8, "at most one of them -1"),
+        (MeshConfig(data=0), 8, "must be positive"),
+        (MeshConfig(fsdp=-2), 8, "must be positive"),
+        (MeshConfig(tensor=3), 8, "8 devices cannot be split"),
+        (MeshConfig(fsdp=4), 8, "needs 4 devices, there are 8"),
+        (MeshConfig(fsdp=16), 8, "needs 16 devices, there are 8"),
+        (MeshConfig(data=16), 8, "8 devices cannot be split"),
+    ],
+)
+def test_impossible_meshes_raise(config, devices, message):
+    with pytest.raises(ValueError, match=message):
+        config.sizes(devices)
+
+
+def test_make_mesh_uses_the_given_devices():
+    whole = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert whole.axis_names == MESH_AXES
+    assert whole.devices.size == 8
+    assert row_shards(whole) == 4
+    part = make_mesh(devices=jax.devices()[2:4])
+    assert set(part.devices.flat) == set(jax.devices()[2:4])
+    assert dict(part.shape) == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1, "expert": 1}
+
+
+def test_parameters_are_cut_along_embedding_and_heads(tiny_config):
+    model = Transformer(tiny_config(tie_embeddings=False, attention_bias=True, mlp_bias=True, qk_norm=True))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    assert jax.tree.structure(shardings) == jax.tree.structure(model.abstract_params())
+
+    def parts(path: str) -> list[int]:
+        sharding, leaf = shardings, model.abstract_params()
+        for key in path.split("."):
+            sharding, leaf = sharding[key], leaf[key]
+        shard = sharding.shard_shape(leaf.shape)
+        return [whole // own for whole, own in zip(leaf.shape, shard, strict=True)]
+
+    expected = {
+        "embed.weight": [4, 2],
+        "lm_head.weight": [4, 2],
+        "final_norm.scale": [1],
+        "layers.attention.query.weight": [1, 4, 2],
+        "layers.attention.key.weight": [1, 4, 2],
+        "layers.attention.output.weight": [1, 2, 4],
+        "layers.attention.query.bias": [1, 4],
+        "layers.attention.query_norm.scale": [1, 1],
+        "layers.attention_norm.scale": [1, 1],
+        "layers.mlp.gate.weight": [1, 4, 2],
+        "layers.mlp.down.weight": [1, 2, 4],
+        "layers.mlp.down.bias": [1, 2],
+    }
+    assert {path: parts(path) for path in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "message"),
+    [
+        ({"vocab_size": 66}, MeshConfig(tensor=4), r"embed\.weight has 66 entries along 'vocab'.*'tensor' of size 4"),
+        ({"embed_dim": 36}, MeshConfig(), r"embed\.weight has 36 entries along 'embed'.*'fsdp' of size 8"),
+        ({"mlp_dim": 50}, MeshConfig(tensor=4), r"layers\.mlp\.\w+\.weight has 50 entries along 'mlp'"),
+    ],
+)
+def test_parameters_that_cannot_be_cut_raise_by_name(changes, config, message, tiny_config):
+    model = Transformer(tiny_config(**changes))
+    with pytest.raises(ValueError, match=message):
+        parameter_shardings(make_mesh(config), model.logical_axes(), model.abstract_params())
+
+
+def test_moments_lie_where_their_parameters_do(tiny_config):
+    model = Transformer(tiny_config())
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    params = model.abstract_params()
+    shardings = parameter_shardings(mesh, model.logical_axes(), params)
+    config = OptimizerConfig(weight_decay=0.1, warmup_steps=2)
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    abstract = jax.eval_shape(lambda p: make_train_state(p, optimizer, 0), params)
+    of_state = state_shardings(mesh, abstract, shardings)
+    assert jax.tree.structure(of_state) == jax.tree.structure(abstract)
+    assert of_state.params == shardings
+    for moment in ("mu", "nu"):
+        assert optax.tree.get(of_state.opt_state, moment) == shardings
+    rest = {replicated(mesh)} | set(jax.tree.leaves(shardings))
+    assert set(jax.tree.leaves(of_state.opt_state)) <= rest
+    assert of_state.step == of_state.key == replicated(mesh)
+    # What they say can be done.
+    state = jax.jit(lambda: make_train_state(model.init(jax.random.key(0)), optimizer, 0), out_shardings=of_state)()
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == of_state
+
+
+def test_constrain_is_nothing_without_a_mesh_of_ours():
+    x = jnp.arange(16.0).reshape(8, 2)
+    assert constrain(x, "rows", None) is x
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        np.testing.assert_array_equal(jax.jit(lambda x: constrain(x, "rows", None))(x), x)
+
+
+def test_constrain_lays_rows_out_over_data_and_fsdp(mesh):
+    x = jnp.arange(16.0).reshape(8, 2)
+    with jax.set_mesh(mesh):
+        laid = jax.jit(lambda x: constrain(x, "rows", None))(x)
+    np.testing.assert_array_equal(laid, x)
+    assert laid.sharding.is_equivalent_to(row_sharding(mesh), 2)
+    assert laid.sharding.shard_shape(x.shape) == (2, 2)
+
+
+def test_gathering_for_sampling_keeps_tensor_and_casts(tiny_config, lively_params):
+    model = Transformer(tiny_config())
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    axes = model.logical_axes()
+    params = jax.device_put(lively_params(model), parameter_shardings(mesh, axes, model.abstract_params()))
+    with jax.set_mesh(mesh):
+        gathered = jax.jit(lambda p: gather_for_sampling(p, axes, jnp.bfloat16))(params)
+
+    def check(path: Any, leaf: jax.Array, whole: jax.Array) -> None:
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, whole.astype(jnp.bfloat16), err_msg=str(path))
+        sharding = leaf.sharding
+        assert isinstance(sharding, NamedSharding)
+        assert "fsdp" not in jax.tree.leaves(tuple(sharding.spec)), path
+
+    jax.tree_util.tree_map_with_path(check, gathered, params)
+    up = gathered["layers"]["mlp"]["up"]["weight"]
+    assert up.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "tensor", None)), 3)

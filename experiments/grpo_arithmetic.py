@@ -24,7 +24,7 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.supervised import Demonstrations, make_supervised_step
 from jaxrl_llm.algorithms.update import make_train_state
-from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start
+from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.config import ModelConfig
@@ -75,7 +75,7 @@ CONFIG = ArithmeticExperiment(
     data=DataConfig(max_prompt_length=6),
     sampling=SamplingConfig(max_tokens=4),
     training=TrainingConfig(
-        steps=400, prompts_per_step=48, samples_per_prompt=16, checkpoint_every=200, samples_every=100
+        steps=600, prompts_per_step=48, samples_per_prompt=16, checkpoint_every=200, samples_every=200
     ),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=30),
     evaluation=EvaluationConfig(every=50, max_prompts=500),
@@ -147,7 +147,7 @@ def main(args: list[str] | None = None) -> TrainingResult:
         policy = warm_start(config, CharTokenizer("0123456789+="), mesh)
         train_rows, eval_rows = problems(config)
         trainer = make_trainer(config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows)
-    result = trainer.run()
+    result = train(trainer)
     next_steps = (
         "harder sums:        python experiments/grpo_arithmetic.py --largest=99 --training.steps=800",
         "another objective:  python experiments/grpo_arithmetic.py --algorithm.clip-high=0.28 "

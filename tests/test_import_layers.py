@@ -150,9 +150,7 @@ def test_allowed_import_is_let_through(importer: str, source: str):
 
 
 def test_package_itself_loads_nothing():
-    assert (
-        run_python(f"import sys, {PACKAGE}; print([m for m in ('jax', 'numpy') if m in sys.modules])") == "[]"
-    )
+    assert run_python(f"import sys, {PACKAGE}; print([m for m in ('jax', 'numpy') if m in sys.modules])") == "[]"
 
 
 def test_pure_functions_load_only_jax_numpy_and_chex():

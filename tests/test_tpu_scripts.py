@@ -122,13 +122,9 @@ def write_executable(path: Path, text: str) -> None:
 @pytest.fixture
 def cloud(tmp_path: Path) -> Cloud:
     cloud = Cloud(tmp_path)
-    write_executable(
-        tmp_path / "bin" / "gcloud", FAKE_GCLOUD.format(python=sys.executable, cloud=str(tmp_path))
-    )
+    write_executable(tmp_path / "bin" / "gcloud", FAKE_GCLOUD.format(python=sys.executable, cloud=str(tmp_path)))
     write_executable(tmp_path / "worker_bin" / "python3", WORKER_PYTHON3)
-    write_executable(
-        tmp_path / "worker_bin" / "environment_python", ENVIRONMENT_PYTHON.format(python=sys.executable)
-    )
+    write_executable(tmp_path / "worker_bin" / "environment_python", ENVIRONMENT_PYTHON.format(python=sys.executable))
     (tmp_path / "states").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
     shutil.copytree(SCRIPTS, cloud.repository / "tpu_scripts")
     (cloud.repository / "kept.txt").write_text("first")

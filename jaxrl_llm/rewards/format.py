@@ -7,9 +7,7 @@ import re
 from jaxrl_llm.rewards.per_sample import RewardFunction, make_per_sample_reward
 
 
-def make_regex_reward(
-    pattern: str, *, flags: re.RegexFlag = re.DOTALL, name: str = "regex_reward"
-) -> RewardFunction:
+def make_regex_reward(pattern: str, *, flags: re.RegexFlag = re.DOTALL, name: str = "regex_reward") -> RewardFunction:
     """Returns the reward 1 for a completion that `pattern` matches as a whole, else 0.
 
     Args:
@@ -61,9 +59,7 @@ def make_think_answer_reward(
         ValueError: If a tag is not a word, or both are the same.
     """
     if not (reasoning_tag.isidentifier() and answer_tag.isidentifier() and reasoning_tag != answer_tag):
-        raise ValueError(
-            f"{name}: the tags must be two different words, got {reasoning_tag!r} and {answer_tag!r}"
-        )
+        raise ValueError(f"{name}: the tags must be two different words, got {reasoning_tag!r} and {answer_tag!r}")
     tags = [f"<{reasoning_tag}>", f"</{reasoning_tag}>", f"<{answer_tag}>", f"</{answer_tag}>"]
     whole = re.compile(r"\s*{}.*{}\s*{}.*{}\s*".format(*tags), re.DOTALL)
 

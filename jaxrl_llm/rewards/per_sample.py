@@ -26,8 +26,7 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
         return "\n".join(message["content"] for message in completion)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            "a completion must be a string or a list of messages with a string 'content', "
-            f"got {completion!r:.200}"
+            f"a completion must be a string or a list of messages with a string 'content', got {completion!r:.200}"
         ) from error
 
 
@@ -49,9 +48,7 @@ def make_per_sample_reward(
     """
     unusable = [column for column in columns if not column.isidentifier()]
     if unusable:
-        raise ValueError(
-            f"{name}: a column must be named by a Python identifier, got {unusable}; rename the column"
-        )
+        raise ValueError(f"{name}: a column must be named by a Python identifier, got {unusable}; rename the column")
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(
         [inspect.Parameter(parameter, kind) for parameter in ("prompts", "completions", *columns)]

@@ -48,9 +48,7 @@ def _parses(source: str) -> bool:
         return False
 
 
-def make_python_syntax_reward(
-    *, require_fence: bool = False, name: str = "python_syntax_reward"
-) -> RewardFunction:
+def make_python_syntax_reward(*, require_fence: bool = False, name: str = "python_syntax_reward") -> RewardFunction:
     """Returns the reward 1 for a completion whose code parses as Python, else 0.
 
     The code is the last fenced block, in whatever language it says it is; without a fence it is the whole

@@ -57,9 +57,7 @@ THINK_ANSWER = [
 @pytest.mark.parametrize(("completion", "single", "well_formed"), THINK_ANSWER)
 def test_think_answer(completion, single, well_formed):
     assert score(make_think_answer_reward(), completion) == float(well_formed)
-    assert score(make_think_answer_reward(graded=True), completion) == pytest.approx(
-        (single + well_formed) / 5
-    )
+    assert score(make_think_answer_reward(graded=True), completion) == pytest.approx((single + well_formed) / 5)
 
 
 def test_graded_reward_rises_tag_by_tag_and_ends_at_one():

@@ -147,9 +147,7 @@ def test_a_process_that_does_not_start_is_an_error(tmp_path, monkeypatch, capfd)
 
 def run_script(script):
     """Runs Python code; returns only when every process that holds its standard error has ended."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60)
 
 
 def test_the_process_ends_with_the_interpreter_and_can_be_started_beside_jax():

@@ -11,10 +11,7 @@ def test_completion_text_of_a_string_and_of_messages():
     assert completion_text("plain\ntext") == "plain\ntext"
     assert completion_text("") == ""
     assert completion_text([{"role": "assistant", "content": "héllo"}]) == "héllo"
-    assert (
-        completion_text([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}])
-        == "a\nb"
-    )
+    assert completion_text([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]) == "a\nb"
 
 
 @pytest.mark.parametrize("completion", [None, 3, [{"role": "assistant"}], [{"content": None}], ["text"]])

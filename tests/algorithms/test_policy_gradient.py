@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value(algorithm: PolicyGradient, scores: TokenScores, batch: LearnerBatch) -> tuple[jax.Array, Metrics]:
     return algorithm.loss(scores, batch, algorithm.normalizer(batch.mask))
 
@@ -71,14 +73,8 @@ def test_every_setting_reaches_the_loss(settings, scores, batch):
         name: x for name, x in dataclasses.asdict(algorithm).items() if name not in ("advantage", "mask_truncated")
     }
     given["max_length"] = given["max_length"] or 4
-    expected, _ = grpo_loss(
-        scores.logprobs,
-        batch.old_logprobs,
-        batch.advantages,
-        batch.mask,
-        ref_logprobs=batch.ref_logprobs,
-        **given,
-    )
+    given = functools.partial(grpo_loss, ref_logprobs=batch.ref_logprobs, **given)
+    expected, _ = jax.jit(given)(scores.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     if settings:
         assert abs(float(loss) - float(value(PolicyGradient(), scores, batch)[0])) > 1e-4

@@ -68,19 +68,18 @@ def test_gradient_is_that_of_the_plain_cross_entropy(
     assert_trees_close(whole["gradient"], gradient)
     assert whole["metrics"]["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert whole["metrics"]["nll"] == pytest.approx(float(loss), rel=1e-5)
-    assert whole["metrics"]["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+    assert whole["metrics"]["grad_norm"] == pytest.approx(float(jax.jit(optax.tree.norm)(gradient)), rel=1e-4)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
-def test_micro_batches_do_not_change_the_gradient(micro_batches, whole, demonstrations, assert_trees_close):
-    gradient, metrics = step_once(whole["model"], whole["params"], demonstrations, micro_batches=micro_batches)
+def test_micro_batches_do_not_change_the_gradient(whole, demonstrations, assert_trees_close):
+    gradient, metrics = step_once(whole["model"], whole["params"], demonstrations, micro_batches=8)
     assert_trees_close(gradient, whole["gradient"], tolerance=2e-6)
     assert metrics == pytest.approx(whole["metrics"], rel=1e-5)
 
 
-def test_mesh_does_not_change_the_gradient(mesh_config, whole, demonstrations, assert_trees_close):
-    """Also where there are more devices than prompts."""
-    mesh = make_mesh(mesh_config)
+def test_mesh_does_not_change_the_gradient(whole, demonstrations, assert_trees_close):
+    """Also where there are more devices than prompts: then they share the completions of each."""
+    mesh = make_mesh()
     with jax.set_mesh(mesh):
         gradient, metrics = step_once(whole["model"], whole["params"], demonstrations, row_shards=row_shards(mesh))
     assert_trees_close(gradient, whole["gradient"])

@@ -153,19 +153,21 @@ def test_what_is_masked_does_not_matter():
     is_padding = (np.arange(5) >= np.array([[5], [2]]))[..., None, None]
     key, value = (np.where(is_padding, np.float32(1e4), x) for x in given.prompt)
     assert not np.array_equal(key, given.prompt[0])
-    np.testing.assert_array_equal(given.attend(), given._replace(prompt=(key, value)).attend())
+    attended = jax.jit(lambda prompt: given._replace(prompt=prompt).attend())
+    np.testing.assert_array_equal(attended(given.prompt), attended((key, value)))
 
 
 def test_softmax_is_float32_for_bfloat16_inputs():
     """A thousand equal keys: weights summed in bfloat16 would be off by far more than one rounding."""
-    zeros = jnp.zeros((1, 1024, 1, 8), jnp.bfloat16)
-    thousand = KeyValue.of(zeros, zeros + 3)
-    query = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
-    mixed = attend(query, thousand, jnp.ones((1, 1, 1024), bool), softcap=None)
-    assert mixed.dtype == jnp.bfloat16
-    np.testing.assert_allclose(mixed.astype(np.float32), 3.0, rtol=0.01)
-    one = KeyValue.of(zeros[None, :, :1], zeros[None, :, :1] + 3)
-    mask = jnp.ones((1, 1, 1, 1024), bool)
-    mixed = attend_shared(query[:, None], thousand, one, mask, mask[..., :1], softcap=None)
-    assert mixed.dtype == jnp.bfloat16
-    np.testing.assert_allclose(mixed.astype(np.float32), 3.0, rtol=0.01)
+
+    @jax.jit
+    def mix() -> tuple[jax.Array, jax.Array]:
+        zeros = jnp.zeros((1, 1024, 1, 8), jnp.bfloat16)
+        thousand, one = KeyValue.of(zeros, zeros + 3), KeyValue.of(zeros[None, :, :1], zeros[None, :, :1] + 3)
+        query, mask = jnp.zeros((1, 1, 1, 1, 8), jnp.bfloat16), jnp.ones((1, 1, 1, 1024), bool)
+        shared = attend_shared(query, thousand, one, mask, mask[..., :1], softcap=None)
+        return attend(query[0], thousand, mask[0], softcap=None), shared
+
+    for mixed in mix():
+        assert mixed.dtype == jnp.bfloat16
+        np.testing.assert_allclose(mixed.astype(np.float32), 3.0, rtol=0.01)

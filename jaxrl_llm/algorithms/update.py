@@ -142,6 +142,11 @@ def make_update_step(
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if rewards.shape != rollout.completion_lengths.shape:
+            raise ValueError(
+                f"rewards has shape {rewards.shape}, but the rollout holds {rollout.completion_lengths.shape} prompts "
+                "and samples: pass one reward for each completion"
+            )
         prompts, group = rewards.shape
         split = plan.group_split(prompts, group, row_shards, whole_groups=algorithm.needs_whole_groups)
         mask = rollout.mask

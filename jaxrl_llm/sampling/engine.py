@@ -64,18 +64,25 @@ class Sampler:
             step: number that is folded into the key, so that steps never repeat each other's noise.
 
         Raises:
-            ValueError: a prompt is empty or longer than its row, or prompt and completion exceed the model's
-                positions, or the rows cannot be split over the mesh.
+            ValueError: a prompt is empty or longer than its row or has tokens that the model does not know, or
+                prompt and completion exceed the model's positions, or the rows cannot be split over the mesh.
         """
-        lengths = np.asarray(prompt_lengths)
-        if lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
+        prompt, lengths = np.asarray(prompt, np.int32), np.asarray(prompt_lengths, np.int32)
+        fits = prompt.ndim == 2 and lengths.shape == prompt.shape[:1] and lengths.size
+        if not fits or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
             raise ValueError(f"prompt lengths {lengths} do not fit prompts of shape {prompt.shape}")
+        known = (prompt >= 0) & (prompt < self.model.config.vocab_size)
+        unknown = np.argwhere(~known & (np.arange(prompt.shape[1]) < lengths[:, None]))
+        if unknown.size:
+            row, place = unknown[0]
+            raise ValueError(
+                f"token {prompt[row, place]} at place {place} of prompt {row} is outside the model's vocabulary of "
+                f"{self.model.config.vocab_size}; is the tokenizer that of the model?"
+            )
         self.check_length(lengths.max())
         self._row_split(prompt.shape[0])
         with jax.set_mesh(self.mesh):
-            return self._program(
-                params, np.asarray(prompt, np.int32), lengths.astype(np.int32), key, np.asarray(step, np.int32)
-            )
+            return self._program(params, prompt, lengths, key, np.asarray(step, np.int32))
 
     def check_length(self, longest: int) -> None:
         """Checks that the model has positions for the longest prompt and a completion.

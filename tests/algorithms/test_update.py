@@ -548,6 +548,13 @@ def test_a_missing_reference_and_a_greedy_policy_raise(tiny_config, lively_param
         make_update_step(model, optax.sgd(1.0), dapo(), temperature=0.0)
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 4, 6)])
+def test_rewards_of_another_shape_raise(shape, tiny_config, lively_params, make_rollout):
+    model = Transformer(tiny_config())
+    with pytest.raises(ValueError, match=rf"rewards has shape \({shape[0]},.* rollout holds \(4, 4\)"):
+        step_once(model, lively_params(model), make_rollout(), np.zeros(shape, np.float32), PolicyGradient())
+
+
 @pytest.mark.parametrize("field", ["epochs", "minibatches", "micro_batches"])
 def test_plans_below_one_raise(field):
     with pytest.raises(ValueError, match=rf"update\.{field}=0"):

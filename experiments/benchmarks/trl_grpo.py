@@ -35,6 +35,8 @@ from measure import (
     publish,
     summarise,
 )
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 COUNTED_TOKEN = 260
 SHAPE = Shape()
@@ -80,7 +82,7 @@ def exact_texts(tokenizer: Any, count: int) -> list[str]:
     return texts
 
 
-def count_token(completion_ids: list[list[int]], **others: Any) -> list[float]:
+def count_token(completion_ids: list[list[int]], **others: Any) -> list[float | None]:
     """How often one token occurs."""
     return [float(list(ids).count(COUNTED_TOKEN)) for ids in completion_ids]
 
@@ -157,7 +159,7 @@ def train(given: argparse.Namespace, model: Any, tokenizer: Any) -> Times:
                 torch.cuda.synchronize()
             times.end()
 
-    settings = trl.GRPOConfig(
+    settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=ROWS,
         gradient_accumulation_steps=1,
@@ -180,7 +182,7 @@ def train(given: argparse.Namespace, model: Any, tokenizer: Any) -> Times:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = trl.GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model,
         reward_funcs=count_token,
         args=settings,

@@ -20,7 +20,7 @@ class OptimizerConfig:
     schedule: ScheduleShape = "constant"
     """Shape after the warm-up: constant, or falling to 0 at the last step, linearly or as a cosine."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Optimizer steps over which the learning rate rises linearly; the first has peak / (steps + 1)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only (not on biases and norms)."""
     b1: float = 0.9

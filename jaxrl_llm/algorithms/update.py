@@ -107,7 +107,8 @@ def make_update_step(
 
     Returns:
         A function of `TrainState`, `Rollout`, rewards `[P, G]` float32, and the reference's parameters (read
-        only if the algorithm needs them). To be compiled with the state donated.
+        only if the algorithm needs them). To be compiled with the state donated, hence with a reference that is a
+        copy of the state's parameters and not the same arrays.
 
     Raises:
         ValueError: the temperature is 0.

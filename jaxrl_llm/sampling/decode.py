@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend_shared, causal_mask
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Params, Transformer, unstack
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
 from jaxrl_llm.sharding import constrain
 from jaxrl_llm.types import Rollout
@@ -105,9 +105,8 @@ def sample(
     hidden, memory = model.causal(params, prompt, collect=True)
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    stacked = (params["layers"], model.windows(), memory)
-    layers = [_Layer(*jax.tree.map(lambda a: a[i], stacked)) for i in range(model.config.num_layers)]  # noqa: B023
-    prompts = _Prompt(prompt_lengths, tuple(layers), model.head_logits(params, last), keys)
+    layers = tuple(_Layer(*layer) for layer in unstack((params["layers"], model.windows(), memory)))
+    prompts = _Prompt(prompt_lengths, layers, model.head_logits(params, last), keys)
 
     state = _start(model, prompts, prompt.shape[0], group, slots, config)
     first = draw(_fold_time(_slot_keys(keys, state.sample), 0), prompts.logits[:, None], config)

@@ -30,7 +30,7 @@ from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh, parameter_shardings, row_shards
+from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
 
@@ -114,7 +114,7 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
     with jax.set_mesh(mesh):
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
         state = jax.jit(lambda p: make_train_state(p, optimizer, config.seed))(params)
-        step = jax.jit(make_supervised_step(model, optimizer, row_shards=row_shards(mesh)), donate_argnums=0)
+        step = jax.jit(make_supervised_step(model, optimizer), donate_argnums=0)
         shown = demonstrations(problems(config)[0][: settings.demonstrations], tokenizer, config)
         order = np.random.default_rng(config.seed)
         for _ in range(settings.steps):

@@ -1,18 +1,19 @@
 """Device mesh, logical axis names, and the shardings of parameters, activations and states.
 
 Parameters and activations carry *logical* axis names; one table of rules maps them to the mesh axes
-``data`` (rows), ``fsdp`` (rows, and parameters cut along the embedding), ``tensor`` (heads, MLP, vocabulary).
+`data` (rows), `fsdp` (rows, and parameters cut along the embedding), `tensor` (heads, MLP, vocabulary).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
 
@@ -30,7 +31,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
 }
-"""Logical axis → mesh axis. An axis that is absent or ``None`` is not sharded."""
+"""Logical axis → mesh axis. An axis that is absent or `None` is not sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,26 +77,42 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of ``config`` over ``devices`` (default: all), axes in the order of ``MESH_AXES``."""
+    """The mesh of `config` over `devices` (default: all), axes in the order of `MESH_AXES`."""
     devices = jax.devices() if devices is None else devices
     sizes = (config or MeshConfig()).sizes(len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=list(devices))
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Number of pieces into which rows are cut: data × fsdp."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Number of pieces into which rows are cut: data × fsdp, of which one that the mesh lacks counts as 1.
+
+    Args:
+        mesh: the device mesh; `None`: the ambient one (`jax.set_mesh`), or 1 where none is set. In a function that
+            is compiled, that is the one set where it is traced, and another one compiles it again.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(mesh, "rows"))
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The partition of an array whose dimensions have these logical names."""
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None]) -> PartitionSpec:
+    """The partition on `mesh` of an array whose dimensions have these logical names."""
+    return PartitionSpec(*(_mesh_axes(mesh, axis) or None for axis in axes))
+
+
+def _mesh_axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
+    """The axes of `mesh` over which a logical axis is split.
+
+    Those that a `shard_map` around the caller has taken are left out: there every array is one device's part.
+    """
+    rule = () if axis is None else RULES[axis] or ()
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    return tuple(name for name in ((rule,) if isinstance(rule, str) else rule) if name in free)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is rows (prompts)."""
-    return NamedSharding(mesh, spec(("rows",)))
+    return NamedSharding(mesh, spec(mesh, ("rows",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -109,7 +126,7 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     Args:
         mesh: the device mesh.
         axes: tree of tuples of logical names.
-        shapes: tree of arrays or ``ShapeDtypeStruct`` of the same structure.
+        shapes: tree of arrays or `ShapeDtypeStruct` of the same structure.
 
     Raises:
         ValueError: a dimension cannot be split evenly; names the parameter, the axis and the sizes.
@@ -117,27 +134,27 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
     def one(path: Any, names: tuple[str | None, ...], leaf: Any) -> NamedSharding:
         for dimension, name in zip(leaf.shape, names, strict=True):
-            axis = RULES[name] if name is not None else None
-            if axis is None:
-                continue
-            size = int(np.prod([mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis)]))
-            if dimension % size:
-                where = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise ValueError(
-                    f"parameter {where} has {dimension} entries along {name!r}, which mesh axis {axis!r} of size "
-                    f"{size} does not divide; choose a mesh.{axis} that does"
-                )
-        return NamedSharding(mesh, spec(names))
+            for axis in _mesh_axes(mesh, name):
+                if dimension % mesh.shape[axis]:
+                    where = jax.tree_util.keystr(path, simple=True, separator=".")
+                    raise ValueError(
+                        f"parameter {where} has {dimension} entries along {name!r}, which mesh axis {axis!r} of size "
+                        f"{mesh.shape[axis]} does not divide; choose a mesh.{axis} that does"
+                    )
+        return NamedSharding(mesh, spec(mesh, names))
 
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Keeps ``x`` laid out by its logical axes on the ambient mesh (``jax.set_mesh``); without one, does nothing."""
+    """Keeps `x` laid out by its logical axes on the ambient mesh (`jax.set_mesh`); without one, does nothing.
+
+    An axis that the mesh lacks counts as one of size 1.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    if set(MESH_AXES).isdisjoint(mesh.auto_axes):
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes))
 
 
 def gather_for_sampling(params: Any, axes: Any, dtype: Any) -> Any:

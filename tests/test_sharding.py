@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.update import make_train_state
@@ -136,6 +136,47 @@ def test_moments_lie_where_their_parameters_do(tiny_config):
     # What they say can be done.
     state = jax.jit(lambda: make_train_state(model.init(jax.random.key(0)), optimizer, 0), out_shardings=of_state)()
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == of_state
+
+
+def partial_mesh() -> jax.sharding.Mesh:
+    """A mesh of a user's own: two of our axes and one of theirs."""
+    return jax.make_mesh((2, 2, 2), ("stage", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def test_an_axis_that_a_mesh_lacks_counts_as_one(tiny_config):
+    mesh = partial_mesh()
+    assert row_shards(mesh) == 2
+    assert row_sharding(mesh).spec == PartitionSpec("fsdp")
+    model = Transformer(tiny_config())
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    up = shardings["layers"]["mlp"]["up"]["weight"]
+    assert up.spec == PartitionSpec(None, "tensor", "fsdp")
+    assert row_shards(jax.make_mesh((8,), ("x",))) == 1
+    with jax.set_mesh(mesh):
+        laid = jax.jit(lambda x: constrain(x, "rows", "vocab_activation"))(jnp.zeros((8, 8)))
+    assert laid.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("fsdp", "tensor")), 2)
+
+
+def test_row_shards_of_the_mesh_that_is_set(mesh):
+    """The number is that of the mesh under which a function is traced; none inside a shard_map over rows."""
+    seen = []
+
+    @jax.jit
+    def trace(x: jax.Array) -> jax.Array:
+        seen.append(row_shards())
+        return constrain(x, "rows")
+
+    assert row_shards() == 1
+    x = jnp.zeros(8)
+    trace(x)
+    with jax.set_mesh(mesh):
+        trace(x)
+        names = {"data", "fsdp"}
+        rows = PartitionSpec(("data", "fsdp"))
+        jax.jit(jax.shard_map(trace, in_specs=rows, out_specs=rows, axis_names=names))(x)
+    with jax.set_mesh(partial_mesh()):
+        trace(x)
+    assert seen == [1, 4, 1, 2]
 
 
 def test_constrain_is_nothing_without_a_mesh_of_ours():

@@ -22,7 +22,7 @@ from jaxrl_llm.models.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated, row_shards, state_shardings
+from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated, state_shardings
 from jaxrl_llm.training.episodes import score_rollout
 from jaxrl_llm.training.scoring import RewardSum
 from jaxrl_llm.types import Rollout
@@ -101,7 +101,7 @@ class Learner:
         shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
         abstract = jax.eval_shape(lambda p: make_train_state(p, optimizer, 0), model.abstract_params())
         placed = state_shardings(mesh, abstract, shardings)
-        step = make_update_step(model, optimizer, algorithm, plan, row_shards=row_shards(mesh))
+        step = make_update_step(model, optimizer, algorithm, plan)
         self._program = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
         self._mesh, self._reference = mesh, params if algorithm.needs_reference else None
         begin = jax.jit(lambda p: make_train_state(p, optimizer, 0), out_shardings=placed)

@@ -15,6 +15,7 @@ from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import sft_loss
 from jaxrl_llm.masking import Metrics
 from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import TrainState
 
 
@@ -36,15 +37,15 @@ def make_supervised_step(
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
-    row_shards: int = 1,
 ) -> Callable[[TrainState, Demonstrations], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function `(state, demonstrations) -> (state, metrics)` that makes one optimizer step on `sft_loss`.
+
+    Compile and call it under `jax.set_mesh`, where there is a mesh: it splits rows over that.
 
     Args:
         policy: the model.
         optimizer: an optax transformation.
         micro_batches: pieces in which the gradient is accumulated.
-        row_shards: number of pieces into which the mesh cuts rows (data × fsdp).
     """
     plan = UpdateConfig(micro_batches=micro_batches)
 
@@ -59,7 +60,7 @@ def make_supervised_step(
     def supervised_step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, dict[str, jax.Array]]:
         normalizer = aggregation_normalizer(batch.mask, mode="token-mean")
         prompts, group = batch.mask.shape[:2]
-        rows = split_groups(batch, plan.group_split(prompts, group, row_shards))
+        rows = split_groups(batch, plan.group_split(prompts, group, row_shards()))
         (params, opt_state), metrics = gradient_step((state.params, state.opt_state), rows, normalizer)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {name: record.value() for name, record in metrics.items()}

@@ -20,6 +20,7 @@ from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
 from jaxrl_llm.logprobs import TokenScores, token_scores
 from jaxrl_llm.masking import Max, Mean, Metrics, masked_var
 from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import Rollout, TrainState
 
 UpdateStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -93,9 +94,10 @@ def make_update_step(
     config: UpdateConfig | None = None,
     *,
     temperature: float = 1.0,
-    row_shards: int = 1,
 ) -> UpdateStep:
     """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`.
+
+    Compile and call it under `jax.set_mesh`, where there is a mesh: it splits rows over that.
 
     Args:
         policy: the model.
@@ -103,7 +105,6 @@ def make_update_step(
         algorithm: the objective.
         config: epochs, minibatches, micro-batches.
         temperature: the one that the rollouts were sampled with; log-probs are scored with it.
-        row_shards: number of pieces into which the mesh cuts rows (data × fsdp).
 
     Returns:
         A function of `TrainState`, `Rollout`, rewards `[P, G]` float32, and the reference's parameters (read
@@ -149,7 +150,7 @@ def make_update_step(
                 "and samples: pass one reward for each completion"
             )
         prompts, group = rewards.shape
-        split = plan.group_split(prompts, group, row_shards, whole_groups=algorithm.needs_whole_groups)
+        split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
         mask = rollout.mask
         if algorithm.mask_truncated:
             mask &= rollout.finished[..., None]

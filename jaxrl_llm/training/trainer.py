@@ -168,9 +168,7 @@ class Trainer:
         )
         schedule = make_schedule(optimizer, self.config.steps * plan.optimizer_steps)
         transformation = make_optimizer(optimizer, schedule)
-        step = make_update_step(
-            model, transformation, algorithm, plan, temperature=sampling.temperature, row_shards=row_shards(mesh)
-        )
+        step = make_update_step(model, transformation, algorithm, plan, temperature=sampling.temperature)
 
         shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
         abstract = jax.eval_shape(lambda p: make_train_state(p, transformation, seed), model.abstract_params())

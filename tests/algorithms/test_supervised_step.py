@@ -14,7 +14,7 @@ import pytest
 from jaxrl_llm.algorithms.supervised import Demonstrations, make_supervised_step
 from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.models.transformer import Params, Transformer
-from jaxrl_llm.sharding import make_mesh, row_shards
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 
 EOS = 2
@@ -79,9 +79,8 @@ def test_micro_batches_do_not_change_the_gradient(whole, demonstrations, assert_
 
 def test_mesh_does_not_change_the_gradient(whole, demonstrations, assert_trees_close):
     """Also where there are more devices than prompts: then they share the completions of each."""
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        gradient, metrics = step_once(whole["model"], whole["params"], demonstrations, row_shards=row_shards(mesh))
+    with jax.set_mesh(make_mesh()):
+        gradient, metrics = step_once(whole["model"], whole["params"], demonstrations)
     assert_trees_close(gradient, whole["gradient"])
     assert metrics == pytest.approx(whole["metrics"], rel=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,7 +23,7 @@ from jaxrl_llm.logprobs import token_scores
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated, row_shards, state_shardings
+from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated, state_shardings
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.types import Rollout, TrainState
 
@@ -248,7 +249,7 @@ def test_mesh_does_not_change_the_update(mesh_config, whole, assert_trees_close)
     abstract = jax.eval_shape(lambda p: make_train_state(p, optimizer, 0), case["params"])
     of_state = state_shardings(mesh, abstract, shardings)
     plan = UpdateConfig(micro_batches=2)  # on 8 row shards each holds one completion of each group
-    step = make_update_step(model, optimizer, case["algorithm"], plan, row_shards=row_shards(mesh))
+    step = make_update_step(model, optimizer, case["algorithm"], plan)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(of_state, replicated(mesh)))
     reference = jax.device_put(case["reference"], shardings)
     with jax.set_mesh(mesh), CompilationCounter() as counter:
@@ -267,6 +268,23 @@ def test_mesh_does_not_change_the_update(mesh_config, whole, assert_trees_close)
     assert ours == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-5)
     split = state.params["layers"]["mlp"]["up"]["weight"]
     assert split.addressable_shards[0].data.size == split.size // (mesh_config.tensor * mesh.shape["fsdp"])
+
+
+def test_one_compiled_step_follows_the_mesh(whole, assert_trees_close):
+    """Also onto a mesh of the user's own, which has not all our axes."""
+    case, optimizer = whole["case"], optax.sgd(1.0)
+    step = jax.jit(make_update_step(case["model"], optimizer, case["algorithm"]))
+    meshes = [None, make_mesh(), jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))]
+    for mesh in meshes:
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            state = make_train_state(case["params"], optimizer, 0)
+            state, _ = step(state, case["rollout"], case["rewards"], case["reference"])
+        change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), case["params"], state.params)
+        assert_trees_close(change, whole["gradient"])
+    too_few = make_rewards()[:3, :1]
+    rollout = jax.tree.map(lambda x: x[:3, :1] if x.ndim > 1 and x.shape[1] == 4 else x[:3], case["rollout"])
+    with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match=r"3 prompts × 1 samples .* 8 row shards"):
+        jax.eval_shape(step, state, rollout, too_few, case["reference"])
 
 
 # ---------------------------------------------------------------- before the first update

@@ -14,7 +14,7 @@ from measure import WORKS, Shape, Work
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state, make_update_step
+from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.models.pretrained import from_pretrained
@@ -22,7 +22,7 @@ from jaxrl_llm.models.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated, state_shardings
+from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated
 from jaxrl_llm.training.episodes import score_rollout
 from jaxrl_llm.training.scoring import RewardSum
 from jaxrl_llm.types import Rollout
@@ -98,9 +98,7 @@ class Learner:
     def __init__(self, config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, params: Params):
         algorithm, plan = PolicyGradient(kl_coef=config.kl_coef), UpdateConfig(micro_batches=config.micro_batches)
         optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
-        shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
-        abstract = jax.eval_shape(lambda p: make_train_state(p, optimizer, 0), model.abstract_params())
-        placed = state_shardings(mesh, abstract, shardings)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(model, optimizer, mesh))
         step = make_update_step(model, optimizer, algorithm, plan)
         self._program = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
         self._mesh, self._reference = mesh, params if algorithm.needs_reference else None

@@ -9,8 +9,7 @@ import jax
 import optax
 
 from jaxrl_llm.algorithms.gradient import make_gradient_step
-from jaxrl_llm.algorithms.update import UpdateConfig, split_groups
-from jaxrl_llm.logprobs import token_scores
+from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import sft_loss
 from jaxrl_llm.masking import Metrics
@@ -47,13 +46,10 @@ def make_supervised_step(
         optimizer: an optax transformation.
         micro_batches: pieces in which the gradient is accumulated.
     """
-    plan = UpdateConfig(micro_batches=micro_batches)
+    plan, scores = UpdateConfig(micro_batches=micro_batches), make_scorer(policy)
 
     def loss(params: Params, rows: Demonstrations, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
-        hidden = policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
-        cap = policy.config.logit_softcap
-        scores = token_scores(hidden, policy.head(params), rows.completion, logit_softcap=cap)
-        return sft_loss(scores.logprobs, rows.mask, normalizer=normalizer)
+        return sft_loss(scores(params, rows).logprobs, rows.mask, normalizer=normalizer)
 
     gradient_step = make_gradient_step(loss, optimizer, micro_batches)
 

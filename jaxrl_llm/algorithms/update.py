@@ -20,7 +20,7 @@ from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
 from jaxrl_llm.logprobs import TokenScores, token_scores
 from jaxrl_llm.masking import Max, Mean, Metrics, masked_var
 from jaxrl_llm.models.transformer import Params, Transformer
-from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.sharding import parameter_shardings, row_shards, state_shardings
 from jaxrl_llm.types import Rollout, TrainState
 
 UpdateStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -87,6 +87,24 @@ def make_train_state(params: Params, optimizer: optax.GradientTransformation, se
     )
 
 
+def abstract_train_state(
+    policy: Transformer, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes, types and shardings of a training state on `mesh`.
+
+    Raises:
+        ValueError: the mesh does not divide a parameter; names it.
+    """
+    params = policy.abstract_params()
+    shardings = parameter_shardings(mesh, policy.logical_axes(), params)
+    abstract = jax.eval_shape(lambda p: make_train_state(p, optimizer, seed=0), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        state_shardings(mesh, abstract, shardings),
+    )
+
+
 def make_update_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
@@ -117,17 +135,7 @@ def make_update_step(
     plan = config or UpdateConfig()
     if temperature <= 0:
         raise ValueError(f"a policy sampled at temperature {temperature} (greedily) has no gradient to follow")
-
-    def scores(params: Params, batch: LearnerBatch) -> TokenScores:
-        """Log-probs and entropies `[P, G, Tc]` of the sampled tokens under `params`."""
-        hidden = policy.hidden(params, batch.prompt, batch.prompt_lengths, batch.completion)
-        return token_scores(
-            hidden,
-            policy.head(params),
-            batch.completion,
-            temperature=temperature,
-            logit_softcap=policy.config.logit_softcap,
-        )
+    scores = make_scorer(policy, temperature=temperature)
 
     def loss(params: Params, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
         given = scores(params, batch)
@@ -138,34 +146,15 @@ def make_update_step(
 
     gradient_step = make_gradient_step(loss, optimizer, plan.micro_batches)
 
-    def minibatch_step(carry: Carry, batch: LearnerBatch, split: int) -> tuple[Carry, Metrics]:
-        return gradient_step(carry, split_groups(batch, split), algorithm.normalizer(batch.mask))
-
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        if rewards.shape != rollout.completion_lengths.shape:
-            raise ValueError(
-                f"rewards has shape {rewards.shape}, but the rollout holds {rollout.completion_lengths.shape} prompts "
-                "and samples: pass one reward for each completion"
-            )
+        batch, metrics = _learner_batch(algorithm, rollout, rewards), _rollout_metrics(rollout, rewards)
         prompts, group = rewards.shape
         split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
-        mask = rollout.mask
-        if algorithm.mask_truncated:
-            mask &= rollout.finished[..., None]
-        batch = LearnerBatch(
-            prompt=rollout.prompt,
-            prompt_lengths=rollout.prompt_lengths,
-            completion=rollout.completion,
-            mask=mask,
-            advantages=algorithm.advantage(rewards),
-            sampler_logprobs=rollout.sampler_logprobs,
-        )
-        metrics = _rollout_metrics(rollout, rewards)
 
         def score_all(params: Params) -> jax.Array:
-            """Log-probs of the whole batch under constant parameters, by micro-batches."""
+            """Log-probs `[P, G, Tc]` of the whole batch under constant parameters, by micro-batches."""
             parts = deal(split_groups(batch, split), plan.micro_batches * plan.minibatches)
             dealt = jax.lax.map(lambda part: scores(params, part).logprobs, parts)
             return collect(dealt).reshape(batch.mask.shape)
@@ -179,25 +168,71 @@ def make_update_step(
             metrics |= _sampling_gap(old_logprobs, batch)
             batch = batch._replace(old_logprobs=old_logprobs)
 
+        def minibatch_step(carry: Carry, rows: LearnerBatch) -> tuple[Carry, Metrics]:
+            return gradient_step(carry, split_groups(rows, split), algorithm.normalizer(rows.mask))
+
         key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), 1)
-
-        def epoch(carry: Carry, number: jax.Array) -> tuple[Carry, Metrics]:
-            order = jax.random.permutation(jax.random.fold_in(key, number), prompts)
-            shuffled = jax.tree.map(lambda x: x[order], batch)
-            parts = jax.tree.map(lambda x: x.reshape(plan.minibatches, -1, *x.shape[1:]), shuffled)
-            return jax.lax.scan(lambda c, part: minibatch_step(c, part, split), carry, parts)
-
-        carry = (state.params, state.opt_state)
-        if plan.optimizer_steps == 1:
-            carry, trained = minibatch_step(carry, batch, split)
-        else:
-            carry, stacked = jax.lax.scan(epoch, carry, jnp.arange(plan.epochs))
-            trained = {name: record.reduce().reduce() for name, record in stacked.items()}
+        carry, trained = _run_epochs(minibatch_step, (state.params, state.opt_state), batch, plan, key)
         params, opt_state = carry
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {name: record.value() for name, record in (metrics | trained).items()}
 
     return update_step
+
+
+def make_scorer(policy: Transformer, *, temperature: float = 1.0) -> Callable[[Params, Any], TokenScores]:
+    """The function from parameters and rows to log-probs and entropies `[P, G, Tc]` of the completions' tokens.
+
+    Rows are any record with `prompt`, `prompt_lengths` and `completion`.
+    """
+
+    def scores(params: Params, rows: Any) -> TokenScores:
+        hidden = policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
+        head, cap = policy.head(params), policy.config.logit_softcap
+        return token_scores(hidden, head, rows.completion, temperature=temperature, logit_softcap=cap)
+
+    return scores
+
+
+def _learner_batch(algorithm: PolicyGradient, rollout: Rollout, rewards: jax.Array) -> LearnerBatch:
+    """A rollout with its advantages, as yet without the log-probs of other policies."""
+    if rewards.shape != rollout.completion_lengths.shape:
+        raise ValueError(
+            f"rewards has shape {rewards.shape}, but the rollout holds {rollout.completion_lengths.shape} prompts "
+            "and samples: pass one reward for each completion"
+        )
+    mask = rollout.mask
+    if algorithm.mask_truncated:
+        mask &= rollout.finished[..., None]
+    return LearnerBatch(
+        prompt=rollout.prompt,
+        prompt_lengths=rollout.prompt_lengths,
+        completion=rollout.completion,
+        mask=mask,
+        advantages=algorithm.advantage(rewards),
+        sampler_logprobs=rollout.sampler_logprobs,
+    )
+
+
+def _run_epochs(
+    step: Callable[[Carry, LearnerBatch], tuple[Carry, Metrics]],
+    carry: Carry,
+    batch: LearnerBatch,
+    plan: UpdateConfig,
+    key: jax.Array,
+) -> tuple[Carry, Metrics]:
+    """All optimizer steps on a batch; each epoch cuts the prompts into minibatches in an order of its own."""
+    if plan.optimizer_steps == 1:
+        return step(carry, batch)
+
+    def epoch(carry: Carry, number: jax.Array) -> tuple[Carry, Metrics]:
+        order = jax.random.permutation(jax.random.fold_in(key, number), batch.prompt.shape[0])
+        shuffled = jax.tree.map(lambda x: x[order], batch)
+        parts = jax.tree.map(lambda x: x.reshape(plan.minibatches, -1, *x.shape[1:]), shuffled)
+        return jax.lax.scan(step, carry, parts)
+
+    carry, stacked = jax.lax.scan(epoch, carry, jnp.arange(plan.epochs))
+    return carry, {name: record.reduce().reduce() for name, record in stacked.items()}
 
 
 # ---- Rows, groups and pieces ---------------------------------------------------------------------

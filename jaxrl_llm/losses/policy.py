@@ -123,28 +123,15 @@ def grpo_loss(
     Source: Shao et al. 2024, "DeepSeekMath" (2402.03300).
     """
     mask = check_mask(mask, logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    use_kl = not (isinstance(kl_coef, int | float) and kl_coef == 0)
-    if use_kl and ref_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef}, but there are no ref_logprobs: pass them, or kl_coef=0")
-    if segment_ids is not None and np.shape(advantages) != mask.shape:
-        raise ValueError(
-            f"advantages has shape {np.shape(advantages)}, but mask has shape {mask.shape}: with segment_ids "
-            "a row holds several sequences, so pass one advantage for each token"
-        )
+    use_kl = _uses_kl(kl_coef, ref_logprobs)
+    _check_packed_advantages(advantages, mask, segment_ids)
     logprobs = fill_masked(logprobs, mask)
     old = None if old_logprobs is None else fill_masked(old_logprobs, mask)
     advantages = fill_masked(per_token_advantages(advantages, logprobs), mask)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high}
 
-    losses = clipped_surrogate(
-        logprobs,
-        old,
-        advantages,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_cap=ratio_cap,
-    )
-    metrics = _ratio_metrics(logprobs, old, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+    losses = clipped_surrogate(logprobs, old, advantages, **bounds, dual_clip=dual_clip, ratio_cap=ratio_cap)
+    metrics = _ratio_metrics(logprobs, old, advantages, mask, **bounds)
     if ref_logprobs is not None:
         ref = fill_masked(ref_logprobs, mask)
         kl = kl_penalty(logprobs, ref, estimator=kl_estimator, old_logprobs=old, clip=kl_clip)
@@ -257,6 +244,22 @@ def _ratio_metrics(
         "ratio/max": Max.of(ratio, mask),
         "approx_kl": Mean.of(kl_k3(old_logprobs, logprobs), mask),
     }
+
+
+def _uses_kl(kl_coef: ArrayLike, ref_logprobs: ArrayLike | None) -> bool:
+    """Whether the loss has a KL term; a traced coefficient (a schedule) cannot be looked at, and counts as one."""
+    uses = not (isinstance(kl_coef, int | float) and kl_coef == 0)
+    if uses and ref_logprobs is None:
+        raise ValueError(f"kl_coef is {kl_coef}, but there are no ref_logprobs: pass them, or kl_coef=0")
+    return uses
+
+
+def _check_packed_advantages(advantages: ArrayLike, mask: Array, segment_ids: ArrayLike | None) -> None:
+    if segment_ids is not None and np.shape(advantages) != mask.shape:
+        raise ValueError(
+            f"advantages has shape {np.shape(advantages)}, but mask has shape {mask.shape}: with segment_ids "
+            "a row holds several sequences, so pass one advantage for each token"
+        )
 
 
 def _check_bounds(

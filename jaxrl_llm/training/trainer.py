@@ -15,13 +15,13 @@ import numpy as np
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state, make_update_step
+from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import parameter_shardings, replicated, row_shards, state_shardings
+from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.checkpoint import Checkpointer
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.distributed import is_main_process
@@ -166,24 +166,31 @@ class Trainer:
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
-        schedule = make_schedule(optimizer, self.config.steps * plan.optimizer_steps)
-        transformation = make_optimizer(optimizer, schedule)
-        step = make_update_step(model, transformation, algorithm, plan, temperature=sampling.temperature)
+        self._prepare_updates(params, algorithm, plan, optimizer, sampling.temperature, seed)
+        self.compilations = CompilationCounter()
 
-        shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
-        abstract = jax.eval_shape(lambda p: make_train_state(p, transformation, seed), model.abstract_params())
-        placed = state_shardings(mesh, abstract, shardings)
-        self.abstract_state: TrainState = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed
-        )
-        self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
-        with jax.set_mesh(mesh):
-            start = jax.jit(lambda p: make_train_state(p, transformation, seed), out_shardings=placed)
+    def _prepare_updates(
+        self,
+        params: Params,
+        algorithm: PolicyGradient,
+        plan: UpdateConfig,
+        config: OptimizerConfig,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        """The update step, still to be compiled, and what it works on: the state, and the reference if it has one."""
+        schedule = make_schedule(config, self.config.steps * plan.optimizer_steps)
+        optimizer = make_optimizer(config, schedule)
+        step = make_update_step(self.model, optimizer, algorithm, plan, temperature=temperature)
+        self.abstract_state = abstract_train_state(self.model, optimizer, self.mesh)
+        placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))
+        with jax.set_mesh(self.mesh):
+            start = jax.jit(lambda p: make_train_state(p, optimizer, seed), out_shardings=placed)
             self.state: TrainState = start(params)  # a copy of them: updates overwrite it
-            self.reference = jax.device_put(params, shardings) if algorithm.needs_reference else None
+            self.reference = jax.device_put(params, placed.params) if algorithm.needs_reference else None
         every_step = np.arange(self.config.steps * plan.optimizer_steps)
         self._learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(every_step))
-        self.compilations = CompilationCounter()
 
     def learning_rate(self, step: int) -> float:
         """The rate of the last optimizer step of an iteration."""

@@ -20,7 +20,8 @@ class OptimizerConfig:
     schedule: ScheduleShape = "constant"
     """Shape after the warm-up: constant, or falling to 0 at the last step, linearly or as a cosine."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly; the first has peak / (steps + 1)."""
+    """Optimizer steps over which the learning rate rises linearly; the first has peak / (steps + 1). A shape that
+    falls needs a run that is longer; a constant one may be cut in the middle of its rise."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only (not on biases and norms)."""
     b1: float = 0.9
@@ -47,12 +48,13 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of optimizer steps made.
 
     Raises:
-        ValueError: the warm-up does not fit into `total_steps`.
+        ValueError: the warm-up leaves no step in which the rate could fall.
     """
     rest = total_steps - config.warmup_steps
-    if config.warmup_steps and rest <= 0:
+    if config.schedule != "constant" and config.warmup_steps and rest <= 0:
         raise ValueError(
-            f"optimizer.warmup_steps={config.warmup_steps} leaves nothing of {total_steps} optimizer steps"
+            f"optimizer.warmup_steps={config.warmup_steps} leaves nothing of {total_steps} optimizer steps for "
+            f"optimizer.schedule={config.schedule} to fall in: shorten the warm-up, or choose constant"
         )
     peak = config.learning_rate
     shapes = {

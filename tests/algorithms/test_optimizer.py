@@ -127,6 +127,12 @@ def test_impossible_settings_raise(settings, message):
         OptimizerConfig(**settings)
 
 
-def test_a_warmup_that_does_not_fit_raises():
-    with pytest.raises(ValueError, match=r"optimizer\.warmup_steps=10 leaves nothing of 10"):
-        make_schedule(OptimizerConfig(warmup_steps=10), 10)
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_warmup_that_leaves_nothing_to_fall_in_raises(shape):
+    with pytest.raises(ValueError, match=rf"optimizer\.warmup_steps=10 leaves nothing of 10 .*schedule={shape} to"):
+        make_schedule(OptimizerConfig(warmup_steps=10, schedule=shape), 10)
+
+
+def test_a_constant_rate_may_rise_to_the_end_of_the_run():
+    assert rates(2, warmup_steps=4) == pytest.approx([2 / 5, 4 / 5])
+    assert rates(10, warmup_steps=10) == pytest.approx([2 * (i + 1) / 11 for i in range(10)])

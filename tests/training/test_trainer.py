@@ -229,7 +229,7 @@ def test_metrics_without_a_checkpoint_are_not_overwritten(make) -> None:
         ({"sampling": {"temperature": 0.0}}, "temperature 0.0 .greedily. has no gradient"),
         ({"seed": -1}, "seed must be between 0 and"),
         ({"update": {"minibatches": 3}}, "4 prompts per step are not divisible by update.minibatches=3"),
-        ({"optimizer": {"warmup_steps": 4}}, "optimizer.warmup_steps=4 leaves nothing of 4 optimizer steps"),
+        ({"optimizer": {"warmup_steps": 4, "schedule": "linear"}}, "warmup_steps=4 leaves nothing of 4 optimizer"),
         (
             {"evaluation": {"every": 1, "solved_by": "right"}},
             "solved_by='right' is no reward function; there are",

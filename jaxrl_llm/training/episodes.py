@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -117,11 +118,15 @@ def _score(rewards: RewardSum, *arguments: Any) -> RewardScores:
 
 
 def _message(failure: Exception | None) -> str:
-    """What failed, and the line of the reward function's code where it did."""
+    """What failed, and the line of the reward function's code where it did, not that of a library it called."""
     if failure is None:
         return "a reward function failed in another process"
-    frames = traceback.extract_tb(failure.__cause__.__traceback__) if failure.__cause__ else []
-    return f"{failure} ({frames[-1].filename}:{frames[-1].lineno})" if frames else str(failure)
+    if failure.__cause__ is None:
+        return str(failure)
+    frames = traceback.extract_tb(failure.__cause__.__traceback__)
+    libraries = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    frames = [frame for frame in frames[1:] if not frame.filename.startswith(libraries)] or frames
+    return f"{failure} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def _gather(table: np.ndarray, own: range, size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax.numpy as jnp
@@ -119,6 +120,10 @@ def fails_here(completions: list[str]) -> list[float]:
     return [1 / len(text) for text in completions]
 
 
+def fails_in_a_library(completions: list[str]) -> list[float]:
+    return [json.loads("{") for _ in completions]
+
+
 def too_few(completions: list[str]) -> list[float]:
     return [1.0]
 
@@ -129,6 +134,10 @@ def too_few(completions: list[str]) -> list[float]:
         (
             fails_here,
             rf"'fails_here' raised ZeroDivisionError .* \({__file__}:{fails_here.__code__.co_firstlineno + 1}\)$",
+        ),
+        (
+            fails_in_a_library,
+            rf"raised JSONDecodeError .* \({__file__}:{fails_in_a_library.__code__.co_firstlineno + 1}\)$",
         ),
         (too_few, "'too_few' must return 4 values, one a sample, got 1$"),
     ],

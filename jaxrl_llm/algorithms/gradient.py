@@ -25,6 +25,9 @@ def make_gradient_step(
 
     With the denominator of all rows given to every micro-batch, losses and gradients of the micro-batches add
     up to those of the whole. Gradients, moments and the update are float32 whatever parameters are stored in.
+
+    A gradient that is not finite changes neither parameters nor the optimizer's state, which it would spoil for
+    good: the step is skipped. Metrics: `loss`, `grad_norm` (as they are), `frac_steps_skipped`, and those of `loss`.
     """
 
     def gradient_of(params: Params, rows: Any, normalizer: jax.Array) -> tuple[Params, jax.Array, Metrics]:
@@ -46,11 +49,13 @@ def make_gradient_step(
             gradient, value, metrics = gradient_of(params, spread(rows), normalizer)
         else:
             gradient, value, metrics = accumulated(params, rows, normalizer)
-        wide = widen(params)
+        wide, norm = widen(params), optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, opt_state, wide)
         params = jax.tree.map(lambda old, new: new.astype(old.dtype), params, optax.apply_updates(wide, updates))
-        metrics = metrics | {"loss": Mean.of(value), "grad_norm": Mean.of(optax.tree.norm(gradient))}
-        return (params, opt_state), metrics
+        finite = jnp.isfinite(norm)
+        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), carry)
+        step = {"loss": Mean.of(value), "grad_norm": Mean.of(norm), "frac_steps_skipped": Mean.of(~finite)}
+        return carry, metrics | step
 
     return gradient_step
 

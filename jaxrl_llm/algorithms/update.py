@@ -129,6 +129,10 @@ def make_update_step(
         only if the algorithm needs them). To be compiled with the state donated, hence with a reference that is a
         copy of the state's parameters and not the same arrays.
 
+        Rewards are not looked at: one that is NaN or infinite makes the gradient of its minibatch NaN. An optimizer
+        step whose gradient is not finite is skipped: parameters and moments stay, `frac_steps_skipped` is the
+        fraction of such steps, and `reward`, `loss` or `grad_norm` show that something was not finite.
+
     Raises:
         ValueError: the temperature is 0.
     """

@@ -136,6 +136,9 @@ class Loop:
         metrics |= {f"perf/{name}_seconds": self._seconds[name] for name in ("sample", "reward", "update")}
         self.writer.write(self.step, metrics)
         self.report.log(self.step, metrics)
+        if skipped := metrics["frac_steps_skipped"]:
+            part = "its update was skipped" if skipped == 1 else f"{skipped:.0%} of its updates were skipped"
+            self.report.message(f"step {self.step}: the gradient is not finite, {part}")
         if self.report.wants_samples(self.step):
             self.report.samples(self.step, episodes.samples(self.trainer.tokenizer, 4))
 

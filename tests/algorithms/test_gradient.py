@@ -41,6 +41,7 @@ def test_micro_batches_add_up(micro_batches, dtype):
         "grad_norm": np.linalg.norm(gradient),
         "mean": products.mean(),
         "max": products.max(),
+        "frac_steps_skipped": 0,
     }
     assert values == pytest.approx(expected_metrics, rel=1e-2 if dtype == "bfloat16" else 1e-5)
 
@@ -57,6 +58,25 @@ def test_small_updates_of_bfloat16_parameters_are_computed_in_float32():
     step = jax.jit(make_gradient_step(linear, optimizer, 256))
     (after, _), _ = step((params, optimizer.init(widen(params))), rows, jnp.float32(1))
     assert float(after["weight"]) == pytest.approx(-(1 + 255 * 2.0**-9), rel=2**-8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad, micro_batches):
+    """Not even the moments or the count of steps; the next step is as if it had not been."""
+    optimizer = optax.adam(0.5)
+    params = {"w": {"weight": jnp.array([0.5, -0.25], jnp.bfloat16)}}
+    step = jax.jit(make_gradient_step(loss, optimizer, micro_batches))
+    before, metrics = step((params, optimizer.init(widen(params))), {"x": ROWS}, jnp.float32(12))
+    assert float(metrics["frac_steps_skipped"].value()) == 0
+    broken = ROWS.copy()
+    broken[7, 1] = bad
+    after, metrics = step(before, {"x": broken}, jnp.float32(12))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert float(metrics["frac_steps_skipped"].value()) == 1
+    assert not np.isfinite(float(metrics["grad_norm"].value()))
+    again, _ = step(after, {"x": ROWS}, jnp.float32(12))
+    assert np.all(np.asarray(again[0]["w"]["weight"]) != np.asarray(before[0]["w"]["weight"]))
 
 
 def test_deal_is_undone_by_collect():

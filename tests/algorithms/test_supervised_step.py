@@ -94,7 +94,7 @@ def test_a_batch_of_which_all_is_masked_changes_nothing(whole, demonstrations):
     empty = demonstrations._replace(mask=np.zeros_like(demonstrations.mask))
     gradient, metrics = step_once(whole["model"], whole["params"], empty)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
-    assert metrics == {"loss": 0, "nll": 0, "grad_norm": 0}
+    assert metrics == {"loss": 0, "nll": 0, "grad_norm": 0, "frac_steps_skipped": 0}
 
 
 def test_training_lowers_the_loss_and_learns_to_stop(tiny_config, demonstrations):

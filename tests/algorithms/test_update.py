@@ -39,6 +39,7 @@ METRICS = {
     "completions/min_length",
     "completions/max_length",
     "completions/clipped_ratio",
+    "frac_steps_skipped",
     "grad_norm",
     "loss",
     "num_tokens",
@@ -564,6 +565,18 @@ def test_a_missing_reference_and_a_greedy_policy_raise(tiny_config, lively_param
         step_once(model, lively_params(model), make_rollout(), make_rewards(), grpo())
     with pytest.raises(ValueError, match="temperature 0"):
         make_update_step(model, optax.sgd(1.0), dapo(), temperature=0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_reward_that_is_not_finite_costs_its_minibatch_alone(bad, tiny_config, lively_params, make_rollout):
+    model = Transformer(tiny_config())
+    params, rewards = lively_params(model), make_rewards()
+    rewards[2, 1] = bad
+    change, metrics = step_once(model, params, make_rollout(), rewards, PolicyGradient(), minibatches=2)
+    assert metrics["frac_steps_skipped"] == 0.5
+    assert not np.isfinite(metrics["reward"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(change))
+    assert distance(change, jax.tree.map(np.zeros_like, change)) > 1e-4
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 4, 6)])

@@ -360,6 +360,16 @@ def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType) -> None:
             assert line["eval/reward"] == pytest.approx(weighted, rel=1e-5)  # three of the five are even
 
 
+def test_a_gradient_that_is_not_finite_is_told(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make(training={"steps": 1, "checkpoint_every": 0})
+    before, update = tiny.digest(trainer.state.params), trainer.update
+    trainer.update = lambda state, rollout, rewards, reference: update(state, rollout, rewards * np.nan, reference)
+    trainer.run()
+    assert tiny.digest(trainer.state.params) == before
+    assert metrics_of(trainer)[0]["frac_steps_skipped"] == 1
+    assert "step 1: the gradient is not finite, its update was skipped\n" in capsys.readouterr().out
+
+
 def test_the_phases_are_timed_where_the_device_works(make) -> None:
     trainer = make(training={"steps": 3})
     sample = trainer.sampler

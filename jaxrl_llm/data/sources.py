@@ -140,14 +140,26 @@ class TfdsSource:
         split: Split, with TFDS's slicing: `train`, `train[:80%]`.
         data_dir: Folder of prepared data sets; TFDS's own default where None. Data that is not there yet is
             downloaded and prepared.
+
+    Raises:
+        ValueError: There is no such data set or split.
     """
 
     def __init__(self, name: str, *, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> None:
         import tensorflow_datasets as tfds
 
         folder = None if data_dir is None else os.path.expanduser(data_dir)
-        # One split was asked for, so it is one sequence.
-        self._source = cast(Sequence[Any], tfds.data_source(name, split=split, data_dir=folder))
+        try:
+            # One split was asked for, so it is one sequence.
+            self._source = cast(Sequence[Any], tfds.data_source(name, split=split, data_dir=folder))
+        except tfds.core.DatasetNotFoundError as error:  # its own message lists all that are registered
+            raise ValueError(
+                f"tfds:{name} is neither a data set of TensorFlow Datasets nor one prepared in "
+                f"{folder or '~/tensorflow_datasets'}"
+                f"{nearest_name(name, tfds.list_builders(with_community_datasets=False))}"
+            ) from error
+        except AssertionError as error:  # a version that the data set has not
+            raise ValueError(f"tfds:{name}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._source)

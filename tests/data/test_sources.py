@@ -260,6 +260,19 @@ def test_tfds_rows_are_plain_python(prepared):
     json.dumps(rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("mnst", "train", r"^tfds:mnst is neither .* nor one prepared in \S+; did you mean 'mnist'\?$"),
+        ("mnist:9.9.9", "train", r"^tfds:mnist:9\.9\.9: .* cannot be loaded at version 9\.9\.9, only: "),
+        ("tiny", "tain", r"^Unknown split 'tain'\. Should be one of \['train'\]"),
+    ],
+)
+def test_tfds_that_is_not_there(prepared, name, split, message):
+    with pytest.raises(ValueError, match=message):
+        TfdsSource(name, split=split, data_dir=prepared)
+
+
 def test_tfds_imports_no_tensorflow(prepared):
     code = """
 import sys

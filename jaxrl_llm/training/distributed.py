@@ -6,12 +6,27 @@ a collective: all processes must call it, in the same order.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """How the processes of one run find each other, where JAX does not detect it."""
+
+    coordinator_address: str | None = None
+    """host:port of process 0, the same for all; by default the environment variable JAX_COORDINATOR_ADDRESS."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
 
 
 def initialize(
@@ -21,36 +36,41 @@ def initialize(
 ) -> None:
     """Joins this process to the others. Call it first, before anything else of JAX, and only when asked for.
 
-    On TPU pods and under Slurm, Open MPI or Kubernetes JAX finds all three values itself: leave them None.
+    On TPU pods and under Slurm, Open MPI or Kubernetes JAX finds all three values itself: leave them None, or give
+    those that it should not look for.
 
     Args:
-        coordinator_address: `host:port` of process 0.
+        coordinator_address: `host:port` of process 0; None: `JAX_COORDINATOR_ADDRESS`, if it is set.
         num_processes: How many processes there are.
         process_id: Which one this is, from 0.
 
     Raises:
-        ValueError: If some of the three are given and others not, or none and JAX finds no cluster.
+        ValueError: If something is neither given nor detected, or cannot be meant.
+        ConnectionError: If the processes do not come together.
         RuntimeError: If this process has already joined, or JAX has already computed something.
     """
+    coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise ValueError(f"the coordinator's address {coordinator_address!r} must be host:port")
     given = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
         "process_id": process_id,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise ValueError(
-            f"distributed.initialize needs all of {', '.join(given)}, or none of them on a cluster that JAX "
-            f"detects; missing: {', '.join(missing)}"
-        )
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except ValueError as error:
+        missing = [name for name, value in given.items() if value is None]
         if not missing:
             raise
+        flags = ", ".join(f"--cluster.{name.replace('_', '-')}" for name in missing)
         raise ValueError(
-            f"JAX finds no cluster to join here ({error}): on one machine, leave --distributed out; on several that "
-            f"JAX does not detect, give {', '.join(given)} to jaxrl_llm.training.distributed.initialize"
+            f"JAX detects no cluster to join here ({error}): on one machine leave --distributed out; on several give "
+            f"what is missing of the address and numbers of the processes: {flags}"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise ConnectionError(
+            f"process {process_id} of {num_processes} could not join the others at {coordinator_address}: {error}"
         ) from error
 
 

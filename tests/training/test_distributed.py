@@ -25,9 +25,32 @@ def test_one_process_communicates_and_compiles_nothing() -> None:
     assert counter.counts == {}
 
 
-def test_half_given_address_names_what_is_missing() -> None:
-    with pytest.raises(ValueError, match="missing: num_processes, process_id"):
-        distributed.initialize("localhost:1234")
+ATTEMPTS = """
+import os
+from jaxrl_llm.training.distributed import initialize
+
+def attempt(*args):
+    try:
+        initialize(*args)
+    except ValueError as error:
+        print(error)
+
+attempt("localhost:1234")
+attempt("localhost", 2, 0)
+attempt("localhost:1234", 2, 2)
+os.environ["JAX_COORDINATOR_ADDRESS"] = "localhost:1234"  # which JAX reads, too
+attempt(None, 2)
+"""
+
+
+def test_addresses_that_do_not_work_say_what_to_do() -> None:
+    # In a process of its own: JAX refuses to join others once it has computed something.
+    done = subprocess.run([sys.executable, "-c", ATTEMPTS], capture_output=True, text=True, timeout=120)
+    half, no_port, outside, from_environment = done.stdout.splitlines()
+    assert half.endswith(": --cluster.num-processes, --cluster.process-id")
+    assert no_port == "the coordinator's address 'localhost' must be host:port"
+    assert "process_id=2, num_processes=2" in outside
+    assert from_environment.endswith(": --cluster.process-id")
 
 
 def test_no_cluster_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +60,15 @@ def test_no_cluster_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
     with pytest.raises(ValueError, match=r"no cluster to join here \(coord.* leave --distributed out"):
         distributed.initialize()
+
+
+def test_processes_that_do_not_come_together_are_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_answer)
+    with pytest.raises(ConnectionError, match=r"process 1 of 2 could not join .* at host:1234: DEADLINE_EXCEEDED"):
+        distributed.initialize("host:1234", 2, 1)
 
 
 TWO_PROCESSES = """

@@ -120,7 +120,7 @@ class Checkpointer:
             ValueError: If the folder has a checkpoint of this or a later step (see `discard_after`), a leaf
                 is not an array, or the best metric is not among the metrics.
             TypeError: If JSON cannot hold `extra`.
-            RuntimeError: If the checkpoint before could not be written.
+            OSError: If the checkpoint before could not be written.
         """
         self._check_writable()
         self.wait()
@@ -217,17 +217,17 @@ class Checkpointer:
         """Waits until the checkpoint being written is complete.
 
         Raises:
-            RuntimeError: If it could not be written, for instance because the disk is full.
+            OSError: If it could not be written, for instance because the disk is full.
         """
         step, self._saving = self._saving, None
         if step is None:
             return
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
+        except Exception as error:  # of any kind: from the background threads, by way of the file system's driver
             self._manager.reload()  # what is on disk, without the failed one
             self._current = None
-            raise RuntimeError(
+            raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} (is the disk full?); "
                 f"complete ones: {sorted(self._manager.all_steps()) or 'none'}. Cause: {error}"
             ) from error
@@ -248,10 +248,9 @@ class Checkpointer:
     ) -> None:
         try:
             self.close()
-        except Exception as failure:
+        except Exception as failure:  # of any kind, since none may hide the error that ended the run
             if error is None:
                 raise
-            # The error that ended the run stays the one that is raised.
             error.add_note(f"Besides: {failure}")
 
     def _check_writable(self) -> None:

@@ -150,7 +150,7 @@ def _rewards_of(function: RewardFunction, arguments: Mapping[str, Any], completi
         arguments = {key: value for key, value in arguments.items() if key in parameters}
     try:
         values = function(**arguments)
-    except Exception as error:
+    except Exception as error:  # the user's code, which may raise anything
         raise RuntimeError(
             f"the reward function {name!r} raised {type(error).__name__} on {count} samples: {error}"
         ) from error

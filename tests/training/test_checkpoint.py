@@ -310,7 +310,7 @@ def test_full_disk_is_an_error_at_the_next_call_and_saving_can_go_on(tmp_path: P
             assert checkpointer.save(step, state(step, 1_000))
             try:
                 call()
-            except RuntimeError as error:
+            except OSError as error:
                 assert f"step {step} could not be written" in str(error), error
                 assert "complete ones: [1]" in str(error), error
             else:

@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from jaxrl_llm.config import Experiment, flatten
+from jaxrl_llm.config import Experiment, ModelSource, flatten
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import RowSource, open_source
-from jaxrl_llm.models.pretrained import from_pretrained, load_generation_config, save_pretrained
+from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params, save_pretrained
 from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.curves import plot_curves
-from jaxrl_llm.training.distributed import from_main_process, initialize, is_main_process
+from jaxrl_llm.training.distributed import ClusterConfig, from_main_process, initialize, is_main_process
 from jaxrl_llm.training.episodes import RewardError
 from jaxrl_llm.training.formatting import duration
 from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
@@ -55,6 +55,27 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     return tyro.cli(type(config), args=args, default=config, description=description)
 
 
+@contextlib.contextmanager
+def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> Iterator[None]:
+    """Turns errors that are no bugs into one line on standard error and an exit status; a bug keeps its traceback.
+
+    The status is 2 for what settings and data cause, 1 for what the machine refuses (a full disk, a folder that may
+    not be written), 130 for Ctrl-C.
+
+    Args:
+        kinds: which errors; by default those that settings, data and files cause.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from interrupt
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise SystemExit(1 if refused else 2) from error
+
+
 def start(config: ConfigT) -> ConfigT:
     """Prepares the process: distributed start where asked for, compilation cache, run folder.
 
@@ -65,7 +86,10 @@ def start(config: ConfigT) -> ConfigT:
         if config.resume and config.run_dir is None:
             raise ValueError("--resume needs --run-dir=<folder of the run>")
         if config.distributed:
-            initialize()
+            cluster = config.cluster
+            initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+        elif config.cluster != ClusterConfig():
+            raise ValueError("--cluster.* says where other processes are: add --distributed, or leave it out")
         enable_persistent_cache()
         folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
         find_run(folder, config.settings(), resume=config.resume)
@@ -97,23 +121,24 @@ def load_policy(config: Experiment, mesh: jax.sharding.Mesh, tokenizer: Any = No
     Raises:
         ValueError: none is named, or it cannot be used; says why.
     """
-    source, path = config.model, _model_path(config)
+    path = _path(config.model)
     tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
-    model, params = from_pretrained(
-        path,
-        shardings=lambda t: parameter_shardings(mesh, t.logical_axes(), t.abstract_params()),
-        dtype=source.dtype,
-        param_dtype=source.param_dtype,
-        remat=source.remat,
-    )
+    model, params = load_model(config.model, mesh)
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
 
 
-def _model_path(config: Experiment) -> str:
-    if config.model.path is None:
+def load_model(source: ModelSource, mesh: jax.sharding.Mesh) -> tuple[Transformer, Params]:
+    """The checkpoint that `source` names, without its tokenizer; errors as in `load_policy`."""
+    path = _path(source)
+    model = Transformer(source.applied_to(load_config(path)))
+    return model, load_params(path, model, parameter_shardings(mesh, model.logical_axes(), model.abstract_params()))
+
+
+def _path(source: ModelSource) -> str:
+    if source.path is None:
         raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
-    return config.model.path
+    return source.path
 
 
 def load_prompts(
@@ -156,6 +181,11 @@ def load_prompts(
     training = config.data.train if train_rows is None else train_rows
     if training is None:
         raise ValueError("no prompts given: pass --data.train=<file, hf:…, tfds:… or reasoning_gym:…>")
+    if config.data.eval is not None and not config.evaluation.every:
+        raise ValueError(
+            f"data.eval={config.data.eval} would never be used, since evaluation.every=0: "
+            "pass --evaluation.every=<steps>, or --data.eval=None"
+        )
     train = load(training, "training prompts", config.data.max_train_prompts)
     evaluation = config.data.eval if eval_rows is None else eval_rows
     held_out = None if evaluation is None else load(evaluation, "held-out prompts", config.evaluation.max_prompts)
@@ -213,10 +243,11 @@ def make_trainer(
 
 def train(trainer: Trainer) -> TrainingResult:
     """Trains; a reward function that fails ends the program with one line, after the steps before are saved."""
-    with plain_errors((RewardError, ImportError)):
+    with plain_errors((RewardError, ImportError, OSError)):
         return trainer.run()
 
 
+@plain_errors((OSError,))
 def finish(
     config: Experiment, policy: Policy, result: TrainingResult, *, seconds: float, next_steps: tuple[str, ...] = ()
 ) -> None:
@@ -260,7 +291,7 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
-        tokenizer = load_tokenizer(_model_path(config))
+        tokenizer = load_tokenizer(_path(config.model))
         prompts = load_prompts(config, tokenizer)  # before the model, which may take minutes
         policy = load_policy(config, mesh, tokenizer)
         trainer = make_trainer(config, policy, mesh, prompts=prompts)
@@ -268,17 +299,3 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began)
     return result
-
-
-@contextlib.contextmanager
-def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> Iterator[None]:
-    """Turns errors of the user's making into one line on standard error and exit status 2; a bug keeps its traceback.
-
-    Args:
-        kinds: which; by default those that settings, data and files cause.
-    """
-    try:
-        yield
-    except kinds as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error

@@ -12,10 +12,11 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.models.config import DType, Remat
+from jaxrl_llm.models.config import DType, ModelConfig, Remat
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
+from jaxrl_llm.training.distributed import ClusterConfig
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.trainer import TrainingConfig
@@ -33,6 +34,18 @@ class ModelSource:
     """Type in which parameters are stored."""
     remat: Remat = "full"
     """What the backward pass computes again: full needs the least memory, none is the fastest."""
+    scan_layers: bool = True
+    """Compile the layers as one loop. Unrolled, a small model on a CPU is faster, and takes longer to compile."""
+
+    def applied_to(self, config: ModelConfig) -> ModelConfig:
+        """The configuration of a checkpoint, computed as these settings say."""
+        return dataclasses.replace(
+            config,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +55,7 @@ class DataConfig:
     train: str | None = None
     """File (.jsonl, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
     eval: str | None = None
-    """The same for held-out prompts; without it nothing is evaluated."""
+    """The same for held-out prompts; `evaluation.every` says when they are evaluated."""
     max_prompt_length: int = 256
     """Tp: tokens of the longest prompt, special tokens included."""
     overlong: Literal["raise", "drop"] = "raise"
@@ -91,6 +104,8 @@ class Experiment:
     """Go on from the latest checkpoint in run_dir, if there is one."""
     distributed: bool = False
     """Call jax.distributed.initialize first: on every host of a pod."""
+    cluster: ClusterConfig = ClusterConfig()
+    """With --distributed, where JAX does not detect the other processes."""
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share, flat and JSON-able.
@@ -112,12 +127,14 @@ _FREE = (
     "run_dir",
     "resume",
     "distributed",
+    "cluster",
     "wandb",
     "mesh",
     "evaluation",
     "data.train",
     "data.eval",
     "model.remat",
+    "model.scan_layers",
     "sampling.slots",
     "update.micro_batches",
     "training.checkpoint_every",

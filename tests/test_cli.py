@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import read_metrics
-from jaxrl_llm.training.trainer import TrainingConfig
+from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +102,13 @@ def test_flags_change_what_they_name(config: Experiment) -> None:
     assert cli.parse(config, []) == config
 
 
+def test_flags_of_the_model_reach_it(config: Experiment) -> None:
+    flags = ["--model.dtype=bfloat16", "--model.remat=dots", "--model.no-scan-layers"]
+    model = cli.load_policy(cli.parse(config, flags), make_mesh()).model.config
+    assert (model.dtype, model.param_dtype, model.remat, model.scan_layers) == ("bfloat16", "float32", "dots", False)
+    assert cli.load_policy(config, make_mesh()).model.config.scan_layers
+
+
 # ---- The folder of a run ------------------------------------------------------------------------------
 
 
@@ -134,9 +145,65 @@ def test_resuming_needs_to_know_what(config: Experiment, capsys: pytest.CaptureF
 
 def test_a_folder_that_cannot_be_made(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     write("file")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         cli.start(dataclasses.replace(config, run_dir="file"))
+    assert ended.value.code == 1
     assert capsys.readouterr().err == "error: [Errno 17] File exists: 'file'\n"
+
+
+def test_a_full_disk_and_ctrl_c_end_with_one_line(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever they come: before the model, in training, at the export."""
+    full = OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    policy: Any = None
+    result = TrainingResult(params={}, step=1, first_evaluation={}, last_evaluation={}, stopped=None)
+    parts = {
+        "find_run": lambda: cli.start(config),
+        "make_mesh": lambda: cli.run(config, []),
+        "save_pretrained": lambda: cli.finish(config, cli.Policy(policy, {}, None, ()), result, seconds=1.0),
+    }
+
+    def fails(error: BaseException) -> Any:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        return fail
+
+    def check(call: Callable[[], Any], code: int, line: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert (ended.value.code, capsys.readouterr().err) == (code, line)
+
+    trainer: Any = SimpleNamespace(run=fails(full))
+    check(lambda: cli.train(trainer), 1, "error: [Errno 28] No space left on device: 'somewhere'\n")
+    trainer.run = fails(KeyboardInterrupt())
+    check(lambda: cli.train(trainer), 130, "interrupted\n")
+    for name, call in parts.items():
+        monkeypatch.setattr(cli, name, fails(full))
+        check(call, 1, "error: [Errno 28] No space left on device: 'somewhere'\n")
+        monkeypatch.setattr(cli, name, fails(KeyboardInterrupt()))
+        check(call, 130, "interrupted\n")
+        monkeypatch.undo()
+
+
+# ---- Several processes --------------------------------------------------------------------------------
+
+
+def test_the_address_of_the_others_is_given_by_flags(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joined: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
+    flags = ["--cluster.coordinator-address=host:1234", "--cluster.num-processes=1", "--cluster.process-id=0"]
+    cli.start(cli.parse(config, ["--distributed", *flags]))
+    cli.start(cli.parse(config, ["--distributed"]))
+    assert joined == [("host:1234", 1, 0), (None, None, None)]
+    with pytest.raises(SystemExit) as ended:
+        cli.start(cli.parse(config, flags))
+    assert ended.value.code == 2
+    assert "add --distributed" in capsys.readouterr().err
+    assert len(joined) == 2
 
 
 # ---- Errors before the model is loaded ----------------------------------------------------------------
@@ -145,7 +212,7 @@ def test_a_folder_that_cannot_be_made(config: Experiment, capsys: pytest.Capture
 @pytest.fixture
 def refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs with these flags; the one line that it ends with. No model may be loaded before."""
-    monkeypatch.setattr(cli, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli, "load_params", lambda *_, **__: pytest.fail("the model was loaded"))
 
     def refused(*args: str, **changes: Any) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -168,6 +235,10 @@ def test_no_data(refused) -> None:
     assert "pass --data.train=" in refused()
     train = f"--data.train={write('train.jsonl', ROW)}"
     assert "evaluation.every=5 needs held-out prompts: pass --data.eval=" in refused(train, "--evaluation.every=5")
+    assert refused(train, "--data.eval=eval.jsonl") == (
+        "data.eval=eval.jsonl would never be used, since evaluation.every=0: pass --evaluation.every=<steps>, or "
+        "--data.eval=None"
+    )
 
 
 def test_a_missing_file_names_those_near_it(refused) -> None:
@@ -198,7 +269,7 @@ def test_a_misspelt_column(refused) -> None:
 def test_a_column_that_a_reward_needs(refused) -> None:
     train = f"--data.train={write('train.jsonl', ROW)}"
     held_out = f"--data.eval={write('eval.jsonl', {'question': '1+2?', 'solution': '3'})}"
-    assert refused(train, held_out) == (
+    assert refused(train, held_out, "--evaluation.every=1") == (
         "held-out prompts: the reward function 'right' requires the column(s) ['answer'], which the data set lacks; "
         "its columns are ['solution']"
     )
@@ -240,7 +311,8 @@ def test_a_conversational_run_from_a_checkpoint_to_a_checkpoint(config: Experime
     # What came out can be trained again, or read by transformers: the same files as those that went in.
     assert {path.name for path in checkpoint.iterdir()} <= {path.name for path in Path("run/model").iterdir()}
     again = dataclasses.replace(config, run_dir="again", model=ModelSource(path="run/model"))
-    assert cli.run(again, [*args[:3], "--training.steps=1", "--evaluation.every=0"]).step == 1
+    lean = [args[0], args[2], "--training.steps=1", "--evaluation.every=0", "--model.no-scan-layers"]
+    assert cli.run(again, lean).step == 1
     assert read_metrics("again/metrics.jsonl")[0]["num_tokens"] == read_metrics("run/metrics.jsonl")[1]["num_tokens"]
 
 

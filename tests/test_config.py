@@ -13,6 +13,7 @@ from jaxrl_llm.config import DataConfig, Experiment, ModelSource, flatten
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
+from jaxrl_llm.training.distributed import ClusterConfig
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.trainer import TrainingConfig
@@ -45,7 +46,8 @@ def other(value: Any) -> Experiment:
         other(MeshConfig(data=2)),
         other(EvaluationConfig(every=3, samples=4)),
         other(DataConfig(train="moved.jsonl", eval="moved.jsonl")),
-        other(ModelSource(remat="none")),
+        other(ModelSource(remat="none", scan_layers=False)),
+        other(ClusterConfig("host:1234", 2, 0)),
         other(SamplingConfig(slots=2)),
         other(UpdateConfig(micro_batches=4)),
         other(TrainingConfig(steps=500, checkpoint_every=1, keep_checkpoints=9, samples_every=1)),

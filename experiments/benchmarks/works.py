@@ -15,9 +15,9 @@ from measure import WORKS, Shape, Work
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
+from jaxrl_llm.cli import load_model
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.prompts import PromptBatch
-from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.models.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -79,16 +79,11 @@ class Benchmark:
 def load(config: Benchmark, mesh: jax.sharding.Mesh) -> tuple[Transformer, Params, Any]:
     """Model, parameters on the mesh, tokenizer."""
     source = config.model
-
-    def shardings(model: Transformer) -> Any:
-        return parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
-
-    types: Any = {"dtype": source.dtype, "param_dtype": source.param_dtype, "remat": source.remat}
     if source.path is not None:
-        model, params = from_pretrained(source.path, shardings=shardings, **types)
-        return model, params, load_tokenizer(source.path)
-    model = Transformer(dataclasses.replace(SIZES[config.size], **types))
-    params = jax.jit(model.init, out_shardings=shardings(model))(jax.random.key(0))
+        return *load_model(source, mesh), load_tokenizer(source.path)
+    model = Transformer(source.applied_to(SIZES[config.size]))
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
     return model, params, word_tokenizer(model.config.vocab_size)
 
 

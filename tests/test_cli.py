@@ -78,6 +78,7 @@ def test_an_unknown_flag_ends_at_once_and_names_the_nearest(
     [
         ("--training.steps=0", "training.steps=0 must be at least 1"),
         ("--algorithm.clip-high=much", "--algorithm.clip-high"),
+        ("--algorithm.dual-clip=0.5", "algorithm.dual_clip=0.5 must be None, or above 1"),
         ("--optimizer.schedule=step", "--optimizer.schedule"),
     ],
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import math
+from typing import NamedTuple, get_args
 
 import jax
 
@@ -36,6 +37,13 @@ class LearnerBatch(NamedTuple):
     """`[P, G, Tc]` under the reference; `None` where no part reads them."""
 
 
+def _check(prefix: str, record: object, **conditions: tuple[bool, str]) -> None:
+    """Raises ValueError for the first field whose condition does not hold."""
+    for field, (holds, wanted) in conditions.items():
+        if not holds:
+            raise ValueError(f"{prefix}.{field}={getattr(record, field)!r} must {wanted}")
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupAdvantage:
     """A = (R − baseline of the group) / (scale + ε); see `jaxrl_llm.advantages.group_advantages`."""
@@ -48,6 +56,17 @@ class GroupAdvantage:
     """1 for the unbiased deviation, 0 for the population's."""
     eps: float = 1e-4
     """ε, outside the root."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        _check(
+            "algorithm.advantage",
+            self,
+            scale=(self.scale in get_args(AdvantageScale), f"be one of {get_args(AdvantageScale)}"),
+            baseline=(self.baseline in get_args(AdvantageBaseline), f"be one of {get_args(AdvantageBaseline)}"),
+            ddof=(self.ddof in (0, 1), "be 0 or 1"),
+            eps=(0 <= self.eps < math.inf, "not be negative"),
+        )
 
     def __call__(self, rewards: jax.Array) -> jax.Array:
         """Maps rewards `[P, G]` to advantages `[P, G]`."""
@@ -83,6 +102,23 @@ class PolicyGradient:
     """Constant of `seq-mean-token-sum-norm`; `None`: the configured length of completions."""
     mask_truncated: bool = False
     """Leave completions that were cut at the length limit out of the loss (DAPO)."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        low, high, cap = self.clip_low, self.clip_high, self.ratio_cap
+        _check(
+            "algorithm",
+            self,
+            clip_low=(low is None or low >= 0, "be None, or a distance from 1 that is not negative"),
+            clip_high=(high is None or high >= 0, "be None, or a distance from 1 that is not negative"),
+            dual_clip=(self.dual_clip is None or self.dual_clip > 1, "be None, or above 1"),
+            ratio_cap=(cap is None or (high is not None and cap > 1 + high), "be None, or above 1 + clip_high"),
+            kl_coef=(0 <= self.kl_coef < math.inf, "not be negative"),
+            kl_estimator=(self.kl_estimator in get_args(KLEstimator), f"be one of {get_args(KLEstimator)}"),
+            kl_clip=(self.kl_clip is None or self.kl_clip > 0, "be None, or positive"),
+            aggregation=(self.aggregation in get_args(AggregationMode), f"be one of {get_args(AggregationMode)}"),
+            max_length=(self.max_length is None or self.max_length >= 1, "be None, or at least 1"),
+        )
 
     @property
     def needs_reference(self) -> bool:

@@ -116,3 +116,28 @@ def test_records_are_hashable_and_compare_by_value():
     assert hash(PolicyGradient(clip_high=0.3)) == hash(PolicyGradient(clip_high=0.3))
     with pytest.raises(dataclasses.FrozenInstanceError):
         PolicyGradient().clip_low = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "message"),
+    [
+        (PolicyGradient, {"clip_low": -0.1}, r"algorithm\.clip_low=-0\.1 must be None, or a distance from 1"),
+        (PolicyGradient, {"clip_low": float("nan")}, r"algorithm\.clip_low=nan must"),
+        (PolicyGradient, {"clip_high": -0.1}, r"algorithm\.clip_high=-0\.1 must be None, or a distance from 1"),
+        (PolicyGradient, {"dual_clip": 1.0}, r"algorithm\.dual_clip=1\.0 must be None, or above 1"),
+        (PolicyGradient, {"ratio_cap": 1.1}, r"algorithm\.ratio_cap=1\.1 must be None, or above 1 \+ clip_high"),
+        (PolicyGradient, {"ratio_cap": 3.0, "clip_high": None}, r"algorithm\.ratio_cap=3\.0 must"),
+        (PolicyGradient, {"kl_coef": -0.1}, r"algorithm\.kl_coef=-0\.1 must not be negative"),
+        (PolicyGradient, {"kl_estimator": "k4"}, r"algorithm\.kl_estimator='k4' must be one of \('k1', "),
+        (PolicyGradient, {"kl_clip": 0.0}, r"algorithm\.kl_clip=0\.0 must be None, or positive"),
+        (PolicyGradient, {"aggregation": "mean"}, r"algorithm\.aggregation='mean' must be one of \('token-mean', "),
+        (PolicyGradient, {"max_length": 0}, r"algorithm\.max_length=0 must be None, or at least 1"),
+        (GroupAdvantage, {"scale": "std"}, r"algorithm\.advantage\.scale='std' must be one of \('group', "),
+        (GroupAdvantage, {"baseline": "median"}, r"algorithm\.advantage\.baseline='median' must be one of \('mean', "),
+        (GroupAdvantage, {"ddof": 2}, r"algorithm\.advantage\.ddof=2 must be 0 or 1"),
+        (GroupAdvantage, {"eps": -1e-4}, r"algorithm\.advantage\.eps=-0\.0001 must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be_meant_raise_at_once(record, settings, message):
+    with pytest.raises(ValueError, match=message):
+        record(**settings)

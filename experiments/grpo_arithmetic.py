@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,10 +29,13 @@ from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, sta
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.pretrained import load_params, save_pretrained
+from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.training.distributed import is_main_process
 from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
 
 Row = dict[str, str]
@@ -54,6 +58,12 @@ class WarmStart:
     """Demonstrations per step."""
     learning_rate: float = 2e-3
     """Peak of a cosine schedule."""
+
+    def __post_init__(self) -> None:
+        """Rejects counts below 1."""
+        for field in ("demonstrations", "steps", "batch_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"warm_start.{field}={getattr(self, field)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +101,7 @@ def problems(config: ArithmeticExperiment) -> tuple[list[Row], list[Row]]:
 
 
 def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
-    """A new model, fine-tuned on the first training problems."""
+    """A new model, fine-tuned on the first training problems; a run that goes on reads it from its folder."""
     model = Transformer(
         ModelConfig(
             vocab_size=len(tokenizer),
@@ -107,21 +117,39 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
             remat="none",
         )
     )
+    folder = Path(config.run_dir or "") / "warm_start"
+    if find_run(folder.parent, config.settings(), resume=config.resume):
+        shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+        params = load_params(folder, model, shardings)
+    else:
+        params = fine_tune(config, model, tokenizer, mesh)
+        save_pretrained(folder, model, params, tokenizer=tokenizer, overwrite=True)
+    return Policy(model, params, tokenizer, (tokenizer.eos_token_id,))
+
+
+def fine_tune(
+    config: ArithmeticExperiment, model: Transformer, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh
+) -> Params:
+    """Parameters after supervised steps on solved problems."""
     settings = config.warm_start
-    optimizer_config = OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=20)
+    optimizer_config = OptimizerConfig(
+        learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=settings.steps // 10
+    )
     optimizer = make_optimizer(optimizer_config, make_schedule(optimizer_config, settings.steps))
     shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shown = demonstrations(problems(config)[0][: settings.demonstrations], tokenizer, config)
+    order = np.random.default_rng(config.seed)
     with jax.set_mesh(mesh):
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
         state = jax.jit(lambda p: make_train_state(p, optimizer, config.seed))(params)
         step = jax.jit(make_supervised_step(model, optimizer), donate_argnums=0)
-        shown = demonstrations(problems(config)[0][: settings.demonstrations], tokenizer, config)
-        order = np.random.default_rng(config.seed)
+        metrics = {}
         for _ in range(settings.steps):
             rows = order.integers(len(shown.prompt), size=settings.batch_size)
-            state, metrics = step(state, jax.tree.map(lambda x: x[rows], shown))  # noqa: B023
+            state, metrics = step(state, Demonstrations(*(array[rows] for array in shown)))
+    if is_main_process():
         print(f"warm start: {settings.steps} steps on {len(shown.prompt)} sums, nll {float(metrics['nll']):.3f}")
-    return Policy(model, state.params, tokenizer, (tokenizer.eos_token_id,))
+    return state.params
 
 
 def demonstrations(rows: list[Row], tokenizer: CharTokenizer, config: ArithmeticExperiment) -> Demonstrations:

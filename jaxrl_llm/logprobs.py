@@ -1,6 +1,6 @@
 """Log-probabilities and entropies of tokens, from logits or, in chunks, from hidden states.
 
-From hidden states no ``[tokens, vocabulary]`` array ever exists: the logits of one slice of the vocabulary are
+From hidden states no `[tokens, vocabulary]` array ever exists: the logits of one slice of the vocabulary are
 made at a time, in the forward pass and again in the backward pass. Slices of the vocabulary, rather than of
 time, because each slice of the head's gradient is then written once.
 """
@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_LOGITS = 2**21
-"""Logits in one chunk when ``chunk_size`` is not given: 8 MiB in float32, about what a cache holds."""
+"""Logits in one chunk when `chunk_size` is not given: 8 MiB in float32, about what a cache holds."""
 
 MIN_CHUNK = 512
-"""Vocabulary entries in one chunk, at least, when ``chunk_size`` is not given: narrower products are slow."""
+"""Vocabulary entries in one chunk, at least, when `chunk_size` is not given: narrower products are slow."""
 
 
 class TokenScores(NamedTuple):
-    """Scores of the given tokens, both float32 ``[..., T]``."""
+    """Scores of the given tokens, both float32 `[..., T]`."""
 
     logprobs: jax.Array
     """log π(token), in nats."""
@@ -33,12 +33,12 @@ def scores_from_logits(logits: jax.Array, tokens: jax.Array, *, temperature: flo
     """Log p(x) = z_x/τ − logΣ exp(z/τ) and H = logΣ exp(z/τ) − Σ p·z/τ.
 
     Args:
-        logits: ``[..., T, V]``; entry t scores ``tokens[..., t]`` (already aligned). −∞ marks an impossible token.
-        tokens: ``[..., T]`` int.
+        logits: `[..., T, V]`; entry t scores `tokens[..., t]` (already aligned). −∞ marks an impossible token.
+        tokens: `[..., T]` int.
         temperature: τ > 0, the one that the tokens were sampled with.
 
     Returns:
-        ``TokenScores`` ``[..., T]`` in float32.
+        `TokenScores` `[..., T]` in float32.
     """
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(f"logits {logits.shape} must have the shape of tokens {tokens.shape} plus a vocabulary axis")
@@ -59,21 +59,21 @@ def token_scores(
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> TokenScores:
-    """Scores of ``tokens`` from the hidden states that predict them, in chunks along the vocabulary.
+    """Scores of `tokens` from the hidden states that predict them, in chunks along the vocabulary.
 
-    z = head·hidden (soft-capped: c·tanh(z/c)), then as ``scores_from_logits``. Differentiable in ``hidden``
-    and ``head`` through both outputs. Products are taken in the type of ``hidden``, the rest in float32.
+    z = head·hidden (soft-capped: c·tanh(z/c)), then as `scores_from_logits`. Differentiable in `hidden`
+    and `head` through both outputs. Products are taken in the type of `hidden`, the rest in float32.
 
     Args:
-        hidden: ``[..., T, D]``; state t predicts ``tokens[..., t]``.
-        head: ``[V, D]``.
-        tokens: ``[..., T]`` int in [0, V).
+        hidden: `[..., T, D]`; state t predicts `tokens[..., t]`.
+        head: `[V, D]`.
+        tokens: `[..., T]` int in [0, V).
         temperature: τ > 0.
-        logit_softcap: c, or ``None``.
-        chunk_size: vocabulary entries per chunk; ``None`` chooses by ``CHUNK_LOGITS`` and ``MIN_CHUNK``.
+        logit_softcap: c, or `None`.
+        chunk_size: vocabulary entries per chunk; `None` chooses by `CHUNK_LOGITS` and `MIN_CHUNK`.
 
     Returns:
-        ``TokenScores`` ``[..., T]``.
+        `TokenScores` `[..., T]`.
 
     Raises:
         ValueError: shapes do not fit, or the temperature is not positive.
@@ -105,16 +105,16 @@ class _Slices(NamedTuple):
         return -(-self.vocabulary // self.count)
 
     def split(self, head: jax.Array) -> jax.Array:
-        """``[V, D]`` → ``[count, size, D]``, zeros where the last slices are short."""
+        """`[V, D]` → `[count, size, D]`, zeros where the last slices are short."""
         head = jnp.pad(head, ((0, self.size * self.count - self.vocabulary), (0, 0)))
         return jnp.moveaxis(head.reshape(self.size, self.count, -1), 1, 0)
 
     def join(self, slices: jax.Array) -> jax.Array:
-        """The inverse of ``split``."""
+        """The inverse of `split`."""
         return jnp.moveaxis(slices, 0, 1).reshape(self.size * self.count, -1)[: self.vocabulary]
 
     def entries(self, index: jax.Array) -> jax.Array:
-        """Vocabulary entries of one slice, ``[size]``; those ≥ V do not exist."""
+        """Vocabulary entries of one slice, `[size]`; those ≥ V do not exist."""
         return jnp.arange(self.size) * self.count + index
 
     def bend(self, raw: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ class _Slices(NamedTuple):
         return jnp.tanh(raw / self.softcap) * (self.softcap / self.temperature)
 
     def logits(self, hidden: jax.Array, weight: jax.Array, index: jax.Array) -> jax.Array:
-        """Logits of one slice ``[..., size]``; a finite, vanishing value where an entry does not exist."""
+        """Logits of one slice `[..., size]`; a finite, vanishing value where an entry does not exist."""
         raw = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
         bent = self.bend(raw)
         if self.size * self.count == self.vocabulary:
@@ -132,7 +132,7 @@ class _Slices(NamedTuple):
         return jnp.where(self.entries(index) < self.vocabulary, bent, -1e30)
 
     def slope(self, logits: jax.Array) -> jax.Array | float:
-        """Derivative of ``bend`` in terms of its value."""
+        """Derivative of `bend` in terms of its value."""
         if self.softcap is None:
             return 1.0 / self.temperature
         bent = jnp.clip(logits * (self.temperature / self.softcap), -1.0, 1.0)  # finite where no entry exists

@@ -25,15 +25,15 @@ class KeyValue(NamedTuple):
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
-    """Which keys a query sees: itself and earlier ones, the last ``window`` of them.
+    """Which keys a query sees: itself and earlier ones, the last `window` of them.
 
     Args:
-        query_positions: ``[..., Tq]`` int.
-        key_positions: ``[..., Tk]`` int.
-        window: scalar number of visible positions, or ``None`` for all.
+        query_positions: `[..., Tq]` int.
+        key_positions: `[..., Tk]` int.
+        window: scalar number of visible positions, or `None` for all.
 
     Returns:
-        bool ``[..., Tq, Tk]``.
+        bool `[..., Tq, Tk]`.
     """
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     mask = distance >= 0
@@ -50,13 +50,13 @@ def attend(query: jax.Array, memory: KeyValue, mask: jax.Array, *, softcap: floa
     """softmax(q·k/√H)·v within each row; softmax in float32.
 
     Args:
-        query: ``[B, Tq, N, H]``.
+        query: `[B, Tq, N, H]`.
         memory: of Tk tokens a row; query head n reads key head n // (N/K).
-        mask: bool ``[B, Tq, Tk]``.
-        softcap: c in c·tanh(·/c) on the scores, or ``None``.
+        mask: bool `[B, Tq, Tk]`.
+        softcap: c in c·tanh(·/c) on the scores, or `None`.
 
     Returns:
-        ``[B, Tq, N, H]``.
+        `[B, Tq, N, H]`.
     """
     batch, length, heads, head_dim = query.shape
     grouped = _by_kv_head(query, memory.value.shape[-3])  # [B, K, Tq, N/K, H]
@@ -81,15 +81,15 @@ def attend_shared(
     common maximum, avoids a copy of the concatenated scores.
 
     Args:
-        query: ``[P, G, Tq, N, H]``.
+        query: `[P, G, Tq, N, H]`.
         prompt: keys and values of Tp tokens of each prompt.
         own: keys and values of Tk tokens of each completion.
-        prompt_mask: bool ``[P, 1 or G, Tq, Tp]``.
-        own_mask: bool ``[P or 1, G or 1, Tq, Tk]``.
-        softcap: c in c·tanh(·/c) on the scores, or ``None``.
+        prompt_mask: bool `[P, 1 or G, Tq, Tp]`.
+        own_mask: bool `[P or 1, G or 1, Tq, Tk]`.
+        softcap: c in c·tanh(·/c) on the scores, or `None`.
 
     Returns:
-        ``[P, G, Tq, N, H]``.
+        `[P, G, Tq, N, H]`.
     """
     prompts, group, length, heads, head_dim = query.shape
     grouped = _by_kv_head(query, own.value.shape[-3])  # [P, G, K, Tq, N/K, H]

@@ -15,13 +15,13 @@ Remat = Literal["none", "full", "dots"]
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021) and the scalings in use.
 
-    The meaning of the scaling parameters is that of ``transformers``' ``rope_parameters``.
+    The meaning of the scaling parameters is that of `transformers`' `rope_parameters`.
     """
 
     theta: float = 10_000.0
     """Base of the geometric progression of wavelengths."""
     scaling: RopeScaling = "none"
-    """``linear`` (Chen et al. 2023), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al. 2023)."""
+    """`linear` (Chen et al. 2023), `llama3` (Llama 3.1), `yarn` (Peng et al. 2023)."""
     factor: float = 1.0
     """Context extension factor (all scalings)."""
     original_max_position_embeddings: int | None = None
@@ -35,7 +35,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     """Rotations below which a frequency is interpolated (yarn)."""
     attention_factor: float | None = None
-    """Multiplier of cos and sin; ``None`` derives it from ``factor`` or the mscales (yarn)."""
+    """Multiplier of cos and sin; `None` derives it from `factor` or the mscales (yarn)."""
     mscale: float | None = None
     """Numerator's coefficient of the derived attention factor (yarn)."""
     mscale_all_dim: float | None = None
@@ -86,7 +86,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Use the embedding as the LM head."""
     sliding_windows: tuple[int | None, ...] | None = None
-    """Attention window per layer in tokens (itself included); ``None`` everywhere means full attention."""
+    """Attention window per layer in tokens (itself included); `None` everywhere means full attention."""
     activation: Activation = "silu"
     """Nonlinearity of the MLP's gate."""
     attention_softcap: float | None = None
@@ -101,8 +101,8 @@ class ModelConfig:
     """Run the layers as one compiled loop, so that compile time does not grow with depth. Unrolled, a small
     model on a CPU is up to twice as fast."""
     remat: Remat = "full"
-    """What the backward pass computes again in each block: everything (``full``: least memory), all but
-    the matrix products (``dots``), nothing (``none``: fastest where memory allows)."""
+    """What the backward pass computes again in each block: everything (`full`: least memory), all but
+    the matrix products (`dots`), nothing (`none`: fastest where memory allows)."""
 
     def __post_init__(self) -> None:
         """Rejects sizes that do not fit together."""

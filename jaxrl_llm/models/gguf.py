@@ -84,7 +84,7 @@ class GGUFSource:
                 raise ValueError(f"{path}: quantisation {kind.name} (of {name!r}) is not supported by gguf") from error
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """The slice ``index`` of a tensor in float32; only its rows are dequantised."""
+        """The slice `index` of a tensor in float32; only its rows are dequantised."""
         tensor = self._tensors[name]
         data = tensor.data
         rows: slice | np.ndarray = index[0]
@@ -96,7 +96,7 @@ class GGUFSource:
     def _rotary_order(self, name: str) -> np.ndarray | None:
         """Row of the file for each row of ours, where llama.cpp's converter permuted them.
 
-        For the architecture ``llama`` alone its rotary embedding turns neighbours (2i, 2i + 1) within a head,
+        For the architecture `llama` alone its rotary embedding turns neighbours (2i, 2i + 1) within a head,
         ours the halves (i, i + H/2).
         """
         is_query, is_key = ".attn_q." in name, ".attn_k." in name

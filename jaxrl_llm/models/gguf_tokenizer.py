@@ -1,7 +1,7 @@
 """Tokenizers from GGUF files, built from the stored vocabulary without PyTorch or sentencepiece.
 
 A GGUF file holds tokens, merges or scores, and the *name* of the way in which text is split before merging
-(``tokenizer.ggml.pre``). The splits here are those of the original `tokenizer.json` files.
+(`tokenizer.ggml.pre`). The splits here are those of the original `tokenizer.json` files.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ``ValueError`` names the file if it is missing or broken."""
+    """A JSON object from a file; `ValueError` names the file if it is missing or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class SafetensorsSource:
-    """The tensors of a folder: ``model.safetensors``, or the shards that its index names."""
+    """The tensors of a folder: `model.safetensors`, or the shards that its index names."""
 
     def __init__(self, folder: Path):
         """Opens the files and reads their headers.
@@ -84,7 +84,7 @@ class SafetensorsSource:
             self._files[name] = file
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """The slice ``index`` of a tensor; the rest of the file is not read."""
+        """The slice `index` of a tensor; the rest of the file is not read."""
         return self._files[name].get_slice(name)[index]
 
 
@@ -104,7 +104,7 @@ def _hint(folder: Path) -> str:
 
 
 def overwrite_problem(folder: Path, *, overwrite: bool) -> str | None:
-    """Why a model must not be written to ``folder``, or ``None``: only model folders are ever replaced."""
+    """Why a model must not be written to `folder`, or `None`: only model folders are ever replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / CONFIG).is_file():
@@ -114,7 +114,7 @@ def overwrite_problem(folder: Path, *, overwrite: bool) -> str | None:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` at the end, if nothing failed.
+    """A temporary folder that takes the place of `folder` at the end, if nothing failed.
 
     An existing folder stays as it was until the new one is complete. It is moved aside, not deleted, before
     the new one takes its name, so that a kill at any moment leaves one of the two whole.
@@ -151,7 +151,7 @@ def write_weights(
     one that is given a folder writes.
 
     Args:
-        folder: an existing folder, or ``None`` on the processes that do not write.
+        folder: an existing folder, or `None` on the processes that do not write.
         params: the tree of parameters.
         names: parameter → tensor name.
         max_shard_bytes: a file holds at most this much, unless one tensor alone is larger.

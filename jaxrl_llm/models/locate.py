@@ -11,9 +11,9 @@ _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
 def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str | None = None) -> Path:
-    """The local folder or `.gguf` file of a checkpoint, downloaded first if ``name`` is a hub id.
+    """The local folder or `.gguf` file of a checkpoint, downloaded first if `name` is a hub id.
 
-    The network is used only when ``name`` is no existing path and has the form ``organisation/name``.
+    The network is used only when `name` is no existing path and has the form `organisation/name`.
 
     Args:
         name: a folder, a `.gguf` file, or a hub id.
@@ -21,7 +21,7 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str 
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ValueError: there is no such path, and ``name`` is no hub id; or the download failed.
+        ValueError: there is no such path, and `name` is no hub id; or the download failed.
     """
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

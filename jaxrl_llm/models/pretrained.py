@@ -51,7 +51,7 @@ def from_pretrained(
     Args:
         name: a folder with `config.json` and safetensors, a `.gguf` file, or a hub id. The network is used
             for a hub id alone.
-        shardings: from the transformer to the tree of its parameters' shardings; ``None`` puts all on the
+        shardings: from the transformer to the tree of its parameters' shardings; `None` puts all on the
             default device. `load_params` takes the tree itself.
         dtype: type of activations and matrix products.
         param_dtype: type in which parameters are kept, whatever the checkpoint's.
@@ -89,12 +89,12 @@ def load_params(
     *,
     revision: str | None = None,
 ) -> Params:
-    """The parameters of a checkpoint whose configuration is ``transformer``'s.
+    """The parameters of a checkpoint whose configuration is `transformer`'s.
 
     Args:
         name: as in `from_pretrained`.
         transformer: gives shapes, and the type to which values are cast.
-        shardings: tree of shardings like the parameters, or ``None`` for the default device.
+        shardings: tree of shardings like the parameters, or `None` for the default device.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -110,7 +110,7 @@ def load_params(
 def load_generation_config(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
     """`generation_config.json` of a checkpoint; what it does not say about special tokens, `config.json` may.
 
-    ``eos_token_id`` may be one id or a list; `tokenizers.stop_token_ids` makes a tuple of either.
+    `eos_token_id` may be one id or a list; `tokenizers.stop_token_ids` makes a tuple of either.
     """
     path = locate(name, weights=False, revision=revision)
     if _is_gguf(path):

@@ -13,7 +13,7 @@ from jaxrl_llm.models.config import RopeConfig
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each position's angles, both float32 ``[..., H/2]``."""
+    """Cosine and sine of each position's angles, both float32 `[..., H/2]`."""
 
     cos: jax.Array
     sin: jax.Array
@@ -22,13 +22,13 @@ class Rotation(NamedTuple):
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Angular frequencies of the H/2 planes, and the factor on cos and sin.
 
-    ω_i = θ^(−2i/H), then scaled: ``linear`` divides all by the factor (Chen et al. 2023); ``llama3`` divides
-    the long wavelengths, keeps the short ones and blends between (Llama 3.1); ``yarn`` does so by rotations
+    ω_i = θ^(−2i/H), then scaled: `linear` divides all by the factor (Chen et al. 2023); `llama3` divides
+    the long wavelengths, keeps the short ones and blends between (Llama 3.1); `yarn` does so by rotations
     within the original context and multiplies cos and sin by 0.1·ln(factor) + 1 (Peng et al. 2023).
     Computed in float32, as the reference implementations do, so that long positions agree.
 
     Returns:
-        ``([H/2] float32 radians per position, attention factor)``.
+        `([H/2] float32 radians per position, attention factor)`.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1.0) / np.power(np.float32(rope.theta), exponent)
@@ -79,14 +79,14 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> Rotation:
-    """Rotation of each of ``positions`` ``[...]``."""
+    """Rotation of each of `positions` `[...]`."""
     omega, factor = frequencies(rope, head_dim)
     angles = positions[..., None].astype(jnp.float32) * omega
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
 def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
-    """Turns the planes (i, i + H/2) of ``x`` ``[..., heads, H]`` by ``turn`` ``[..., H/2]``, in float32."""
+    """Turns the planes (i, i + H/2) of `x` `[..., heads, H]` by `turn` `[..., H/2]`, in float32."""
     cos, sin = turn.cos[..., None, :], turn.sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -93,7 +93,7 @@ def stop_token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None =
     """The tokens that end a completion.
 
     They are the tokenizer's end of sequence, those of the generation configuration, and the token with which
-    the chat template ends an assistant's turn (``<|im_end|>``, ``<|eot_id|>``), which many checkpoints do not
+    the chat template ends an assistant's turn (`<|im_end|>`, `<|eot_id|>`), which many checkpoints do not
     list.
 
     Args:

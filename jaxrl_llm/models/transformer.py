@@ -1,7 +1,7 @@
-"""The decoder-only transformer: Flax NNX definitions of a block, run by ``jax.lax.scan`` over stacked layers.
+"""The decoder-only transformer: Flax NNX definitions of a block, run by `jax.lax.scan` over stacked layers.
 
-Parameters are a plain nested dict of arrays, the leaves under ``layers`` stacked on a leading axis; every
-function is pure in them. Weights are ``[out, in]``.
+Parameters are a plain nested dict of arrays, the leaves under `layers` stacked on a leading axis; every
+function is pure in them. Weights are `[out, in]`.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Linear(nnx.Module):
     """y = x·Wᵀ + b, computed in the type of x."""
 
     def __init__(self, out: int, inner: int, axes: tuple[str, str], bias: bool, config: ModelConfig, rngs: nnx.Rngs):
-        """Weight ``[out, inner]`` from N(0, 0.02²), bias zero; ``axes`` are the logical names of both."""
+        """Weight `[out, inner]` from N(0, 0.02²), bias zero; `axes` are the logical names of both."""
         dtype = jnp.dtype(config.param_dtype)
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., inner]`` to ``[..., out]``."""
+        """Maps `[..., inner]` to `[..., out]`."""
         y = _product(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -81,7 +81,7 @@ class RMSNorm(nnx.Module):
     """x / √(mean(x²) + ε) · scale, in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, config: ModelConfig):
-        """Scale ``[width]`` of ones."""
+        """Scale `[width]` of ones."""
         self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)), axes=("norm",))
         self.eps = config.norm_eps
 
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         self.head_dim = h
 
     def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps ``[..., D]`` to ``[..., D]``, and returns the keys and values ``[..., K, H]`` it made."""
+        """Maps `[..., D]` to `[..., D]`, and returns the keys and values `[..., K, H]` it made."""
         query, key, value = (
             projection(x).reshape(*x.shape[:-1], -1, self.head_dim) for projection in (self.query, self.key, self.value)
         )
@@ -131,7 +131,7 @@ class MLP(nnx.Module):
         self.activation = _ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., D]`` to ``[..., D]``."""
+        """Maps `[..., D]` to `[..., D]`."""
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
@@ -146,7 +146,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps the residual stream ``[..., D]`` to itself, and returns the layer's keys and values."""
+        """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values."""
         mixed, projected = self.attention(self.attention_norm(x), turn, attention)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), projected
@@ -156,7 +156,7 @@ class Frame(nnx.Module):
     """Parameters outside the layers: embedding, last norm, LM head (absent when tied)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Embedding and head ``[V, D]``."""
+        """Embedding and head `[V, D]`."""
         v, d = config.vocab_size, config.embed_dim
         self.embed = Linear(v, d, ("vocab", "embed"), False, config, rngs)
         self.final_norm = RMSNorm(d, config)
@@ -165,7 +165,7 @@ class Frame(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A transformer without its parameters: hashable, static under ``jit``; every method is pure.
+    """A transformer without its parameters: hashable, static under `jit`; every method is pure.
 
     >>> model = Transformer(config)
     >>> params = jax.jit(model.init)(jax.random.key(0))
@@ -192,7 +192,7 @@ class Transformer:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def logical_axes(self) -> Params:
-        """Logical axis names of each parameter: the tree of ``init`` with tuples as leaves."""
+        """Logical axis names of each parameter: the tree of `init` with tuples as leaves."""
 
         def names(make: Callable[[ModelConfig, nnx.Rngs], nnx.Module], prefix: tuple[str, ...]) -> Params:
             state = nnx.state(nnx.eval_shape(lambda: make(self.config, nnx.Rngs(0))))
@@ -222,19 +222,19 @@ class Transformer:
         )
 
     def windows(self) -> jax.Array | None:
-        """Attention window of each layer, ``[L]`` int32, or ``None`` where no layer has one."""
+        """Attention window of each layer, `[L]` int32, or `None` where no layer has one."""
         windows = self.config.sliding_windows
         if windows is None or not any(windows):
             return None
         return jnp.array([window or jnp.iinfo(jnp.int32).max for window in windows], jnp.int32)
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """Embeddings of ``tokens`` ``[..., T]`` in the compute type, ``[..., T, D]``."""
+        """Embeddings of `tokens` `[..., T]` in the compute type, `[..., T, D]`."""
         x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
         return constrain(x, "rows", *(None,) * (x.ndim - 1))
 
     def rotation(self, positions: jax.Array) -> Rotation:
-        """Rotary angles of ``positions``."""
+        """Rotary angles of `positions`."""
         return rotation(self.config.rope, self.config.head_dim, positions)
 
     def run_layers(
@@ -250,9 +250,9 @@ class Transformer:
 
         Args:
             params: all parameters.
-            x: ``[B, T, D]``.
-            positions: ``[B, T]``.
-            make_attention: the layer's window (a traced scalar, or ``None``) → its attention.
+            x: `[B, T, D]`.
+            positions: `[B, T]`.
+            make_attention: the layer's window (a traced scalar, or `None`) → its attention.
             collect: also return the keys and values of all layers, stacked on axis 0.
         """
         turn = self.rotation(positions)
@@ -284,11 +284,11 @@ class Transformer:
 
         Args:
             params: parameters.
-            tokens: ``[B, T]``.
+            tokens: `[B, T]`.
             collect: also return the keys and values of all layers, stacked on axis 0.
 
         Returns:
-            Normed hidden states ``[B, T, D]``, and the keys and values or ``None``.
+            Normed hidden states `[B, T, D]`, and the keys and values or `None`.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
@@ -309,12 +309,12 @@ class Transformer:
 
         Args:
             params: parameters.
-            prompt: ``[P, Tp]`` right-padded.
-            prompt_lengths: ``[P]``, at least 1.
-            completion: ``[P, G, Tc]`` right-padded; padding content does not matter to real tokens.
+            prompt: `[P, Tp]` right-padded.
+            prompt_lengths: `[P]`, at least 1.
+            completion: `[P, G, Tc]` right-padded; padding content does not matter to real tokens.
 
         Returns:
-            Normed hidden states ``[P, G, Tc, D]``: entry t predicts completion token t; entry 0 is the
+            Normed hidden states `[P, G, Tc, D]`: entry t predicts completion token t; entry 0 is the
             prompt's last state, shared by the group.
         """
         prompts, prompt_width = prompt.shape
@@ -353,16 +353,16 @@ class Transformer:
     # ---------------------------------------------------------------- head
 
     def head(self, params: Params) -> jax.Array:
-        """Weight of the LM head, ``[V, D]`` (the embedding when tied)."""
+        """Weight of the LM head, `[V, D]` (the embedding when tied)."""
         return params["embed" if self.config.tie_embeddings else "lm_head"]["weight"]
 
     def head_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits ``[..., V]`` of normed states ``[..., D]``, float32."""
+        """Logits `[..., V]` of normed states `[..., D]`, float32."""
         weight = self.head(params).astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """Logits ``[B, T, V]`` of a plain causal pass: for checks, not for training."""
+        """Logits `[B, T, V]` of a plain causal pass: for checks, not for training."""
         return self.head_logits(params, self.causal(params, tokens)[0])

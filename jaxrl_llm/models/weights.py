@@ -26,7 +26,7 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """The slice ``index`` of a tensor, without reading the rest of it."""
+        """The slice `index` of a tensor, without reading the rest of it."""
         ...
 
 
@@ -72,16 +72,16 @@ def load_weights(
     *,
     where: str,
 ) -> Params:
-    """Reads the parameters of ``transformer``.
+    """Reads the parameters of `transformer`.
 
     At no time is there a second copy of more than one parameter (stacked over the layers) in host memory, and
     of that only what the devices of this process hold.
 
     Args:
         source: the checkpoint's tensors.
-        names: parameter → tensor name, ``{layer}`` standing for each layer.
-        transformer: gives shapes and types; values are cast to its ``param_dtype``, slice by slice.
-        shardings: tree of ``Sharding`` like the parameters; ``None`` puts all on the default device.
+        names: parameter → tensor name, `{layer}` standing for each layer.
+        transformer: gives shapes and types; values are cast to its `param_dtype`, slice by slice.
+        shardings: tree of `Sharding` like the parameters; `None` puts all on the default device.
         where: the checkpoint's name for error messages.
 
     Raises:

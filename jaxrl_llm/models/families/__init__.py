@@ -17,7 +17,7 @@ def family_of(config: Json) -> Family:
     """The family of a `config.json`.
 
     Raises:
-        ValueError: none has this ``model_type``, or the checkpoint is no causal language model.
+        ValueError: none has this `model_type`, or the checkpoint is no causal language model.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     for family in FAMILIES:

@@ -42,7 +42,7 @@ DECODER_NAMES: dict[str, str] = {
     "final_norm.scale": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
-"""Parameter → tensor name in a checkpoint, ``{layer}`` for each layer; shared by Llama's descendants."""
+"""Parameter → tensor name in a checkpoint, `{layer}` for each layer; shared by Llama's descendants."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Family:
     """A family of checkpoints, as `transformers` names it."""
 
     model_type: str
-    """``model_type`` of `config.json`."""
+    """`model_type` of `config.json`."""
     architecture: str
-    """Name of the `transformers` class, in ``architectures`` of `config.json`."""
+    """Name of the `transformers` class, in `architectures` of `config.json`."""
     read_config: Callable[[Json], ModelConfig]
-    """`config.json` → configuration; raises ``ValueError`` on what is not implemented."""
+    """`config.json` → configuration; raises `ValueError` on what is not implemented."""
     write_config: Callable[[ModelConfig], dict[str, Any]]
     """Configuration → the entries of `config.json` that describe the architecture."""
     expresses: Callable[[ModelConfig], bool]
@@ -64,7 +64,7 @@ class Family:
 
 
 def require(config: Json, key: str) -> Any:
-    """``config[key]``, or an error that names the missing key."""
+    """`config[key]`, or an error that names the missing key."""
     if config.get(key) is None:
         raise ValueError(f"config.json of model_type {config.get('model_type')!r} has no {key!r}")
     return config[key]

@@ -37,4 +37,4 @@ def _expresses(config: ModelConfig) -> bool:
 
 
 MISTRAL = Family("mistral", "MistralForCausalLM", _read, _write, _expresses)
-"""No biases; ``sliding_window`` tokens visible in every layer."""
+"""No biases; `sliding_window` tokens visible in every layer."""

@@ -18,7 +18,7 @@ from jaxrl_llm.models.families.rope import read_rope, write_rope
 
 
 def read_windows(config: Json) -> tuple[int | None, ...] | None:
-    """Window of each layer: from ``layer_types``, or where that is absent from ``max_window_layers``."""
+    """Window of each layer: from `layer_types`, or where that is absent from `max_window_layers`."""
     layers = require(config, "num_hidden_layers")
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     kinds = config.get("layer_types")

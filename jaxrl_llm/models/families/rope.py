@@ -1,4 +1,4 @@
-"""Rotary embeddings in `config.json`: ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4)."""
+"""Rotary embeddings in `config.json`: `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
 
 from __future__ import annotations
 

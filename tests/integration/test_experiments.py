@@ -66,9 +66,8 @@ def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: 
 def test_arithmetic_that_goes_on_does_not_start_warm_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its policy at the start, which is the reference, is read from the folder of the run."""
     script = str(EXPERIMENTS[0].with_name("grpo_arithmetic.py"))
-    flags = ["--warm-start.steps=5", "--warm-start.demonstrations=8", "--held-out=16", "--algorithm.kl-coef=0.1"]
+    flags = ["--warm-start.steps=5", "--warm-start.demonstrations=8", "--held-out=16"]
     flags = [*SMALL, "--evaluation.every=0", *flags, f"--run-dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     runpy.run_path(script, run_name="__main__")

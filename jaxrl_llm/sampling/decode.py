@@ -177,16 +177,20 @@ def _fold_time(keys: jax.Array, time: jax.Array | int) -> jax.Array:
 
 def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle: bool) -> _Loop:
     """Writes the drawn tokens down, ends completions, and gives freed slots their next one."""
-    size, group, width = state.completion.shape
+    _, group, width = state.completion.shape
     time = state.time + 1
-    rows = jnp.arange(size)[:, None]
     active = state.sample < group
     stopped = jnp.any(drawn.token[..., None] == jnp.array(stop_tokens, jnp.int32), axis=-1) & active
     ended = stopped | (jnp.broadcast_to(time, active.shape) == width - 1)
 
     def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
-        """Idle slots have sample ≥ G: out of bounds, hence dropped."""
-        return buffer.at[rows, state.sample, time].set(values.astype(buffer.dtype), mode="drop")
+        return _put(buffer, values.astype(buffer.dtype), state.sample, time)
+
+    def settle(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        """What holds of a completion so far, `[P, G]`."""
+        if recycle:
+            return _put(buffer, values, state.sample)
+        return jnp.where(active, values, buffer)
 
     following, begun = jnp.full_like(state.sample, group), state.begun
     if recycle:
@@ -199,11 +203,24 @@ def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle:
         sample=jnp.where(ended & active, following, state.sample),
         begun=begun,
         completion=write(state.completion, drawn.token),
-        lengths=state.lengths.at[rows, state.sample].set(jnp.broadcast_to(state.time + 2, active.shape), mode="drop"),
-        finished=state.finished.at[rows, state.sample].set(stopped, mode="drop"),
+        lengths=settle(state.lengths, jnp.broadcast_to(state.time + 2, active.shape)),
+        finished=settle(state.finished, stopped),
         logprobs=write(state.logprobs, drawn.logprob),
         sampler_logprobs=write(state.sampler_logprobs, drawn.sampler_logprob),
     )
+
+
+def _put(buffer: jax.Array, values: jax.Array, sample: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    """`buffer` `[P, G]` or `[P, G, Tc]` with `values` `[P, M]` at each slot's completion, and time.
+
+    Prompt by prompt, so that prompts on different devices need no word from each other; idle slots have a sample
+    ≥ G: out of bounds, hence dropped. Where slots march together slot m decodes completion m, and what is written
+    after a completion's end is cut off with the rest beyond its length.
+    """
+    if time is not None and time.ndim == 0:
+        return jax.lax.dynamic_update_slice(buffer, values[..., None], (0, 0, time))
+    places = (sample,) if time is None else (sample, time)
+    return jax.vmap(lambda row, new, *at: row.at[at].set(new, mode="drop"))(buffer, values, *places)
 
 
 def _decode(
@@ -243,8 +260,6 @@ def _write(cache: KeyValue, key: jax.Array, value: jax.Array, time: jax.Array) -
             jax.lax.dynamic_update_slice(cache.key, key[..., None], (0, 0, 0, 0, time)),
             jax.lax.dynamic_update_slice(cache.value, value[..., None, :], (0, 0, 0, time, 0)),
         )
-    rows, columns = jnp.arange(time.shape[0])[:, None], jnp.arange(time.shape[1])
-    return KeyValue(
-        cache.key.at[rows, columns, :, :, time].set(key),
-        cache.value.at[rows, columns, :, time].set(value),
-    )
+    put_key = jax.vmap(jax.vmap(lambda own, new, at: own.at[:, :, at].set(new)))
+    put_value = jax.vmap(jax.vmap(lambda own, new, at: own.at[:, at].set(new)))
+    return KeyValue(put_key(cache.key, key, time), put_value(cache.value, value, time))

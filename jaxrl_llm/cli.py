@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from safetensors import SafetensorError
 
 from jaxrl_llm.config import Experiment, ModelSource, flatten
 from jaxrl_llm.data.prompts import PromptDataset
@@ -72,7 +73,7 @@ def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, Impo
         raise SystemExit(130) from interrupt
     except kinds as error:
         print(f"error: {error}", file=sys.stderr)
-        refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        refused = isinstance(error, OSError | SafetensorError) and not isinstance(error, FileNotFoundError)
         raise SystemExit(1 if refused else 2) from error
 
 
@@ -247,7 +248,7 @@ def train(trainer: Trainer) -> TrainingResult:
         return trainer.run()
 
 
-@plain_errors((OSError,))
+@plain_errors((OSError, SafetensorError))  # the second is what a full disk is to safetensors
 def finish(
     config: Experiment, policy: Policy, result: TrainingResult, *, seconds: float, next_steps: tuple[str, ...] = ()
 ) -> None:

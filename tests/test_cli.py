@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import pytest
+from safetensors import SafetensorError
 
 from jaxrl_llm import cli
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
@@ -186,6 +187,8 @@ def test_a_full_disk_and_ctrl_c_end_with_one_line(
         monkeypatch.setattr(cli, name, fails(KeyboardInterrupt()))
         check(call, 130, "interrupted\n")
         monkeypatch.undo()
+    monkeypatch.setattr(cli, "save_pretrained", fails(SafetensorError("I/O error: No space left on device")))
+    check(parts["save_pretrained"], 1, "error: I/O error: No space left on device\n")
 
 
 # ---- Several processes --------------------------------------------------------------------------------

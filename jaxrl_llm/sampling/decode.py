@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend_shared, causal_mask
 from jaxrl_llm.models.transformer import Params, Transformer, unstack
-from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, uniforms
 from jaxrl_llm.sharding import constrain
 from jaxrl_llm.types import Rollout
 
@@ -60,8 +60,8 @@ class _Prompt(NamedTuple):
     layers: tuple[_Layer, ...]
     logits: jax.Array
     """`[P, V]` of each completion's first token."""
-    keys: jax.Array
-    """`[P, G]` a PRNG key for each completion."""
+    uniform: jax.Array
+    """`[P, G, Tc, 2]` the randomness of each token."""
 
 
 def row_keys(key: jax.Array, prompt_index: jax.Array, group: int) -> jax.Array:
@@ -106,10 +106,10 @@ def sample(
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     layers = tuple(_Layer(*layer) for layer in unstack((params["layers"], model.windows(), memory)))
-    prompts = _Prompt(prompt_lengths, layers, model.head_logits(params, last), keys)
+    prompts = _Prompt(prompt_lengths, layers, model.head_logits(params, last), uniforms(keys, config.max_tokens))
 
     state = _start(model, prompts, prompt.shape[0], group, slots, config)
-    first = draw(_fold_time(_slot_keys(keys, state.sample), 0), prompts.logits[:, None], config)
+    first = draw(_pick(prompts.uniform, state.sample, state.time + 1), prompts.logits[:, None], config)
     state = _record(state, first, stop_tokens, recycle=slots < group)
 
     def unfinished(state: _Loop) -> jax.Array:
@@ -121,8 +121,7 @@ def sample(
         logits = model.head_logits(params, hidden)
         if slots < group:  # a slot that has just taken up a completion draws its first token
             logits = jnp.where((state.time < 0)[..., None], prompts.logits[:, None], logits)
-        time = jnp.broadcast_to(state.time + 1, state.sample.shape)
-        drawn = draw(_fold_time(_slot_keys(keys, state.sample), time), logits, config)
+        drawn = draw(_pick(prompts.uniform, state.sample, state.time + 1), logits, config)
         return _record(state._replace(cache=cache), drawn, stop_tokens, recycle=slots < group)
 
     state = jax.lax.while_loop(unfinished, step, state)
@@ -165,14 +164,11 @@ def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: i
     )
 
 
-def _slot_keys(keys: jax.Array, sample: jax.Array) -> jax.Array:
-    """Keys of the completions that the slots are at, `[P, M]`."""
-    return jnp.take_along_axis(keys, jnp.minimum(sample, keys.shape[1] - 1), axis=1)
-
-
-def _fold_time(keys: jax.Array, time: jax.Array | int) -> jax.Array:
-    time = jnp.broadcast_to(jnp.asarray(time), keys.shape)
-    return jax.vmap(jax.vmap(jax.random.fold_in))(keys, time)
+def _pick(uniform: jax.Array, sample: jax.Array, time: jax.Array) -> jax.Array:
+    """The randomness `[P, M, 2]` of what the slots draw next; `_put` says why prompt by prompt."""
+    if time.ndim == 0:
+        return jax.lax.dynamic_index_in_dim(uniform, time, axis=2, keepdims=False)
+    return jax.vmap(lambda row, *at: row.at[at].get(mode="clip"))(uniform, sample, time)
 
 
 def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle: bool) -> _Loop:

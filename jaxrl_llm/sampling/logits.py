@@ -91,25 +91,41 @@ def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     return logits
 
 
-def draw(keys: jax.Array, logits: jax.Array, config: SamplingConfig) -> Draw:
-    """Draws a token of each row.
+def uniforms(keys: jax.Array, length: int) -> jax.Array:
+    """The randomness of `length` draws: uniform on [0, 1), `[..., length, 2]`.
+
+    Draw t of a row is made of the row's key with t folded in, so that it depends on nothing else.
 
     Args:
         keys: a PRNG key for each row, `[...]`.
-        logits: `[..., V]` float32 of the model, which may broadcast against `keys`.
+        length: draws of each row.
+    """
+
+    def of_row(key: jax.Array) -> jax.Array:
+        return jax.vmap(lambda time: jax.random.uniform(jax.random.fold_in(key, time), (2,)))(jnp.arange(length))
+
+    return jax.vmap(of_row)(keys.ravel()).reshape(*keys.shape, length, 2)
+
+
+def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig) -> Draw:
+    """Draws a token of each row.
+
+    Args:
+        uniform: two uniform numbers for each row, `[..., 2]`; see `uniforms`.
+        logits: `[..., V]` float32 of the model, which may broadcast against the rows.
         config: temperature and filters.
 
     Returns:
-        `Draw` of the shape of `keys`.
+        `Draw` `[...]`.
     """
     if config.greedy:
-        token = jnp.broadcast_to(jnp.argmax(logits, axis=-1), keys.shape)
+        token = jnp.broadcast_to(jnp.argmax(logits, axis=-1), uniform.shape[:-1])
         logprob = _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1)
         return Draw(token, logprob, jnp.zeros_like(logprob))
     tempered = truncate(logits / config.temperature, config)
     peak = jnp.max(tempered, axis=-1)
     weights = jnp.exp(tempered - peak[..., None])
-    token = _inverse_cdf(keys, weights)
+    token = _inverse_cdf(uniform, weights)
     sampler_logprob = _gather(tempered, token) - peak - jnp.log(jnp.sum(weights, axis=-1))
     if config.temperature == 1 and not config.truncates:
         return Draw(token, sampler_logprob, sampler_logprob)
@@ -121,7 +137,7 @@ def _gather(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
-def _inverse_cdf(keys: jax.Array, weights: jax.Array) -> jax.Array:
+def _inverse_cdf(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     """Index drawn with probability proportional to `weights` `[..., V]`.
 
     Two uniform numbers a row instead of V Gumbel ones: the first chooses a block of about √V entries by
@@ -132,7 +148,6 @@ def _inverse_cdf(keys: jax.Array, weights: jax.Array) -> jax.Array:
     block = 1 << max(1, (vocabulary - 1).bit_length() // 2)
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -vocabulary % block)])
     blocks = weights.reshape(*weights.shape[:-1], -1, block)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.ravel()).reshape(*keys.shape, 2)
     chosen = _first_above(jnp.sum(blocks, axis=-1), uniform[..., 0])
     blocks = jnp.broadcast_to(blocks, (*chosen.shape, *blocks.shape[-2:]))
     entries = jnp.take_along_axis(blocks, chosen[..., None, None], axis=-2)[..., 0, :]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, truncate
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, truncate, uniforms
 
 FILTERS: list[dict[str, Any]] = [
     {"top_k": 3},
@@ -56,7 +56,12 @@ def filtered(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
 
 def draws(logits: np.ndarray, config: SamplingConfig, number: int, seed: int = 0) -> Draw:
     keys = jax.random.split(jax.random.key(seed), number)
-    return jax.jit(lambda keys: draw(keys, jnp.asarray(logits, jnp.float32)[None], config))(keys)
+    return jax.jit(lambda keys: draw(one_each(keys), jnp.asarray(logits, jnp.float32)[None], config))(keys)
+
+
+def one_each(keys: jax.Array) -> jax.Array:
+    """The randomness of each row's first draw."""
+    return uniforms(keys, 1)[..., 0, :]
 
 
 def assert_drawn_from(probabilities: np.ndarray, tokens: np.ndarray) -> None:
@@ -134,7 +139,7 @@ def test_min_p_is_relative_to_the_most_likely_token_left():
 def test_greedy_takes_the_most_likely():
     logits = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 4)
-    drawn = jax.jit(lambda keys: draw(keys, jnp.asarray(logits), SamplingConfig(temperature=0.0)))(keys)
+    drawn = jax.jit(lambda keys: draw(one_each(keys), jnp.asarray(logits), SamplingConfig(temperature=0.0)))(keys)
     np.testing.assert_array_equal(drawn.token, logits.argmax(axis=-1))
     np.testing.assert_allclose(drawn.logprob, [np.log(softmax(row).max()) for row in logits], atol=1e-5)
     np.testing.assert_array_equal(drawn.sampler_logprob, np.zeros(4))
@@ -144,12 +149,21 @@ def test_a_row_is_drawn_by_its_own_key():
     """Not by its neighbours', nor by how many there are."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 33)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 6)
-    tokens = jax.jit(lambda keys, logits: draw(keys, logits, SamplingConfig()).token)
+    tokens = jax.jit(lambda keys, logits: draw(one_each(keys), logits, SamplingConfig()).token)
     whole = np.asarray(tokens(keys, logits))
     np.testing.assert_array_equal(tokens(keys[2:4], logits[2:4]), whole[2:4])
     same = tokens(jnp.broadcast_to(keys[:1], (6,)), jnp.broadcast_to(logits[:1], (6, 33)))
     assert set(np.asarray(same).tolist()) == {whole[0]}
     assert len(set(whole.tolist())) > 1
+
+
+def test_randomness_is_that_of_the_row_and_the_draw():
+    """Not of how many rows there are, nor of how many draws are made of each."""
+    keys = jax.random.split(jax.random.key(0), 6).reshape(2, 3)
+    whole = np.asarray(uniforms(keys, 5))
+    assert whole.shape == (2, 3, 5, 2)
+    assert len(np.unique(whole)) == whole.size
+    np.testing.assert_array_equal(uniforms(keys[1, :2], 3), whole[1, :2, :3])
 
 
 def test_two_uniform_numbers_are_independent():

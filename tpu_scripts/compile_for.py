@@ -43,8 +43,9 @@ from jaxrl_llm.sharding import MeshConfig, make_mesh, replicated
 from jaxrl_llm.types import Rollout
 
 GIB = 2**30
-HBM_GIB = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
-"""What the compiler lets a program use, by `device_kind`: the chip's memory less what the system keeps."""
+HBM_GIB = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.7, "TPU v6 lite": 31.2, "TPU7x": 94.7}
+"""What the compiler lets a program use, by `device_kind`: the chip's memory less what the system keeps (its
+versions differ by 0.01)."""
 
 Size = Literal["smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama3.1-8b"]
 _QWEN: Any = {

@@ -208,7 +208,7 @@ def test_slice_that_does_not_exist_is_refused():
 def test_memory_of_a_chip_is_what_the_compiler_says():
     """In a process of its own, too: what is set for the compiler is set for good."""
     line = """if True:
-        import sys
+        import re, sys
         sys.path.insert(0, sys.argv[1])
         import compile_for, jax
         for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1"):
@@ -218,7 +218,8 @@ def test_memory_of_a_chip_is_what_the_compiler_says():
             try:
                 jax.jit(lambda x: x + 1).lower(huge).compile()
             except jax.errors.JaxRuntimeError as error:
-                assert f"({compile_for.HBM_GIB[device.device_kind]}G)" in str(error), error
+                said = float(re.search(r"available HBM \\((.*?)G\\)", str(error))[1])
+                assert 0 <= said - compile_for.HBM_GIB[device.device_kind] < 0.1, error
                 print(device.device_kind)
     """
     command = [sys.executable, "-c", line, str(REPOSITORY / "tpu_scripts")]

@@ -20,6 +20,9 @@ from jaxrl_llm.models.families import family_for
 from jaxrl_llm.models.pretrained import from_pretrained, load_config, save_pretrained
 from jaxrl_llm.models.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
 
@@ -130,6 +133,39 @@ def test_gguf_as_transformers_reads_it(case, gguf_writer, golden_module, tmp_pat
 
 
 SMOLLM2 = os.environ.get("SMOLLM2_GGUF")
+GREEDY_TOKENS = 40
+
+
+def greedy_texts(transformer, params, prompts, tokenizer) -> list[str]:
+    """What our sampler writes after right-padded prompts."""
+    sampler = Sampler(
+        transformer,
+        SamplingConfig(max_tokens=GREEDY_TOKENS, temperature=0.0),
+        group=1,
+        stop_tokens=(tokenizer.eos_token_id,),
+        mesh=make_mesh(devices=jax.devices()[:1]),
+    )
+    lengths = np.array([len(prompt) for prompt in prompts])
+    padded = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    rollout = sampler(params, padded, lengths, np.zeros(2, np.uint32), 0)
+    completions = zip(np.asarray(rollout.completion[:, 0]), np.asarray(rollout.completion_lengths[:, 0]), strict=True)
+    return [tokenizer.decode(row[:length].tolist(), skip_special_tokens=False) for row, length in completions]
+
+
+def torch_greedy_text(model, prompt, tokenizer) -> str:
+    """What PyTorch's `generate` writes after one prompt."""
+    ids = torch.tensor([prompt])
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=GREEDY_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )[0, len(prompt) :]
+    return tokenizer.decode(written.tolist(), skip_special_tokens=False)
 
 
 @pytest.mark.skipif(SMOLLM2 is None, reason="SMOLLM2_GGUF is not set")
@@ -155,6 +191,19 @@ def test_real_model_from_gguf(tmp_path):
         expected = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(logits, expected, atol=5e-4, rtol=0)  # 30 layers, logits up to 40
     np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+
+    # Greedy text, of prompts of different lengths at once.
+    questions = ("Name three colours.", messages[0]["content"], "What is the capital of France? Answer in one word.")
+    prompts = [
+        ours.encode(
+            ours.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False),
+            add_special_tokens=False,
+        )
+        for q in questions
+    ]
+    texts = greedy_texts(transformer, params, prompts, ours)
+    assert texts == [torch_greedy_text(model, prompt, ours) for prompt in prompts]
+    assert len(set(texts)) == len(texts) and all(texts)
 
     # Our export: PyTorch computes from it what it computes from the file.
     folder = save_pretrained(tmp_path / "ours", transformer, params, tokenizer=ours)

@@ -76,12 +76,14 @@ def token_scores(
         `TokenScores` `[..., T]`.
 
     Raises:
-        ValueError: shapes do not fit, or the temperature is not positive.
+        ValueError: shapes do not fit, or the temperature or the chunk size is not positive.
     """
     if hidden.shape[:-1] != tokens.shape or head.ndim != 2 or head.shape[1] != hidden.shape[-1]:
         raise ValueError(f"hidden {hidden.shape}, head {head.shape} [V, D] and tokens {tokens.shape} do not fit")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy scores are those at 1.0")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 vocabulary entry, got {chunk_size}")
     vocabulary = head.shape[0]
     size = min(vocabulary, chunk_size or max(MIN_CHUNK, CHUNK_LOGITS // max(1, tokens.size)))
     slices = _Slices(vocabulary, -(-vocabulary // size), head.dtype, float(temperature), logit_softcap)
@@ -150,21 +152,21 @@ def _forward(
     head = head.astype(hidden.dtype)
 
     def accumulate(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array]) -> tuple:
-        peak, total, moment = carry  # max z, Σ exp(z − max), Σ exp(z − max)·(z − max)
-        logits = slices.logits(hidden, *chunk)
+        peak, total, moment, chosen = carry  # max z, Σ exp(z − max), Σ exp(z − max)·(z − max), z of the token
+        weight, index = chunk
+        logits = slices.logits(hidden, weight, index)
+        is_token = slices.entries(index) == tokens[..., None]
+        chosen += jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
         higher = jnp.maximum(peak, jnp.max(logits, axis=-1))
         shifted = logits - higher[..., None]
         weights = jnp.exp(shifted)
         fade, drop = jnp.exp(peak - higher), peak - higher
         moment = fade * (moment + drop * total) + jnp.sum(weights * shifted, axis=-1)
-        return (higher, fade * total + jnp.sum(weights, axis=-1), moment), None
+        return (higher, fade * total + jnp.sum(weights, axis=-1), moment, chosen), None
 
     zeros = jnp.zeros(tokens.shape, jnp.float32)
     chunks = (slices.split(head), jnp.arange(slices.count))
-    (peak, total, moment), _ = jax.lax.scan(accumulate, (zeros - 1e30, zeros, zeros), chunks)
-    chosen = slices.bend(
-        jnp.einsum("...d,...d->...", hidden, jnp.take(head, tokens, axis=0), preferred_element_type=jnp.float32)
-    )
+    (peak, total, moment, chosen), _ = jax.lax.scan(accumulate, (zeros - 1e30, zeros, zeros, zeros), chunks)
     log_total = jnp.log(total)
     scores = TokenScores(chosen - peak - log_total, log_total - moment / total)
     return scores, (hidden, head, tokens, peak + log_total, scores.entropy)

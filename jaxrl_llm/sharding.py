@@ -95,6 +95,12 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(mesh, "rows"))
 
 
+def on_cpu() -> bool:
+    """Whether what is traced here will run on CPUs: by the ambient mesh, or by JAX's default where none is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
 def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None]) -> PartitionSpec:
     """The partition on `mesh` of an array whose dimensions have these logical names."""
     return PartitionSpec(*(_mesh_axes(mesh, axis) or None for axis in axes))

@@ -17,11 +17,14 @@ import optax
 from jaxrl_llm.advantages.group import zero_std_groups
 from jaxrl_llm.algorithms.gradient import Carry, collect, deal, make_gradient_step, widen
 from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
-from jaxrl_llm.logprobs import TokenScores, token_scores
+from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
 from jaxrl_llm.masking import Max, Mean, Metrics, masked_var
 from jaxrl_llm.models.transformer import Params, Transformer
-from jaxrl_llm.sharding import parameter_shardings, row_shards, state_shardings
+from jaxrl_llm.sharding import on_cpu, parameter_shardings, row_shards, state_shardings
 from jaxrl_llm.types import Rollout, TrainState
+
+ACCELERATOR_CHUNK_LOGITS = 2**26
+"""Logits that one accelerator holds at a time while it scores tokens: 256 MiB in float32."""
 
 UpdateStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
@@ -192,10 +195,24 @@ def make_scorer(policy: Transformer, *, temperature: float = 1.0) -> Callable[[P
 
     def scores(params: Params, rows: Any) -> TokenScores:
         hidden = policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
-        head, cap = policy.head(params), policy.config.logit_softcap
-        return token_scores(hidden, head, rows.completion, temperature=temperature, logit_softcap=cap)
+        return token_scores(
+            hidden,
+            policy.head(params),
+            rows.completion,
+            temperature=temperature,
+            logit_softcap=policy.config.logit_softcap,
+            chunk_size=_vocabulary_chunk(rows.completion.size),
+        )
 
     return scores
+
+
+def _vocabulary_chunk(tokens: int) -> int | None:
+    """Vocabulary entries whose logits are made at a time, for so many tokens on all devices.
+
+    On a CPU what its cache likes. On accelerators more: where the head is split, each chunk is a round of messages.
+    """
+    return None if on_cpu() else max(MIN_CHUNK, ACCELERATOR_CHUNK_LOGITS * row_shards() // max(1, tokens))
 
 
 def _learner_batch(algorithm: PolicyGradient, rollout: Rollout, rewards: jax.Array) -> LearnerBatch:

@@ -149,16 +149,19 @@ def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: i
 
         return KeyValue(key=zeros(head_dim, config.max_tokens), value=zeros(config.max_tokens, head_dim))
 
-    blank = jnp.zeros((size, group, config.max_tokens))
+    def rows(x: jax.Array) -> jax.Array:
+        return constrain(x, "rows", *(None,) * (x.ndim - 1))
+
+    blank = rows(jnp.zeros((size, group, config.max_tokens)))
     return _Loop(
-        time=jnp.int32(-1) if slots == group else jnp.full((size, slots), -1, jnp.int32),
-        token=jnp.zeros((size, slots), jnp.int32),
-        sample=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (size, slots)),
-        begun=jnp.full((size,), slots, jnp.int32),
+        time=jnp.int32(-1) if slots == group else rows(jnp.full((size, slots), -1, jnp.int32)),
+        token=rows(jnp.zeros((size, slots), jnp.int32)),
+        sample=rows(jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (size, slots))),
+        begun=rows(jnp.full((size,), slots, jnp.int32)),
         cache=tuple(empty(layer.memory) for layer in prompts.layers),
         completion=blank.astype(jnp.int32),
-        lengths=jnp.zeros((size, group), jnp.int32),
-        finished=jnp.zeros((size, group), bool),
+        lengths=rows(jnp.zeros((size, group), jnp.int32)),
+        finished=rows(jnp.zeros((size, group), bool)),
         logprobs=blank,
         sampler_logprobs=blank,
     )

@@ -145,7 +145,7 @@ def _inverse_cdf(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     weight 0 are never chosen.
     """
     vocabulary = weights.shape[-1]
-    block = 1 << max(1, (vocabulary - 1).bit_length() // 2)
+    block = _block_size(vocabulary)
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -vocabulary % block)])
     blocks = weights.reshape(*weights.shape[:-1], -1, block)
     chosen = _first_above(jnp.sum(blocks, axis=-1), uniform[..., 0])
@@ -154,10 +154,19 @@ def _inverse_cdf(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     return chosen * block + _first_above(entries, uniform[..., 1])
 
 
+def _block_size(vocabulary: int) -> int:
+    """About √V; of a vocabulary that can be split evenly over 8 devices, a divisor of their parts.
+
+    Then a sharded distribution is summed where it lies. On more devices the result is the same, by moving it.
+    """
+    largest, even = 1 << max(1, (vocabulary - 1).bit_length() // 2), (vocabulary & -vocabulary) // 8
+    return min(largest, even) if even > 1 else largest
+
+
 def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first entry of positive weight at which the running sum exceeds `uniform` times the total."""
     running = jnp.cumsum(weights, axis=-1)
     above = (running > uniform[..., None] * running[..., -1:]) & (weights > 0)
     # Rounding may leave none above; the last entry of positive weight is then the one.
-    last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, axis=-1)
+    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), -1), axis=-1)
     return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)

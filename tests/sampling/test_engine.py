@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
+from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.types import Rollout
 
@@ -40,6 +42,19 @@ def test_slots_on_a_mesh(tiny_config, lively_params, make_sampler, prompts, key)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     ours = make_sampler(model, group=8, slots=2, mesh=mesh)(params, tokens[:2], lengths[:2], key, 2)
     assert_same_rows(ours, expected)
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+def test_devices_decode_without_a_word_but_that_they_have_ended(slots, tiny_config, lively_params, make_sampler, key):
+    """Where rows are split and weights are not, the loop sends nothing else from device to device."""
+    model = Transformer(tiny_config())
+    sampler = make_sampler(model, group=2, slots=slots, mesh=make_mesh(MeshConfig(data=2, fsdp=4)))
+    tokens, lengths = np.zeros((8, 5), np.int32), np.full(8, 5, np.int32)
+    with jax.set_mesh(sampler.mesh):
+        program = jax.jit(sampler.sample, out_shardings=replicated(sampler.mesh))
+        text = program.lower(lively_params(model), tokens, lengths, key, np.int32(0)).compile().as_text()
+    messages = re.findall(r" = (\S+) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(.*while/", text)
+    assert messages == [("pred[]", "all-reduce")]
 
 
 def test_noise_differs_between_steps_keys_prompts_and_samples(tiny_config, lively_params, make_sampler, key):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, truncate, uniforms
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, _block_size, draw, truncate, uniforms
 
 FILTERS: list[dict[str, Any]] = [
     {"top_k": 3},
@@ -103,6 +103,11 @@ def test_every_vocabulary_size(vocabulary):
     logits = np.random.default_rng(vocabulary).normal(size=vocabulary)
     drawn = draws(logits, SamplingConfig(), 20_000)
     assert_drawn_from(softmax(logits), np.asarray(drawn.token))
+
+
+@pytest.mark.parametrize("vocabulary", [32, 512, 32_000, 49_152, 128_256, 151_936, 152_064])
+def test_blocks_of_usual_vocabularies_lie_within_the_parts_of_eight_devices(vocabulary):
+    assert vocabulary // 8 % _block_size(vocabulary) == 0
 
 
 def test_tokens_of_no_probability_are_never_drawn():

@@ -13,6 +13,7 @@ Any setting is a flag: --algorithm.clip-high=0.28 --training.steps=300 --seed=1;
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.supervised import Demonstrations, make_supervised_step
 from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
-from jaxrl_llm.config import DataConfig, Experiment
+from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.pretrained import load_params, save_pretrained
@@ -39,6 +40,9 @@ from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
 
 Row = dict[str, str]
+
+WARM_START = "warm_start"
+"""Folder of the fine-tuned model, in the run's own."""
 
 
 def exact_answer(prompts: list[Any], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -60,10 +64,12 @@ class WarmStart:
     """Peak of a cosine schedule."""
 
     def __post_init__(self) -> None:
-        """Rejects counts below 1."""
+        """Rejects what shows nothing."""
         for field in ("demonstrations", "steps", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"warm_start.{field}={getattr(self, field)} must be at least 1")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"warm_start.learning_rate={self.learning_rate} must be finite and not negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,30 @@ class ArithmeticExperiment(Experiment):
     """Problems kept for evaluation."""
     warm_start: WarmStart = WarmStart()
     """Supervised fine-tuning before reinforcement learning."""
+
+    def __post_init__(self) -> None:
+        """Rejects sums that do not fit, and settings that would have no effect here."""
+        if self.largest < 1:
+            raise ValueError(f"largest={self.largest} must be at least 1")
+        sums = (self.largest + 1) ** 2
+        if not 1 <= self.held_out < sums:
+            raise ValueError(
+                f"held_out={self.held_out} must be between 1 and {sums - 1}, since there are {sums} sums up to "
+                f"largest={self.largest} and some are to train on: hold out fewer, or raise largest"
+            )
+        for field, value, least in (
+            ("data.max_prompt_length", self.data.max_prompt_length, len(f"{self.largest}+{self.largest}=")),
+            ("sampling.max_tokens", self.sampling.max_tokens, len(str(2 * self.largest)) + 1),  # one ends it
+        ):
+            if value < least:
+                raise ValueError(f"{field}={value} must be at least {least} for sums up to largest={self.largest}")
+        idle = [name for name, value in vars(self.model).items() if value != getattr(ModelSource(), name)]
+        idle = [f"model.{name}" for name in idle] + [f"data.{n}" for n in ("train", "eval") if getattr(self.data, n)]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} would have no effect: this experiment makes its own model and its own sums. "
+                "Leave it out, or use experiments/grpo_gsm8k.py"
+            )
 
 
 CONFIG = ArithmeticExperiment(
@@ -117,13 +147,12 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
             remat="none",
         )
     )
-    folder = Path(config.run_dir or "") / "warm_start"
-    if find_run(folder.parent, config.settings(), resume=config.resume):
+    run_dir = Path(config.run_dir or "")
+    if find_run(run_dir, config.settings(), resume=config.resume):
         shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
-        params = load_params(folder, model, shardings)
+        params = load_params(run_dir / WARM_START, model, shardings)
     else:
         params = fine_tune(config, model, tokenizer, mesh)
-        save_pretrained(folder, model, params, tokenizer=tokenizer, overwrite=True)
     return Policy(model, params, tokenizer, (tokenizer.eos_token_id,))
 
 
@@ -175,6 +204,9 @@ def main(args: list[str] | None = None) -> TrainingResult:
         policy = warm_start(config, CharTokenizer("0123456789+="), mesh)
         train_rows, eval_rows = problems(config)
         trainer = make_trainer(config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows)
+        if trainer.saved is None:
+            folder = trainer.run_dir / WARM_START
+            save_pretrained(folder, policy.model, policy.params, tokenizer=policy.tokenizer, overwrite=True)
     result = train(trainer)
     next_steps = (
         "harder sums:        python experiments/grpo_arithmetic.py --largest=99 --training.steps=800",

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from experiments import grpo_arithmetic
 from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.training.metrics import read_metrics
 
@@ -75,6 +76,37 @@ def test_arithmetic_that_goes_on_does_not_start_warm_again(
     monkeypatch.setattr(sys, "argv", [script, *flags, "--resume"])
     runpy.run_path(script, run_name="__main__")
     assert "warm start" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--held-out=3000"], "held_out=3000 must be between 1 and 2499, since there are 2500 sums up to largest=49"),
+        (["--held-out=0"], "held_out=0 must be between 1 and 2499"),
+        (["--largest=0"], "largest=0 must be at least 1"),
+        (["--largest=100"], "data.max_prompt_length=6 must be at least 8 for sums up to largest=100"),
+        (
+            ["--largest=100", "--data.max-prompt-length=8", "--sampling.max-tokens=3"],
+            "sampling.max_tokens=3 must be at least 4 for sums up to largest=100",
+        ),
+        (["--warm-start.demonstrations=0"], "warm_start.demonstrations=0 must be at least 1"),
+        (["--warm-start.steps=0"], "warm_start.steps=0 must be at least 1"),
+        (["--warm-start.learning-rate=nan"], "warm_start.learning_rate=nan must be finite"),
+        (["--model.path=foo", "--model.dtype=bfloat16"], "model.path, model.dtype would have no effect"),
+        (["--data.train=x.jsonl"], "data.train would have no effect"),
+        (["--data.eval=x.jsonl"], "data.eval would have no effect"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arithmetic_says_what_does_not_fit(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        grpo_arithmetic.main(flags)
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_are_experiments() -> None:

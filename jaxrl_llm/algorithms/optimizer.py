@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -37,11 +38,16 @@ class OptimizerConfig:
         """Rejects settings that cannot be meant."""
         if self.schedule not in get_args(ScheduleShape):
             raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of {get_args(ScheduleShape)}")
-        for field in ("learning_rate", "warmup_steps", "weight_decay"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must not be negative")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm} must be positive, or None")
+        # Conditions that hold, so that NaN is refused, too.
+        for fields, holds, wanted in (
+            (("learning_rate", "warmup_steps", "weight_decay"), lambda x: 0 <= x < math.inf, "not be negative"),
+            (("b1", "b2"), lambda x: 0 <= x < 1, "be at least 0 and below 1"),
+            (("eps",), lambda x: 0 < x < math.inf, "be positive"),
+            (("max_grad_norm",), lambda x: x is None or x > 0, "be positive, or None"),
+        ):
+            for field in fields:
+                if not holds(value := getattr(self, field)):
+                    raise ValueError(f"optimizer.{field}={value} must {wanted}")
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

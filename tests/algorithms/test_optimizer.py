@@ -120,6 +120,13 @@ def test_defaults_are_those_that_users_know():
         ({"warmup_steps": -1}, r"optimizer\.warmup_steps=-1"),
         ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1"),
         ({"max_grad_norm": 0.0}, r"optimizer\.max_grad_norm=0\.0"),
+        ({"max_grad_norm": math.nan}, r"optimizer\.max_grad_norm=nan must be positive, or None"),
+        ({"learning_rate": math.inf}, r"optimizer\.learning_rate=inf"),
+        ({"b1": -0.1}, r"optimizer\.b1=-0\.1 must be at least 0 and below 1"),
+        ({"b1": 1.0}, r"optimizer\.b1=1\.0"),
+        ({"b2": 1.0}, r"optimizer\.b2=1\.0"),
+        ({"b2": math.nan}, r"optimizer\.b2=nan"),
+        ({"eps": 0.0}, r"optimizer\.eps=0\.0 must be positive"),
     ],
 )
 def test_impossible_settings_raise(settings, message):

@@ -137,6 +137,11 @@ class Trainer:
         self.description, self.wandb = description or {}, wandb
 
         # All that can be wrong is found before anything is compiled.
+        if group == 1:  # whatever the scale and the baseline, a group of equal rewards has advantages of 0
+            raise ValueError(
+                "training.samples_per_prompt=1 cannot learn: an advantage compares a sample with the others of its "
+                "prompt; pass --training.samples-per-prompt=2 or more"
+            )
         self.saved = find_run(run_dir, self.description, resume=resume)
         rewards.check_columns(dataset.column_names)
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)

@@ -227,6 +227,7 @@ def test_metrics_without_a_checkpoint_are_not_overwritten(make) -> None:
     [
         ({"sampling": {"max_tokens": 13}}, "a prompt of 4 tokens and sampling.max_tokens=13 exceed the model's 16"),
         ({"sampling": {"temperature": 0.0}}, "temperature 0.0 .greedily. has no gradient"),
+        ({"training": {"samples_per_prompt": 1}}, "training.samples_per_prompt=1 cannot learn"),
         ({"seed": -1}, "seed must be between 0 and"),
         ({"update": {"minibatches": 3}}, "4 prompts per step are not divisible by update.minibatches=3"),
         ({"optimizer": {"warmup_steps": 4, "schedule": "linear"}}, "warmup_steps=4 leaves nothing of 4 optimizer"),

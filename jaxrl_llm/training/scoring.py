@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.data.sources import nearest_name
 from jaxrl_llm.rewards import RewardFunction, completion_text
 
 # What every reward function is given beside the columns of the data set.
@@ -93,7 +94,7 @@ class RewardSum:
             if missing:
                 raise ValueError(
                     f"the reward function {function.__name__!r} requires the column(s) {missing}, which "
-                    f"the data set lacks; its columns are {sorted(present)}"
+                    f"the data set lacks{nearest_name(missing[0], present)}; its columns are {sorted(present)}"
                 )
 
     def __call__(

@@ -144,6 +144,8 @@ def test_missing_column_is_found_before_anything_runs():
         "the reward function 'solved' requires the column(s) ['solution'], which the data set lacks; "
         "its columns are ['answer', 'level']"
     )
+    with pytest.raises(ValueError, match=r"which the data set lacks; did you mean 'Solutions'\?; its columns are"):
+        reward_sum.check_columns(["level", "Solutions"])
     with pytest.raises(ValueError, match=r"'solved' requires the column\(s\) \['solution', 'level'\]"):
         reward_sum(**SAMPLES, columns={})
     with pytest.raises(ValueError, match=r"'gsm8k_reward' requires the column\(s\) \['answer'\]"):

@@ -30,11 +30,13 @@ class LearnerBatch(NamedTuple):
     advantages: jax.Array
     """`[P, G]` float32."""
     sampler_logprobs: jax.Array
-    """`[P, G, Tc]` as the sampler reported them."""
+    """`[P, G, Tc]` as the sampler reported them: under the distribution that it drew from."""
     old_logprobs: jax.Array | None = None
     """`[P, G, Tc]` under the policy before this batch's first update; `None`: the policy itself."""
     ref_logprobs: jax.Array | None = None
     """`[P, G, Tc]` under the reference; `None` where no part reads them."""
+    model_logprobs: jax.Array | None = None
+    """`[P, G, Tc]` as the sampler reported them: under the model at temperature 1, without truncation."""
 
 
 def _check(prefix: str, record: object, **conditions: tuple[bool, str]) -> None:

@@ -7,6 +7,7 @@ so that it compiles to one XLA program per mesh.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,7 @@ def make_update_step(
     config: UpdateConfig | None = None,
     *,
     temperature: float = 1.0,
+    truncated: bool = False,
 ) -> UpdateStep:
     """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`.
 
@@ -126,6 +128,8 @@ def make_update_step(
         algorithm: the objective.
         config: epochs, minibatches, micro-batches.
         temperature: the one that the rollouts were sampled with; log-probs are scored with it.
+        truncated: whether top-k, top-p or min-p excluded tokens. The learner scores without; only the metric
+            `sampling/logp_gap` depends on this.
 
     Returns:
         A function of `TrainState`, `Rollout`, rewards `[P, G]` float32, and the reference's parameters (read
@@ -143,12 +147,13 @@ def make_update_step(
     if temperature <= 0:
         raise ValueError(f"a policy sampled at temperature {temperature} (greedily) has no gradient to follow")
     scores = make_scorer(policy, temperature=temperature)
+    gap = functools.partial(_sampling_gap, temperature=temperature, truncated=truncated)
 
     def loss(params: Params, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
         given = scores(params, batch)
         value, metrics = algorithm.loss(given, batch, normalizer)
         if batch.old_logprobs is None:
-            metrics |= _sampling_gap(jax.lax.stop_gradient(given.logprobs), batch)
+            metrics |= gap(jax.lax.stop_gradient(given.logprobs), batch)
         return value, metrics
 
     gradient_step = make_gradient_step(loss, optimizer, plan.micro_batches)
@@ -172,7 +177,7 @@ def make_update_step(
             batch = batch._replace(ref_logprobs=score_all(reference))
         if plan.optimizer_steps > 1:  # else the old policy is the policy itself, and no pass is needed
             old_logprobs = score_all(state.params)
-            metrics |= _sampling_gap(old_logprobs, batch)
+            metrics |= gap(old_logprobs, batch)
             batch = batch._replace(old_logprobs=old_logprobs)
 
         def minibatch_step(carry: Carry, rows: LearnerBatch) -> tuple[Carry, Metrics]:
@@ -232,6 +237,7 @@ def _learner_batch(algorithm: PolicyGradient, rollout: Rollout, rewards: jax.Arr
         mask=mask,
         advantages=algorithm.advantage(rewards),
         sampler_logprobs=rollout.sampler_logprobs,
+        model_logprobs=rollout.logprobs,
     )
 
 
@@ -278,9 +284,19 @@ def split_groups(batch: Any, split: int) -> Any:
 # ---- Metrics of a batch --------------------------------------------------------------------------
 
 
-def _sampling_gap(logprobs: jax.Array, batch: LearnerBatch) -> Metrics:
-    """How far the learner's log-probs are from those that the sampler reported, per token."""
-    gap = jnp.abs(jnp.where(batch.mask, logprobs - batch.sampler_logprobs, 0.0))
+def _sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float, truncated: bool) -> Metrics:
+    """How far the learner's log-probs are from the sampler's of the same distribution, per token.
+
+    The learner scores at the sampling temperature and without truncation. That is what the sampler drew from, unless
+    it excluded tokens; then it still reports as much at temperature 1, and at another there is nothing to compare with
+    and no metric: a gap would show the mass of what was excluded, not how well the two programs agree.
+    """
+    reported = batch.sampler_logprobs
+    if truncated:
+        reported = batch.model_logprobs if temperature == 1 else None
+    if reported is None:
+        return {}
+    gap = jnp.abs(jnp.where(batch.mask, logprobs - reported, 0.0))
     return {
         "sampling/logp_gap_mean": Mean.of(gap, batch.mask),
         "sampling/logp_gap_max": Max.of(gap, batch.mask),

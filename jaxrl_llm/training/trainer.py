@@ -171,7 +171,7 @@ class Trainer:
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
-        self._prepare_updates(params, algorithm, plan, optimizer, sampling.temperature, seed)
+        self._prepare_updates(params, algorithm, plan, optimizer, sampling, seed)
         self.compilations = CompilationCounter()
 
     def _prepare_updates(
@@ -180,13 +180,15 @@ class Trainer:
         algorithm: PolicyGradient,
         plan: UpdateConfig,
         config: OptimizerConfig,
-        temperature: float,
+        sampling: SamplingConfig,
         seed: int,
     ) -> None:
         """The update step, still to be compiled, and what it works on: the state, and the reference if it has one."""
         schedule = make_schedule(config, self.config.steps * plan.optimizer_steps)
         optimizer = make_optimizer(config, schedule)
-        step = make_update_step(self.model, optimizer, algorithm, plan, temperature=temperature)
+        step = make_update_step(
+            self.model, optimizer, algorithm, plan, temperature=sampling.temperature, truncated=sampling.truncates
+        )
         self.abstract_state = abstract_train_state(self.model, optimizer, self.mesh)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))

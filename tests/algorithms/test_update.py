@@ -313,6 +313,30 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(tiny_config, lively_pa
     assert metrics["sampling/logp_gap_max"] > 0.1
 
 
+@pytest.mark.parametrize("plan", [UpdateConfig(), UpdateConfig(epochs=2)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "truncation", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=lambda truncation: next(iter(truncation))
+)
+def test_the_gap_to_a_truncating_sampler_is_that_of_the_same_distribution(truncation, plan, tiny_config, lively_params):
+    """At temperature 1 the model's own log-probs are compared, at another there is nothing to compare with."""
+    model = Transformer(tiny_config())
+    params, mesh = lively_params(model), make_mesh(MeshConfig(), jax.devices()[:1])
+    config = SamplingConfig(max_tokens=6, **truncation)
+    sampler = Sampler(model, config, group=4, stop_tokens=(1,), mesh=mesh)
+    key = np.asarray(jax.random.key_data(jax.random.key(1)))
+    prompt = np.random.default_rng(0).integers(0, 64, (4, 5))
+    rollout = sampler(params, prompt, np.array([1, 5, 3, 4]), key, 0)
+    assert np.max(np.where(rollout.mask, rollout.sampler_logprobs - rollout.logprobs, 0)) > 0.1
+
+    def metrics(temperature: float) -> dict[str, jax.Array]:
+        settings = {"temperature": temperature, "truncated": True}
+        step = jax.jit(make_update_step(model, SGD, PolicyGradient(), plan, **settings))
+        return step(make_train_state(params, SGD, 0), rollout, make_rewards())[1]
+
+    assert metrics(1.0)["sampling/logp_gap_max"] < 1e-4
+    assert not [name for name in metrics(0.7) if name.startswith("sampling/")]
+
+
 # ---------------------------------------------------------------- several optimizer steps
 
 

@@ -44,6 +44,10 @@ class Episodes:
             metrics[f"rewards/{name}/std"] = mean_of_known((values - mean) ** 2) ** 0.5
         return metrics
 
+    def without_effect(self) -> list[str]:
+        """Names of the reward functions that apply to no sample."""
+        return [name for name, values in self.by_name.items() if np.isnan(values).all()]
+
     def samples(self, tokenizer: Any, count: int) -> list[SampledCompletion]:
         """Some completions for a person to read: the best and worst of the first prompts."""
         return list(itertools.islice(self._best_and_worst(tokenizer), count))

@@ -81,11 +81,11 @@ class Loop:
         last = self.trainer.config.steps
         if self.step == 0:
             self._evaluate()
-        stopping, began = False, time.perf_counter()
+        start, stopping, began = self.step, False, time.perf_counter()
         while self.step < last and not stopping:
             metrics, episodes = self._iterate()
             ended = time.perf_counter()
-            self._log(metrics, episodes, ended - began)
+            self._log(metrics, episodes, ended - began, first=self.step == start + 1)
             logged = time.perf_counter()
             evaluation = self._evaluate() if self._due(self.trainer.evaluation.every) else None
             stopping = self.step < last and any_process(self.stop.requested)
@@ -128,7 +128,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.trainer.config.steps)
 
-    def _log(self, metrics: dict[str, float], episodes: Episodes, seconds: float) -> None:
+    def _log(self, metrics: dict[str, float], episodes: Episodes, seconds: float, *, first: bool) -> None:
         metrics |= episodes.reward_metrics()
         metrics["learning_rate"] = self.trainer.learning_rate(self.step)
         metrics["step_time"] = seconds
@@ -136,6 +136,12 @@ class Loop:
         metrics |= {f"perf/{name}_seconds": self._seconds[name] for name in ("sample", "reward", "update")}
         self.writer.write(self.step, metrics)
         self.report.log(self.step, metrics)
+        if first:
+            for name in episodes.without_effect():
+                self.report.message(
+                    f"step {self.step}: the reward function {name!r} returned None for all {episodes.rewards.size} "
+                    "samples, and has no part in their reward; can it read the gold answers in the data?"
+                )
         if skipped := metrics["frac_steps_skipped"]:
             part = "its update was skipped" if skipped == 1 else f"{skipped:.0%} of its updates were skipped"
             self.report.message(f"step {self.step}: the gradient is not finite, {part}")

@@ -339,7 +339,7 @@ def test_a_reward_that_fails_before_the_first_step(make) -> None:
 # ---- Metrics ------------------------------------------------------------------------------------------
 
 
-def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType) -> None:
+def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def even_only(prompts: list[str], completions: list[str]) -> list[float | None]:
         return [
             None if int(prompt[0]) % 2 else float(len(text)) for prompt, text in zip(prompts, completions, strict=True)
@@ -351,6 +351,11 @@ def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType) -> None:
     rewards = {"rewards": (tiny.shared_characters, even_only, never), "reward_weights": (1.0, 0.5, 2.0)}
     trainer = make(**rewards, evaluation={"every": 2})
     trainer.run()
+    told = [line for line in capsys.readouterr().out.splitlines() if "returned None" in line]
+    assert told == [
+        "step 1: the reward function 'never' returned None for all 16 samples, and has no part in their reward; can it "
+        "read the gold answers in the data?"
+    ]
     for line in metrics_of(trainer):
         if "reward" in line:
             assert np.isnan(line["rewards/never/mean"]) and np.isnan(line["rewards/never/std"])

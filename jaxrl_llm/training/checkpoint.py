@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxrl_llm.training.damage import reading_checkpoint
 from jaxrl_llm.training.state_tree import check_savable, differences, leaves_by_path
 
 _DELETED = "deleted"
@@ -159,23 +160,25 @@ class Checkpointer:
         Raises:
             FileNotFoundError: If there is no checkpoint, or none of this step.
             ValueError: If the trees differ (names the paths, shapes and types), or a sharding is missing.
+            DamagedRunError: If a file of the checkpoint is missing or damaged.
         """
         step = self._existing(step)
         leaves = leaves_by_path(abstract_state)
         for path, leaf in leaves.items():
             if getattr(leaf, "sharding", None) is None:
                 raise ValueError(f"restore needs a sharding for every array of abstract_state; {path} has none")
-        if found := differences(self._manager.item_metadata(step)["state"].tree, leaves):
+        with reading_checkpoint(self.folder, step, self.all_steps()):
+            saved = self._manager.item_metadata(step)["state"].tree
+        if found := differences(saved, leaves):
             raise ValueError(
                 f"step {step} in {self.folder} is a checkpoint of another model or optimizer:\n  " + "\n  ".join(found)
             )
         abstract = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in leaves.items()
         }
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()),
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
+        with reading_checkpoint(self.folder, step, self.all_steps()):
+            restored = self._manager.restore(step, args=items)
         self._current = step
         # Every path was compared: the order of the leaves is that of abstract_state.
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored["state"][p] for p in leaves])
@@ -186,9 +189,11 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: If there is no checkpoint, or none of this step.
+            DamagedRunError: If the file is missing or damaged.
         """
         step = self._existing(step)
-        return self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+        with reading_checkpoint(self.folder, step, self.all_steps()):
+            return self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
 
     def latest_step(self) -> int | None:
         """The latest complete checkpoint's step, or None."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from jaxrl_llm.training.damage import DamagedRunError
+
 METRICS_FILE = "metrics.jsonl"
 
 PERFORMANCE_PREFIX = "perf/"
@@ -74,7 +76,7 @@ class MetricsWriter:
             is_main_process: False makes every method do nothing.
 
         Raises:
-            ValueError: If a line to be kept is not a JSON object with a step.
+            DamagedRunError: If a line to be kept is not a JSON object with a step.
             ImportError: If Weights & Biases is asked for and not installed.
         """
         self.path = Path(run_dir) / METRICS_FILE
@@ -152,7 +154,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line without its line break is left out: the process was killed while it wrote.
 
     Raises:
-        ValueError: If a line is not a JSON object with a step.
+        DamagedRunError: If a line is not a JSON object with a step.
     """
     return [line for _, line in _lines(Path(path))]
 
@@ -167,19 +169,19 @@ def is_performance(name: str) -> bool:
     return name in _PERFORMANCE_NAMES or name.startswith(PERFORMANCE_PREFIX)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields each complete line, as it stands and decoded."""
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not text.endswith("\n"):
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not text.endswith(b"\n"):
             return
         try:
             line = json.loads(text)
-        except ValueError:
+        except ValueError:  # no JSON, or no text at all
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise ValueError(
-                f'{path}, line {number}: expected a JSON object with "step", got {text[:80].rstrip()!r}; '
-                "repair or delete the file"
+            raise DamagedRunError(
+                f'{path}, line {number}: expected a JSON object with "step", got '
+                f"{text.decode(errors='replace')[:80].rstrip()!r}; delete the line, or the file"
             )
         yield text, {name: _NON_FINITE.get(v, v) if isinstance(v, str) else v for name, v in line.items()}
 
@@ -190,7 +192,7 @@ def _keep_until(path: Path, step: int | None) -> None:
         return
     kept = [] if step is None else [text for text, line in _lines(path) if line["step"] <= step]
     replacement = path.with_suffix(".jsonl.tmp")
-    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.write_bytes(b"".join(kept))
     os.replace(replacement, path)
 
 

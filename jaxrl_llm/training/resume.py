@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.training.checkpoint import Checkpointer
+from jaxrl_llm.training.damage import reading_checkpoint
 from jaxrl_llm.training.distributed import from_main_process
 from jaxrl_llm.training.metrics import METRICS_FILE
 
@@ -46,6 +47,7 @@ def find_run(run_dir: str | Path, settings: Mapping[str, Any], *, resume: bool) 
 
     Raises:
         ValueError: the folder holds a run and `resume` is False, or that run had other settings (names them).
+        DamagedRunError: its latest checkpoint cannot be read.
     """
     folder = Path(run_dir)
     metrics = folder / METRICS_FILE
@@ -56,7 +58,9 @@ def find_run(run_dir: str | Path, settings: Mapping[str, Any], *, resume: bool) 
     if has_checkpoints:
         with Checkpointer(folder / CHECKPOINTS, read_only=True) as checkpoints:
             if (step := checkpoints.latest_step()) is not None:
-                saved = SavedRun(step, **checkpoints.read_extra(step))
+                extra = checkpoints.read_extra(step)
+                with reading_checkpoint(checkpoints.folder, step, checkpoints.all_steps()):
+                    saved = SavedRun(step, **extra)
     if not resume and (saved or has_metrics):
         known = f"a checkpoint of step {saved.step}" if saved else "no checkpoint"
         raise ValueError(f"{folder} holds a run ({known}): go on with --resume, or choose another --run-dir")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.training.checkpoint import Checkpointer
 from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.damage import DamagedRunError, reading_checkpoint
 
 
 def make_state(seed: int = 0, size: int = 8) -> dict[str, Any]:
@@ -223,6 +225,49 @@ def test_another_model_is_named_path_by_path(tmp_path: Path) -> None:
             checkpointer.restore(half)
         with pytest.raises(ValueError, match="a sharding for every array of abstract_state; bits has none"):
             checkpointer.restore(jax.eval_shape(make_state))
+
+
+# TensorStore's other reads end after the event loop of the one that failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "file", ["extra/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/d/*", "extra", "state"]
+)
+@pytest.mark.parametrize("harm", ["cut", "lost"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, file: str, harm: str) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make_state(step), {"step": step})
+    for path in tmp_path.glob(f"2/{file}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif harm == "lost":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        way_out = rf"is damaged \(.*\); delete {tmp_path}/2 to resume from an earlier one$"
+        with pytest.raises(DamagedRunError, match=f"^checkpoint 2 in {tmp_path} {way_out}") as caught:
+            checkpointer.restore(make_state())
+        assert "\n" not in str(caught.value)
+        if file.startswith("extra"):
+            with pytest.raises(DamagedRunError, match=way_out):
+                checkpointer.read_extra()
+        assert checkpointer.restore(make_state(), 1)[1] == {"step": 1}
+
+
+def test_a_damaged_checkpoint_that_is_the_only_one(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state())
+        checkpointer.wait()
+        (tmp_path / "1" / "extra" / "metadata").unlink()
+        with pytest.raises(DamagedRunError, match=rf"delete {tmp_path}/1 to start anew$"):
+            checkpointer.read_extra()
+
+
+def test_what_does_not_come_from_the_files_is_not_called_damage(tmp_path: Path) -> None:
+    for error in (PermissionError(13, "Permission denied"), MemoryError()):
+        with pytest.raises(type(error)), reading_checkpoint(tmp_path, 1, [1]):
+            raise error
 
 
 def test_refused_settings(tmp_path: Path) -> None:

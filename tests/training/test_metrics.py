@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.training.damage import DamagedRunError
 from jaxrl_llm.training.metrics import (
     MetricsWriter,
     WandbConfig,
@@ -97,6 +98,13 @@ def test_damaged_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 2"):
         MetricsWriter(tmp_path, resume_step=5)
     assert path.read_text().count("\n") == 2  # nothing was lost
+
+
+def test_damage_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x00\n{"step": 2}\n')
+    with pytest.raises(DamagedRunError, match=r"metrics\.jsonl, line 2: expected .*; delete the line, or the file"):
+        MetricsWriter(tmp_path, resume_step=5)
 
 
 def test_refused_metrics(tmp_path: Path) -> None:

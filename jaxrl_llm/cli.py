@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import itertools
@@ -25,6 +26,7 @@ from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.curves import plot_curves
+from jaxrl_llm.training.damage import DamagedRunError
 from jaxrl_llm.training.distributed import ClusterConfig, from_main_process, initialize, is_main_process
 from jaxrl_llm.training.episodes import RewardError
 from jaxrl_llm.training.formatting import duration
@@ -60,8 +62,8 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
 def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> Iterator[None]:
     """Turns errors that are no bugs into one line on standard error and an exit status; a bug keeps its traceback.
 
-    The status is 2 for what settings and data cause, 1 for what the machine refuses (a full disk, a folder that may
-    not be written), 130 for Ctrl-C.
+    The status is 2 for what settings, data and damaged files cause, 1 for what the machine refuses (a full disk, a
+    folder that may not be written), 130 for Ctrl-C.
 
     Args:
         kinds: which errors; by default those that settings, data and files cause.
@@ -81,7 +83,7 @@ def start(config: ConfigT) -> ConfigT:
     """Prepares the process: distributed start where asked for, compilation cache, run folder.
 
     Returns:
-        The configuration with `run_dir` filled in; written to `run_dir/config.json`.
+        The configuration with `run_dir` filled in: the folder is there, and nothing has been written to it.
     """
     with plain_errors():
         if config.resume and config.run_dir is None:
@@ -96,9 +98,21 @@ def start(config: ConfigT) -> ConfigT:
         find_run(folder, config.settings(), resume=config.resume)
         config = dataclasses.replace(config, run_dir=str(folder))
         if is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+            _make_folder(folder)
     return config
+
+
+def _make_folder(folder: Path, *, exist_ok: bool = True) -> None:
+    """Creates a run's folder; one that is still empty when the program ends goes again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=exist_ok)
+    if is_new:
+        atexit.register(_remove_if_empty, folder.absolute())
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _new_folder(name: str) -> str:
@@ -109,7 +123,7 @@ def _new_folder(name: str) -> str:
     folder = Path(first)
     for number in itertools.count(2):
         try:
-            folder.mkdir(parents=True)
+            _make_folder(folder, exist_ok=False)
             break
         except FileExistsError:
             folder = Path(f"{first}-{number}")
@@ -207,7 +221,7 @@ def make_trainer(
     eval_rows: RowSource | None = None,
     prompts: tuple[PromptDataset, PromptDataset | None] | None = None,
 ) -> Trainer:
-    """The trainer that `config` describes.
+    """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
 
     Args:
         config: settings, started with `start`.
@@ -218,7 +232,7 @@ def make_trainer(
         prompts: what `load_prompts` returned, if it was called before.
     """
     train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
-    return Trainer(
+    trainer = Trainer(
         model=policy.model,
         params=policy.params,
         tokenizer=policy.tokenizer,
@@ -240,11 +254,18 @@ def make_trainer(
         title=config.name,
         wandb=config.wandb if config.wandb.project else None,
     )
+    if is_main_process():
+        trainer.run_dir.mkdir(parents=True, exist_ok=True)
+        (trainer.run_dir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+    return trainer
 
 
 def train(trainer: Trainer) -> TrainingResult:
-    """Trains; a reward function that fails ends the program with one line, after the steps before are saved."""
-    with plain_errors((RewardError, ImportError, OSError)):
+    """Trains; a reward function that fails ends the program with one line, after the steps before are saved.
+
+    So does a file of the run that goes on, if it cannot be read any more.
+    """
+    with plain_errors((RewardError, DamagedRunError, ImportError, OSError)):
         return trainer.run()
 
 
@@ -292,6 +313,7 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
+        load_config(_path(config.model))  # before transformers warns of a model that is not implemented
         tokenizer = load_tokenizer(_path(config.model))
         prompts = load_prompts(config, tokenizer)  # before the model, which may take minutes
         policy = load_policy(config, mesh, tokenizer)

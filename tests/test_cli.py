@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -120,13 +121,13 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
     monkeypatch.setattr(cli.time, "strftime", lambda form: "20260101-120000")
     folders = [cli.start(config).run_dir for _ in range(3)]
     assert folders == [f"runs/test-20260101-120000{suffix}" for suffix in ("", "-2", "-3")]
-    written = json.loads(Path(folders[1] or "", "config.json").read_text())
-    assert (written["run_dir"], written["sampling.max_tokens"], written["rewards"]) == (folders[1], 4, ["right"])
+    assert not any(list(Path(folder or "").iterdir()) for folder in folders)
 
 
 def test_a_folder_that_is_taken_stays_as_it_is(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(config, run_dir="taken")
-    cli.start(config)
+    Path("taken").mkdir()
+    write("taken/config.json", {"seed": 0})
     before = Path("taken/config.json").read_bytes()
     write("taken/metrics.jsonl", {"step": 1})
     with pytest.raises(SystemExit) as ended:
@@ -151,6 +152,26 @@ def test_a_folder_that_cannot_be_made(config: Experiment, capsys: pytest.Capture
         cli.start(dataclasses.replace(config, run_dir="file"))
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: [Errno 17] File exists: 'file'\n"
+
+
+def test_a_run_that_never_began_leaves_no_folder(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch, tiny: ModuleType
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(cli.atexit, "register", lambda call, *args: at_exit.append(lambda: call(*args)))
+    train = f"--data.train={write('train.jsonl', ROW)}"
+    wrong = (["--model.path=./nowhere"], ["--data.train=nowhere.jsonl"], ["--sampling.max-tokens=9999", train])
+    for flags in (*wrong, ["--model.path=./nowhere", "--run-dir=mine"]):
+        with pytest.raises(SystemExit):
+            cli.run(config, flags)
+        assert [path for path in Path().rglob("*") if path.is_file()] == [Path("train.jsonl")], flags
+    Path("own").mkdir()
+    cli.start(dataclasses.replace(config, run_dir="own"))  # it was there before
+    used = Path(cli.start(config).run_dir or "", "file")
+    used.touch()
+    for call in at_exit:
+        call()
+    assert set(Path().rglob("*")) == {Path("runs"), used.parent, used, Path("own"), Path("train.jsonl")}
 
 
 def test_a_full_disk_and_ctrl_c_end_with_one_line(
@@ -235,6 +256,15 @@ def test_no_model_and_no_such_model(refused) -> None:
     assert "./nowhere/model" in refused("--model.path=./nowhere/model")
 
 
+def test_a_model_that_is_not_implemented(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its tokenizer, of which transformers would warn on its own."""
+    monkeypatch.setattr(cli, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
+    Path("mamba").mkdir()
+    write("mamba/config.json", {"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
+    write("mamba/tokenizer.json", {})
+    assert "mamba" in refused("--model.path=./mamba")
+
+
 def test_no_data(refused) -> None:
     assert "pass --data.train=" in refused()
     train = f"--data.train={write('train.jsonl', ROW)}"
@@ -312,6 +342,8 @@ def test_a_conversational_run_from_a_checkpoint_to_a_checkpoint(config: Experime
     assert prompt == [{"role": "system", "content": "Add."}, {"role": "user", "content": "0+1?"}]
     assert [message["role"] for message in completion] == ["assistant"]
     assert [line["step"] for line in read_metrics("run/metrics.jsonl")] == [0, 1, 2, 2]
+    written = json.loads(Path("run/config.json").read_text())
+    assert (written["run_dir"], written["sampling.max_tokens"], written["rewards"]) == ("run", 4, ["polite"])
     # What came out can be trained again, or read by transformers: the same files as those that went in.
     assert {path.name for path in checkpoint.iterdir()} <= {path.name for path in Path("run/model").iterdir()}
     again = dataclasses.replace(config, run_dir="again", model=ModelSource(path="run/model"))
@@ -342,3 +374,42 @@ def test_weights_and_biases_that_is_not_installed(
     with pytest.raises(SystemExit):
         cli.run(config, [f"--data.train={write('train.jsonl', ROW)}", "--wandb.project=p"])
     assert "error: Weights & Biases is not installed: pip install 'jaxrl-llm[wandb]'" in capsys.readouterr().err
+
+
+def spoil(pattern: str, text: str | None) -> None:
+    """Overwrites the files that match, or deletes them."""
+    paths = list(Path("run").glob(pattern))
+    assert paths
+    for path in paths:
+        path.unlink() if text is None else path.write_text(text)
+
+
+# TensorStore's other reads end after the event loop of the one that failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_whose_files_are_damaged_ends_with_one_line(
+    config: Experiment, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    args = [f"--data.train={write('train.jsonl', ROW)}", "--run-dir=run", "--training.checkpoint-every=1"]
+    cli.run(config, args)
+    shutil.move("run", "whole")
+    capsys.readouterr()
+    damaged = "error: checkpoint 2 in .*/run/checkpoints is damaged "
+    instead = "; delete .*/run/checkpoints/2 to resume from an earlier one\n"
+    for pattern, text, message in (
+        ("checkpoints/2/extra/metadata", None, rf"{damaged}\(FileNotFoundError: .*\){instead}"),
+        ("checkpoints/2/extra/metadata", "{}", rf"{damaged}\(TypeError: .*\){instead}"),
+        ("checkpoints/2/state/d/*", "short", rf"{damaged}\(ValueError: .*\){instead}"),
+        (
+            "metrics.jsonl",
+            '{"step": 1}\noops\n{"step": 2}\n',
+            r"error: run/metrics.jsonl, line 2: expected .*, got 'oops'; delete the line, or the file\n",
+        ),
+    ):
+        shutil.copytree("whole", "run")
+        spoil(pattern, text)
+        with pytest.raises(SystemExit) as ended:
+            cli.run(config, [*args, "--resume"])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(message, error), error
+        shutil.rmtree("run")

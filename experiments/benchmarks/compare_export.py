@@ -1,12 +1,13 @@
 """Does PyTorch write what jaxrl_llm writes? Greedy text of a model that was trained here, from both.
 
-    pip install torch && python experiments/compare_export.py --model runs/RUN/model --data gsm8k_test.jsonl
+    pip install torch && python experiments/benchmarks/compare_export.py --run runs/RUN
 
-Prompts are those of `grpo_gsm8k.py`. For each, the sampler's greedy completion (all prompts at once, right-padded) is
-compared with that of `generate` in PyTorch's transformers (one at a time), token by token. Prints where they part and
-by how much the two tokens' logits differ there (a tie within rounding is no mistake), and ends with status 1 if any do.
+Prompts are the first held-out ones of the run, in its format. For each, the sampler's greedy completion (all prompts at
+once, right-padded) is compared with that of `generate` in PyTorch's transformers (one at a time), token by token.
+Prints where they part and by how much the two tokens' logits differ there (a tie within rounding is no mistake), and
+ends with status 1 if any do.
 
-Hardware: a CPU. Time: a minute for 135 M parameters and 16 problems.
+Hardware: a CPU. Time: a minute for 135 M parameters and 16 prompts.
 """
 
 # pyright: reportMissingImports=false
@@ -14,7 +15,9 @@ Hardware: a CPU. Time: a minute for 135 M parameters and 16 problems.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,12 +25,14 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from grpo_gsm8k import CONFIG
 
-from jaxrl_llm.cli import load_policy, plain_errors
+from jaxrl_llm.cli import load_model, plain_errors
 from jaxrl_llm.config import ModelSource
+from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.sources import open_source
+from jaxrl_llm.models.pretrained import load_generation_config
+from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
@@ -37,34 +42,43 @@ from jaxrl_llm.sharding import make_mesh
 class Comparison:
     """What is compared."""
 
-    model: str
-    """Folder that transformers loads."""
-    data: str
-    """Problems, with the column question."""
-    problems: int = 16
-    """How many of them."""
-    max_tokens: int = 96
-    """Longest completion."""
+    run: Path
+    """Folder of a run, with config.json and model/."""
+    prompts: int = 16
+    """How many held-out prompts."""
+    max_tokens: int | None = None
+    """Longest completion; that of the run when not given."""
+
+    @property
+    def model(self) -> str:
+        """Folder that transformers loads."""
+        return str(self.run / "model")
 
 
-def ours(config: Comparison) -> tuple[PromptBatch, list[list[int]], Any, tuple[int, ...]]:
-    """The prompts, our completions, the tokenizer and the tokens that end a completion."""
+def ours(config: Comparison) -> tuple[PromptBatch, list[list[int]], Any, tuple[int, ...], int]:
+    """The prompts, our completions, the tokenizer, the tokens that end a completion, its longest length."""
+    settings = json.loads((config.run / "config.json").read_text())
+    if settings["data.eval"] is None:
+        raise ValueError(f"{config.run} was run without held-out prompts (data.eval)")
     mesh = make_mesh(devices=jax.devices()[:1])
-    source = ModelSource(path=config.model)
-    policy = load_policy(dataclasses.replace(CONFIG, model=source), mesh)
+    model, params = load_model(ModelSource(path=config.model), mesh)
+    tokenizer = load_tokenizer(config.model)
+    stop_tokens = stop_token_ids(tokenizer, load_generation_config(config.model))
+    fields = [field.name for field in dataclasses.fields(PromptFormat)]
     prompts = PromptDataset(
-        open_source(config.data),
-        policy.tokenizer,
-        max_prompt_length=CONFIG.data.max_prompt_length,
-        prompt_format=CONFIG.data.format,
-        max_rows=config.problems,
+        open_source(settings["data.eval"]),
+        tokenizer,
+        max_prompt_length=settings["data.max_prompt_length"],
+        prompt_format=PromptFormat(**{name: settings[f"data.format.{name}"] for name in fields}),
+        overlong=settings["data.overlong"],
+        max_rows=config.prompts,
     )
     batch = prompts.batch(range(len(prompts)))
-    greedy = SamplingConfig(max_tokens=config.max_tokens, temperature=0.0)
-    sampler = Sampler(policy.model, greedy, group=1, stop_tokens=policy.stop_tokens, mesh=mesh)
-    rollout = sampler(policy.params, batch.tokens, batch.lengths, np.zeros(2, np.uint32), 0)
+    greedy = SamplingConfig(max_tokens=config.max_tokens or settings["sampling.max_tokens"], temperature=0.0)
+    sampler = Sampler(model, greedy, group=1, stop_tokens=stop_tokens, mesh=mesh)
+    rollout = sampler(params, batch.tokens, batch.lengths, np.zeros(2, np.uint32), 0)
     rows = zip(np.asarray(rollout.completion[:, 0]), np.asarray(rollout.completion_lengths[:, 0]), strict=True)
-    return batch, [row[:length].tolist() for row, length in rows], policy.tokenizer, policy.stop_tokens
+    return batch, [row[:length].tolist() for row, length in rows], tokenizer, stop_tokens, greedy.max_tokens
 
 
 def theirs(model: Any, prompt: list[int], max_tokens: int, stop_tokens: tuple[int, ...]) -> list[int]:
@@ -95,16 +109,16 @@ def main(args: list[str] | None = None) -> int:
     """Compares; the exit status."""
     with plain_errors():
         config = tyro.cli(Comparison, args=args, description=__doc__)
-        batch, completions, tokenizer, stop_tokens = ours(config)
+        batch, completions, tokenizer, stop_tokens, max_tokens = ours(config)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     equal = 0
     for number, (row, length, completion) in enumerate(zip(batch.tokens, batch.lengths, completions, strict=True)):
         prompt = row[:length].tolist()
-        expected = theirs(model, prompt, config.max_tokens, stop_tokens)
+        expected = theirs(model, prompt, max_tokens, stop_tokens)
         if completion == expected:
             equal += 1
         else:
-            print(f"problem {number}: {parting(model, prompt, completion, expected)}")
+            print(f"prompt {number}: {parting(model, prompt, completion, expected)}")
             print(f"  ours:    {tokenizer.decode(completion)!r}\n  PyTorch: {tokenizer.decode(expected)!r}")
     tokens = sum(map(len, completions))
     print(f"{equal} of {len(completions)} greedy completions ({tokens} tokens) are the same in jaxrl_llm and PyTorch")

@@ -5,8 +5,8 @@
 A small transformer is first fine-tuned on a few hundred solved sums, until it gets some of the rest right. Then
 GRPO with a verifiable reward (the sum is right or it is not) takes over: no more solutions are shown.
 
-Hardware: two CPU cores. Time: a few minutes, compilation included.
-Expected: accuracy on held-out problems from 40 % to 90 % (seed 0).
+Hardware: two CPU cores. Time: two and a half minutes, compilation included.
+Expected: accuracy on held-out problems from 0.398 to 0.896 (seed 0).
 Any setting is a flag: --algorithm.clip-high=0.28 --training.steps=300 --seed=1; see --help.
 """
 
@@ -115,7 +115,7 @@ CONFIG = ArithmeticExperiment(
     data=DataConfig(max_prompt_length=6),
     sampling=SamplingConfig(max_tokens=4),
     training=TrainingConfig(
-        steps=600, prompts_per_step=48, samples_per_prompt=16, checkpoint_every=200, samples_every=200
+        steps=720, prompts_per_step=48, samples_per_prompt=8, checkpoint_every=200, samples_every=200
     ),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=30),
     evaluation=EvaluationConfig(every=50, max_prompts=500),

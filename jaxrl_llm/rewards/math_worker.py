@@ -54,7 +54,7 @@ def _guard(function: Any, *args: Any) -> Any:
     """Returns the function's value; None if sympy fails in whatever way on sampled text."""
     try:
         return function(*args)
-    except Exception:
+    except Exception:  # of any kind: what a model writes reaches every corner of sympy
         return None
 
 

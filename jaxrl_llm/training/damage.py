@@ -26,7 +26,7 @@ def reading_checkpoint(folder: str | os.PathLike[str], step: int, steps: Sequenc
         yield
     except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # these say nothing of the files
         raise
-    except Exception as error:
+    except Exception as error:  # of any kind: Orbax, TensorStore and JSON each have their own for a broken file
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         instead = "resume from an earlier one" if min(steps) < step else "start anew"
         raise DamagedRunError(

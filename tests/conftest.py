@@ -5,7 +5,10 @@ from __future__ import annotations
 import getpass
 import importlib.metadata
 import importlib.util
+import json
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -45,6 +48,12 @@ from jaxrl_llm.sharding import MeshConfig
 
 # In this process alone: the scripts that tests start see one device, as a newcomer's machine does.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def examples() -> dict[str, Any]:
+    """Golden numbers by name, computed in NumPy from the papers' equations."""
+    return json.loads((Path(__file__).parent / "algorithm_examples.json").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +121,34 @@ def tiny() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Runs a script in two processes that are to join each other: its arguments are the address, the number, more."""
+
+    def run(script: str, *args: str, timeout: float) -> list[subprocess.CompletedProcess[str]]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, address, str(number), *args],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONUTF8": "1"},
+            )
+            for number in range(2)
+        ]
+        try:
+            results = [process.communicate(timeout=timeout) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [
+            subprocess.CompletedProcess(process.args, process.returncode, *result)
+            for process, result in zip(processes, results, strict=True)
+        ]
+
+    return run

@@ -1,6 +1,3 @@
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +20,6 @@ from jaxrl_llm.masking import (
     whiten,
 )
 
-EXAMPLES = json.loads((Path(__file__).parent / "losses" / "algorithm_examples.json").read_text())
 LENGTHS = np.array([4, 2, 0, 1, 7])
 SIZE = 7
 
@@ -62,13 +58,13 @@ def test_moments_equal_numpy(ragged, axis, ddof):
     assert kept.shape == np.sum(values, axis, keepdims=True).shape
 
 
-def test_whiten_golden_numbers():
+def test_whiten_golden_numbers(examples):
     x = np.array([[1.0, 2, 3, 4], [5, 6, np.nan, 99]])
     mask = length_mask(np.array([4, 2]), 4)
-    np.testing.assert_allclose(whiten(x, mask), EXAMPLES["whiten.unbiased"], atol=1e-6)
-    np.testing.assert_allclose(whiten(x, mask, ddof=0), EXAMPLES["whiten.biased"], atol=1e-6)
+    np.testing.assert_allclose(whiten(x, mask), examples["whiten.unbiased"], atol=1e-6)
+    np.testing.assert_allclose(whiten(x, mask, ddof=0), examples["whiten.biased"], atol=1e-6)
     kept = whiten(x, mask, shift_mean=False)
-    np.testing.assert_allclose(kept, EXAMPLES["whiten.unbiased_keepmean"], atol=1e-6)
+    np.testing.assert_allclose(kept, examples["whiten.unbiased_keepmean"], atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -1,6 +1,3 @@
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +6,6 @@ from jax.test_util import check_grads
 
 from jaxrl_llm.advantages.group import group_advantages, zero_std_groups
 
-EXAMPLES = json.loads((Path(__file__).parents[1] / "losses" / "algorithm_examples.json").read_text())
 REWARDS = np.array([[1, 0, 0, 1], [1, 1, 1, 0]])
 SCALES = ["group", "batch", "variance", "none"]
 BASELINES = ["mean", "leave_one_out"]
@@ -49,19 +45,19 @@ def ragged():
 
 
 @pytest.mark.parametrize("rewards", [REWARDS, REWARDS.astype(np.float32)])
-def test_golden_numbers(rewards):
-    close(group_advantages(rewards), EXAMPLES["grpo.adv_unbiased_1e-4"])
-    close(group_advantages(rewards, eps=1e-6), EXAMPLES["grpo.adv_unbiased_1e-6"])
-    close(group_advantages(rewards, ddof=0), EXAMPLES["grpo.adv_population_1e-4"])
-    close(group_advantages(rewards, scale="batch"), EXAMPLES["grpo.adv_batch_std"])
-    close(group_advantages(rewards, scale="variance", eps=0), EXAMPLES["grpo.adv_seed000_variance"])
-    close(group_advantages(rewards, scale="none"), EXAMPLES["drgrpo.adv"])
-    close(group_advantages(rewards, scale="none"), EXAMPLES["rppb.centered"])
+def test_golden_numbers(rewards, examples):
+    close(group_advantages(rewards), examples["grpo.adv_unbiased_1e-4"])
+    close(group_advantages(rewards, eps=1e-6), examples["grpo.adv_unbiased_1e-6"])
+    close(group_advantages(rewards, ddof=0), examples["grpo.adv_population_1e-4"])
+    close(group_advantages(rewards, scale="batch"), examples["grpo.adv_batch_std"])
+    close(group_advantages(rewards, scale="variance", eps=0), examples["grpo.adv_seed000_variance"])
+    close(group_advantages(rewards, scale="none"), examples["drgrpo.adv"])
+    close(group_advantages(rewards, scale="none"), examples["rppb.centered"])
     left_out = group_advantages(rewards, scale="none", baseline="leave_one_out")
-    close(left_out, EXAMPLES["drgrpo.adv_seed003_loo"])
-    close(left_out, EXAMPLES["rloo.adv"])
-    close(rewards - left_out, EXAMPLES["rloo.baseline"])
-    close(group_advantages(np.full((1, 4), 0.7)), EXAMPLES["grpo.adv_degenerate"])
+    close(left_out, examples["drgrpo.adv_seed003_loo"])
+    close(left_out, examples["rloo.adv"])
+    close(rewards - left_out, examples["rloo.baseline"])
+    close(group_advantages(np.full((1, 4), 0.7)), examples["grpo.adv_degenerate"])
 
 
 @pytest.mark.parametrize("scale", SCALES)

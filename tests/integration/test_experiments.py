@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import pytest
 
 from experiments import grpo_arithmetic
 from jaxrl_llm.models.pretrained import from_pretrained
-from jaxrl_llm.training.metrics import read_metrics
+from jaxrl_llm.training.metrics import comparable_metrics, read_metrics
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
 SMALL = (
@@ -64,18 +65,20 @@ def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: 
     assert str(run_dir / "curves.png") in capsys.readouterr().out  # the summary says where things are
 
 
-def test_arithmetic_that_goes_on_does_not_start_warm_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_arithmetic_that_goes_on_starts_warm_from_what_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = str(EXPERIMENTS[0].with_name("grpo_arithmetic.py"))
-    flags = ["--warm-start.steps=5", "--warm-start.demonstrations=8", "--held-out=16"]
-    flags = [*SMALL, "--evaluation.every=0", *flags, f"--run-dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    runpy.run_path(script, run_name="__main__")
+    flags = ["--warm-start.steps=5", "--warm-start.demonstrations=8", "--held-out=16", "--algorithm.kl-coef=0.1"]
+    flags = [*SMALL, "--evaluation.every=0", "--training.checkpoint-every=1", *flags, f"--run-dir={tmp_path}"]
+    grpo_arithmetic.main(flags)
     assert "warm start: 5 steps on 8 sums" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [script, *flags, "--resume"])
-    runpy.run_path(script, run_name="__main__")
+    whole = comparable_metrics(tmp_path / "metrics.jsonl")
+    assert whole[-1]["step"] == 2 and whole[-1]["kl"] > 0
+
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    grpo_arithmetic.main([*flags, "--resume"])
     assert "warm start" not in capsys.readouterr().out
+    assert comparable_metrics(tmp_path / "metrics.jsonl") == whole  # the KL to the warm start, too
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,10 +19,11 @@ import dataclasses, json, os, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 from jaxrl_llm.training import distributed
-sys.path.insert(0, sys.argv[1])
+
+address, process, here, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+sys.path.insert(0, here)
 import tiny_experiment as tiny
 
-folder, address, process = sys.argv[2], sys.argv[3], int(sys.argv[4])
 distributed.initialize(address, 2, process)
 
 def run(name, *args):
@@ -55,32 +53,12 @@ print(json.dumps(out))
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+def outcome(
+    two_processes, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
     """The folder of the runs, and how the two processes ended."""
     folder = tmp_path_factory.mktemp("runs")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), address]
-    processes = [
-        subprocess.Popen(
-            [*command, str(process)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONUTF8": "1"},
-        )
-        for process in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return folder, [
-        subprocess.CompletedProcess(process.args, process.returncode, *result)
-        for process, result in zip(processes, results, strict=True)
-    ]
+    return folder, two_processes(SCRIPT, str(Path(__file__).parent), str(folder), timeout=240)
 
 
 def test_both_end_alike(outcome) -> None:

@@ -1,18 +1,18 @@
-"""The rows that the golden numbers of `algorithm_examples.json` are computed from, and ragged random ones."""
+"""The rows that the golden numbers are computed from, ragged random ones, and what holds of every loss."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
-
-@pytest.fixture(scope="session")
-def examples() -> dict:
-    return json.loads((Path(__file__).parent / "algorithm_examples.json").read_text())
+from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
 
 
 @pytest.fixture
@@ -48,3 +48,118 @@ def ragged() -> SimpleNamespace:
         advantages=rng.normal(size=mask.shape[:-1]),
         token_advantages=padded(rng.normal(size=mask.shape)),
     )
+
+
+Loss = Callable[..., tuple[jax.Array, Any]]
+
+
+def _same(one: Any, other: Any, **tolerance: float) -> None:
+    for name, value in jax.tree_util.tree_leaves_with_path(one):
+        np.testing.assert_allclose(value, dict(jax.tree_util.tree_leaves_with_path(other))[name], **tolerance)
+
+
+@pytest.fixture(scope="session")
+def check_token_loss() -> Callable[..., None]:
+    """Checks what holds of every named loss of tokens; see `check` below for the arguments."""
+
+    def check(
+        loss: Loss,
+        arrays: dict[str, np.ndarray],
+        *,
+        mode: AggregationMode | None,
+        trained: str = "logprobs",
+        packs: bool = True,
+    ) -> None:
+        """Checks a loss on ragged rows.
+
+        Args:
+            loss: called with `arrays` by name, and with `normalizer` and `segment_ids` where they are tested; returns
+                `(loss, metrics)`.
+            arrays: `[R, T]`, or `[R]` for one number a sequence; `mask` is one of them. R must be even.
+            mode: aggregation whose normalizer makes micro-batches add up; `None` if the loss takes none.
+            trained: the array that is differentiated.
+            packs: whether the loss takes `segment_ids`.
+        """
+        mask = arrays["mask"]
+        clean = {name: _filled(x, mask, 0.0) for name, x in arrays.items()}
+
+        def value(changes: dict[str, Any] | None = None, **options: Any) -> Any:
+            return loss(**{**clean, **(changes or {})}, **options)
+
+        def gradient(changes: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
+            fixed = {**clean, **(changes or {})}
+            x = jnp.asarray(fixed.pop(trained))
+            return jax.value_and_grad(lambda x: loss(**{trained: x}, **fixed, **options)[0])(x)
+
+        # What is at the padding does not matter, and gets no gradient.
+        expected, expected_gradient = gradient()
+        assert np.isfinite(expected) and np.isfinite(expected_gradient).all()
+        assert np.any(np.asarray(expected_gradient) != 0)
+        for padding in (np.nan, np.inf, 7.0):
+            dirty = {name: _filled(x, mask, padding) for name, x in arrays.items()}
+            _same((value(), gradient()), (value(dirty), gradient(dirty)), rtol=0, atol=0)
+        np.testing.assert_array_equal(np.asarray(expected_gradient)[~mask], 0)
+
+        # The gradient is that of the value.
+        with jax.enable_x64(True):
+            rest = {name: jnp.asarray(x) for name, x in clean.items() if name != trained}
+            check_grads(jax.jit(lambda x: loss(**{trained: x}, **rest)[0]), (jnp.asarray(clean[trained]),), 1, ["rev"])
+
+        # Transformations and types.
+        _same(value(), jax.jit(lambda changes: value(changes))(clean), rtol=1e-5, atol=1e-6)
+        twice = {name: jnp.stack([x, x[::-1]]) for name, x in clean.items()}
+        both = jax.vmap(lambda changes: value(changes)[0])(twice)
+        np.testing.assert_allclose(both, [expected, expected], rtol=1e-5, atol=1e-6)
+        narrow = {n: jnp.asarray(x, jnp.bfloat16) if x.dtype.kind == "f" else x for n, x in clean.items()}
+        wide = {n: jnp.asarray(x, jnp.float32) if n != "mask" else x for n, x in narrow.items()}
+        assert value(narrow)[0].dtype == jnp.float32
+        _same(value(narrow), value(wide), rtol=1e-6, atol=1e-7)
+        assert gradient(narrow)[1].dtype == jnp.bfloat16
+
+        # Nothing to train on; one token.
+        empty, empty_gradient = gradient({"mask": np.zeros_like(mask)})
+        assert empty == 0 and not np.any(empty_gradient)
+        one = np.zeros_like(mask)
+        one.flat[np.flatnonzero(mask)[0]] = True
+        assert all(np.isfinite(x).all() for x in gradient({"mask": one}))
+
+        rows = len(mask) // 2
+        if mode is not None:  # parts add up, value and gradient
+            normalizer = aggregation_normalizer(mask, mode=mode)
+            parts = [
+                gradient({name: x[part] for name, x in clean.items()}, normalizer=normalizer)
+                for part in (slice(rows), slice(rows, None))
+            ]
+            np.testing.assert_allclose(parts[0][0] + parts[1][0], expected, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                np.concatenate([parts[0][1], parts[1][1]]), expected_gradient, rtol=1e-5, atol=1e-6
+            )
+        if packs:  # two sequences in a row
+            width = mask.shape[1]
+            wide_rows = {n: x if x.ndim > 1 else np.repeat(x[:, None], width, 1) for n, x in clean.items()}
+            packed = {n: np.concatenate([x[:rows], x[rows:]], axis=1) for n, x in wide_rows.items()}
+            segment_ids = np.repeat([[0] * width + [1] * width], rows, axis=0)
+            total, packed_gradient = gradient(packed, segment_ids=segment_ids)
+            np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
+            unpacked = np.concatenate([packed_gradient[:, :width], packed_gradient[:, width:]])
+            np.testing.assert_allclose(unpacked, expected_gradient, rtol=1e-5, atol=1e-6)
+
+    return check
+
+
+def _filled(x: np.ndarray, mask: np.ndarray, value: float) -> np.ndarray:
+    """Writes `value` to the padding of a floating-point array of tokens."""
+    return np.where(mask, x, value) if x.shape == mask.shape and x.dtype.kind == "f" else x
+
+
+@pytest.fixture
+def ragged_rows(ragged: SimpleNamespace) -> Callable[..., dict[str, np.ndarray]]:
+    """The rows of `ragged` as `[R, T]` (and `[R]`), by name, the empty one left in."""
+
+    def rows(*names: str) -> dict[str, np.ndarray]:
+        every = {"logprobs": ragged.logprobs, "mask": ragged.mask, "old_logprobs": ragged.old}
+        every |= {"ref_logprobs": ragged.ref, "advantages": ragged.advantages}
+        width = ragged.mask.shape[-1]
+        return {n: every[n].reshape(-1, width) if every[n].ndim > 2 else every[n].reshape(-1) for n in names}
+
+    return rows

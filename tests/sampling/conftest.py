@@ -15,6 +15,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.types import Rollout
 
 STOP_TOKENS = (1, 5, 9, 17, 33, 40)
 
@@ -59,3 +60,16 @@ def prompts() -> tuple[np.ndarray, np.ndarray]:
 def key() -> np.ndarray:
     """Root of the noise, as the engine takes it."""
     return np.asarray(jax.random.key_data(jax.random.key(7)))
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Compares what was sampled: tokens exactly, log-probs within `atol`."""
+
+    def compare(one: Rollout, other: Rollout, *, atol: float = 1e-5) -> None:
+        for name in ("completion_lengths", "completion", "finished"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        for name in ("logprobs", "sampler_logprobs"):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=atol, err_msg=name)
+
+    return compare

@@ -53,14 +53,6 @@ def teacher_forced_logits(model: Transformer, params: Params, rollout: Rollout) 
     return np.asarray(jax.jit(logits)(params, rollout))
 
 
-def assert_same(one: Rollout, other: Rollout) -> None:
-    np.testing.assert_array_equal(one.completion_lengths, other.completion_lengths)
-    np.testing.assert_array_equal(one.completion, other.completion)
-    np.testing.assert_array_equal(one.finished, other.finished)
-    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
-    np.testing.assert_allclose(one.sampler_logprobs, other.sampler_logprobs, atol=1e-5)
-
-
 def rows(rollout: Rollout, prompts: slice, samples: slice = slice(None)) -> Rollout:
     """A part of a rollout."""
     part = {
@@ -148,7 +140,7 @@ def test_truncated_rollouts_stay_in_the_filtered_set(tiny_config, lively_params,
     np.testing.assert_allclose(np.asarray(rollout.sampler_logprobs)[mask], (chosen - np.log(kept))[mask], atol=1e-4)
 
 
-def test_recycled_slots_sample_the_same_rows(tiny_config, lively_params, make_sampler, prompts, key):
+def test_recycled_slots_sample_the_same_rows(tiny_config, lively_params, make_sampler, prompts, key, assert_same):
     model = Transformer(tiny_config(sliding_windows=(3, None)))
     params = lively_params(model)
     whole = make_sampler(model, group=5)(params, *prompts, key, 3)
@@ -157,7 +149,7 @@ def test_recycled_slots_sample_the_same_rows(tiny_config, lively_params, make_sa
         assert_same(make_sampler(model, group=5, slots=slots)(params, *prompts, key, 3), whole)
 
 
-def test_rows_do_not_depend_on_the_batch(tiny_config, lively_params, make_sampler, prompts, key):
+def test_rows_do_not_depend_on_the_batch(tiny_config, lively_params, make_sampler, prompts, key, assert_same):
     """Neither on other prompts, nor on how many samples there are, nor on the width of the prompts' rows."""
     model = Transformer(tiny_config())
     params = lively_params(model)

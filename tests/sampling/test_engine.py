@@ -11,18 +11,11 @@ import pytest
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.types import Rollout
 
 
-def assert_same_rows(ours: Rollout, expected: Rollout) -> None:
-    np.testing.assert_array_equal(ours.completion, expected.completion)
-    np.testing.assert_array_equal(ours.completion_lengths, expected.completion_lengths)
-    np.testing.assert_array_equal(ours.finished, expected.finished)
-    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-4)
-    np.testing.assert_allclose(ours.sampler_logprobs, expected.sampler_logprobs, atol=1e-4)
-
-
-def test_every_mesh_samples_the_same_rows(mesh_config, tiny_config, lively_params, make_sampler, prompts, key):
+def test_every_mesh_samples_the_same_rows(
+    mesh_config, tiny_config, lively_params, make_sampler, prompts, key, assert_same
+):
     """Parameters lie sharded on the mesh; fsdp 8 and data 2 × fsdp 4 must cut groups, since there are 4 prompts."""
     model = Transformer(tiny_config(tie_embeddings=False, sliding_windows=(4, None)))
     params = lively_params(model)
@@ -30,18 +23,18 @@ def test_every_mesh_samples_the_same_rows(mesh_config, tiny_config, lively_param
     mesh = make_mesh(mesh_config)
     sharded = jax.device_put(params, parameter_shardings(mesh, model.logical_axes(), params))
     ours = make_sampler(model, group=4, temperature=0.8, mesh=mesh)(sharded, *prompts, key, 2)
-    assert_same_rows(ours, expected)
+    assert_same(ours, expected, atol=1e-4)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(ours))
 
 
-def test_slots_on_a_mesh(tiny_config, lively_params, make_sampler, prompts, key):
+def test_slots_on_a_mesh(tiny_config, lively_params, make_sampler, prompts, key, assert_same):
     model = Transformer(tiny_config())
     params = lively_params(model)
     tokens, lengths = prompts
     expected = make_sampler(model, group=8)(params, tokens[:2], lengths[:2], key, 2)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     ours = make_sampler(model, group=8, slots=2, mesh=mesh)(params, tokens[:2], lengths[:2], key, 2)
-    assert_same_rows(ours, expected)
+    assert_same(ours, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("slots", [None, 1])

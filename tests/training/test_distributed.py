@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,28 +107,11 @@ print(json.dumps(out))
 """
 
 
-def test_two_processes_agree(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(process), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONUTF8": "1"},
-        )
-        for process in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors
-    first, second = (json.loads(output.splitlines()[-1]) for output, _ in results)
+def test_two_processes_agree(two_processes, tmp_path: Path) -> None:
+    processes = two_processes(TWO_PROCESSES, str(tmp_path), timeout=120)
+    for process in processes:
+        assert process.returncode == 0, process.stderr
+    first, second = (json.loads(process.stdout.splitlines()[-1]) for process in processes)
     assert (first.pop("main"), second.pop("main")) == (True, False)
     assert first.pop("restored") == [[0.0, 1.0], [2.0, 3.0]]
     assert second.pop("restored") == [[4.0, 5.0], [6.0, 7.0]]

@@ -7,7 +7,7 @@ stays float64).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,12 @@ def check_same_shape(**arrays: ArrayLike | None) -> None:
             )
 
 
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises ValueError, naming them, unless `value` is one of the `choices`, a `Literal` type."""
+    if value not in get_args(choices):
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(get_args(choices))}")
+
+
 def check_mask(mask: ArrayLike, **arrays: ArrayLike | None) -> Array:
     """Returns `mask` as an array. Raises ValueError unless it is bool and the named arrays have its shape."""
     mask = jnp.asarray(mask)
@@ -103,6 +109,19 @@ def mask_or_all(mask: ArrayLike | None, **array: ArrayLike) -> Array:
     """Returns `mask`, checked, or without one an all-True mask for the one named array."""
     (x,) = array.values()
     return jnp.ones(np.shape(x), bool) if mask is None else check_mask(mask, **array)
+
+
+def per_token(mask: ArrayLike, **array: ArrayLike) -> Array:
+    """Broadcasts the one named array over the tokens of `mask`: from `[...]`, one for each sequence, or as it is."""
+    ((name, x),) = array.items()
+    shape, wanted = np.shape(x), np.shape(mask)
+    if shape == wanted:
+        return jnp.asarray(x)
+    if shape != wanted[:-1]:
+        raise ValueError(
+            f"{name} has shape {shape}, but mask has shape {wanted}: pass one for each token, or one for each sequence"
+        )
+    return jnp.broadcast_to(jnp.asarray(x)[..., None], wanted)
 
 
 def length_mask(lengths: ArrayLike, size: int) -> Array:
@@ -231,6 +250,23 @@ def segment_first(mask: ArrayLike, segment_ids: ArrayLike | None = None) -> Arra
         starts = jnp.roll(_segment_ends(segment_ids), 1, axis=-1)
         rank -= jax.lax.cummax(jnp.where(starts, rank - mask, 0), axis=mask.ndim - 1)
     return mask & (rank == 1)
+
+
+def segment_last(mask: ArrayLike, segment_ids: ArrayLike | None = None) -> Array:
+    """Marks the last valid token of each segment (of each row, without ids): where a sequence's score belongs."""
+    mask = check_mask(mask, segment_ids=segment_ids)
+    backwards = None if segment_ids is None else jnp.flip(jnp.asarray(segment_ids), -1)
+    return jnp.flip(segment_first(jnp.flip(mask, -1), backwards), -1)
+
+
+def next_valid(x: ArrayLike, mask: ArrayLike, segment_ids: ArrayLike | None = None) -> Array:
+    """Gives every position the value at the next valid token of its segment, and 0 after the last one."""
+    mask = check_mask(mask, x=x, segment_ids=segment_ids)
+    last = jnp.arange(mask.shape[-1]) == mask.shape[-1] - 1
+    ends = jnp.broadcast_to(last, mask.shape) if segment_ids is None else _segment_ends(segment_ids)
+    values = fill_masked(x, mask)
+    held = _linear_scan(jnp.where(mask | ends, 0.0, 1.0).astype(values.dtype), values, reverse=True)
+    return jnp.where(ends, 0.0, jnp.roll(held, -1, axis=-1))
 
 
 def _segment_ends(segment_ids: ArrayLike) -> Array:

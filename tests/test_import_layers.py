@@ -20,7 +20,8 @@ PACKAGE = "jaxrl_llm"
 ROOMS = (
     ("masking",),
     ("logprobs",),
-    ("losses", "advantages", "types"),
+    ("losses",),
+    ("advantages", "types"),
     ("sharding",),
     ("models",),
     ("sampling",),
@@ -31,7 +32,10 @@ ROOMS = (
     ("config",),
     ("cli",),
 )
-"""From the lowest room to the highest; `losses` may not import `types`, which loads flax."""
+"""From the lowest room to the highest; `losses` and `advantages` may not import `types`, which loads flax.
+
+`advantages` is above `losses` for the estimators of the KL: a penalty in the reward is one of them.
+"""
 
 ALONE = "rewards"
 """Plain Python on strings, which anyone may take out of here: imports no other room."""

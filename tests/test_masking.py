@@ -1,3 +1,5 @@
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax.test_util import check_grads
 from jaxrl_llm.masking import (
     Max,
     Mean,
+    check_choice,
     fill_masked,
     group_first,
     group_total,
@@ -14,7 +17,10 @@ from jaxrl_llm.masking import (
     masked_mean,
     masked_sum,
     masked_var,
+    next_valid,
+    per_token,
     segment_first,
+    segment_last,
     segment_total,
     suffix_sum,
     whiten,
@@ -231,3 +237,48 @@ def test_errors_name_the_argument():
         fill_masked(np.zeros(3), np.ones(3, np.float32))
     with pytest.raises(ValueError, match=r"segment_ids has shape \(4,\)"):
         jax.eval_shape(lambda x: suffix_sum(x, x > 0, segment_ids=np.zeros(4)), jnp.zeros(3))
+
+
+def test_segment_last(ragged):
+    _, mask = ragged
+    expected = np.zeros_like(mask)
+    for row in range(len(mask)):
+        expected[row, np.flatnonzero(mask[row])[-1:]] = True
+    np.testing.assert_array_equal(segment_last(mask), expected)
+    packed, ids = np.concatenate([mask[:2], mask[3:]], axis=1), np.repeat([[5] * SIZE + [0] * SIZE], 2, axis=0)
+    np.testing.assert_array_equal(segment_last(packed, ids), np.concatenate([expected[:2], expected[3:]], axis=1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_next_valid(ragged, packed):
+    values, mask = ragged
+    expected = np.zeros(values.shape)
+    for row, t in np.ndindex(values.shape):
+        following = [k for k in range(t + 1, SIZE) if mask[row, k]]
+        expected[row, t] = values[row, following[0]] if following else 0.0
+    if packed:
+        values, mask, expected = (np.concatenate([x[:2], x[3:]], axis=1) for x in (values, mask, expected))
+    ids = np.repeat([[5] * SIZE + [0] * SIZE], 2, axis=0) if packed else None
+    np.testing.assert_allclose(next_valid(values, mask, ids), expected, rtol=1e-6)
+    grad = jax.grad(lambda x: next_valid(x, mask, ids).sum())(jnp.asarray(values))
+    assert np.isfinite(grad).all()
+    with pytest.raises(ValueError, match=r"segment_ids has shape \(3,\)"):
+        next_valid(values, mask, np.zeros(3, int))
+
+
+def test_per_token():
+    mask = np.ones((2, 3), bool)
+    np.testing.assert_array_equal(per_token(mask, scores=np.array([1, 2])), [[1, 1, 1], [2, 2, 2]])
+    x = np.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(per_token(mask, scores=x), x)
+    assert per_token(mask, finished=np.ones(2, bool)).dtype == bool
+    with pytest.raises(
+        ValueError, match=r"scores has shape \(3,\), but mask has shape \(2, 3\): pass one for each token"
+    ):
+        per_token(mask, scores=np.zeros(3))
+
+
+def test_check_choice():
+    check_choice("scale", "group", Literal["group", "none"])
+    with pytest.raises(ValueError, match="unknown scale 'std': choose one of group, none"):
+        check_choice("scale", "std", Literal["group", "none"])

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.masking import (
-    fill_masked,
-    group_first,
-    group_total,
-    mask_or_all,
-    masked_var,
-    safe_divide,
-)
+from jaxrl_llm.advantages.statistics import group_statistics, safe_sqrt
+from jaxrl_llm.masking import check_choice, fill_masked, mask_or_all, masked_var, safe_divide
 
 AdvantageScale = Literal["group", "batch", "variance", "none"]
 AdvantageBaseline = Literal["mean", "leave_one_out"]
@@ -45,8 +39,9 @@ def group_advantages(
     The baseline is the "mean" of the group, the sample itself included, or "leave_one_out", the mean of
     its other samples (RLOO, Ahmadian et al. 2024, 2402.14740), which makes A larger by G / (G − 1).
 
-    A group whose valid rewards are all equal, by an exact comparison, has advantages of exactly 0: its
-    mean may be off by a rounding error, which the division by eps would blow up.
+    Unlike `reinforce_plus_plus_baseline_advantages`, nothing but "batch" looks beyond the group. A group of one
+    has advantage 0 (in verl, its raw reward). A group whose valid rewards are all equal, by an exact comparison, has
+    advantages of exactly 0: its mean may be off by a rounding error, which the division by eps would blow up.
 
     Args:
         rewards: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
@@ -63,14 +58,15 @@ def group_advantages(
 
     Raises:
         ValueError: On shapes that do not fit or an unknown option.
+
+    Source: Shao et al. 2024, "DeepSeekMath" (2402.03300); Liu et al. 2025, "Understanding R1-Zero-like
+    training" (2503.20783); Ahmadian et al. 2024 (2402.14740); Liu et al. 2025, "Tricks or traps?" (2508.08221).
     """
-    if scale not in get_args(AdvantageScale):
-        raise ValueError(f"unknown scale {scale!r}: choose one of {', '.join(get_args(AdvantageScale))}")
-    if baseline not in get_args(AdvantageBaseline):
-        raise ValueError(f"unknown baseline {baseline!r}: choose one of {', '.join(get_args(AdvantageBaseline))}")
+    check_choice("scale", scale, AdvantageScale)
+    check_choice("baseline", baseline, AdvantageBaseline)
     mask = mask_or_all(mask, rewards=rewards)
     rewards = fill_masked(rewards, mask)
-    group = _group_statistics(rewards, mask, group_ids)
+    group = group_statistics(rewards, mask, group_ids)
 
     if baseline == "mean":
         centred = rewards - group.mean
@@ -83,7 +79,7 @@ def group_advantages(
         divisor = group.variance(ddof) + eps
     else:
         variance = group.variance(ddof) if scale == "group" else masked_var(rewards, mask, ddof=ddof)
-        divisor = _safe_sqrt(variance) + eps
+        divisor = safe_sqrt(variance) + eps
     return jnp.where(mask & ~group.is_constant, safe_divide(centred, divisor), 0.0)
 
 
@@ -101,33 +97,5 @@ def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_
         Bool: `[...]`, one for each group; with `group_ids`, for each sample that of its group.
     """
     mask = mask_or_all(mask, rewards=rewards)
-    is_constant = _group_statistics(fill_masked(rewards, mask), mask, group_ids).is_constant
+    is_constant = group_statistics(fill_masked(rewards, mask), mask, group_ids).is_constant
     return is_constant[..., 0] if group_ids is None else is_constant
-
-
-class _GroupStatistics(NamedTuple):
-    """Statistics of each sample's group, of the shape of the rewards."""
-
-    count: Array
-    mean: Array
-    sum_of_squares: Array
-    is_constant: Array
-
-    def variance(self, ddof: int) -> Array:
-        return safe_divide(self.sum_of_squares, jnp.maximum(self.count - ddof, 0))
-
-
-def _group_statistics(rewards: Array, mask: Array, group_ids: ArrayLike | None) -> _GroupStatistics:
-    count = group_total(mask, mask, group_ids)
-    mean = safe_divide(group_total(rewards, mask, group_ids), count)
-    sum_of_squares = group_total((rewards - mean) ** 2, mask, group_ids)
-    # Not highest == lowest: a NaN differs from itself and so keeps its group from passing for a constant one.
-    first_reward = group_total(rewards, group_first(mask, group_ids), group_ids)
-    is_constant = group_total(rewards != first_reward, mask, group_ids) == 0
-    return _GroupStatistics(count, mean, sum_of_squares, is_constant)
-
-
-def _safe_sqrt(x: Array) -> Array:
-    """√x with gradient 0 at x = 0, where the true one is infinite."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)

@@ -1,0 +1,176 @@
+"""Advantages within a group with other baselines and scales than its mean and deviation: OPO, GPG, pass@k."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxrl_llm.advantages.group import group_advantages
+from jaxrl_llm.advantages.statistics import group_rank, group_statistics, safe_sqrt
+from jaxrl_llm.masking import (
+    check_choice,
+    check_same_shape,
+    count_true,
+    fill_masked,
+    group_total,
+    mask_or_all,
+    safe_divide,
+)
+
+GPGAlpha = Literal["valid_groups", "nonzero_rewards"]
+PassAtKScale = Literal["group", "none"]
+
+
+def opo_advantages(
+    rewards: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+) -> Array:
+    """OPO: rewards minus the mean of their group weighted by length.
+
+        A = R − Σⱼ nⱼ Rⱼ / Σⱼ nⱼ
+
+    That is the baseline of least variance if the gradients of tokens are independent and alike. It is for exactly
+    on-policy updates, without KL or entropy terms. Unlike `group_advantages(scale="none")`, the baseline leans to
+    the long samples.
+
+    Args:
+        rewards: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
+        lengths: Lengths nⱼ of the completions in tokens, of the shape of `rewards`.
+        mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
+        group_ids: Labels of the shape of `rewards`; equal ones form a group.
+
+    Returns:
+        The shape of `rewards`; exactly 0 where all of a group's rewards are equal, and where masked.
+
+    Raises:
+        ValueError: On unequal shapes or a mask that is not bool.
+
+    Source: Hao et al. 2025, "On-policy RL with optimal reward baseline" (2505.23585).
+    """
+    mask = mask_or_all(mask, rewards=rewards)
+    check_same_shape(rewards=rewards, lengths=lengths)
+    rewards, lengths = fill_masked(rewards, mask), fill_masked(lengths, mask)
+    baseline = safe_divide(group_total(lengths * rewards, mask, group_ids), group_total(lengths, mask, group_ids))
+    is_constant = group_statistics(rewards, mask, group_ids).is_constant
+    return jnp.where(mask & ~is_constant, rewards - baseline, 0.0)
+
+
+def gpg_alpha(
+    rewards: ArrayLike,
+    *,
+    alpha: GPGAlpha = "valid_groups",
+    eps: float = 0.0,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+) -> Array:
+    """GPG's factor for the samples that teach nothing: all samples over those that do.
+
+        B / (B − M)        M samples in groups whose rewards are all equal
+
+    1 / alpha is the share of valid samples: below about 0.6 the authors collect more before they update. Unlike
+    dropping those groups, it keeps the shapes, with the same gradient as a mean over the others.
+
+    Args:
+        rewards: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
+        alpha: "valid_groups" as above, or "nonzero_rewards": B over the number of rewards that are not 0 (verl).
+        eps: Added to the share, before it is inverted (1e-5 in the authors' code).
+        mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
+        group_ids: Labels of the shape of `rewards`; equal ones form a group.
+
+    Returns:
+        A float32 scalar; 0 if no sample teaches anything.
+
+    Raises:
+        ValueError: On unequal shapes or an unknown option.
+
+    Source: Chu et al. 2025, "GPG" (2504.02546).
+    """
+    check_choice("alpha", alpha, GPGAlpha)
+    mask = mask_or_all(mask, rewards=rewards)
+    rewards = fill_masked(rewards, mask)
+    useful = ~group_statistics(rewards, mask, group_ids).is_constant if alpha == "valid_groups" else rewards != 0
+    share = safe_divide(count_true(mask & useful), count_true(mask))
+    return jnp.where(share > 0, safe_divide(1.0, share + eps), 0.0)
+
+
+def gpg_advantages(
+    rewards: ArrayLike,
+    *,
+    alpha: GPGAlpha = "valid_groups",
+    eps: float = 0.0,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+) -> Array:
+    """GPG: centred rewards, made larger by what groups without a signal take off the mean.
+
+        A = alpha · (R − mean of its group)
+
+    For the loss −logprobs · A, without ratio, clip or KL. Unlike `group_advantages(scale="none")`, the size of a
+    step does not depend on how many groups are valid.
+
+    Args:
+        rewards: As `gpg_alpha`.
+        alpha: As `gpg_alpha`.
+        eps: As `gpg_alpha`.
+        mask: As `gpg_alpha`.
+        group_ids: As `gpg_alpha`.
+
+    Returns:
+        The shape of `rewards`.
+
+    Raises:
+        ValueError: As `gpg_alpha`.
+
+    Source: Chu et al. 2025, "GPG" (2504.02546).
+    """
+    factor = gpg_alpha(rewards, alpha=alpha, eps=eps, mask=mask, group_ids=group_ids)
+    return factor * group_advantages(rewards, scale="none", mask=mask, group_ids=group_ids)
+
+
+def pass_at_k_advantages(
+    rewards: ArrayLike,
+    *,
+    scale: PassAtKScale = "group",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+) -> Array:
+    """The advantage that trains the best of a group's samples: only the best has one, its lead over the second.
+
+        A_best = (R_best − R_second) / (std + eps);   0 for all others
+
+    Two best samples have no lead, so that a group with two successes teaches nothing: pass@k with k the size of
+    the group is served already. Unlike `group_advantages`, no sample is pushed down.
+
+    Args:
+        rewards: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
+        scale: "group": divided by the group's standard deviation; "none".
+        ddof: 1 for the unbiased deviation, 0 for the population's.
+        eps: Added to the deviation, outside the root.
+        mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
+        group_ids: Labels of the shape of `rewards`; equal ones form a group.
+
+    Returns:
+        The shape of `rewards`; 0 in groups with fewer than two valid samples.
+
+    Raises:
+        ValueError: On unequal shapes or an unknown option.
+
+    Source: Tang et al. 2025, "Optimizing language models for inference time objectives" (2503.19595); verl.
+    """
+    check_choice("scale", scale, PassAtKScale)
+    mask = mask_or_all(mask, rewards=rewards)
+    rewards = fill_masked(rewards, mask)
+    rank = group_rank(rewards, mask, group_ids)
+    best, second = (group_total(rewards, mask & (rank == place), group_ids) for place in (0, 1))
+    group = group_statistics(rewards, mask, group_ids)
+    divisor = safe_sqrt(group.variance(ddof)) + eps if scale == "group" else jnp.ones(())
+    leads = mask & (rank == 0) & ~group.is_constant
+    return jnp.where(leads, safe_divide(best - second, divisor), 0.0)

@@ -1,64 +1,89 @@
-"""Clipped policy-gradient losses: the surrogate of PPO, and GRPO, Dr. GRPO and DAPO on top of it."""
+"""Losses with PPO's clip on the ratio of each token: PPO, GRPO, Dr. GRPO and DAPO."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxrl_llm.losses._rows import clip_metrics, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.losses.kl import KLEstimator, kl_k3, kl_penalty
-from jaxrl_llm.losses.ratio import clip_indicators, clip_range, importance_ratio, per_token_advantages
-from jaxrl_llm.masking import Max, Mean, Metrics, check_mask, fill_masked
+from jaxrl_llm.losses.entropy import entropy_bonus
+from jaxrl_llm.losses.kl import KLEstimator, kl_penalty
+from jaxrl_llm.losses.ratio import clip_indicators, clipped_surrogate
+from jaxrl_llm.masking import Mean, Metrics, fill_masked
 
 
-def clipped_surrogate(
+def ppo_loss(
     logprobs: ArrayLike,
     old_logprobs: ArrayLike | None,
     advantages: ArrayLike,
+    mask: ArrayLike,
     *,
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
     dual_clip: float | None = None,
     ratio_cap: float | None = None,
-) -> Array:
-    """The per-token loss of PPO.
+    weights: ArrayLike | None = None,
+    entropy: ArrayLike | None = None,
+    entropy_coef: ArrayLike = 0.0,
+    aggregation: AggregationMode = "token-mean",
+    normalizer: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+) -> tuple[Array, Metrics]:
+    """Proximal policy optimization: the policy's part of the loss.
 
-        max(−A min(r, ratio_cap), −A clip(r, 1 − clip_low, 1 + clip_high))    ≤ −A · dual_clip if A < 0
+        Agg[ max(−A r, −A clip(r, 1 − clip_low, 1 + clip_high)) ] − entropy_coef · Agg[ H ]
 
-    A token's gradient is −A r ∇logprobs, or 0 once its ratio has left the clip range in the direction
-    that A asks for.
+    Agg is one mean over all valid tokens, and A comes from generalized advantage estimation with a critic, whose own
+    loss is to be added. `clip_low=None, clip_high=None` leaves −A r, the form without a clip. Unlike `grpo_loss`, it
+    has no KL term, since PPO penalizes the KL in the reward.
 
     Args:
-        logprobs: Log-probabilities under the policy, `[..., T]`.
-        old_logprobs: The same under the policy that sampled; a constant. None: the policy itself.
-        advantages: `[..., T]`, or `[...]` with one for each sequence; a constant.
-        clip_low: Distance of the lower bound from 1. None: no lower bound.
-        clip_high: Distance of the upper bound from 1. None: no upper bound (both None: −A r).
-        dual_clip: Bound, above 1, on the loss of tokens with A < 0, in units of −A. None: no bound.
-        ratio_cap: Cap, above 1 + clip_high, on the unclipped ratio ("two-sided clipping", TRL's
-            `delta`); for A < 0 it does the same as `dual_clip`. None: no cap.
+        logprobs: As `grpo_loss`.
+        old_logprobs: As `grpo_loss`.
+        advantages: As `grpo_loss`.
+        mask: As `grpo_loss`.
+        clip_low: See `clipped_surrogate` for the four bounds.
+        clip_high: As `clip_low`.
+        dual_clip: As `clip_low`; verl's default is 3.
+        ratio_cap: As `clip_low`.
+        weights: As `grpo_loss`.
+        entropy: Entropy of the policy at each token in nats, `[..., T]`, differentiated. None: no bonus.
+        entropy_coef: Weight of the entropy bonus.
+        aggregation: As `grpo_loss`; a mode that takes no further arguments.
+        normalizer: As `grpo_loss`.
+        segment_ids: As `grpo_loss`.
 
     Returns:
-        `[..., T]`; not masked. Where padding may be not finite, apply `fill_masked` to the inputs first.
+        As `grpo_loss`, and the metric `entropy` if there is one.
 
     Raises:
-        ValueError: On shapes that do not fit or bounds that make no sense.
+        ValueError: As `grpo_loss`, and on an entropy bonus without entropies.
 
-    Sources: Schulman et al. 2017 (1707.06347). Asymmetric bounds: Yu et al. 2025 (2503.14476). Dual
-    clip: Ye et al. 2020 (1912.09729). Two-sided: INTELLECT-2, 2025 (2505.07291).
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms" (1707.06347).
     """
-    _check_bounds(clip_low, clip_high, dual_clip, ratio_cap)
-    ratio = importance_ratio(logprobs, old_logprobs)
-    advantages = jax.lax.stop_gradient(per_token_advantages(advantages, ratio))
-    losses = -advantages * (ratio if ratio_cap is None else jnp.minimum(ratio, ratio_cap))
-    if clip_low is not None or clip_high is not None:
-        losses = jnp.maximum(losses, -advantages * jnp.clip(ratio, *clip_range(clip_low, clip_high)))
-    if dual_clip is not None:
-        losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
-    return losses
+    loss, metrics = grpo_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio_cap=ratio_cap,
+        kl_coef=0,
+        weights=weights,
+        aggregation=aggregation,
+        normalizer=normalizer,
+        segment_ids=segment_ids,
+    )
+    _check_present("entropy_coef", entropy_coef, "entropy", entropy)
+    if entropy is not None:
+        options = {"aggregation": aggregation, "normalizer": normalizer, "segment_ids": segment_ids}
+        bonus, entropy_metrics = entropy_bonus(entropy, mask, entropy_coef=entropy_coef, **options)
+        loss, metrics = loss + bonus, metrics | entropy_metrics
+    return loss, metrics
 
 
 def grpo_loss(
@@ -75,6 +100,7 @@ def grpo_loss(
     kl_coef: ArrayLike = 0.04,
     kl_estimator: KLEstimator = "k3",
     kl_clip: float | None = None,
+    weights: ArrayLike | None = None,
     aggregation: AggregationMode = "seq-mean-token-mean",
     normalizer: ArrayLike | None = None,
     max_length: float | None = None,
@@ -86,8 +112,8 @@ def grpo_loss(
 
         Agg[ max(−A r, −A clip(r, 1 − clip_low, 1 + clip_high)) + kl_coef · k3(logprobs, ref_logprobs) ]
 
-    where Agg is the mean over sequences of the mean over their tokens, and A comes from
-    `jaxrl_llm.advantages.group_advantages`.
+    Agg is the mean over sequences of the mean over their tokens, and A comes from `group_advantages`. Unlike
+    `ppo_loss`, it needs no critic, its KL term is in the loss and each sequence counts the same, however long.
 
     Args:
         logprobs: Log-probabilities of the completions' tokens under the policy, `[..., T]`; nothing else
@@ -102,9 +128,11 @@ def grpo_loss(
         dual_clip: As `clip_low`.
         ratio_cap: As `clip_low`.
         kl_coef: Weight of the KL term, which is neither clipped nor multiplied by the advantage.
-        kl_estimator: See `jaxrl_llm.losses.kl`: "k3" is the paper's, "k3+" has the true KL's gradient.
+        kl_estimator: See `kl_penalty`: "k3" is the paper's, "k3+" has the true KL's gradient.
         kl_clip: Bound on the KL term of a token. None: no bound.
-        aggregation: See `jaxrl_llm.losses.aggregate`, also for the arguments that follow.
+        weights: Constant factors on the policy term, not on the KL, `[..., T]` or `[...]`: a correction such as
+            `tis_weights`, or a mask such as `top_entropy_mask`. Tokens of weight 0 still count in denominators.
+        aggregation: See `aggregate`, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
         max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
@@ -122,24 +150,20 @@ def grpo_loss(
 
     Source: Shao et al. 2024, "DeepSeekMath" (2402.03300).
     """
-    mask = check_mask(mask, logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    use_kl = _uses_kl(kl_coef, ref_logprobs)
-    _check_packed_advantages(advantages, mask, segment_ids)
-    logprobs = fill_masked(logprobs, mask)
-    old = None if old_logprobs is None else fill_masked(old_logprobs, mask)
-    advantages = fill_masked(per_token_advantages(advantages, logprobs), mask)
+    rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
-
-    losses = clipped_surrogate(logprobs, old, advantages, **bounds, dual_clip=dual_clip, ratio_cap=ratio_cap)
-    metrics = _ratio_metrics(logprobs, old, advantages, mask, **bounds)
+    surrogate = clipped_surrogate(*rows[:3], **bounds, dual_clip=dual_clip, ratio_cap=ratio_cap)
+    losses = rows.weigh(surrogate)
+    metrics = clip_metrics(clip_indicators(*rows[:3], **bounds), rows.mask) | ratio_metrics(rows)
+    _check_present("kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     if ref_logprobs is not None:
-        ref = fill_masked(ref_logprobs, mask)
-        kl = kl_penalty(logprobs, ref, estimator=kl_estimator, old_logprobs=old, clip=kl_clip)
-        metrics["kl"] = Mean.of(jax.lax.stop_gradient(kl), mask)
-        losses = losses + kl_coef * kl if use_kl else losses
+        ref = fill_masked(ref_logprobs, rows.mask)
+        kl = kl_penalty(rows.logprobs, ref, estimator=kl_estimator, old_logprobs=rows.old_logprobs, clip=kl_clip)
+        metrics["kl"] = Mean.of(jax.lax.stop_gradient(kl), rows.mask)
+        losses = losses if _is_zero(kl_coef) else losses + kl_coef * kl
     loss = aggregate(
         losses,
-        mask,
+        rows.mask,
         mode=aggregation,
         normalizer=normalizer,
         max_length=max_length,
@@ -159,6 +183,7 @@ def dr_grpo_loss(
     max_length: float,
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
+    weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     count_empty: bool = False,
@@ -167,11 +192,29 @@ def dr_grpo_loss(
 
         mean over sequences of  Σₜ max(−A r, −A clip(r, 1 − clip_low, 1 + clip_high)) / max_length
 
-    with A = R − mean, from `group_advantages(scale="none")`. `max_length`, the configured maximum length
-    of a completion, is the constant of the authors' code: it must not vary between batches, and it
-    scales the learning rate. The sum as the paper prints it is
-    `grpo_loss(aggregation="seq-mean-token-sum", kl_coef=0)`. All other arguments, the results and the
-    errors are those of `grpo_loss`.
+    Here A = R − mean, from `group_advantages(scale="none")`. The sum as the paper prints it, without a constant, is
+    `grpo_loss(aggregation="seq-mean-token-sum", kl_coef=0)`. Unlike `dapo_loss`, which divides by the number of
+    tokens that a batch happens to have, the divisor is the same for all batches.
+
+    Args:
+        logprobs: As `grpo_loss`.
+        old_logprobs: As `grpo_loss`.
+        advantages: As `grpo_loss`.
+        mask: As `grpo_loss`.
+        max_length: The configured maximum length of a completion, the constant of the authors' code. It must not
+            vary between batches, and it scales the learning rate.
+        clip_low: As `grpo_loss`.
+        clip_high: As `grpo_loss`.
+        weights: As `grpo_loss`.
+        normalizer: As `grpo_loss`.
+        segment_ids: As `grpo_loss`.
+        count_empty: As `grpo_loss`.
+
+    Returns:
+        As `grpo_loss`.
+
+    Raises:
+        ValueError: As `grpo_loss`.
 
     Source: Liu et al. 2025, "Understanding R1-Zero-like training" (2503.20783).
     """
@@ -183,6 +226,7 @@ def dr_grpo_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         kl_coef=0,
+        weights=weights,
         aggregation="seq-mean-token-sum-norm",
         normalizer=normalizer,
         max_length=max_length,
@@ -199,16 +243,36 @@ def dapo_loss(
     *,
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.28,
+    weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """The loss of DAPO: GRPO with a higher upper bound, one mean over all tokens of the batch, and no KL.
 
         Σ max(−A r, −A clip(r, 1 − clip_low, 1 + clip_high)) / number of valid tokens
 
-    Arguments, results and errors are those of `grpo_loss`. DAPO's other parts, dynamic sampling and the
-    overlong penalty, act on groups and rewards, before the loss.
+    The higher upper bound leaves rare tokens room to grow. DAPO's other parts, dynamic sampling and the overlong
+    penalty, act on groups and rewards, before the loss. Unlike `grpo_loss`, a long sequence counts for more than a
+    short one, by its tokens.
 
-    Source: Yu et al. 2025 (2503.14476).
+    Args:
+        logprobs: As `grpo_loss`.
+        old_logprobs: As `grpo_loss`.
+        advantages: As `grpo_loss`.
+        mask: As `grpo_loss`.
+        clip_low: As `grpo_loss`.
+        clip_high: As `grpo_loss`.
+        weights: As `grpo_loss`.
+        normalizer: As `grpo_loss`.
+        segment_ids: As `grpo_loss`; the loss is the same with and without.
+
+    Returns:
+        As `grpo_loss`.
+
+    Raises:
+        ValueError: As `grpo_loss`.
+
+    Source: Yu et al. 2025, "DAPO" (2503.14476).
     """
     return grpo_loss(
         logprobs,
@@ -218,61 +282,19 @@ def dapo_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         kl_coef=0,
+        weights=weights,
         aggregation="token-mean",
         normalizer=normalizer,
+        segment_ids=segment_ids,
     )
 
 
-def _ratio_metrics(
-    logprobs: Array,
-    old_logprobs: Array | None,
-    advantages: Array,
-    mask: Array,
-    *,
-    clip_low: float | None,
-    clip_high: float | None,
-) -> Metrics:
-    logprobs = jax.lax.stop_gradient(logprobs)
-    old_logprobs = logprobs if old_logprobs is None else old_logprobs
-    ratio = importance_ratio(logprobs, old_logprobs)
-    clipped = clip_indicators(logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high)
-    return {
-        "clip_ratio/low_mean": Mean.of(clipped.low, mask),
-        "clip_ratio/high_mean": Mean.of(clipped.high, mask),
-        "clip_ratio/region_mean": Mean.of(clipped.region, mask),
-        "ratio/mean": Mean.of(ratio, mask),
-        "ratio/max": Max.of(ratio, mask),
-        "approx_kl": Mean.of(kl_k3(old_logprobs, logprobs), mask),
-    }
+def _check_present(coefficient: str, value: ArrayLike, needed: str, array: ArrayLike | None) -> None:
+    """Raises ValueError if a term has a weight and lacks the array it is made of."""
+    if array is None and not _is_zero(value):
+        raise ValueError(f"{coefficient} is {value}, but there are no {needed}: pass them, or {coefficient}=0")
 
 
-def _uses_kl(kl_coef: ArrayLike, ref_logprobs: ArrayLike | None) -> bool:
-    """Whether the loss has a KL term; a traced coefficient (a schedule) cannot be looked at, and counts as one."""
-    uses = not (isinstance(kl_coef, int | float) and kl_coef == 0)
-    if uses and ref_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef}, but there are no ref_logprobs: pass them, or kl_coef=0")
-    return uses
-
-
-def _check_packed_advantages(advantages: ArrayLike, mask: Array, segment_ids: ArrayLike | None) -> None:
-    if segment_ids is not None and np.shape(advantages) != mask.shape:
-        raise ValueError(
-            f"advantages has shape {np.shape(advantages)}, but mask has shape {mask.shape}: with segment_ids "
-            "a row holds several sequences, so pass one advantage for each token"
-        )
-
-
-def _check_bounds(
-    clip_low: float | None, clip_high: float | None, dual_clip: float | None, ratio_cap: float | None
-) -> None:
-    """Checks the bounds that are plain numbers; traced ones (a schedule) cannot be looked at."""
-    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if isinstance(bound, int | float) and bound < 0:
-            raise ValueError(f"{name} is {bound}: it is a distance from 1 and must not be negative")
-    if isinstance(dual_clip, int | float) and dual_clip <= 1:
-        raise ValueError(f"dual_clip is {dual_clip}: it must be above 1, or it cuts the gradient at ratio 1")
-    if ratio_cap is not None and clip_high is None:
-        raise ValueError(f"ratio_cap is {ratio_cap}, but clip_high is None: a cap is for ratios beyond the range")
-    highest = 1 + clip_high if isinstance(clip_high, int | float) else 0
-    if isinstance(ratio_cap, int | float) and ratio_cap <= highest:
-        raise ValueError(f"ratio_cap is {ratio_cap}: it must be above 1 + clip_high = {highest}")
+def _is_zero(coefficient: ArrayLike) -> bool:
+    """Whether there is no term; a traced coefficient (a schedule) cannot be looked at, and counts as one."""
+    return isinstance(coefficient, int | float) and coefficient == 0

@@ -1,4 +1,4 @@
-"""The importance ratio of a sampled token, and where a clipped loss cuts it."""
+"""The importance ratio of a sampled token, and how PPO's surrogate clips it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,54 @@ def importance_ratio(logprobs: ArrayLike, old_logprobs: ArrayLike | None) -> Arr
     return jnp.exp(clamp_log_ratio(as_float(logprobs) - old))
 
 
+def clipped_surrogate(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike | None,
+    advantages: ArrayLike,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
+) -> Array:
+    """The per-token loss of PPO: the policy gradient, cut off once the ratio has gone far enough.
+
+        max(−A min(r, ratio_cap), −A clip(r, 1 − clip_low, 1 + clip_high))        ≤ −A · dual_clip if A < 0
+
+    Here r = π/π_old = exp(logprobs − old_logprobs). A token's gradient is −A r ∇logprobs, or 0 once its ratio has
+    left the clip range in the direction that A asks for. Unlike `soft_gate`, the cut is sudden: inside the range r
+    weighs in full, beyond it the token has no say.
+
+    Args:
+        logprobs: Log-probabilities under the policy, `[..., T]`.
+        old_logprobs: The same under the policy that sampled; a constant. None: the policy itself.
+        advantages: `[..., T]`, or `[...]` with one for each sequence; a constant.
+        clip_low: Distance of the lower bound from 1. None: no lower bound.
+        clip_high: Distance of the upper bound from 1. None: no upper bound (both None: −A r).
+        dual_clip: Bound, above 1, on the loss of tokens with A < 0, in units of −A. None: no bound.
+        ratio_cap: Cap, above 1 + clip_high, on the unclipped ratio ("two-sided clipping", TRL's
+            `delta`); for A < 0 it does the same as `dual_clip`. None: no cap.
+
+    Returns:
+        `[..., T]`; not masked. Where padding may be not finite, apply `fill_masked` to the inputs first.
+
+    Raises:
+        ValueError: On shapes that do not fit or bounds that make no sense.
+
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms" (1707.06347). Asymmetric bounds: Yu et
+    al. 2025 (2503.14476). Dual clip: Ye et al. 2020 (1912.09729). Two-sided: INTELLECT-2, 2025 (2505.07291).
+    """
+    check_clip_bounds(clip_low, clip_high, dual_clip, ratio_cap)
+    ratio = importance_ratio(logprobs, old_logprobs)
+    advantages = jax.lax.stop_gradient(per_token(advantages, ratio.shape, "advantages"))
+    losses = -advantages * (ratio if ratio_cap is None else jnp.minimum(ratio, ratio_cap))
+    if clip_low is not None or clip_high is not None:
+        losses = jnp.maximum(losses, -advantages * jnp.clip(ratio, *clip_range(clip_low, clip_high)))
+    if dual_clip is not None:
+        losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
+    return losses
+
+
 class ClipIndicators(NamedTuple):
     """Which tokens are clipped: bool arrays, whose means over the valid tokens are the clip fractions."""
 
@@ -59,7 +107,7 @@ def clip_indicators(
 ) -> ClipIndicators:
     """Marks the tokens whose loss is the clipped one, strictly; arguments as for `clipped_surrogate`."""
     ratio = importance_ratio(logprobs, old_logprobs)
-    advantages = per_token_advantages(advantages, ratio)
+    advantages = per_token(advantages, ratio.shape, "advantages")
     lower, upper = clip_range(clip_low, clip_high)
     never = jnp.zeros(ratio.shape, bool)
     return ClipIndicators(
@@ -68,19 +116,44 @@ def clip_indicators(
     )
 
 
-def per_token_advantages(advantages: ArrayLike, logprobs: Array) -> Array:
-    """Broadcasts `[...]` advantages to `[..., T]`."""
-    advantages = as_float(advantages)
-    if advantages.shape == logprobs.shape:
-        return advantages
-    if advantages.shape != logprobs.shape[:-1]:
+def per_token(x: ArrayLike, shape: tuple[int, ...], name: str, *, packed: bool = False) -> Array:
+    """Broadcasts one number for each sequence, `[...]`, to `[..., T]`; a packed row must come with one for each token.
+
+    Raises:
+        ValueError: Naming the argument, on any other shape than `shape` (or, unless packed, `shape[:-1]`).
+    """
+    x = as_float(x)
+    if x.shape == shape:
+        return x
+    if packed:
         raise ValueError(
-            f"advantages has shape {advantages.shape}, but logprobs has shape {logprobs.shape}: "
-            "pass one advantage for each token, or one for each sequence"
+            f"{name} has shape {x.shape}, but mask has shape {shape}: with segment_ids "
+            "a row holds several sequences, so pass one number for each token"
         )
-    return jnp.broadcast_to(advantages[..., None], logprobs.shape)
+    if x.shape != shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {x.shape}, but logprobs has shape {shape}: "
+            "pass one number for each token, or one for each sequence"
+        )
+    return jnp.broadcast_to(x[..., None], shape)
 
 
 def clip_range(clip_low: float | None, clip_high: float | None) -> tuple[float | None, float | None]:
     """The bounds of the ratio; None where there is none."""
     return None if clip_low is None else 1 - clip_low, None if clip_high is None else 1 + clip_high
+
+
+def check_clip_bounds(
+    clip_low: float | None, clip_high: float | None, dual_clip: float | None, ratio_cap: float | None
+) -> None:
+    """Raises ValueError for plain numbers that make no sense; traced ones (a schedule) cannot be looked at."""
+    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if isinstance(bound, int | float) and bound < 0:
+            raise ValueError(f"{name} is {bound}: it is a distance from 1 and must not be negative")
+    if isinstance(dual_clip, int | float) and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}: it must be above 1, or it cuts the gradient at ratio 1")
+    if ratio_cap is not None and clip_high is None:
+        raise ValueError(f"ratio_cap is {ratio_cap}, but clip_high is None: a cap is for ratios beyond the range")
+    highest = 1 + clip_high if isinstance(clip_high, int | float) else 0
+    if isinstance(ratio_cap, int | float) and ratio_cap <= highest:
+        raise ValueError(f"ratio_cap is {ratio_cap}: it must be above 1 + clip_high = {highest}")

@@ -47,7 +47,41 @@ def ragged() -> SimpleNamespace:
         ref=padded(logprobs + 0.5 * rng.normal(size=mask.shape)),
         advantages=rng.normal(size=mask.shape[:-1]),
         token_advantages=padded(rng.normal(size=mask.shape)),
+        sampler=padded(logprobs + 0.4 * rng.normal(size=mask.shape)),
+        entropy=padded(rng.exponential(size=mask.shape)),
+        weights=padded(rng.exponential(size=mask.shape) * rng.integers(0, 2, size=mask.shape)),
     )
+
+
+@pytest.fixture
+def pref() -> SimpleNamespace:
+    """Two preference pairs, as sequence log-probs and numbers of tokens."""
+    return SimpleNamespace(
+        chosen=np.array([-10.0, -12.0]),
+        rejected=np.array([-11.0, -11.5]),
+        ref_chosen=np.array([-10.5, -11.0]),
+        ref_rejected=np.array([-10.8, -12.2]),
+        chosen_lengths=np.array([4, 6]),
+        rejected_lengths=np.array([5, 3]),
+    )
+
+
+@pytest.fixture
+def ragged_pairs() -> dict[str, np.ndarray]:
+    """Random preference pairs by argument name, `[8]`; three of them are padding, where numbers are NaN."""
+    rng = np.random.default_rng(0)
+    mask = np.array([True, True, False, True, False, True, True, False])
+    arrays = {}
+    for side in ("chosen", "rejected"):
+        lengths = rng.integers(1, 9, size=8)
+        logprobs = -lengths * rng.exponential(size=8)
+        arrays |= {
+            f"{side}_logprobs": np.where(mask, logprobs, np.nan),
+            f"ref_{side}_logprobs": np.where(mask, logprobs + 2 * rng.normal(size=8), np.nan),
+            f"{side}_lengths": np.where(mask, lengths, -1),
+            f"{side}_win_probs": np.where(mask, rng.uniform(size=8), np.nan),
+        }
+    return arrays | {"weights": np.where(mask, rng.uniform(0.5, 2, size=8), np.nan), "mask": mask}
 
 
 Loss = Callable[..., tuple[jax.Array, Any]]
@@ -69,6 +103,7 @@ def check_token_loss() -> Callable[..., None]:
         mode: AggregationMode | None,
         trained: str = "logprobs",
         packs: bool = True,
+        detached: bool = False,
     ) -> None:
         """Checks a loss on ragged rows.
 
@@ -79,6 +114,8 @@ def check_token_loss() -> Callable[..., None]:
             mode: aggregation whose normalizer makes micro-batches add up; `None` if the loss takes none.
             trained: the array that is differentiated.
             packs: whether the loss takes `segment_ids`.
+            detached: whether parts of the loss are constants by design, so that its gradient, to be tested elsewhere,
+                is not that of its value.
         """
         mask = arrays["mask"]
         clean = {name: _filled(x, mask, 0.0) for name, x in arrays.items()}
@@ -103,7 +140,9 @@ def check_token_loss() -> Callable[..., None]:
         # The gradient is that of the value.
         with jax.enable_x64(True):
             rest = {name: jnp.asarray(x) for name, x in clean.items() if name != trained}
-            check_grads(jax.jit(lambda x: loss(**{trained: x}, **rest)[0]), (jnp.asarray(clean[trained]),), 1, ["rev"])
+            point = (jnp.asarray(clean[trained]),)
+            if not detached:
+                check_grads(jax.jit(lambda x: loss(**{trained: x}, **rest)[0]), point, 1, ["rev"])
 
         # Transformations and types.
         _same(value(), jax.jit(lambda changes: value(changes))(clean), rtol=1e-5, atol=1e-6)
@@ -158,7 +197,9 @@ def ragged_rows(ragged: SimpleNamespace) -> Callable[..., dict[str, np.ndarray]]
 
     def rows(*names: str) -> dict[str, np.ndarray]:
         every = {"logprobs": ragged.logprobs, "mask": ragged.mask, "old_logprobs": ragged.old}
-        every |= {"ref_logprobs": ragged.ref, "advantages": ragged.advantages}
+        every |= {"ref_logprobs": ragged.ref, "advantages": ragged.advantages, "weights": ragged.weights}
+        every |= {"sampler_logprobs": ragged.sampler, "entropy": ragged.entropy}
+        every |= {"token_advantages": ragged.token_advantages}
         width = ragged.mask.shape[-1]
         return {n: every[n].reshape(-1, width) if every[n].ndim > 2 else every[n].reshape(-1) for n in names}
 

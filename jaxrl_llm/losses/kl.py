@@ -1,6 +1,6 @@
-"""Estimators of the KL divergence from a reference policy, from one sampled token per position.
+"""The KL divergence from a reference policy: estimates from one sampled token per position, and the exact sum.
 
-All are functions of d = logprobs − ref_logprobs of the sampled token. What an estimator is worth depends
+The estimators are functions of d = logprobs − ref_logprobs of the sampled token. What one is worth depends
 on its place: in the *reward* only its value counts, in the *loss* only its gradient, and the two disagree.
 For tokens sampled from the policy itself:
 
@@ -15,7 +15,7 @@ For tokens sampled from the policy itself:
 
 So: in the reward, k1 of the *old* policy; in the loss, k2, k3+ or k3-ratio. Plain k3 is the default of
 GRPO because its published numbers used it. All but k3-ratio leave out the importance weight of off-policy
-tokens.
+tokens. `kl_exact` needs no sample, but the logits of the whole vocabulary.
 
 Sources: J. Schulman, "Approximating KL divergence" (2020); gradients: arXiv 2510.01555 and 2512.21852.
 k3-ratio is DeepSeek-V3.2's "unbiased KL" (TRL's `use_bias_correction_kl`); k1+ and k3+, straight-through,
@@ -38,6 +38,7 @@ from jaxrl_llm.losses.ratio import clamp_log_ratio, importance_ratio
 from jaxrl_llm.masking import as_float, check_same_shape
 
 KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "k3-ratio"]
+KLDirection = Literal["reverse", "forward"]
 
 
 def kl_k1(logprobs: ArrayLike, ref_logprobs: ArrayLike, *, clip: float | None = None) -> Array:
@@ -145,6 +146,50 @@ def kl_penalty(
         case "k3-ratio":
             return kl_k3_ratio_weighted(logprobs, old_logprobs, ref_logprobs, clip=clip)
     raise ValueError(f"unknown KL estimator {estimator!r}: choose one of {', '.join(get_args(KLEstimator))}")
+
+
+def kl_exact(logits: ArrayLike, ref_logits: ArrayLike, *, direction: KLDirection = "reverse") -> Array:
+    """The KL divergence between whole next-token distributions, summed over the vocabulary.
+
+        Σᵥ p(v) (log p(v) − log ref(v))        "reverse", KL(policy ‖ reference)
+        Σᵥ ref(v) (log ref(v) − log p(v))      "forward", KL(reference ‖ policy)
+
+    Value and gradient have no sampling noise, at the price of logits `[..., T, V]` in memory. The forward
+    direction with the old policy as the reference is the constraint of TRPO. Unlike `kl_penalty`, it does not
+    depend on the token that was sampled. An entry with probability 0 under both policies adds nothing.
+
+    Args:
+        logits: Logits (or log-probabilities) under the policy, `[..., V]`, temperature applied.
+        ref_logits: The same under the reference; a constant.
+        direction: From which of the two the expectation is taken.
+
+    Returns:
+        `[...]`, in nats; not masked.
+
+    Raises:
+        ValueError: On unequal shapes or an unknown direction.
+
+    Source: Kullback & Leibler 1951; J. Schulman, "Approximating KL divergence" (2020).
+    """
+    check_same_shape(logits=logits, ref_logits=ref_logits)
+    policy = jax.nn.log_softmax(as_float(logits))
+    reference = jax.lax.stop_gradient(jax.nn.log_softmax(as_float(ref_logits)))
+    match direction:
+        case "reverse":
+            return categorical_kl(policy, reference)
+        case "forward":
+            return categorical_kl(reference, policy)
+    raise ValueError(f"unknown direction {direction!r}: choose one of {', '.join(get_args(KLDirection))}")
+
+
+def categorical_kl(logprobs: Array, other_logprobs: Array) -> Array:
+    """Σᵥ exp(logprobs) (logprobs − other_logprobs) of normalized log-probabilities `[..., V]`, differentiable in both.
+
+    Entries with probability 0 under the first count as 0 · log 0 = 0.
+    """
+    possible = ~jnp.isneginf(logprobs)
+    gap = jnp.where(possible, logprobs, 0.0) - jnp.where(possible, other_logprobs, 0.0)
+    return jnp.sum(jnp.exp(logprobs) * gap, axis=-1)
 
 
 def _reference_log_ratio(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> Array:

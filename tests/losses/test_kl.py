@@ -10,6 +10,7 @@ from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.kl import (
     KLEstimator,
     kl_abs,
+    kl_exact,
     kl_k1,
     kl_k1_straight_through,
     kl_k2,
@@ -106,8 +107,7 @@ def test_expected_gradients_over_a_vocabulary(examples):
     theta, ref = jnp.array([0.3, -0.2, 0.1]), jax.nn.log_softmax(jnp.array([-0.1, 0.4, 0.2]))
 
     def reverse_kl(theta):
-        logprobs = jax.nn.log_softmax(theta)
-        return jnp.sum(jnp.exp(logprobs) * (logprobs - ref))
+        return kl_exact(theta, ref)
 
     def expected_gradient(kl):
         def loss(theta):  # tokens drawn from the policy, the draw not differentiated
@@ -125,6 +125,7 @@ def test_expected_gradients_over_a_vocabulary(examples):
     close(expected_gradient(lambda x: kl_k2(x, ref)), "kl.grad_E_k2_as_loss")
     close(expected_gradient(lambda x: kl_k3(x, ref)), "kl.grad_E_k3_as_loss")
     close(expected_gradient(lambda x: kl_k3(x, ref)), "kl.grad_forward_kl")
+    close(jax.grad(lambda theta: kl_exact(theta, ref, direction="forward"))(theta), "kl.grad_forward_kl")
     close(expected_gradient(lambda x: kl_k1_straight_through(x, ref)), "kl.grad_reverse_kl")
     close(expected_gradient(lambda x: kl_k3_straight_through(x, ref)), "kl.grad_reverse_kl")
     close(expected_gradient(lambda x: kl_k3_ratio_weighted(x, None, ref)), "kl.grad_reverse_kl")
@@ -185,7 +186,68 @@ def test_vmap_and_half_precision(estimator):
     np.testing.assert_array_equal(kl_penalty(half, ref, estimator=estimator), widened)
 
 
+def exact_loop(p_logits, q_logits):
+    """KL(p ‖ q), one position and one token at a time."""
+    total = np.zeros(p_logits.shape[:-1])
+    for index in np.ndindex(total.shape):
+        p, q = (np.exp(x[index]) / np.exp(x[index]).sum() for x in (p_logits, q_logits))
+        total[index] = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+    return total
+
+
+def test_exact_kl_equals_the_definition():
+    rng = np.random.default_rng(0)
+    logits, ref = 2 * rng.normal(size=(3, 4, 7)), 2 * rng.normal(size=(3, 4, 7))
+    for direction, pair in (("reverse", (logits, ref)), ("forward", (ref, logits))):
+        expected = exact_loop(*pair)
+        np.testing.assert_allclose(kl_exact(logits, ref, direction=direction), expected, rtol=1e-5, atol=1e-6)
+        mapped = jax.jit(jax.vmap(lambda x, y, d=direction: kl_exact(x, y, direction=d)))(logits, ref)
+        np.testing.assert_allclose(mapped, expected, rtol=1e-5, atol=1e-6)
+        with jax.enable_x64(True):
+            constant = jnp.asarray(ref)
+            term = jax.jit(lambda x, y=constant, d=direction: kl_exact(x, y, direction=d))
+            check_grads(term, (jnp.asarray(logits),), order=2, modes=["rev", "fwd"])
+        half = jnp.asarray(logits, jnp.bfloat16)
+        assert kl_exact(half, ref, direction=direction).dtype == jnp.float32
+        widened = kl_exact(jnp.float32(half), ref, direction=direction)
+        np.testing.assert_array_equal(kl_exact(half, ref, direction=direction), widened)
+
+
+def test_exact_kl_is_what_k1_estimates():
+    rng = np.random.default_rng(0)
+    logits, ref = rng.normal(size=5), rng.normal(size=5)
+    logprobs, ref_logprobs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref)
+    expected = jnp.sum(jnp.exp(logprobs) * kl_k1(logprobs, ref_logprobs))
+    np.testing.assert_allclose(kl_exact(logits, ref), expected, rtol=1e-5)
+    np.testing.assert_allclose(kl_exact(logprobs, ref_logprobs), expected, rtol=1e-5)  # log-probs are logits
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_exact_kl_of_a_cut_vocabulary_is_finite(direction):
+    """What neither policy can emit adds nothing, to the value or the gradient."""
+    logits, ref = jnp.array([1.0, -jnp.inf, 0.5, -2.0]), jnp.array([0.0, -jnp.inf, 0.1, 0.2])
+    both = jnp.array([0, 2, 3])
+    term = jax.value_and_grad(lambda x, y: kl_exact(x, y, direction=direction))
+    (value, grad), (expected, expected_grad) = term(logits, ref), term(logits[both], ref[both])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad[both], expected_grad, rtol=1e-5, atol=1e-7)
+    assert grad[1] == 0
+    # The policy may lack what the reference has, but then the forward divergence is infinite.
+    value = kl_exact(logits.at[0].set(-jnp.inf), ref, direction=direction)
+    assert np.isfinite(value) if direction == "reverse" else np.isposinf(value)
+
+
+def test_exact_kl_has_a_constant_reference():
+    logits, ref = jnp.array([1.0, 0.0]), jnp.array([0.0, 0.5])
+    for direction in ("reverse", "forward"):
+        assert not np.any(jax.grad(lambda y, d=direction: kl_exact(logits, y, direction=d))(ref))
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="unknown direction 'up': choose one of reverse, forward"):
+        kl_exact(jnp.zeros(2), jnp.zeros(2), direction="up")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"ref_logits has shape \(3,\), but logits has shape \(2,\)"):
+        kl_exact(jnp.zeros(2), jnp.zeros(3))
     with pytest.raises(ValueError, match="unknown KL estimator 'k4': choose one of k1, k2"):
         kl_penalty(0.0, 0.0, estimator="k4")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"ref_logprobs has shape \(3,\), but logprobs has shape \(2,\)"):

@@ -5,8 +5,91 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.logprobs import scores_from_logits
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
-from jaxrl_llm.losses.supervised import sft_loss
+from jaxrl_llm.losses.supervised import dft_loss, sft_loss
+
+
+def close(value, expected):
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_golden_numbers(examples):
+    """Position t of the logits scores token t + 1; the first two tokens are the prompt."""
+    logits = jnp.array([[2.0, 1, 0], [0, 1, 2], [1, 1, 1], [0, 0, 3]])
+    tokens = jnp.array([0, 2, 1, 0])
+    logprobs = scores_from_logits(logits[:-1], tokens[1:]).logprobs
+    close(logprobs, examples["sft.token_logps"])
+    close(sft_loss(logprobs, np.ones(3, bool))[0], examples["sft.loss_all"])
+    completion = np.array([False, True, True])
+    close(sft_loss(logprobs, completion)[0], examples["sft.loss_completion_only"])
+    close(dft_loss(logprobs, completion)[0], examples["sft.dft_completion_only"])
+
+
+@pytest.fixture
+def rows(ragged_rows):
+    """Token log-probs with the means and the normalizers of their distributions."""
+    rows = ragged_rows("logprobs", "mask")
+    rng = np.random.default_rng(1)
+    for name in ("mean_logprobs", "log_normalizers"):
+        rows[name] = np.where(rows["mask"], rng.normal(size=rows["mask"].shape) - 3, np.nan)
+    return rows
+
+
+def by_mode(losses, mask, mode):
+    """The loss of all positions, reduced."""
+    if mode == "token-mean":
+        return losses[mask].mean()
+    return np.mean([losses[b, mask[b]].mean() for b in range(len(mask)) if mask[b].any()])
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("smoothing, z_coef", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.02), (0.1, 0.02)])
+def test_the_extras_equal_the_definition(check_token_loss, rows, mode, smoothing, z_coef):
+    def loss(**arrays):
+        return sft_loss(**arrays, label_smoothing=smoothing, z_loss_coef=z_coef, aggregation=mode)
+
+    value, metrics = loss(**rows)
+    nll, smoothed = -rows["logprobs"], -rows["mean_logprobs"]
+    z_loss = rows["log_normalizers"] ** 2
+    losses = (1 - smoothing) * nll + smoothing * smoothed + z_coef * z_loss
+    close(value, by_mode(losses, rows["mask"], mode))
+    expected = {"nll": nll} | ({"smoothed_nll": smoothed} if smoothing else {}) | ({"z_loss": z_loss} if z_coef else {})
+    assert set(metrics) == set(expected)
+    for name, terms in expected.items():
+        close(metrics[name].value(), terms[rows["mask"]].mean())
+    if smoothing and z_coef:
+        for trained in ("logprobs", "mean_logprobs", "log_normalizers"):
+            check_token_loss(loss, rows, mode=mode, trained=trained)
+
+
+def test_smoothing_is_cross_entropy_with_a_mixture():
+    """Of the target and the uniform distribution."""
+    logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 0.3, -2.0]])
+    tokens = jnp.array([1, 2])
+    all_logprobs = jax.nn.log_softmax(logits)
+    target = 0.9 * jax.nn.one_hot(tokens, 3) + 0.1 / 3
+    expected = -jnp.mean(jnp.sum(target * all_logprobs, -1))
+    logprobs = scores_from_logits(logits, tokens).logprobs
+    loss, _ = sft_loss(logprobs, np.ones(2, bool), label_smoothing=0.1, mean_logprobs=all_logprobs.mean(-1))
+    close(loss, expected)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_dft_equals_the_definition(check_token_loss, rows, mode):
+    logprobs, mask = rows["logprobs"], rows["mask"]
+    value, metrics = dft_loss(logprobs, mask, aggregation=mode)
+    close(value, by_mode(-np.exp(logprobs) * logprobs, mask, mode))
+    close(metrics["nll"].value(), -logprobs[mask].mean())
+    close(metrics["token_prob/mean"].value(), np.exp(logprobs[mask]).mean())
+    # The weight is a constant, so that the gradient is −p and not that of −p log p.
+    grad = jax.grad(lambda x: dft_loss(x, mask)[0])(jnp.float32(logprobs))
+    close(grad, np.where(mask, -np.exp(logprobs) / mask.sum(), 0))
+
+    def loss(**arrays):
+        return dft_loss(**arrays, aggregation=mode)
+
+    check_token_loss(loss, {"logprobs": logprobs, "mask": mask}, mode=mode, detached=True)
 
 
 def test_hand_example(tok):
@@ -75,3 +158,9 @@ def test_misuse_raises(tok):
         sft_loss(tok.logprobs[:, :3], tok.mask)
     with pytest.raises(ValueError, match="unknown aggregation mode 'mean'"):
         sft_loss(tok.logprobs, tok.mask, aggregation="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, but there are no mean_logprobs: pass them"):
+        sft_loss(tok.logprobs, tok.mask, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"z_loss_coef is 0\.1, but there are no log_normalizers: pass them"):
+        sft_loss(tok.logprobs, tok.mask, z_loss_coef=0.1)
+    with pytest.raises(ValueError, match="label_smoothing is 1"):
+        sft_loss(tok.logprobs, tok.mask, label_smoothing=1, mean_logprobs=tok.ref)

@@ -1,0 +1,77 @@
+"""Records of a mean and a variance that merge over micro-batches, for metrics that are no plain means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxrl_llm.masking import count_true, mask_or_all, masked_mean, masked_sum, safe_divide
+
+
+class Moments(NamedTuple):
+    """Count, mean and spread of what was recorded so far.
+
+    Two records join into exactly that of both together (Chan et al. 1979), so that it serves as a metric that is
+    merged over micro-batches and devices, like `Mean`, and as the state of a normalisation.
+    """
+
+    count: Array
+    mean: Array
+    squares: Array
+    """Σ (x − mean)²."""
+
+    @classmethod
+    def of(cls, values: ArrayLike, mask: ArrayLike | None = None) -> Moments:
+        """Records `values` where `mask` holds (everywhere if there is no mask)."""
+        mask = mask_or_all(mask, values=values)
+        mean = masked_mean(values, mask)
+        return cls(count_true(mask), mean, masked_sum((values - mean) ** 2, mask))
+
+    def merge(self, other: Moments) -> Moments:
+        """Joins two records."""
+        return Moments(*(jnp.stack(pair) for pair in zip(self, other, strict=True))).reduce()
+
+    def reduce(self, axis: int = 0) -> Moments:
+        """Joins records that are stacked along `axis`, as `lax.scan` and `vmap` return them."""
+        count = jnp.sum(self.count, axis)
+        mean = safe_divide(jnp.sum(self.count * self.mean, axis), count)
+        between = self.count * (self.mean - jnp.expand_dims(mean, axis)) ** 2
+        return Moments(count, mean, jnp.sum(self.squares + between, axis))
+
+    def variance(self, ddof: int = 1) -> Array:
+        """Σ (x − mean)² / (count − ddof); 0 where count ≤ ddof."""
+        return safe_divide(self.squares, jnp.maximum(self.count - ddof, 0.0))
+
+    def value(self) -> Array:
+        """The standard deviation, √variance with ddof 1."""
+        return jnp.sqrt(self.variance())
+
+
+class ExplainedVariance(NamedTuple):
+    """The share of the variance of the returns that the values predict: 1 − var(returns − values) / var(returns).
+
+    1 is a perfect critic, 0 one as good as a constant, below 0 a worse one.
+    """
+
+    returns: Moments
+    errors: Moments
+
+    @classmethod
+    def of(cls, values: ArrayLike, returns: ArrayLike, mask: ArrayLike | None = None) -> ExplainedVariance:
+        """Records predictions and what they were to predict, where `mask` holds."""
+        return cls(Moments.of(returns, mask), Moments.of(returns - values, mask))
+
+    def merge(self, other: ExplainedVariance) -> ExplainedVariance:
+        """Joins two records."""
+        return ExplainedVariance(self.returns.merge(other.returns), self.errors.merge(other.errors))
+
+    def reduce(self, axis: int = 0) -> ExplainedVariance:
+        """Joins records that are stacked along `axis`."""
+        return ExplainedVariance(self.returns.reduce(axis), self.errors.reduce(axis))
+
+    def value(self) -> Array:
+        """The explained variance; 0 where the returns do not vary."""
+        return safe_divide(self.returns.squares - self.errors.squares, self.returns.squares)

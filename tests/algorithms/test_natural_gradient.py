@@ -15,9 +15,9 @@ from jaxrl_llm.algorithms.fisher import (
 )
 from jaxrl_llm.algorithms.natural_gradient import line_search, trpo_direction, trpo_step, trust_region_scale
 from jaxrl_llm.logprobs import scores_from_logits
+from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.losses.aggregate import aggregate, aggregation_normalizer
 from jaxrl_llm.losses.kl import kl_exact
-from jaxrl_llm.losses import clipped_surrogate
 
 
 def close(value, expected, rtol=1e-5, atol=1e-6):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.moments import ExplainedVariance, Moments
-from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.losses.value import clipped_value_error, value_loss
 
 

@@ -10,9 +10,39 @@ from jaxrl_llm.losses.aggregate import (
     aggregation_normalizer,
     aggregation_weights,
 )
+from jaxrl_llm.losses.correction import (
+    CorrectionLevel,
+    effective_sample_size,
+    geometric_filter,
+    icepop_weights,
+    importance_weights,
+    mis_weights,
+    seq_mask_tis_weights,
+    tis_weights,
+)
+from jaxrl_llm.losses.covariance import clip_cov_loss, kl_cov_loss, token_covariance
+from jaxrl_llm.losses.detached import (
+    BinaryDivergence,
+    cispo_loss,
+    divergence_mask,
+    dppo_loss,
+    vespo_loss,
+    vespo_weights,
+)
+from jaxrl_llm.losses.distillation import (
+    generalized_jsd,
+    generalized_jsd_from_hidden,
+    gkd_loss,
+    on_policy_distillation_advantages,
+)
+from jaxrl_llm.losses.entropy import EntropyControl, entropy_bonus, update_entropy_control
+from jaxrl_llm.losses.gates import SoftGate, sapo_loss, soft_gate
+from jaxrl_llm.losses.geometric_mean import gmpo_loss
 from jaxrl_llm.losses.kl import (
+    KLDirection,
     KLEstimator,
     kl_abs,
+    kl_exact,
     kl_k1,
     kl_k1_straight_through,
     kl_k2,
@@ -21,28 +51,97 @@ from jaxrl_llm.losses.kl import (
     kl_k3_straight_through,
     kl_penalty,
 )
-from jaxrl_llm.losses.policy import clipped_surrogate, dapo_loss, dr_grpo_loss, grpo_loss
-from jaxrl_llm.losses.ratio import ClipIndicators, clip_indicators, importance_ratio
+from jaxrl_llm.losses.kl_loss import kl_loss
+from jaxrl_llm.losses.moments import ExplainedVariance, Moments
+from jaxrl_llm.losses.policy import dapo_loss, dr_grpo_loss, grpo_loss, ppo_loss
+from jaxrl_llm.losses.process_reward import NeutralSteps, prm_loss, step_labels, step_probability
+from jaxrl_llm.losses.ratio import ClipIndicators, clip_indicators, clipped_surrogate, importance_ratio
+from jaxrl_llm.losses.reinforce import dro_loss, dro_surrogate, gpg_loss, reinforce_loss, threshold_grpo_loss
+from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
+from jaxrl_llm.losses.sequence import grpo_s_loss, gspo_loss, gspo_token_loss, luspo_loss, sequence_log_ratio
+from jaxrl_llm.losses.supervised import dft_loss, sft_loss
+from jaxrl_llm.losses.token_masks import off_policy_sequence_mask, top_entropy_mask
+from jaxrl_llm.losses.value import ValueLossKind, clipped_value_error, value_loss
 
 __all__ = [
     "AggregationMode",
+    "BinaryDivergence",
     "ClipIndicators",
+    "CorrectionLevel",
+    "EntropyControl",
+    "ExplainedVariance",
+    "KLDirection",
     "KLEstimator",
+    "Moments",
+    "NeutralSteps",
+    "SoftGate",
+    "ValueLossKind",
     "aggregate",
     "aggregation_normalizer",
     "aggregation_weights",
+    "bradley_terry_loss",
+    "bt_prob",
+    "cispo_loss",
+    "clip_cov_loss",
     "clip_indicators",
     "clipped_surrogate",
+    "clipped_value_error",
     "dapo_loss",
+    "dft_loss",
+    "divergence_mask",
+    "dppo_loss",
     "dr_grpo_loss",
+    "dro_loss",
+    "dro_surrogate",
+    "effective_sample_size",
+    "entropy_bonus",
+    "generalized_jsd",
+    "generalized_jsd_from_hidden",
+    "geometric_filter",
+    "gkd_loss",
+    "gmpo_loss",
+    "gpg_loss",
     "grpo_loss",
+    "grpo_s_loss",
+    "gspo_loss",
+    "gspo_token_loss",
+    "icepop_weights",
     "importance_ratio",
+    "importance_weights",
     "kl_abs",
+    "kl_cov_loss",
+    "kl_exact",
     "kl_k1",
     "kl_k1_straight_through",
     "kl_k2",
     "kl_k3",
     "kl_k3_ratio_weighted",
     "kl_k3_straight_through",
+    "kl_loss",
     "kl_penalty",
+    "last_token_score",
+    "luspo_loss",
+    "mis_weights",
+    "normalize_scores",
+    "off_policy_sequence_mask",
+    "on_policy_distillation_advantages",
+    "ppo_loss",
+    "prm_loss",
+    "ranking_loss",
+    "reinforce_loss",
+    "sapo_loss",
+    "seq_mask_tis_weights",
+    "sequence_log_ratio",
+    "sft_loss",
+    "soft_gate",
+    "step_labels",
+    "step_probability",
+    "threshold_grpo_loss",
+    "tis_weights",
+    "token_covariance",
+    "top_entropy_mask",
+    "update_entropy_control",
+    "value_loss",
+    "vespo_loss",
+    "vespo_weights",
 ]

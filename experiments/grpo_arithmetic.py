@@ -115,9 +115,9 @@ CONFIG = ArithmeticExperiment(
     data=DataConfig(max_prompt_length=6),
     sampling=SamplingConfig(max_tokens=4),
     training=TrainingConfig(
-        steps=720, prompts_per_step=48, samples_per_prompt=8, checkpoint_every=200, samples_every=200
+        steps=840, prompts_per_step=48, samples_per_prompt=8, checkpoint_every=200, samples_every=200
     ),
-    optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=30),
+    optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=30, b2=0.98),
     evaluation=EvaluationConfig(every=50, max_prompts=500),
 )
 
@@ -135,11 +135,11 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
     model = Transformer(
         ModelConfig(
             vocab_size=len(tokenizer),
-            embed_dim=128,
-            mlp_dim=384,
+            embed_dim=96,
+            mlp_dim=288,
             num_layers=3,
-            num_heads=4,
-            num_kv_heads=4,
+            num_heads=3,
+            num_kv_heads=3,
             head_dim=32,
             max_position_embeddings=64,
             tie_embeddings=True,
@@ -209,7 +209,7 @@ def main(args: list[str] | None = None) -> TrainingResult:
             save_pretrained(folder, policy.model, policy.params, tokenizer=policy.tokenizer, overwrite=True)
     result = train(trainer)
     next_steps = (
-        "harder sums:        python experiments/grpo_arithmetic.py --largest=99 --training.steps=800",
+        "harder sums:        python experiments/grpo_arithmetic.py --largest=99 --training.steps=1600",
         "another objective:  python experiments/grpo_arithmetic.py --algorithm.clip-high=0.28 "
         "--algorithm.aggregation=token-mean",
         "a language model:   python experiments/grpo_gsm8k.py --model.path=<checkpoint> --data.train=<gsm8k.jsonl>",

@@ -57,17 +57,9 @@ def gtpo_rewards(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
-    mask = check_mask(mask, entropy=entropy)
-    check_row_groups(mask, group_ids)
-    won = per_token(mask, successes=successes).astype(bool) & mask
-    lost = mask & ~won
-    entropy = jax.lax.stop_gradient(fill_masked(entropy, mask))
-    inverse = 1 / jnp.maximum(entropy, entropy_floor)
-    bonus = _share(entropy, won, rows_total(entropy, won, group_ids), rows_total(won, won, group_ids))
-    malus = _share(inverse, lost, rows_total(inverse, lost, group_ids), rows_total(lost, lost, group_ids))
-    sign = jnp.where(won, 1.0, -1.0)
-    shaped = sign * success_weight + entropy_weight * (bonus - malus if shape_failures else bonus)
-    return jnp.where(mask, shaped, 0.0)
+    shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
+    base, shaped, _, _ = _token_parts(entropy, successes, mask, shaping, group_ids)
+    return base + shaped
 
 
 def gtpo_advantages(
@@ -115,19 +107,9 @@ def gtpo_advantages(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
-    rewards = gtpo_rewards(
-        entropy,
-        successes,
-        mask,
-        success_weight=success_weight,
-        entropy_weight=entropy_weight,
-        entropy_floor=entropy_floor,
-        shape_failures=shape_failures,
-        group_ids=group_ids,
-    )
-    mask = jnp.asarray(mask)
-    won = per_token(mask, successes=successes).astype(bool)
-    return _standardize(rewards, mask, won, norm, ddof, eps, min_std, group_ids)
+    shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
+    parts = _token_parts(entropy, successes, mask, shaping, group_ids)
+    return _standardize(*parts, norm, ddof, eps, min_std, group_ids)
 
 
 def grpo_s_rewards(
@@ -166,21 +148,9 @@ def grpo_s_rewards(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
-    mask = check_mask(mask, entropy=entropy)
-    check_row_groups(mask, group_ids)
-    # A sequence is a row of one token, its mean entropy: what is summed over a position is then the whole group.
-    one_token = jnp.any(mask, axis=-1, keepdims=True)
-    shaped = gtpo_rewards(
-        masked_mean(entropy, mask, axis=-1, keepdims=True),
-        successes,
-        one_token,
-        success_weight=success_weight,
-        entropy_weight=entropy_weight,
-        entropy_floor=entropy_floor,
-        shape_failures=shape_failures,
-        group_ids=group_ids,
-    )
-    return shaped[..., 0]
+    shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
+    base, shaped, _, _ = _sequence_parts(entropy, successes, mask, shaping, group_ids)
+    return (base + shaped)[..., 0]
 
 
 def grpo_s_advantages(
@@ -226,28 +196,55 @@ def grpo_s_advantages(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
-    rewards = grpo_s_rewards(
-        entropy,
-        successes,
-        mask,
-        success_weight=success_weight,
-        entropy_weight=entropy_weight,
-        entropy_floor=entropy_floor,
-        shape_failures=shape_failures,
-        group_ids=group_ids,
-    )
-    one_token = jnp.any(jnp.asarray(mask), axis=-1, keepdims=True)
-    won = per_token(one_token, successes=successes).astype(bool)
-    return _standardize(rewards[..., None], one_token, won, norm, ddof, eps, min_std, group_ids)[..., 0]
+    shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
+    parts = _sequence_parts(entropy, successes, mask, shaping, group_ids)
+    return _standardize(*parts, norm, ddof, eps, min_std, group_ids)[..., 0]
 
 
-def _share(x: Array, mask: Array, total: Array, count: Array) -> Array:
-    """What each has of the total, times the number of those that share it: 1 on average, 0 where masked."""
+_Shaping = tuple[float, float, float, bool]
+"""success_weight, entropy_weight, entropy_floor, shape_failures."""
+
+
+def _token_parts(
+    entropy: ArrayLike, successes: ArrayLike, mask: ArrayLike, shaping: _Shaping, group_ids: ArrayLike | None
+) -> tuple[Array, Array, Array, Array]:
+    """A reward as ±success_weight and what the entropy adds, the mask, and which tokens are of a success.
+
+    In two parts, since the second is small beside the first, and is what a standardized reward consists of.
+    """
+    success_weight, entropy_weight, entropy_floor, shape_failures = shaping
+    mask = check_mask(mask, entropy=entropy)
+    check_row_groups(mask, group_ids)
+    won = per_token(mask, successes=successes).astype(bool) & mask
+    lost = mask & ~won
+    entropy = jax.lax.stop_gradient(fill_masked(entropy, mask))
+    shaped = _share(entropy, won, group_ids)
+    if shape_failures:
+        shaped -= _share(1 / jnp.maximum(entropy, entropy_floor), lost, group_ids)
+    base = jnp.where(won, success_weight, jnp.where(lost, -success_weight, 0.0)).astype(entropy.dtype)
+    return base, entropy_weight * shaped, mask, won
+
+
+def _sequence_parts(
+    entropy: ArrayLike, successes: ArrayLike, mask: ArrayLike, shaping: _Shaping, group_ids: ArrayLike | None
+) -> tuple[Array, Array, Array, Array]:
+    """As `_token_parts`, with a sequence as a row of one token, its mean entropy."""
+    mask = check_mask(mask, entropy=entropy)
+    check_row_groups(mask, group_ids)
+    successes = per_token(mask, successes=successes)[..., 0]
+    means = masked_mean(entropy, mask, axis=-1, keepdims=True)
+    return _token_parts(means, successes, jnp.any(mask, axis=-1, keepdims=True), shaping, group_ids)
+
+
+def _share(x: Array, mask: Array, group_ids: ArrayLike | None) -> Array:
+    """What each has of the sum at its position, times the number of those that share it: 1 on average."""
+    total, count = rows_total(x, mask, group_ids), rows_total(mask, mask, group_ids)
     return jnp.where(mask, safe_divide(x * count, total), 0.0)
 
 
 def _standardize(
-    rewards: Array,
+    base: Array,
+    shaped: Array,
     mask: Array,
     won: Array,
     norm: str,
@@ -256,7 +253,7 @@ def _standardize(
     min_std: float,
     group_ids: ArrayLike | None,
 ) -> Array:
-    """Standardizes `[..., G, T]` rewards over the tokens of each group."""
+    """Standardizes the rewards base + shaped, `[..., G, T]`, over the tokens of each group."""
     check_choice("norm", norm, EntropyNorm)
 
     def over(mask: Array) -> Array:
@@ -264,9 +261,10 @@ def _standardize(
             rows = jnp.sum(jnp.where(mask, x, 0.0), axis=-1)
             return group_total(rows, jnp.ones(rows.shape, bool), group_ids)[..., None]
 
-        count = group_sum(mask.astype(rewards.dtype))
-        centred = rewards - safe_divide(group_sum(rewards), count)
+        count = group_sum(jnp.ones_like(shaped))
+        # Each part about its own mean: that of the large one is exact where all are equal.
+        centred = sum(part - safe_divide(group_sum(part), count) for part in (base, shaped))
         std = safe_sqrt(safe_divide(group_sum(centred**2), jnp.maximum(count - ddof, 0)))
         return jnp.where(mask & (std > min_std), safe_divide(centred, std + eps), 0.0)
 
-    return over(mask) if norm == "joint" else over(mask & won) + over(mask & ~won)
+    return over(mask) if norm == "joint" else over(won) + over(mask & ~won)

@@ -10,7 +10,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.statistics import group_rank
-from jaxrl_llm.masking import check_choice, check_same_shape, fill_masked, group_total, mask_or_all, safe_divide
+from jaxrl_llm.masking import (
+    check_choice,
+    check_mask,
+    check_same_shape,
+    fill_masked,
+    group_total,
+    mask_or_all,
+    safe_divide,
+)
 
 InconsistentVerdict = Literal["loss", "tie"]
 
@@ -36,7 +44,7 @@ def draw_reference(key: Array, mask: ArrayLike, *, group_ids: ArrayLike | None =
 
     Source: Jia et al. 2025, "Writing-Zero" (2506.00103).
     """
-    mask = mask_or_all(mask, mask=mask)
+    mask = check_mask(mask, group_ids=group_ids)
     return mask & (group_rank(jax.random.uniform(key, mask.shape), mask, group_ids) == 0)
 
 

@@ -32,7 +32,7 @@ def remax_advantages(
 
     Args:
         scores: `[...]`, or `[..., T]` with packed rows, as `shape_rewards`.
-        greedy_scores: Of the shape of `scores`, or one that broadcasts to it: `[P, 1]` for scores `[P, G]`.
+        greedy_scores: Of the shape of `scores`, or with 1 along the group: `[P, 1]` for scores `[P, G]`.
         mask: Bool `[..., T]`.
         old_logprobs: As `shape_rewards`.
         ref_logprobs: As `shape_rewards`; both are needed unless `kl_coef` is 0.
@@ -44,7 +44,7 @@ def remax_advantages(
         `[..., T]`, 0 at masked positions; with `kl_coef` 0 all tokens of a sequence have the same.
 
     Raises:
-        ValueError: As `shape_rewards`, or if the greedy scores do not broadcast.
+        ValueError: As `shape_rewards`, or if the shape of the greedy scores does not fit.
 
     Source: Li et al. 2023, "ReMax" (2310.10505).
     """
@@ -116,10 +116,9 @@ def remax_code_returns(
 
 def _minus_greedy(scores: ArrayLike, greedy_scores: ArrayLike) -> Array:
     shape, greedy = np.shape(scores), np.shape(greedy_scores)
-    try:
-        fits = np.broadcast_shapes(shape, greedy) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"greedy_scores has shape {greedy}, but scores has shape {shape}: pass one for each prompt")
+    # As many axes: [P] would silently fit [P, G] where P = G.
+    if len(greedy) != len(shape) or any(size not in (1, wanted) for size, wanted in zip(greedy, shape, strict=True)):
+        raise ValueError(
+            f"greedy_scores has shape {greedy}, but scores has shape {shape}: pass that shape, or 1 along the group"
+        )
     return as_float(scores) - as_float(greedy_scores)

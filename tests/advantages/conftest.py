@@ -74,7 +74,8 @@ def check_estimator() -> Callable[..., None]:
             function: called with `arrays` by name, and with `segment_ids` where that is tested.
             arrays: those that have the shape of the mask hold garbage where it is False.
             mask: which of them is the mask.
-            trained: the array by which the result is differentiated; None: the result is not differentiable.
+            trained: the array by which the result is differentiated; None: the result is not differentiable. Its
+                groups must not be constant, where the derivative jumps.
             packs: whether the function takes `segment_ids`; then the arrays are `[R, T]` or `[R]`, R even.
         """
         held = arrays[mask]
@@ -133,6 +134,9 @@ def _check_gradient(function: Callable[..., Any], arrays: Arrays, mask: str, tra
     assert np.isfinite(gradient).all() and np.any(gradient != 0)
     if x.shape == arrays[mask].shape:
         np.testing.assert_array_equal(gradient[~arrays[mask]], 0)
+    # Finite where there is nothing to compare: constant groups, one element, none.
+    constant = np.where(np.isnan(x), x, 0.1) if x.dtype.kind == "f" else x
+    assert np.isfinite(jax.jit(jax.grad(total))(constant, **others)).all()
     for mask_of_few in few:
         assert np.isfinite(jax.jit(jax.grad(total))(x, **{**others, mask: mask_of_few})).all()
     with jax.enable_x64(True):

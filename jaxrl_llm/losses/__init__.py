@@ -10,6 +10,8 @@ from jaxrl_llm.losses.aggregate import (
     aggregation_normalizer,
     aggregation_weights,
 )
+from jaxrl_llm.losses.aot import aot_loss
+from jaxrl_llm.losses.bco import RewardShift, ShiftAverage, bco_loss
 from jaxrl_llm.losses.correction import (
     CorrectionLevel,
     effective_sample_size,
@@ -35,6 +37,7 @@ from jaxrl_llm.losses.distillation import (
     gkd_loss,
     on_policy_distillation_advantages,
 )
+from jaxrl_llm.losses.dpo import cdpo_loss, dpo_loss, robust_dpo_loss
 from jaxrl_llm.losses.entropy import EntropyControl, entropy_bonus, update_entropy_control
 from jaxrl_llm.losses.gates import SoftGate, sapo_loss, soft_gate
 from jaxrl_llm.losses.geometric_mean import gmpo_loss
@@ -52,13 +55,30 @@ from jaxrl_llm.losses.kl import (
     kl_penalty,
 )
 from jaxrl_llm.losses.kl_loss import kl_loss
+from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
 from jaxrl_llm.losses.moments import ExplainedVariance, Moments
+from jaxrl_llm.losses.online import NashKL, PairLabels, label_pairs, nash_md_loss, nash_md_mixture_logprobs, xpo_loss
 from jaxrl_llm.losses.policy import dapo_loss, dr_grpo_loss, grpo_loss, ppo_loss
+from jaxrl_llm.losses.preference import discopop_loss, exo_loss, hinge_loss, ipo_loss
+from jaxrl_llm.losses.preference_sides import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_loss, sppo_loss
+from jaxrl_llm.losses.preference_terms import (
+    FDivergence,
+    cdpo_term,
+    discopop_term,
+    dpo_term,
+    exo_term,
+    f_divergence_score,
+    hinge_term,
+    ipo_term,
+    robust_dpo_term,
+)
 from jaxrl_llm.losses.process_reward import NeutralSteps, prm_loss, step_labels, step_probability
 from jaxrl_llm.losses.ratio import ClipIndicators, clip_indicators, clipped_surrogate, importance_ratio
+from jaxrl_llm.losses.reference_free import OddsLogprob, cpo_loss, log_odds, orpo_loss, simpo_loss, slic_loss
 from jaxrl_llm.losses.reinforce import dro_loss, dro_surrogate, gpg_loss, reinforce_loss, threshold_grpo_loss
 from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
 from jaxrl_llm.losses.sequence import grpo_s_loss, gspo_loss, gspo_token_loss, luspo_loss, sequence_log_ratio
+from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs, wpo_weights
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
 from jaxrl_llm.losses.token_masks import off_policy_sequence_mask, top_entropy_mask
 from jaxrl_llm.losses.value import ValueLossKind, clipped_value_error, value_loss
@@ -70,31 +90,53 @@ __all__ = [
     "CorrectionLevel",
     "EntropyControl",
     "ExplainedVariance",
+    "FDivergence",
     "KLDirection",
     "KLEstimator",
+    "KTOVariant",
     "Moments",
+    "NashKL",
     "NeutralSteps",
+    "OddsLogprob",
+    "PairLabels",
+    "RewardShift",
+    "ShiftAverage",
     "SoftGate",
     "ValueLossKind",
     "aggregate",
     "aggregation_normalizer",
     "aggregation_weights",
+    "aot_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_loss",
+    "bco_pair_loss",
     "bradley_terry_loss",
     "bt_prob",
+    "cdpo_loss",
+    "cdpo_term",
     "cispo_loss",
     "clip_cov_loss",
     "clip_indicators",
     "clipped_surrogate",
     "clipped_value_error",
+    "cpo_loss",
     "dapo_loss",
     "dft_loss",
+    "discopop_loss",
+    "discopop_term",
     "divergence_mask",
+    "dpo_loss",
+    "dpo_term",
     "dppo_loss",
     "dr_grpo_loss",
     "dro_loss",
     "dro_surrogate",
     "effective_sample_size",
     "entropy_bonus",
+    "exo_loss",
+    "exo_term",
+    "f_divergence_score",
     "generalized_jsd",
     "generalized_jsd_from_hidden",
     "geometric_filter",
@@ -105,9 +147,14 @@ __all__ = [
     "grpo_s_loss",
     "gspo_loss",
     "gspo_token_loss",
+    "hinge_loss",
+    "hinge_term",
     "icepop_weights",
+    "implicit_reward",
     "importance_ratio",
     "importance_weights",
+    "ipo_loss",
+    "ipo_term",
     "kl_abs",
     "kl_cov_loss",
     "kl_exact",
@@ -119,21 +166,37 @@ __all__ = [
     "kl_k3_straight_through",
     "kl_loss",
     "kl_penalty",
+    "kto_balance",
+    "kto_kl",
+    "kto_kl_of_other_side",
+    "kto_loss",
+    "label_pairs",
     "last_token_score",
+    "log_odds",
     "luspo_loss",
     "mis_weights",
+    "nash_md_loss",
+    "nash_md_mixture_logprobs",
+    "nca_loss",
     "normalize_scores",
     "off_policy_sequence_mask",
     "on_policy_distillation_advantages",
+    "orpo_loss",
     "ppo_loss",
     "prm_loss",
     "ranking_loss",
     "reinforce_loss",
+    "robust_dpo_loss",
+    "robust_dpo_term",
     "sapo_loss",
     "seq_mask_tis_weights",
     "sequence_log_ratio",
+    "sequence_logprobs",
     "sft_loss",
+    "simpo_loss",
+    "slic_loss",
     "soft_gate",
+    "sppo_loss",
     "step_labels",
     "step_probability",
     "threshold_grpo_loss",
@@ -144,4 +207,6 @@ __all__ = [
     "value_loss",
     "vespo_loss",
     "vespo_weights",
+    "wpo_weights",
+    "xpo_loss",
 ]

@@ -144,6 +144,11 @@ def check_token_loss() -> Callable[..., None]:
             if not detached:
                 check_grads(jax.jit(lambda x: loss(**{trained: x}, **rest)[0]), point, 1, ["rev"])
 
+        # All else is constant.
+        constants = {"old_logprobs", "ref_logprobs", "sampler_logprobs", "advantages", "weights"} - {trained}
+        passive = {name: jnp.asarray(clean[name]) for name in sorted(constants & set(clean))}
+        assert not any(np.any(g) for g in jax.grad(lambda changes: value(changes)[0])(passive).values())
+
         # Transformations and types.
         _same(value(), jax.jit(lambda changes: value(changes))(clean), rtol=1e-5, atol=1e-6)
         twice = {name: jnp.stack([x, x[::-1]]) for name, x in clean.items()}
@@ -161,6 +166,10 @@ def check_token_loss() -> Callable[..., None]:
         one = np.zeros_like(mask)
         one.flat[np.flatnonzero(mask)[0]] = True
         assert all(np.isfinite(x).all() for x in gradient({"mask": one}))
+
+        # A constant group, from which there is nothing to learn.
+        if "advantages" in clean:
+            assert all(np.isfinite(x).all() for x in gradient({"advantages": np.zeros_like(clean["advantages"])}))
 
         rows = len(mask) // 2
         if mode is not None:  # parts add up, value and gradient

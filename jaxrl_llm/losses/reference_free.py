@@ -1,0 +1,283 @@
+"""Preference losses without a reference model: SimPO, CPO, SLiC, ORPO.
+
+What keeps the policy in place is a likelihood term on the chosen completion, or a target margin, or nothing. DPO
+without a reference is `dpo_loss` with None for both references.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxrl_llm.losses._pairs import divide_pairs_by_lengths, make_pairs, mean_over, pair_metrics, reduce_pairs
+from jaxrl_llm.losses._rows import check_not_negative, check_positive
+from jaxrl_llm.losses.preference_terms import dpo_term, f_divergence_score
+from jaxrl_llm.masking import (
+    Mean,
+    Metrics,
+    as_float,
+    check_same_shape,
+    fill_masked,
+    masked_sum,
+    safe_divide,
+)
+
+OddsLogprob = Literal["mean", "sum"]
+
+LOG_PROBABILITY_LIMIT = -1e-7
+"""The odds of a completion are those of this log-probability at most: at 0 they are infinite."""
+
+
+def simpo_loss(
+    chosen_logprobs: ArrayLike,
+    rejected_logprobs: ArrayLike,
+    chosen_lengths: ArrayLike,
+    rejected_lengths: ArrayLike,
+    *,
+    beta: ArrayLike = 2.0,
+    gamma: ArrayLike | None = None,
+    gamma_beta_ratio: ArrayLike | None = None,
+    alpha: float = 0.0,
+    weights: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+) -> tuple[Array, Metrics]:
+    """Simple preference optimization: the reward is the mean log-probability per token, with a target margin.
+
+        mean over pairs of  −log σ(r_w − r_l − gamma)        r = beta log π(y) / |y|
+
+    With `alpha`, the reward is AlphaPO's, r = beta (1 − p^−alpha) / alpha, where p = π(y)^(1/|y|). TRL's `simpo` is
+    a mode of CPO: it adds the likelihood term of `cpo_loss` unless told not to.
+
+    Unlike `dpo_loss`, there is no reference, sums are divided by lengths, and a pair is to win by gamma.
+
+    Args:
+        chosen_logprobs: Log-probabilities (sums) of the chosen completions under the policy, `[...]`.
+        rejected_logprobs: The same of the rejected completions, `[...]`.
+        chosen_lengths: Numbers of tokens of the chosen completions, `[...]`.
+        rejected_lengths: The same of the rejected completions, `[...]`.
+        beta: Scale of the reward.
+        gamma: Target margin of the reward. None: `gamma_beta_ratio` · beta, or 0.5 if that is None, too.
+        gamma_beta_ratio: The target margin in units of beta, the official code's parameter.
+        alpha: Shape of the reward; 0 for the logarithm.
+        weights: As `dpo_loss`.
+        mask: As `dpo_loss`.
+        normalizer: As `dpo_loss`.
+
+    Returns:
+        As `dpo_loss`, where a reward is r.
+
+    Raises:
+        ValueError: As `dpo_loss`, and if both gamma and gamma_beta_ratio are given.
+
+    Source: Meng et al. 2024, "SimPO" (2405.14734). AlphaPO: Gupta et al. 2025, "AlphaPO" (2501.03884).
+    """
+    check_positive(beta=beta)
+    check_not_negative(gamma=gamma, gamma_beta_ratio=gamma_beta_ratio)
+    if gamma is not None and gamma_beta_ratio is not None:
+        raise ValueError(f"gamma is {gamma} and gamma_beta_ratio is {gamma_beta_ratio}: pass one of them")
+    if gamma is None:
+        gamma = 0.5 if gamma_beta_ratio is None else gamma_beta_ratio * beta
+    pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
+    average = divide_pairs_by_lengths(pairs, chosen_lengths, rejected_lengths)
+    chosen, rejected = (
+        beta * f_divergence_score(log_ratio, f_divergence="alpha", f_alpha=1 - alpha)
+        for log_ratio in (average.chosen_log_ratios, average.rejected_log_ratios)
+    )
+    losses = dpo_term(chosen - rejected - gamma, beta=1.0)
+    loss = mean_over(losses, pairs.mask, weights=weights, normalizer=normalizer)
+    return loss, pair_metrics(pairs, chosen, rejected)
+
+
+def cpo_loss(
+    chosen_logprobs: ArrayLike,
+    rejected_logprobs: ArrayLike,
+    chosen_lengths: ArrayLike,
+    *,
+    beta: ArrayLike = 0.1,
+    nll_coef: ArrayLike = 1.0,
+    weights: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    nll_normalizer: ArrayLike | None = None,
+) -> tuple[Array, Metrics]:
+    """Contrastive preference optimization: DPO under a uniform reference, and the likelihood of the chosen completion.
+
+        mean over pairs of  −log σ(beta (log π(y_w) − log π(y_l)))  +  nll_coef · mean over chosen tokens of  −log π
+
+    Unlike `dpo_loss` without a reference, the likelihood term keeps the chosen completion likely.
+
+    Args:
+        chosen_logprobs: As `simpo_loss`.
+        rejected_logprobs: As `simpo_loss`.
+        chosen_lengths: As `simpo_loss`.
+        beta: Inverse temperature.
+        nll_coef: Weight of the likelihood term, the paper's alpha.
+        weights: As `dpo_loss`; not on the likelihood term.
+        mask: As `dpo_loss`.
+        normalizer: As `dpo_loss`.
+        nll_normalizer: Number of chosen tokens of the whole batch, if these pairs are a part of it. None: those here.
+
+    Returns:
+        As `dpo_loss`, where a reward is beta · log π(y), and the metric `nll`, the mean over the chosen tokens.
+
+    Raises:
+        ValueError: As `dpo_loss`.
+
+    Source: Xu et al. 2024, "Contrastive preference optimization" (2401.08417).
+    """
+    check_not_negative(nll_coef=nll_coef)
+    pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
+    losses = dpo_term(pairs.margin, beta=beta)
+    loss, metrics = reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
+    nll, metrics["nll"] = _token_nll(chosen_logprobs, chosen_lengths, pairs.mask, nll_normalizer)
+    return loss + nll_coef * nll, metrics
+
+
+def slic_loss(
+    chosen_logprobs: ArrayLike,
+    rejected_logprobs: ArrayLike,
+    *,
+    margin: ArrayLike = 1.0,
+    nll_coef: ArrayLike = 0.1,
+    target_logprobs: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+) -> tuple[Array, Metrics]:
+    """Sequence likelihood calibration with human feedback: a hinge on log-probabilities, and a likelihood term.
+
+        mean over pairs of  max(0, margin − log π(y_w) + log π(y_l)) − nll_coef · log π(y_target)
+
+    Unlike `hinge_loss`, there is no reference model: the likelihood of a target, per sequence and not per token, keeps
+    the policy in place.
+
+    Args:
+        chosen_logprobs: As `simpo_loss`.
+        rejected_logprobs: As `simpo_loss`.
+        margin: Difference of log-probabilities beyond which a pair has no gradient, the paper's δ.
+        nll_coef: Weight of the likelihood term, the paper's λ (the default is that of the HALOs code).
+        target_logprobs: Log-probabilities of the supervised targets under the policy, `[...]`. None: the chosen ones.
+        weights: As `dpo_loss`; not on the likelihood term.
+        mask: As `dpo_loss`.
+        normalizer: As `dpo_loss`.
+
+    Returns:
+        As `dpo_loss`, where a reward is log π(y), and the metric `nll`, the mean over the target *sequences*.
+
+    Raises:
+        ValueError: As `dpo_loss`.
+
+    Source: Zhao et al. 2023, "SLiC-HF" (2305.10425).
+    """
+    check_not_negative(margin=margin, nll_coef=nll_coef)
+    pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
+    check_same_shape(chosen_logprobs=chosen_logprobs, target_logprobs=target_logprobs)
+    targets = pairs.chosen_logprobs if target_logprobs is None else fill_masked(target_logprobs, pairs.mask)
+    losses = jnp.maximum(0.0, margin - pairs.margin)
+    loss, metrics = reduce_pairs(losses, pairs, beta=1.0, weights=weights, normalizer=normalizer)
+    metrics["nll"] = Mean.of(jax.lax.stop_gradient(-targets), pairs.mask)
+    return loss + nll_coef * mean_over(-targets, pairs.mask, normalizer=normalizer), metrics
+
+
+def orpo_loss(
+    chosen_logprobs: ArrayLike,
+    rejected_logprobs: ArrayLike,
+    chosen_lengths: ArrayLike,
+    rejected_lengths: ArrayLike,
+    *,
+    odds_coef: ArrayLike = 0.1,
+    odds_logp: OddsLogprob = "mean",
+    nll_logprobs: ArrayLike | None = None,
+    nll_lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    nll_normalizer: ArrayLike | None = None,
+) -> tuple[Array, Metrics]:
+    """Odds ratio preference optimization: supervised fine-tuning with a penalty on the odds of the rejected completion.
+
+        mean over tokens of  −log π  +  odds_coef · mean over pairs of  −log σ(log odds(y_w) − log odds(y_l))
+        odds(y) = P / (1 − P)        P = π(y)^(1/|y|), the geometric mean of its tokens' probabilities
+
+    One stage, from a base model, without a reference. The likelihood term is over the tokens of the chosen completions;
+    the authors' code and TRL count the prompt's tokens, too: pass their sums and numbers as `nll_logprobs` and
+    `nll_lengths`.
+
+    Unlike `cpo_loss`, the contrast is of odds of mean probabilities, which is weak where both are unlikely.
+
+    Args:
+        chosen_logprobs: As `simpo_loss`.
+        rejected_logprobs: As `simpo_loss`.
+        chosen_lengths: As `simpo_loss`.
+        rejected_lengths: As `simpo_loss`.
+        odds_coef: Weight of the odds ratio, the paper's λ and TRL's `beta`.
+        odds_logp: "mean", or "sum" for P = π(y), of which the odds are P itself unless the completion is short.
+        nll_logprobs: Sums of log-probabilities over the tokens of the likelihood term, `[...]`. None: the chosen ones.
+        nll_lengths: Numbers of these tokens, `[...]`.
+        weights: As `dpo_loss`; not on the likelihood term.
+        mask: As `dpo_loss`.
+        normalizer: As `dpo_loss`.
+        nll_normalizer: Number of tokens of the likelihood term in the whole batch. None: those here.
+
+    Returns:
+        As `dpo_loss`, where a reward is odds_coef · log P, and the metrics `nll`, the mean over its tokens,
+        `log_odds_chosen`, the mean log odds ratio, and `log_odds_ratio`, the mean of log σ of it (TRL's names).
+
+    Raises:
+        ValueError: As `dpo_loss`, on an unknown `odds_logp`, and on nll_logprobs without nll_lengths.
+
+    Source: Hong et al. 2024, "ORPO" (2403.07691).
+    """
+    check_not_negative(odds_coef=odds_coef)
+    if odds_logp not in get_args(OddsLogprob):
+        raise ValueError(f"unknown odds_logp {odds_logp!r}: choose one of {', '.join(get_args(OddsLogprob))}")
+    if (nll_logprobs is None) != (nll_lengths is None):
+        raise ValueError("nll_logprobs and nll_lengths: one is None and the other is not; pass both or neither")
+    sums = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
+    # Divided in either case, so that the lengths are checked.
+    average = divide_pairs_by_lengths(sums, chosen_lengths, rejected_lengths)
+    logp = average if odds_logp == "mean" else sums
+    log_ratio = log_odds(logp.chosen_log_ratios) - log_odds(logp.rejected_log_ratios)
+    losses = dpo_term(log_ratio, beta=1.0)
+    loss, metrics = reduce_pairs(losses, logp, beta=odds_coef, weights=weights, normalizer=normalizer)
+    metrics["log_odds_chosen"] = Mean.of(jax.lax.stop_gradient(log_ratio), sums.mask)
+    metrics["log_odds_ratio"] = Mean.of(jax.lax.stop_gradient(-losses), sums.mask)
+    tokens = (chosen_logprobs, chosen_lengths) if nll_logprobs is None else (nll_logprobs, nll_lengths)
+    nll, metrics["nll"] = _token_nll(*tokens, sums.mask, nll_normalizer)
+    return nll + odds_coef * loss, metrics
+
+
+def log_odds(logprobs: ArrayLike) -> Array:
+    """The log odds of an event from its log-probability a.
+
+        log(P / (1 − P)) = a − log(1 − eᵃ)        P = eᵃ
+
+    Unlike `jax.scipy.special.logit`, which takes P, it keeps its precision where P is near 0 or 1.
+
+    Args:
+        logprobs: a ≤ 0, any shape; above −10⁻⁷ it counts as that, with gradient 0 to the second term.
+
+    Returns:
+        The shape of `logprobs`.
+
+    Source: Hong et al. 2024, "ORPO" (2403.07691); M. Mächler 2012, "Accurately computing log(1 − exp(−|a|))".
+    """
+    a = jnp.minimum(as_float(logprobs), LOG_PROBABILITY_LIMIT)
+    likely = a > -jnp.log(2.0)
+    near_one = jnp.log(-jnp.expm1(jnp.where(likely, a, -1.0)))
+    return a - jnp.where(likely, near_one, jnp.log1p(-jnp.exp(jnp.where(likely, -1.0, a))))
+
+
+def _token_nll(
+    logprobs: ArrayLike, lengths: ArrayLike | None, mask: Array, normalizer: ArrayLike | None
+) -> tuple[Array, Mean]:
+    """−Σ log π over the tokens of the valid rows, divided by their number; and the record for the metrics."""
+    check_same_shape(mask=mask, nll_logprobs=logprobs, nll_lengths=lengths)
+    total, count = -masked_sum(logprobs, mask), masked_sum(lengths, mask)
+    loss = safe_divide(total, count if normalizer is None else normalizer)
+    return loss, Mean(jax.lax.stop_gradient(total), count)

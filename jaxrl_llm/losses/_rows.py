@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,11 @@ class PolicyRows(NamedTuple):
     advantages: Array
     mask: Array
     weights: Array | None
+
+    @property
+    def inputs(self) -> tuple[Array, Array, Array]:
+        """Log-probs, old log-probs and advantages, as the terms take them."""
+        return self.logprobs, self.old_logprobs, self.advantages
 
     @property
     def log_ratio(self) -> Array:
@@ -102,7 +108,7 @@ def check_not_negative(**numbers: ArrayLike | None) -> None:
     _check(numbers, "not negative", lambda x: x >= 0)
 
 
-def _check(numbers: dict[str, ArrayLike | None], wanted: str, holds) -> None:
+def _check(numbers: dict[str, ArrayLike | None], wanted: str, holds: Callable[[float], bool]) -> None:
     for name, x in numbers.items():
         if isinstance(x, int | float) and not (math.isfinite(x) and holds(x)):
             raise ValueError(f"{name} is {x}: it must be finite and {wanted}")

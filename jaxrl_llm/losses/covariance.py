@@ -37,7 +37,9 @@ def token_covariance(logprobs: ArrayLike, advantages: ArrayLike, mask: ArrayLike
     """
     rows = policy_rows(logprobs, None, advantages, mask)
     logprobs = rows.old_logprobs  # a constant
-    covariance = (logprobs - masked_mean(logprobs, rows.mask)) * (rows.advantages - masked_mean(*rows[2:4]))
+    covariance = (logprobs - masked_mean(logprobs, rows.mask)) * (
+        rows.advantages - masked_mean(rows.advantages, rows.mask)
+    )
     return jnp.where(rows.mask, covariance, 0.0)
 
 
@@ -92,11 +94,11 @@ def clip_cov_loss(
     check_not_negative(fraction=fraction)
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    clipped = clip_indicators(*rows[:3], **bounds)
+    clipped = clip_indicators(*rows.inputs, **bounds)
     covariance = token_covariance(rows.logprobs, rows.advantages, rows.mask)
     band = rows.mask & ~clipped.region & (covariance > cov_low) & (covariance < cov_high)
     dropped = _largest(jax.random.uniform(key, band.shape), band, _number_of_tokens(rows.mask, fraction))
-    losses = rows.weigh(jnp.where(dropped, 0.0, clipped_surrogate(*rows[:3], **bounds)))
+    losses = rows.weigh(jnp.where(dropped, 0.0, clipped_surrogate(*rows.inputs, **bounds)))
     metrics = {"clip_ratio/covariance_mean": Mean.of(dropped, rows.mask)}
     metrics |= clip_metrics(clipped, rows.mask) | ratio_metrics(rows)
     return aggregate(losses, rows.mask, mode="token-mean", normalizer=normalizer), metrics
@@ -145,7 +147,7 @@ def kl_cov_loss(
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     covariance = token_covariance(rows.logprobs, rows.advantages, rows.mask)
     chosen = _largest(covariance, rows.mask, _number_of_tokens(rows.mask, fraction))
-    policy = clipped_surrogate(*rows[:3], clip_low=None, clip_high=None)
+    policy = clipped_surrogate(*rows.inputs, clip_low=None, clip_high=None)
     losses = rows.weigh(policy) + jnp.where(chosen, kl_coef * jnp.abs(rows.log_ratio), 0.0)
     return aggregate(losses, rows.mask, mode="token-mean", normalizer=normalizer), ratio_metrics(rows)
 

@@ -71,7 +71,7 @@ def cispo_loss(
     check_not_negative(w_min=w_min)
     check_positive(w_max=w_max)
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    ratio = jax.lax.stop_gradient(importance_ratio(*rows[:2]))
+    ratio = jax.lax.stop_gradient(importance_ratio(rows.logprobs, rows.old_logprobs))
     losses = rows.weigh(-jnp.clip(ratio, w_min, w_max) * rows.advantages * rows.logprobs)
     loss = aggregate(
         losses,
@@ -178,8 +178,8 @@ def dppo_loss(
     """
     check_positive(w_max=w_max)
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    keep = divergence_mask(*rows[:3], delta_low=delta_low, delta_high=delta_high, divergence=divergence)
-    ratio = jnp.minimum(jax.lax.stop_gradient(importance_ratio(*rows[:2])), w_max)
+    keep = divergence_mask(*rows.inputs, delta_low=delta_low, delta_high=delta_high, divergence=divergence)
+    ratio = jnp.minimum(jax.lax.stop_gradient(importance_ratio(rows.logprobs, rows.old_logprobs)), w_max)
     losses = rows.weigh(jnp.where(keep, -ratio * rows.advantages * rows.logprobs, 0.0))
     rising = rows.advantages > 0
     metrics = clip_metrics(ClipIndicators(low=~keep & ~rising, high=~keep & rising), rows.mask)
@@ -280,7 +280,7 @@ def vespo_loss(
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     settings = {"k_pos": k_pos, "lam_pos": lam_pos, "k_neg": k_neg, "lam_neg": lam_neg}
-    phi = vespo_weights(*rows[:4], **settings, segment_ids=segment_ids)
+    phi = vespo_weights(*rows.inputs, rows.mask, **settings, segment_ids=segment_ids)
     losses = rows.weigh(-phi * rows.advantages * rows.logprobs)
     metrics = {"vespo/phi_seq_mean": Mean.of(phi, segment_first(rows.mask, segment_ids))}
     return aggregate(losses, rows.mask, mode="token-mean", normalizer=normalizer), metrics | ratio_metrics(rows)

@@ -128,7 +128,7 @@ def sapo_loss(
     Source: Gao et al. 2025, "Soft adaptive policy optimization" (2511.20347).
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    gates = soft_gate(*rows[:3], tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, gate_scale=gate_scale)
+    gates = soft_gate(*rows.inputs, tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, gate_scale=gate_scale)
     loss = aggregate(
         rows.weigh(-rows.advantages * gates),
         rows.mask,

@@ -152,9 +152,9 @@ def grpo_loss(
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    surrogate = clipped_surrogate(*rows[:3], **bounds, dual_clip=dual_clip, ratio_cap=ratio_cap)
+    surrogate = clipped_surrogate(*rows.inputs, **bounds, dual_clip=dual_clip, ratio_cap=ratio_cap)
     losses = rows.weigh(surrogate)
-    metrics = clip_metrics(clip_indicators(*rows[:3], **bounds), rows.mask) | ratio_metrics(rows)
+    metrics = clip_metrics(clip_indicators(*rows.inputs, **bounds), rows.mask) | ratio_metrics(rows)
     _check_present("kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     if ref_logprobs is not None:
         ref = fill_masked(ref_logprobs, rows.mask)

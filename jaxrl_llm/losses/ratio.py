@@ -20,7 +20,12 @@ def clamp_log_ratio(log_ratio: ArrayLike) -> Array:
 
 
 def importance_ratio(logprobs: ArrayLike, old_logprobs: ArrayLike | None) -> Array:
-    """The ratio r = π/π_old = exp(logprobs − old_logprobs), the log-ratio clamped to ±20.
+    """The importance ratio of a token: how much likelier it has become since it was sampled.
+
+        r = π/π_old = exp(logprobs − old_logprobs)
+
+    The log-ratio is clamped to ±20, so that r stays finite; outside, the gradient is 0. Unlike `importance_weights`,
+    which compare a sampler with the learner that it serves, r has a gradient, r ∇logprobs.
 
     Args:
         logprobs: Log-probabilities of the sampled tokens under the policy, any shape.
@@ -29,6 +34,11 @@ def importance_ratio(logprobs: ArrayLike, old_logprobs: ArrayLike | None) -> Arr
 
     Returns:
         The shape of `logprobs`.
+
+    Raises:
+        ValueError: On unequal shapes.
+
+    Source: Kakade & Langford 2002; Schulman et al. 2017 (1707.06347).
     """
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
     old = jax.lax.stop_gradient(as_float(logprobs if old_logprobs is None else old_logprobs))
@@ -105,7 +115,29 @@ def clip_indicators(
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
 ) -> ClipIndicators:
-    """Marks the tokens whose loss is the clipped one, strictly; arguments as for `clipped_surrogate`."""
+    """Marks the tokens whose gradient `clipped_surrogate` cuts, because their loss is the clipped one, strictly.
+
+        A < 0 and r < 1 − clip_low        "low"
+        A > 0 and r > 1 + clip_high       "high"
+
+    Their means over the valid tokens are the clip fractions that trainers log. Unlike a test of the ratio alone, a
+    token that has moved against its advantage does not count, since its gradient is not cut.
+
+    Args:
+        logprobs: As `clipped_surrogate`.
+        old_logprobs: As `clipped_surrogate`.
+        advantages: As `clipped_surrogate`.
+        clip_low: As `clipped_surrogate`.
+        clip_high: As `clipped_surrogate`.
+
+    Returns:
+        `ClipIndicators` of bool `[..., T]`; not masked.
+
+    Raises:
+        ValueError: On shapes that do not fit.
+
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms" (1707.06347).
+    """
     ratio = importance_ratio(logprobs, old_logprobs)
     advantages = per_token(advantages, ratio.shape, "advantages")
     lower, upper = clip_range(clip_low, clip_high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -155,8 +156,9 @@ def threshold_grpo_loss(
     Source: a reading of GRPO (Shao et al. 2024, 2402.03300) in secondary literature.
     """
     mask = check_mask(mask, logprobs=logprobs)
-    if jax.numpy.asarray(keep).dtype != bool:
-        raise ValueError(f"keep must be bool, but has dtype {jax.numpy.asarray(keep).dtype}: pass keep != 0")
+    keep = jnp.asarray(keep)
+    if keep.dtype != bool:
+        raise ValueError(f"keep must be bool, but has dtype {keep.dtype}: pass keep != 0")
     kept = mask & (per_token(keep, mask.shape, "keep", packed=segment_ids is not None) != 0)
     if clip is None:
         return reinforce_loss(
@@ -244,5 +246,5 @@ def dro_loss(
     Source: Richemond et al. 2024, "Offline regularised reinforcement learning" (2405.19107), token by token as in verl.
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    losses = rows.weigh(dro_surrogate(*rows[:3], beta=beta))
+    losses = rows.weigh(dro_surrogate(*rows.inputs, beta=beta))
     return aggregate(losses, rows.mask, mode="token-mean", normalizer=normalizer), ratio_metrics(rows)

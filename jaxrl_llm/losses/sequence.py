@@ -96,7 +96,9 @@ def gspo_loss(
     Source: Zheng et al. 2025, "Group sequence policy optimization" (2507.18071).
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    log_ratio = sequence_log_ratio(*rows[:2], rows.mask, length_normalize=length_normalize, segment_ids=segment_ids)
+    log_ratio = sequence_log_ratio(
+        rows.logprobs, rows.old_logprobs, rows.mask, length_normalize=length_normalize, segment_ids=segment_ids
+    )
     losses, metrics = _clip_sequences(log_ratio, rows, clip_low, clip_high, segment_ids)
     return _mean_over_sequences(losses, rows, normalizer, segment_ids, count_empty), metrics
 
@@ -144,7 +146,7 @@ def gspo_token_loss(
     Source: Zheng et al. 2025, "Group sequence policy optimization" (2507.18071).
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    of_sequence = _mean_log_ratio(*rows[:2], rows.mask, True, segment_ids)
+    of_sequence = _mean_log_ratio(rows.logprobs, rows.old_logprobs, rows.mask, True, segment_ids)
     # The bracket is exactly 0, with the gradient of the token.
     log_ratio = jax.lax.stop_gradient(of_sequence) + (rows.logprobs - jax.lax.stop_gradient(rows.logprobs))
     losses, metrics = _clip_sequences(_clamp(log_ratio), rows, clip_low, clip_high, segment_ids, by_token=True)
@@ -192,7 +194,7 @@ def luspo_loss(
     Source: Liu et al. 2026, "Length-unbiased sequence policy optimization" (2602.05261).
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    log_ratio = sequence_log_ratio(*rows[:2], rows.mask, segment_ids=segment_ids)
+    log_ratio = sequence_log_ratio(rows.logprobs, rows.old_logprobs, rows.mask, segment_ids=segment_ids)
     losses, metrics = _clip_sequences(log_ratio, rows, clip_low, clip_high, segment_ids)
     mean = _mean_over_sequences(losses, rows, normalizer, segment_ids, count_empty, mode="seq-mean-token-sum")
     return mean, metrics

@@ -67,6 +67,7 @@ def test_filters_equal_the_definition(ragged):
     assert 0 < keep.sum() < ragged.mask.sum()
     np.testing.assert_array_equal(geometric_filter(*args, w_min=0.9, w_max=1.1), keep)
     close(seq_mask_tis_weights(*args, w_min=0.9, w_max=1.1), np.where(keep, raw, 0))
+    np.testing.assert_array_equal(geometric_filter(*args, w_min=0.0, w_max=9.0), ragged.mask)
     # Bounds are inclusive.
     same = (ragged.old, ragged.old, ragged.mask)
     np.testing.assert_array_equal(geometric_filter(*same, w_min=1.0, w_max=1.0), ragged.mask)

@@ -40,7 +40,7 @@ from jaxrl_llm.advantages.reinforce import (
     reinforce_plus_plus_baseline_advantages,
 )
 from jaxrl_llm.advantages.relative import (
-    GPGAlpha,
+    GPGAlphaMode,
     PassAtKScale,
     gpg_advantages,
     gpg_alpha,
@@ -68,7 +68,7 @@ __all__ = [
     "EmaBaseline",
     "EntropyNorm",
     "FilteredAdvantages",
-    "GPGAlpha",
+    "GPGAlphaMode",
     "InconsistentVerdict",
     "MaskedTokens",
     "NormalizeOver",

@@ -263,7 +263,7 @@ def _standardize(
 
         count = group_sum(jnp.ones_like(shaped))
         # Each part about its own mean: that of the large one is exact where all are equal.
-        centred = sum(part - safe_divide(group_sum(part), count) for part in (base, shaped))
+        centred = (base - safe_divide(group_sum(base), count)) + (shaped - safe_divide(group_sum(shaped), count))
         std = safe_sqrt(safe_divide(group_sum(centred**2), jnp.maximum(count - ddof, 0)))
         return jnp.where(mask & (std > min_std), safe_divide(centred, std + eps), 0.0)
 

@@ -74,7 +74,7 @@ def group_advantages(
         others = group.count - 1
         centred = rewards - safe_divide(group.mean * group.count - rewards, others)
     if scale == "none":
-        divisor = jnp.ones(())
+        divisor = 1.0
     elif scale == "variance":
         divisor = group.variance(ddof) + eps
     else:
@@ -86,7 +86,10 @@ def group_advantages(
 def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_ids: ArrayLike | None = None) -> Array:
     """Marks the groups that teach nothing: no two valid rewards differ, by an exact comparison.
 
-    A group with one valid sample, or none, is such a group.
+        max R = min R
+
+    A group with one valid sample, or none, is such a group. Unlike a bound on the standard deviation, the test does
+    not depend on rounding, nor on the scale of the rewards.
 
     Args:
         rewards: `[..., G]`, or any shape with `group_ids`.
@@ -95,6 +98,11 @@ def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_
 
     Returns:
         Bool: `[...]`, one for each group; with `group_ids`, for each sample that of its group.
+
+    Raises:
+        ValueError: On unequal shapes or a mask that is not bool.
+
+    Source: Yu et al. 2025, "DAPO" (2503.14476).
     """
     mask = mask_or_all(mask, rewards=rewards)
     is_constant = group_statistics(fill_masked(rewards, mask), mask, group_ids).is_constant

@@ -20,7 +20,7 @@ from jaxrl_llm.masking import (
     safe_divide,
 )
 
-GPGAlpha = Literal["valid_groups", "nonzero_rewards"]
+GPGAlphaMode = Literal["valid_groups", "nonzero_rewards"]
 PassAtKScale = Literal["group", "none"]
 
 
@@ -64,7 +64,7 @@ def opo_advantages(
 def gpg_alpha(
     rewards: ArrayLike,
     *,
-    alpha: GPGAlpha = "valid_groups",
+    alpha_mode: GPGAlphaMode = "valid_groups",
     eps: float = 0.0,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
@@ -78,7 +78,7 @@ def gpg_alpha(
 
     Args:
         rewards: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
-        alpha: "valid_groups" as above, or "nonzero_rewards": B over the number of rewards that are not 0 (verl).
+        alpha_mode: "valid_groups" as above, or "nonzero_rewards": B over the number of rewards that are not 0 (verl).
         eps: Added to the share, before it is inverted (1e-5 in the authors' code).
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`; equal ones form a group.
@@ -91,10 +91,10 @@ def gpg_alpha(
 
     Source: Chu et al. 2025, "GPG" (2504.02546).
     """
-    check_choice("alpha", alpha, GPGAlpha)
+    check_choice("alpha_mode", alpha_mode, GPGAlphaMode)
     mask = mask_or_all(mask, rewards=rewards)
     rewards = fill_masked(rewards, mask)
-    useful = ~group_statistics(rewards, mask, group_ids).is_constant if alpha == "valid_groups" else rewards != 0
+    useful = ~group_statistics(rewards, mask, group_ids).is_constant if alpha_mode == "valid_groups" else rewards != 0
     share = safe_divide(count_true(mask & useful), count_true(mask))
     return jnp.where(share > 0, safe_divide(1.0, share + eps), 0.0)
 
@@ -102,7 +102,7 @@ def gpg_alpha(
 def gpg_advantages(
     rewards: ArrayLike,
     *,
-    alpha: GPGAlpha = "valid_groups",
+    alpha_mode: GPGAlphaMode = "valid_groups",
     eps: float = 0.0,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
@@ -116,7 +116,7 @@ def gpg_advantages(
 
     Args:
         rewards: As `gpg_alpha`.
-        alpha: As `gpg_alpha`.
+        alpha_mode: As `gpg_alpha`.
         eps: As `gpg_alpha`.
         mask: As `gpg_alpha`.
         group_ids: As `gpg_alpha`.
@@ -129,7 +129,7 @@ def gpg_advantages(
 
     Source: Chu et al. 2025, "GPG" (2504.02546).
     """
-    factor = gpg_alpha(rewards, alpha=alpha, eps=eps, mask=mask, group_ids=group_ids)
+    factor = gpg_alpha(rewards, alpha_mode=alpha_mode, eps=eps, mask=mask, group_ids=group_ids)
     return factor * group_advantages(rewards, scale="none", mask=mask, group_ids=group_ids)
 
 
@@ -171,6 +171,6 @@ def pass_at_k_advantages(
     rank = group_rank(rewards, mask, group_ids)
     best, second = (group_total(rewards, mask & (rank == place), group_ids) for place in (0, 1))
     group = group_statistics(rewards, mask, group_ids)
-    divisor = safe_sqrt(group.variance(ddof)) + eps if scale == "group" else jnp.ones(())
+    divisor = safe_sqrt(group.variance(ddof)) + eps if scale == "group" else 1.0
     leads = mask & (rank == 0) & ~group.is_constant
     return jnp.where(leads, safe_divide(best - second, divisor), 0.0)

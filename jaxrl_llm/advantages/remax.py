@@ -102,7 +102,7 @@ def remax_code_returns(
     difference = per_token(mask, scores=_minus_greedy(scores, greedy_scores))
     if score_clip is not None:
         difference = jnp.clip(difference, -score_clip, score_clip)
-    left = suffix_sum(jnp.ones(mask.shape), mask, segment_ids=segment_ids)
+    left = suffix_sum(jnp.ones_like(difference), mask, segment_ids=segment_ids)
     kl = shape_rewards(  # no score: what is left is the penalty
         jnp.zeros_like(difference),
         mask,

@@ -28,7 +28,8 @@ def rloo_advantages(
         Rᵢ = scoreᵢ − kl_coef · Σₜ (old_logprobsᵢₜ − ref_logprobsᵢₜ)
         Aᵢ = Rᵢ − Σⱼ≠ᵢ Rⱼ / (G − 1)
 
-    Without a KL it is `group_advantages(scores, scale="none", baseline="leave_one_out")`. Unlike
+    Without a KL it is `group_advantages(scores, scale="none", baseline="leave_one_out")`. With the whole batch as one
+    group, `group_advantages(A.ravel())` standardizes the result (TRL's `normalize_advantages`). Unlike
     `rloo_token_advantages`, the baseline contains the KL of the other samples.
 
     Args:

@@ -187,18 +187,18 @@ def _kl_in_reward(
     ref_logprobs: ArrayLike | None,
     mask: Array,
     kl_coef: ArrayLike,
-    kl_estimator: str,
+    kl_estimator: RewardKLEstimator,
     kl_clip: float | None,
-) -> ArrayLike:
+) -> Array:
     """What the KL takes off the reward of each token; a constant."""
     check_choice("KL estimator in the reward", kl_estimator, RewardKLEstimator)
     if isinstance(kl_coef, int | float) and kl_coef == 0:
-        return jnp.zeros(mask.shape)
+        return jnp.zeros(mask.shape, jnp.float32)
     if old_logprobs is None or ref_logprobs is None:
         missing = "old_logprobs" if old_logprobs is None else "ref_logprobs"
         raise ValueError(f"kl_coef is {kl_coef}, but there are no {missing}: pass them, or kl_coef=0")
     old, ref = fill_masked(old_logprobs, mask), fill_masked(ref_logprobs, mask)
-    return kl_coef * jax.lax.stop_gradient(kl_penalty(old, ref, estimator=kl_estimator, clip=kl_clip))
+    return jnp.asarray(kl_coef) * jax.lax.stop_gradient(kl_penalty(old, ref, estimator=kl_estimator, clip=kl_clip))
 
 
 def _clip(x: Array, bound: float | None) -> Array:

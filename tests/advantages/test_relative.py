@@ -44,8 +44,8 @@ def test_golden_numbers(examples):
     groups = np.array([[1, 0, 0, 1], [1, 1, 1, 1]])
     close(gpg_alpha(groups), examples["gpg.alpha_paper"])
     close(gpg_advantages(groups), examples["gpg.adv_paper"])
-    close(gpg_alpha(groups, alpha="nonzero_rewards"), examples["gpg.alpha_verl_nonzero_rewards"])
-    close(gpg_advantages(groups, alpha="nonzero_rewards")[0], [2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    close(gpg_alpha(groups, alpha_mode="nonzero_rewards"), examples["gpg.alpha_verl_nonzero_rewards"])
+    close(gpg_advantages(groups, alpha_mode="nonzero_rewards")[0], [2 / 3, -2 / 3, -2 / 3, 2 / 3])
     close(pass_at_k_advantages(np.array([1, 0, 0, 0.5])), examples["passk.adv"])
 
 
@@ -59,7 +59,10 @@ def test_equals_the_definition(rewards, labels):
     alpha = VALID.sum() / (4 + 3 + 2)
     close(gpg_alpha(rewards, **options), alpha)
     close(gpg_alpha(rewards, **options, eps=0.1), 1 / (1 / alpha + 0.1))
-    close(gpg_alpha(np.round(rewards), alpha="nonzero_rewards", **options), 14 / np.sum(np.round(rewards[VALID]) != 0))
+    close(
+        gpg_alpha(np.round(rewards), alpha_mode="nonzero_rewards", **options),
+        14 / np.sum(np.round(rewards[VALID]) != 0),
+    )
     close(gpg_advantages(rewards, **options), alpha * per_group(rewards, lambda group: group - group.mean()))
 
     for ddof in (0, 1):
@@ -75,7 +78,7 @@ def test_ties_for_the_best_have_no_lead():
 
 def test_alpha_without_any_valid_group_is_zero():
     assert gpg_alpha(np.ones((2, 3))) == gpg_alpha(np.ones((2, 3)), eps=1e-5) == 0
-    assert gpg_alpha(np.zeros((2, 3)), alpha="nonzero_rewards") == 0
+    assert gpg_alpha(np.zeros((2, 3)), alpha_mode="nonzero_rewards") == 0
 
 
 def opo(rewards, mask):
@@ -104,8 +107,8 @@ def test_a_group_does_not_see_another_one(rewards, estimate):
 
 
 def test_errors(rewards):
-    with pytest.raises(ValueError, match="unknown alpha 'all': choose one of valid_groups, nonzero_rewards"):
-        gpg_alpha(rewards, alpha="all")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="unknown alpha_mode 'all': choose one of valid_groups, nonzero_rewards"):
+        gpg_alpha(rewards, alpha_mode="all")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="unknown scale 'batch': choose one of group, none"):
         pass_at_k_advantages(rewards, scale="batch")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"lengths has shape \(6,\), but rewards has shape \(6, 4\)"):

@@ -69,6 +69,7 @@ def test_shape_rewards_equals_the_definition(ragged, estimator, position):
 def test_without_a_kl_no_logprobs_are_needed(ragged):
     out = shape_rewards(ragged.scores, ragged.mask, kl_coef=0)
     close(out, rewards_loop(ragged.scores, ragged.mask, ragged.old, ragged.ref, 0))
+    close(rlhf_reward(ragged.scores, ragged.old, ragged.ref, ragged.mask, kl_coef=0), ragged.scores)
 
 
 def test_clip_comes_before_the_penalty_for_a_missing_end():

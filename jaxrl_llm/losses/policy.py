@@ -251,9 +251,8 @@ def dapo_loss(
 
         Σ max(−A r, −A clip(r, 1 − clip_low, 1 + clip_high)) / number of valid tokens
 
-    The higher upper bound leaves rare tokens room to grow. DAPO's other parts, dynamic sampling and the overlong
-    penalty, act on groups and rewards, before the loss. Unlike `grpo_loss`, a long sequence counts for more than a
-    short one, by its tokens.
+    The higher bound leaves rare tokens room to grow. DAPO's other parts, dynamic sampling and the overlong penalty,
+    act on groups and rewards, before the loss. Unlike `grpo_loss`, it gives a long sequence more weight.
 
     Args:
         logprobs: As `grpo_loss`.

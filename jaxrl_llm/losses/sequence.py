@@ -67,10 +67,9 @@ def gspo_loss(
 
         mean over sequences of  max(−A s, −A clip(s, 1 − clip_low, 1 + clip_high))        s = exp(Σₜ log r / n)
 
-    s is the geometric mean of a sequence's token ratios, hence so near to 1 that a clip range as wide as PPO's
-    never cuts. `length_normalize=False` takes the ratio of the whole sequence's probabilities, exp(Σₜ log r), to be
-    used with a clip of about 0.2; with leave-one-out advantages it is the loss of TRL's RLOO. Unlike `grpo_loss`, a
-    sequence is clipped as a whole or not at all.
+    s is the geometric mean of a sequence's token ratios, so near to 1 that a clip range as wide as PPO's never cuts.
+    `length_normalize=False` takes the ratio of the whole sequence's probabilities, exp(Σₜ log r), for a clip of about
+    0.2 (with leave-one-out advantages: TRL's RLOO). Unlike `grpo_loss`, sequences are clipped as a whole or not.
 
     Args:
         logprobs: As `grpo_loss`.

@@ -18,14 +18,24 @@ Product = Callable[[Tree], Tree]
 
 
 def damped(product: Product, damping: ArrayLike) -> Product:
-    """The product with F + damping · I: better conditioned, and with shorter steps where F is flat.
+    """The product with a damped matrix, which is better conditioned.
+
+        v ↦ (F + damping · I) v
+
+    Steps become shorter where F is flat, where the quadratic model of the divergence reaches least far. Unlike
+    `line_search`, which shortens a step that turned out too long, it changes the direction, too.
 
     Args:
         product: v ↦ F v, of the whole batch (added per part of a batch, the damping would count as often).
         damping: Not negative.
 
     Returns:
-        v ↦ F v + damping · v.
+        The damped product.
+
+    Raises:
+        ValueError: If the damping is negative.
+
+    Source: Schulman et al. 2015, "TRPO" (1502.05477).
     """
     if isinstance(damping, int | float) and not damping >= 0:
         raise ValueError(f"damping is {damping}: it must not be negative")
@@ -98,7 +108,7 @@ def conjugate_gradient(
 def tree_dot(one: Tree, other: Tree) -> Array:
     """The inner product of two trees, summed in float32."""
     products = jax.tree.map(lambda x, y: jnp.sum(as_float(x) * as_float(y)), one, other)
-    return sum(jax.tree.leaves(products), start=jnp.float32(0))
+    return jax.tree.reduce(jnp.add, products, jnp.float32(0))
 
 
 def _add_scaled(tree: Tree, factor: Array, other: Tree) -> Tree:

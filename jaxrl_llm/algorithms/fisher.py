@@ -11,8 +11,7 @@ formed. What a product is made of decides what the model must support:
 
 A model with `custom_vjp` functions (attention kernels) cannot be differentiated forwards, but its gradient can, unless
 these functions call further ones of the kind. At the parameters that the divergence is taken from, the first two are
-equal. Differentiating a sampled KL twice is no substitute: the
-Hessian of a k1 estimate is not F.
+equal. Differentiating a sampled KL twice is no substitute: the Hessian of a k1 estimate is not F.
 
 Parameters are pytrees of floating-point arrays; vectors have their structure and are float32, whatever the type of
 the parameters. Dropout must be off.

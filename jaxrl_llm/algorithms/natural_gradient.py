@@ -32,6 +32,8 @@ def trust_region_scale(direction: Tree, product: Product, *, max_kl: ArrayLike =
 
         √(2 max_kl / (xᵀ F x))
 
+    Unlike `line_search`, it trusts the quadratic model of the divergence, ½ xᵀ F x.
+
     Args:
         direction: x.
         product: v ↦ F v, the damped one if x was found with it.
@@ -42,6 +44,8 @@ def trust_region_scale(direction: Tree, product: Product, *, max_kl: ArrayLike =
 
     Raises:
         ValueError: If the bound is not positive.
+
+    Source: Schulman et al. 2015, "TRPO" (1502.05477).
     """
     if isinstance(max_kl, int | float) and not max_kl > 0:
         raise ValueError(f"max_kl is {max_kl}: it must be positive")
@@ -74,8 +78,8 @@ def trpo_direction(
 
         s = √(2 max_kl / (xᵀ (F + damping I) x)) · x        x ≈ (F + damping I)⁻¹ g
 
-    Unlike a gradient step with a learning rate, its length is fixed by how far the policy moves and not by how
-    large the gradient is: the scale of the objective cancels.
+    Unlike `conjugate_gradient` alone, whose solution grows with the gradient, its length is fixed by how far the
+    policy moves: the scale of the objective cancels.
 
     Args:
         product: v ↦ F v, not damped.
@@ -129,8 +133,8 @@ def line_search(
 
         θ′ = θ + shrinkʲ s,  first j < tries with  kl(θ′) ≤ kl_tolerance · max_kl  and  surrogate(θ′) > surrogate(θ)
 
-    If there is no such j, the parameters stay as they are. A try that is not finite is refused. Unlike the clip of
-    `ppo_loss`, which bounds a token's incentive, it bounds the divergence itself.
+    If there is no such j, the parameters stay as they are. A try that is not finite is refused. Unlike `ppo_loss`,
+    whose clip takes a token's incentive to go farther, it bounds the divergence itself.
 
     Args:
         surrogate: The objective that is maximised, a scalar of the parameters: Agg[r A].

@@ -27,8 +27,9 @@ def entropy_bonus(
         −entropy_coef · Agg[ H ]
 
     H is the entropy of the whole distribution that a token was drawn from, at the sampling temperature
-    (`jaxrl_llm.logprobs` gives it beside the log-probability), and is differentiated: unlike −logprobs of the
-    sampled token, an unbiased but noisy estimate of its value whose gradient, differentiated, is 0 on average.
+    (`jaxrl_llm.logprobs` gives it beside the log-probability), and is differentiated. The sampled token's −logprobs
+    would estimate its value, but not its gradient: ∇logprobs is 0 on average. Unlike `kl_loss`, it draws the policy
+    towards the uniform distribution and not towards a reference.
 
     Args:
         entropy: `[..., T]`, in nats.
@@ -48,7 +49,7 @@ def entropy_bonus(
     """
     mask = check_mask(mask, entropy=entropy)
     mean = aggregate(entropy, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
-    return -entropy_coef * mean, {"entropy": Mean.of(jax.lax.stop_gradient(as_float(entropy)), mask)}
+    return -mean * entropy_coef, {"entropy": Mean.of(jax.lax.stop_gradient(as_float(entropy)), mask)}
 
 
 class EntropyControl(NamedTuple):
@@ -83,9 +84,9 @@ def update_entropy_control(
         coef ← min(coef + delta, maximum)    if entropy ≤ target
         coef ← max(coef − delta, minimum)    otherwise
 
-    Unlike the fixed weight of `entropy_bonus`, which pushes always, it pushes only on a policy that has become too
-    sure of itself (`EntropyControl.active_coef`), the harder the longer that lasts. The default target of 0.2 nats is
-    that of TRL and near total collapse: set it near the entropy that training starts from.
+    Unlike `entropy_bonus` with a fixed weight, which pushes always, it makes it push only on a policy that has become
+    too sure of itself (`EntropyControl.active_coef`), the harder the longer that lasts. The default target of 0.2
+    nats is that of TRL and near total collapse: set it near the entropy that training starts from.
 
     Args:
         state: `EntropyControl`.

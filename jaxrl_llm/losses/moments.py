@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.masking import count_true, mask_or_all, masked_mean, masked_sum, safe_divide
+from jaxrl_llm.masking import as_float, count_true, mask_or_all, masked_mean, masked_sum, safe_divide
 
 
 class Moments(NamedTuple):
@@ -62,7 +62,7 @@ class ExplainedVariance(NamedTuple):
     @classmethod
     def of(cls, values: ArrayLike, returns: ArrayLike, mask: ArrayLike | None = None) -> ExplainedVariance:
         """Records predictions and what they were to predict, where `mask` holds."""
-        return cls(Moments.of(returns, mask), Moments.of(returns - values, mask))
+        return cls(Moments.of(returns, mask), Moments.of(as_float(returns) - as_float(values), mask))
 
     def merge(self, other: ExplainedVariance) -> ExplainedVariance:
         """Joins two records."""

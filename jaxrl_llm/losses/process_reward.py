@@ -20,6 +20,8 @@ def step_labels(ratings: ArrayLike, mask: ArrayLike, *, neutral: NeutralSteps = 
 
         1 → 1,  0 → 1 (or masked),  −1 → 0
 
+    Unlike `step_probability`, which leaves it to the head what neutral is, it decides that before training.
+
     Args:
         ratings: −1, 0 or 1 at the steps, any shape (the ratings of PRM800K).
         mask: Bool, of the same shape, True at the steps that have one.

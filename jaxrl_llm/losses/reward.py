@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -53,7 +52,8 @@ def bt_prob(scores: ArrayLike, other_scores: ArrayLike) -> Array:
 
         P(y ≻ y′) = σ(s(y) − s(y′))
 
-    Unlike the scores themselves, which are free up to a constant, it can be compared between models.
+    Unlike `bradley_terry_loss`, which is the mean of −log of it over labelled pairs, it needs no label. It can be
+    compared between models; scores cannot, as they are free up to a constant.
 
     Args:
         scores: s(y), any shape.
@@ -107,12 +107,9 @@ def bradley_terry_loss(
     if isinstance(center_coef, int | float) and not center_coef >= 0:
         raise ValueError(f"center_coef is {center_coef}: it must not be negative")
     mask = mask_or_all(mask, chosen_scores=chosen_scores)
-    if np.ndim(margin) > 0:
-        check_same_shape(chosen_scores=chosen_scores, margin=margin)
     chosen, rejected = fill_masked(chosen_scores, mask), fill_masked(rejected_scores, mask)
     gap = chosen - rejected
-    target = jnp.broadcast_to(as_float(0.0 if margin is None else margin), mask.shape)
-    losses = jax.nn.softplus(jax.lax.stop_gradient(fill_masked(target, mask)) - gap)
+    losses = jax.nn.softplus(_margins(margin, mask) - gap)
     losses = losses + center_coef * (chosen + rejected) ** 2
     loss = aggregate(losses, mask, mode="token-mean", normalizer=normalizer)
 
@@ -201,3 +198,11 @@ def normalize_scores(scores: ArrayLike, statistics: Moments, *, clip: float | No
     mean, std = jax.lax.stop_gradient((statistics.mean, statistics.value()))
     scaled = (as_float(scores) - mean) / (std + eps)
     return scaled if clip is None else jnp.clip(scaled, -clip, clip)
+
+
+def _margins(margin: ArrayLike | None, mask: Array) -> Array:
+    """One margin for each pair, a constant; 0 without one."""
+    margins = as_float(0.0 if margin is None else margin)
+    if margins.ndim > 0:
+        check_same_shape(mask=mask, margin=margins)
+    return jax.lax.stop_gradient(fill_masked(jnp.broadcast_to(margins, mask.shape), mask))

@@ -56,13 +56,17 @@ def sft_loss(
     mask = check_mask(mask, logprobs=logprobs, mean_logprobs=mean_logprobs, log_normalizers=log_normalizers)
     if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
+    if mean_logprobs is None and _is_used(label_smoothing):
+        raise ValueError(f"label_smoothing is {label_smoothing}, but there are no mean_logprobs: pass them")
+    if log_normalizers is None and _is_used(z_loss_coef):
+        raise ValueError(f"z_loss_coef is {z_loss_coef}, but there are no log_normalizers: pass them")
     losses = nll = -fill_masked(logprobs, mask)
     metrics: Metrics = {"nll": Mean.of(jax.lax.stop_gradient(nll), mask)}
-    if _is_used(label_smoothing, "label_smoothing", mean_logprobs, "mean_logprobs"):
+    if mean_logprobs is not None and _is_used(label_smoothing):
         smoothed = -fill_masked(mean_logprobs, mask)
         losses = (1 - label_smoothing) * nll + label_smoothing * smoothed
         metrics["smoothed_nll"] = Mean.of(jax.lax.stop_gradient(smoothed), mask)
-    if _is_used(z_loss_coef, "z_loss_coef", log_normalizers, "log_normalizers"):
+    if log_normalizers is not None and _is_used(z_loss_coef):
         z_loss = fill_masked(log_normalizers, mask) ** 2
         losses = losses + z_loss_coef * z_loss
         metrics["z_loss"] = Mean.of(jax.lax.stop_gradient(z_loss), mask)
@@ -110,9 +114,6 @@ def dft_loss(
     return loss, {"nll": Mean.of(nll, mask), "token_prob/mean": Mean.of(probability, mask)}
 
 
-def _is_used(weight: ArrayLike, weight_name: str, array: ArrayLike | None, name: str) -> bool:
+def _is_used(weight: ArrayLike) -> bool:
     """Whether an extra term is wanted; a traced weight cannot be looked at, and counts as one that is not 0."""
-    used = not (isinstance(weight, int | float) and weight == 0)
-    if used and array is None:
-        raise ValueError(f"{weight_name} is {weight}, but there are no {name}: pass them, or {weight_name}=0")
-    return used
+    return not (isinstance(weight, int | float) and weight == 0)

@@ -76,7 +76,7 @@ def reference_constant(ref_logprobs: ArrayLike | None, mask: Array) -> Array:
 
 def divide_by_lengths(x: Array, lengths: ArrayLike, mask: Array, name: str) -> Array:
     """Sums over tokens to means; 0 where a length is 0. `name` is that of `lengths` in an error."""
-    check_same_shape(mask=mask, **{name: lengths})
+    check_same_shape(chosen_logprobs=mask, **{name: lengths})
     return safe_divide(x, fill_masked(lengths, mask, 1.0))
 
 
@@ -125,7 +125,7 @@ def reduce_pairs(
 ) -> tuple[Array, Metrics]:
     """The mean over the valid pairs, and metrics with beta · log-ratio as a side's reward."""
     loss = mean_over(losses, pairs.mask, weights=weights, normalizer=normalizer)
-    return loss, pair_metrics(pairs, beta * pairs.chosen_log_ratios, beta * pairs.rejected_log_ratios)
+    return loss, pair_metrics(pairs, pairs.chosen_log_ratios * beta, pairs.rejected_log_ratios * beta)
 
 
 def check_label_smoothing(label_smoothing: ArrayLike) -> None:

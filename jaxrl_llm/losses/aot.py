@@ -60,7 +60,7 @@ def aot_loss(
     valid = jnp.arange(pairs.mask.size) < count_true(pairs.mask)
     delta = jnp.where(valid, _sort_valid(upper, pairs.mask, valid) - _sort_valid(lower, pairs.mask, valid), 0.0)
     loss = mean_over(cdpo_term(delta, label_smoothing=label_smoothing, beta=beta), valid)
-    return loss, pair_metrics(pairs, beta * pairs.chosen_log_ratios, beta * pairs.rejected_log_ratios)
+    return loss, pair_metrics(pairs, pairs.chosen_log_ratios * beta, pairs.rejected_log_ratios * beta)
 
 
 def _sort_valid(x: Array, mask: Array, valid: Array) -> Array:

@@ -53,7 +53,7 @@ def nca_loss(
     """
     check_positive(beta=beta)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, mask)
-    chosen, rejected = beta * pairs.chosen_log_ratios, beta * pairs.rejected_log_ratios
+    chosen, rejected = pairs.chosen_log_ratios * beta, pairs.rejected_log_ratios * beta
     losses = softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
     return reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
 
@@ -97,7 +97,7 @@ def apo_zero_loss(
     """
     check_positive(beta=beta)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, mask)
-    losses = sigmoid(-beta * pairs.chosen_log_ratios) + sigmoid(beta * pairs.rejected_log_ratios)
+    losses = sigmoid(-pairs.chosen_log_ratios * beta) + sigmoid(pairs.rejected_log_ratios * beta)
     return reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
 
 
@@ -140,7 +140,7 @@ def apo_down_loss(
     """
     check_positive(beta=beta)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, mask)
-    losses = sigmoid(beta * pairs.chosen_log_ratios) + sigmoid(-beta * pairs.margin)
+    losses = sigmoid(pairs.chosen_log_ratios * beta) + sigmoid(-pairs.margin * beta)
     return reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
 
 
@@ -244,5 +244,5 @@ def bco_pair_loss(
     check_positive(beta=beta)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, mask)
     shift = jax.lax.stop_gradient(reward_shift)
-    losses = softplus(shift - beta * pairs.chosen_log_ratios) + softplus(beta * pairs.rejected_log_ratios - shift)
+    losses = softplus(shift - pairs.chosen_log_ratios * beta) + softplus(pairs.rejected_log_ratios * beta - shift)
     return reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)

@@ -44,7 +44,7 @@ def dpo_term(margin: ArrayLike, *, beta: ArrayLike = 0.1) -> Array:
     Source: Rafailov et al. 2023, "Direct preference optimization" (2305.18290).
     """
     check_positive(beta=beta)
-    return softplus(-beta * as_float(margin))
+    return softplus(-as_float(margin) * beta)
 
 
 def cdpo_term(margin: ArrayLike, *, label_smoothing: ArrayLike, beta: ArrayLike = 0.1) -> Array:
@@ -69,7 +69,7 @@ def cdpo_term(margin: ArrayLike, *, label_smoothing: ArrayLike, beta: ArrayLike 
     """
     check_label_smoothing(label_smoothing)
     flipped = dpo_term(-as_float(margin), beta=beta)
-    return (1 - label_smoothing) * dpo_term(margin, beta=beta) + label_smoothing * flipped
+    return dpo_term(margin, beta=beta) * (1 - label_smoothing) + flipped * label_smoothing
 
 
 def robust_dpo_term(margin: ArrayLike, *, label_smoothing: ArrayLike, beta: ArrayLike = 0.1) -> Array:
@@ -94,8 +94,8 @@ def robust_dpo_term(margin: ArrayLike, *, label_smoothing: ArrayLike, beta: Arra
     """
     check_label_smoothing(label_smoothing)
     flipped = dpo_term(-as_float(margin), beta=beta)
-    clean = (1 - label_smoothing) * dpo_term(margin, beta=beta)
-    return (clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    clean = dpo_term(margin, beta=beta) * (1 - label_smoothing)
+    return (clean - flipped * label_smoothing) / (1 - 2 * label_smoothing)
 
 
 def ipo_term(margin: ArrayLike, *, beta: ArrayLike = 0.1, target: ArrayLike | None = None) -> Array:
@@ -142,7 +142,7 @@ def hinge_term(margin: ArrayLike, *, beta: ArrayLike = 0.1) -> Array:
     Source: Liu et al. 2023, "Statistical rejection sampling improves preference optimization" (2309.06657).
     """
     check_positive(beta=beta)
-    return jnp.maximum(0.0, 1 - beta * as_float(margin))
+    return jnp.maximum(0.0, 1 - as_float(margin) * beta)
 
 
 def exo_term(margin: ArrayLike, *, beta: ArrayLike = 0.1, label_smoothing: ArrayLike = 1e-3) -> Array:
@@ -167,7 +167,7 @@ def exo_term(margin: ArrayLike, *, beta: ArrayLike = 0.1, label_smoothing: Array
     """
     check_positive(beta=beta, label_smoothing=label_smoothing)
     check_label_smoothing(label_smoothing)
-    z = beta * as_float(margin)
+    z = as_float(margin) * beta
     wins = sigmoid(z) * (log_sigmoid(z) - jnp.log1p(-as_float(label_smoothing)))
     return wins + sigmoid(-z) * (log_sigmoid(-z) - jnp.log(as_float(label_smoothing)))
 
@@ -194,7 +194,7 @@ def discopop_term(margin: ArrayLike, *, beta: ArrayLike = 0.05, tau: ArrayLike =
     Source: Lu et al. 2024, "DiscoPOP" (2406.08414).
     """
     check_positive(beta=beta, tau=tau)
-    z = beta * as_float(margin)
+    z = as_float(margin) * beta
     # w exp(−z) in one exponent: on a very wrong pair it is 0 · ∞ otherwise.
     return sigmoid(-z / tau) * softplus(-z) + jnp.exp(log_sigmoid(z / tau) - z)
 

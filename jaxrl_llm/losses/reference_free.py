@@ -80,15 +80,16 @@ def simpo_loss(
     check_not_negative(gamma=gamma, gamma_beta_ratio=gamma_beta_ratio)
     if gamma is not None and gamma_beta_ratio is not None:
         raise ValueError(f"gamma is {gamma} and gamma_beta_ratio is {gamma_beta_ratio}: pass one of them")
-    if gamma is None:
-        gamma = 0.5 if gamma_beta_ratio is None else gamma_beta_ratio * beta
+    target = 0.5 if gamma is None else gamma
+    if gamma_beta_ratio is not None:
+        target = gamma_beta_ratio * beta
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
     average = divide_pairs_by_lengths(pairs, chosen_lengths, rejected_lengths)
     chosen, rejected = (
-        beta * f_divergence_score(log_ratio, f_divergence="alpha", f_alpha=1 - alpha)
+        f_divergence_score(log_ratio, f_divergence="alpha", f_alpha=1 - alpha) * beta
         for log_ratio in (average.chosen_log_ratios, average.rejected_log_ratios)
     )
-    losses = dpo_term(chosen - rejected - gamma, beta=1.0)
+    losses = dpo_term(chosen - rejected - target, beta=1.0)
     loss = mean_over(losses, pairs.mask, weights=weights, normalizer=normalizer)
     return loss, pair_metrics(pairs, chosen, rejected)
 
@@ -131,6 +132,7 @@ def cpo_loss(
     Source: Xu et al. 2024, "Contrastive preference optimization" (2401.08417).
     """
     check_not_negative(nll_coef=nll_coef)
+    check_same_shape(chosen_logprobs=chosen_logprobs, chosen_lengths=chosen_lengths)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
     losses = dpo_term(pairs.margin, beta=beta)
     loss, metrics = reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
@@ -247,8 +249,9 @@ def orpo_loss(
     loss, metrics = reduce_pairs(losses, logp, beta=odds_coef, weights=weights, normalizer=normalizer)
     metrics["log_odds_chosen"] = Mean.of(jax.lax.stop_gradient(log_ratio), sums.mask)
     metrics["log_odds_ratio"] = Mean.of(jax.lax.stop_gradient(-losses), sums.mask)
-    tokens = (chosen_logprobs, chosen_lengths) if nll_logprobs is None else (nll_logprobs, nll_lengths)
-    nll, metrics["nll"] = _token_nll(*tokens, sums.mask, nll_normalizer)
+    if nll_logprobs is None or nll_lengths is None:
+        nll_logprobs, nll_lengths = chosen_logprobs, chosen_lengths
+    nll, metrics["nll"] = _token_nll(nll_logprobs, nll_lengths, sums.mask, nll_normalizer)
     return nll + odds_coef * loss, metrics
 
 
@@ -274,7 +277,7 @@ def log_odds(logprobs: ArrayLike) -> Array:
 
 
 def _token_nll(
-    logprobs: ArrayLike, lengths: ArrayLike | None, mask: Array, normalizer: ArrayLike | None
+    logprobs: ArrayLike, lengths: ArrayLike, mask: Array, normalizer: ArrayLike | None
 ) -> tuple[Array, Mean]:
     """−Σ log π over the tokens of the valid rows, divided by their number; and the record for the metrics."""
     check_same_shape(mask=mask, nll_logprobs=logprobs, nll_lengths=lengths)

@@ -96,7 +96,7 @@ def implicit_reward(logprobs: ArrayLike, ref_logprobs: ArrayLike, *, beta: Array
     """
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_positive(beta=beta)
-    return beta * (as_float(logprobs) - jax.lax.stop_gradient(as_float(ref_logprobs)))
+    return (as_float(logprobs) - jax.lax.stop_gradient(as_float(ref_logprobs))) * beta
 
 
 def wpo_weights(logprobs: ArrayLike, log_sum_squared_probs: ArrayLike, mask: ArrayLike) -> Array:

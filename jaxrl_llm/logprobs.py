@@ -1,13 +1,14 @@
 """Log-probabilities and entropies of tokens, from logits or, in chunks, from hidden states.
 
-From hidden states no `[tokens, vocabulary]` array ever exists: the logits of one slice of the vocabulary are
-made at a time, in the forward pass and again in the backward pass. Slices of the vocabulary, rather than of
-time, because each slice of the head's gradient is then written once.
+From hidden states no large `[tokens, vocabulary]` array ever exists: the logits of one slice of the vocabulary are
+made at a time, in the forward pass and, but for what a fixed amount of memory holds, again in the backward pass.
+Slices of the vocabulary, rather than of time, because each slice of the head's gradient is then written once.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,14 @@ CHUNK_LOGITS = 2**21
 
 MIN_CHUNK = 512
 """Vocabulary entries in one chunk, at least, when `chunk_size` is not given: narrower products are slow."""
+
+KEPT_LOGITS = 2**26
+"""Logits that the forward pass keeps for the backward pass when `chunk_size` is not given: 256 MiB in float32. The
+others are computed again, which takes a fourth product of their size beside the three of a gradient."""
+
+MAX_BLOCKS = 64
+"""Parts of the vocabulary that each chunk holds some entries of, where the vocabulary divides by so many: it may be
+sharded over as many devices, a power of two."""
 
 
 class TokenScores(NamedTuple):
@@ -70,7 +79,8 @@ def token_scores(
         tokens: `[..., T]` int in [0, V).
         temperature: τ > 0.
         logit_softcap: c, or `None`.
-        chunk_size: vocabulary entries per chunk; `None` chooses by `CHUNK_LOGITS` and `MIN_CHUNK`.
+        chunk_size: vocabulary entries per chunk, at most. `None` chooses by `CHUNK_LOGITS` and `MIN_CHUNK`, and keeps
+            `KEPT_LOGITS` for the backward pass.
 
     Returns:
         `TokenScores` `[..., T]`.
@@ -86,128 +96,186 @@ def token_scores(
         raise ValueError(f"chunk_size must be at least 1 vocabulary entry, got {chunk_size}")
     vocabulary = head.shape[0]
     size = min(vocabulary, chunk_size or max(MIN_CHUNK, CHUNK_LOGITS // max(1, tokens.size)))
-    slices = _Slices(vocabulary, -(-vocabulary // size), head.dtype, float(temperature), logit_softcap)
+    blocks, rows = _blocks(vocabulary, size)
+    kept = 0 if chunk_size is not None else KEPT_LOGITS // max(1, tokens.size * blocks * rows)
+    slices = _Slices(vocabulary, blocks, rows, kept, head.dtype, float(temperature), logit_softcap)
     return _scores(slices, hidden, head, tokens)
 
 
-class _Slices(NamedTuple):
-    """How the vocabulary is cut: slice j holds the entries j, j + count, j + 2·count and so on.
+def _blocks(vocabulary: int, size: int) -> tuple[int, int]:
+    """Number of blocks, and rows of each in one slice of `size` entries at most.
 
-    Strided slices keep a vocabulary that is sharded over devices sharded within each slice.
+    Blocks and slices are multiples of eight rows where they can be: a TPU stores rows in eights.
+    """
+    most = min(max(1, size // 8), MAX_BLOCKS)
+    blocks = math.gcd(vocabulary // 8 if vocabulary % 8 == 0 else vocabulary, 1 << (most.bit_length() - 1))
+    rows = size // blocks
+    return blocks, rows - (rows % 8 if rows > 8 else 0)
+
+
+class _Slices(NamedTuple):
+    """How the vocabulary is cut: into `blocks` equal blocks, and slice j holds `rows` entries of each of them.
+
+    A vocabulary that is sharded over a power of two of devices then is sharded within each slice, and a slice is cut
+    out of the head, and its gradient written, where it lies. Nothing is copied to make blocks or slices.
     """
 
     vocabulary: int
-    count: int
+    blocks: int
+    rows: int
+    kept: int
+    """Slices whose logits the backward pass finds in memory."""
     head_dtype: jnp.dtype
     temperature: float
     softcap: float | None
 
     @property
-    def size(self) -> int:
-        return -(-self.vocabulary // self.count)
+    def block_size(self) -> int:
+        return self.vocabulary // self.blocks
 
-    def split(self, head: jax.Array) -> jax.Array:
-        """`[V, D]` → `[count, size, D]`, zeros where the last slices are short."""
-        head = jnp.pad(head, ((0, self.size * self.count - self.vocabulary), (0, 0)))
-        return jnp.moveaxis(head.reshape(self.size, self.count, -1), 1, 0)
+    @property
+    def count(self) -> int:
+        return -(-self.block_size // self.rows)
 
-    def join(self, slices: jax.Array) -> jax.Array:
-        """The inverse of `split`."""
-        return jnp.moveaxis(slices, 0, 1).reshape(self.size * self.count, -1)[: self.vocabulary]
+    @property
+    def even(self) -> bool:
+        """Whether no slice overlaps the one before it."""
+        return self.block_size % self.rows == 0
+
+    @property
+    def kept_indices(self) -> jax.Array:
+        return jnp.arange(min(self.kept, self.count))
+
+    @property
+    def other_indices(self) -> jax.Array:
+        return jnp.arange(min(self.kept, self.count), self.count)
+
+    def start(self, index: jax.Array) -> jax.Array:
+        """First row of slice j in each block; the last slice overlaps the one before it if it would be short."""
+        return jnp.minimum(index * self.rows, self.block_size - self.rows)
+
+    def bits(self, head: jax.Array) -> jax.Array:
+        """`[V, D]` as `[blocks, V / blocks, D]`; half precision as integers.
+
+        Of a bfloat16 array XLA's CPU cannot copy a part without a float32 copy of the whole.
+        """
+        blocks = head.reshape(self.blocks, self.block_size, -1)
+        return jax.lax.bitcast_convert_type(blocks, jnp.uint16) if head.dtype.itemsize == 2 else blocks
+
+    def head(self, bits: jax.Array) -> jax.Array:
+        """The inverse of `bits`; `[size, D]` of a slice."""
+        return jax.lax.bitcast_convert_type(bits, self.head_dtype).reshape(-1, bits.shape[-1])
+
+    def cut(self, bits: jax.Array, index: jax.Array) -> jax.Array:
+        """Weights of one slice, `[size, D]`."""
+        return self.head(jax.lax.dynamic_slice_in_dim(bits, self.start(index), self.rows, axis=1))
+
+    def paste(self, bits: jax.Array, weight: jax.Array, index: jax.Array) -> jax.Array:
+        """The bits of a head with one slice overwritten."""
+        part = self._replace(vocabulary=len(weight)).bits(weight.astype(self.head_dtype))
+        return jax.lax.dynamic_update_slice_in_dim(bits, part, self.start(index), axis=1)
 
     def entries(self, index: jax.Array) -> jax.Array:
-        """Vocabulary entries of one slice, `[size]`; those ≥ V do not exist."""
-        return jnp.arange(self.size) * self.count + index
+        """Vocabulary entries of one slice, `[size]`."""
+        rows = self.start(index) + jnp.arange(self.rows)
+        return (jnp.arange(self.blocks)[:, None] * self.block_size + rows).reshape(-1)
 
-    def bend(self, raw: jax.Array) -> jax.Array:
-        """Soft cap and temperature."""
+    def fresh(self, index: jax.Array) -> jax.Array:
+        """Marks the entries of one slice, `[size]`, that no slice before it held."""
+        rows = self.start(index) + jnp.arange(self.rows)
+        return jnp.tile(rows >= index * self.rows, self.blocks)
+
+    def logits(self, hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        """Logits of one slice `[..., size]`, soft-capped and divided by the temperature."""
+        raw = jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
         if self.softcap is None:
             return raw / self.temperature
         return jnp.tanh(raw / self.softcap) * (self.softcap / self.temperature)
 
-    def logits(self, hidden: jax.Array, weight: jax.Array, index: jax.Array) -> jax.Array:
-        """Logits of one slice `[..., size]`; a finite, vanishing value where an entry does not exist."""
-        raw = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-        bent = self.bend(raw)
-        if self.size * self.count == self.vocabulary:
-            return bent
-        return jnp.where(self.entries(index) < self.vocabulary, bent, -1e30)
-
     def slope(self, logits: jax.Array) -> jax.Array | float:
-        """Derivative of `bend` in terms of its value."""
+        """Derivative of soft cap and temperature in terms of their value."""
         if self.softcap is None:
             return 1.0 / self.temperature
-        bent = jnp.clip(logits * (self.temperature / self.softcap), -1.0, 1.0)  # finite where no entry exists
-        return (1.0 - jnp.square(bent)) / self.temperature
+        return (1.0 - jnp.square(logits * (self.temperature / self.softcap))) / self.temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scores(slices: _Slices, hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> TokenScores:
-    return _forward(slices, hidden, head, tokens)[0]
+    return _forward(slices._replace(kept=0), hidden, head, tokens)[0]
 
 
 def _forward(
     slices: _Slices, hidden: jax.Array, head: jax.Array, tokens: jax.Array
 ) -> tuple[TokenScores, tuple[jax.Array, ...]]:
-    head = head.astype(hidden.dtype)
+    bits = slices.bits(head)
 
-    def accumulate(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array]) -> tuple:
+    def accumulate(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         peak, total, moment, chosen = carry  # max z, Σ exp(z − max), Σ exp(z − max)·(z − max), z of the token
-        weight, index = chunk
-        logits = slices.logits(hidden, weight, index)
+        every = slices.logits(hidden, slices.cut(bits, index))
+        logits = every if slices.even else jnp.where(slices.fresh(index), every, -1e30)
         is_token = slices.entries(index) == tokens[..., None]
-        chosen += jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
+        chosen = jnp.maximum(chosen, jnp.max(jnp.where(is_token, logits, -1e30), axis=-1))
         higher = jnp.maximum(peak, jnp.max(logits, axis=-1))
         shifted = logits - higher[..., None]
         weights = jnp.exp(shifted)
         fade, drop = jnp.exp(peak - higher), peak - higher
         moment = fade * (moment + drop * total) + jnp.sum(weights * shifted, axis=-1)
-        return (higher, fade * total + jnp.sum(weights, axis=-1), moment, chosen), None
+        return (higher, fade * total + jnp.sum(weights, axis=-1), moment, chosen), every
+
+    def accumulate_only(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        return accumulate(carry, index)[0], None
 
     zeros = jnp.zeros(tokens.shape, jnp.float32)
-    chunks = (slices.split(head), jnp.arange(slices.count))
-    (peak, total, moment, chosen), _ = jax.lax.scan(accumulate, (zeros - 1e30, zeros, zeros, zeros), chunks)
+    carry = (zeros - 1e30, zeros, zeros, zeros - 1e30)
+    carry, kept = jax.lax.scan(accumulate, carry, slices.kept_indices)
+    (peak, total, moment, chosen), _ = jax.lax.scan(accumulate_only, carry, slices.other_indices)
     log_total = jnp.log(total)
     scores = TokenScores(chosen - peak - log_total, log_total - moment / total)
-    return scores, (hidden, head, tokens, peak + log_total, scores.entropy)
+    return scores, (hidden, head, tokens, peak + log_total, scores.entropy, kept)
 
 
 def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenScores) -> tuple:
-    hidden, head, tokens, normalizer, entropy = saved
+    hidden, head, tokens, normalizer, entropy, kept = saved
     to_logprob, to_entropy = (x[..., None] for x in cotangent)
+    bits = slices.bits(head)
 
-    def one(to_hidden: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        weight, index = chunk
-        logits = slices.logits(hidden, weight, index)
+    def pull(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, jax.Array]) -> tuple:
+        (to_hidden, to_head), (index, logits) = carry, chunk
         logprobs = logits - normalizer[..., None]
         # ∂log p(x)/∂z = 1[x] − p and ∂H/∂z = −p·(log p + H)
-        pull = to_logprob + to_entropy * (logprobs + entropy[..., None])
+        slope = to_logprob + to_entropy * (logprobs + entropy[..., None])
         is_token = slices.entries(index) == tokens[..., None]
-        gradient = jnp.where(is_token, to_logprob, 0.0) - jnp.exp(logprobs) * pull
+        gradient = jnp.where(is_token, to_logprob, 0.0) - jnp.exp(logprobs) * slope
         gradient = (gradient * slices.slope(logits)).astype(hidden.dtype)
+        weight = slices.cut(bits, index).astype(hidden.dtype)
+        if not slices.even:  # what overlaps counts once; below, it is written twice, the same
+            weight = jnp.where(slices.fresh(index)[:, None], weight, 0)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
-        return to_hidden, _outer_product(hidden, gradient).T
+        return (to_hidden, slices.paste(to_head, _outer_product(gradient, hidden), index)), None
 
-    start = jnp.zeros(hidden.shape, jnp.float32)
-    to_hidden, to_head = jax.lax.scan(one, start, (slices.split(head), jnp.arange(slices.count)))
-    return to_hidden.astype(hidden.dtype), slices.join(to_head).astype(slices.head_dtype), None
+    def recompute_and_pull(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple:
+        return pull(carry, (index, slices.logits(hidden, slices.cut(bits, index))))
+
+    carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(bits))
+    carry, _ = jax.lax.scan(pull, carry, (slices.kept_indices, kept))
+    (to_hidden, to_head), _ = jax.lax.scan(recompute_and_pull, carry, slices.other_indices)
+    return to_hidden.astype(hidden.dtype), slices.head(to_head), None
 
 
-def _outer_product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Sums hidden ⊗ gradient over tokens, `[D, size]`, in float32.
+def _outer_product(gradient: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Sums gradient ⊗ hidden over tokens, `[size, D]`, in float32.
 
-    Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states. It has no
-    such product of bfloat16 operands at all (jaxlib 0.10: "Unsupported element type for DotThunk"), so that there
-    they are widened first.
+    XLA's CPU has no such product of bfloat16 operands (jaxlib 0.10: "Unsupported element type for DotThunk"), so that
+    there they are widened first.
     """
 
-    def product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,...v->dv", hidden, gradient, preferred_element_type=jnp.float32)
+    def product(gradient: jax.Array, hidden: jax.Array) -> jax.Array:
+        return jnp.einsum("...v,...d->vd", gradient, hidden, preferred_element_type=jnp.float32)
 
-    def widened(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        return product(hidden.astype(jnp.float32), gradient.astype(jnp.float32))
+    def widened(gradient: jax.Array, hidden: jax.Array) -> jax.Array:
+        return product(gradient.astype(jnp.float32), hidden.astype(jnp.float32))
 
-    return jax.lax.platform_dependent(hidden, gradient, cpu=widened, default=product)
+    return jax.lax.platform_dependent(gradient, hidden, cpu=widened, default=product)
 
 
 _scores.defvjp(_forward, _backward)

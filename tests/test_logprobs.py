@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxrl_llm import logprobs
 from jaxrl_llm.logprobs import TokenScores, scores_from_logits, token_scores
 from jaxrl_llm.models.transformer import Params, Transformer
 
@@ -243,16 +246,117 @@ def test_memory_holds_no_logits_of_all_tokens():
     assert temporaries(loss) < full / 4
 
 
-def test_memory_by_default_is_bounded_too():
-    """Without a chunk size the slices are chosen so that many tokens do not make large logits."""
-    tokens, vocabulary, width = 16_384, 8_192, 8
+def test_memory_of_a_large_vocabulary():
+    """Value and gradient need the states, the head, its gradient and one chunk, and little else; read off, not run."""
+    tokens, vocabulary, width = 8192, 151_936, 1024
+
+    def loss(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
+        given = token_scores(hidden, head, ids)
+        return jnp.sum(given.logprobs + given.entropy)
+
+    inputs = ((tokens, width), jnp.float32), ((vocabulary, width), jnp.float32), ((tokens,), jnp.int32)
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*(jax.ShapeDtypeStruct(*x) for x in inputs))
+    memory = lowered.compile().memory_analysis()
+    # Counted: everything that is alive at some time, the gradient of the states among the results.
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    states, head, chunk = tokens * width, vocabulary * width, tokens * logprobs.MIN_CHUNK
+    assert total <= 1.3 * 4 * (states + head + head + chunk)
+    assert memory.temp_size_in_bytes < 4 * tokens * vocabulary / 10
+
+
+def test_a_bfloat16_head_is_not_widened_whole():
+    """XLA's CPU would do that to cut a chunk out of it, and again to write a chunk of its gradient."""
+    tokens, vocabulary, width = 64, 32_768, 64
+
+    def loss(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.sum(token_scores(hidden, head, ids, chunk_size=1024).logprobs)
+
+    inputs = ((tokens, width), jnp.bfloat16), ((vocabulary, width), jnp.bfloat16), ((tokens,), jnp.int32)
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*(jax.ShapeDtypeStruct(*x) for x in inputs))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * 2 * vocabulary * width
+
+
+@pytest.mark.parametrize("vocabulary", [24, 40, 51])
+@pytest.mark.parametrize("kept", [0, 100, 10**6])
+def test_logits_that_are_kept_change_nothing(monkeypatch, vocabulary, kept):
+    """None of them, some, all; where the last slice overlaps the one before it, and where it does not."""
+    monkeypatch.setattr(logprobs, "MIN_CHUNK", 16)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 16)
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", kept)
+    case = make_case(vocabulary, shape=(2, 3))
+    ours = with_gradients(lambda hidden, head: token_scores(hidden, head, case.tokens, logit_softcap=3.0), case)
+
+    def plain(hidden: jax.Array, head: jax.Array) -> TokenScores:
+        return scores_from_logits(3.0 * jnp.tanh(hidden @ head.T / 3.0), case.tokens)
+
+    expected = with_gradients(plain, case)
+    assert all(np.abs(x).max() > 0.1 for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, expected)
+
+
+def test_logits_are_kept_for_a_gradient_alone(monkeypatch):
+    """They cost memory, which a pass without a gradient must not pay."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 1)
+    tokens, vocabulary = 64, 8192
+    inputs = ((tokens, 8), jnp.float32), ((vocabulary, 8), jnp.float32), ((tokens,), jnp.int32)
 
     def loss(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
         return jnp.sum(token_scores(hidden, head, ids).logprobs)
 
-    inputs = ((tokens, width), jnp.float32), ((vocabulary, width), jnp.float32), ((tokens,), jnp.int32)
-    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*(jax.ShapeDtypeStruct(*x) for x in inputs))
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * tokens * vocabulary / 4
+    def temporaries(function: Callable[..., Any]) -> int:
+        lowered = jax.jit(function).lower(*(jax.ShapeDtypeStruct(*x) for x in inputs))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(loss) < 4 * tokens * vocabulary / 4
+    assert temporaries(jax.grad(loss)) >= 4 * tokens * vocabulary
+
+
+# ---------------------------------------------------------------- a sharded vocabulary
+
+
+def instructions(program: str) -> Iterator[tuple[str, int]]:
+    """Operation and number of elements of each array that a compiled program makes, by its HLO text."""
+    for line in program.splitlines():
+        if found := re.search(r" = (.*?) ([a-z][a-z-]*)\(", line):
+            for sizes in re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", found[1]):
+                yield found[2], math.prod(int(size) for size in sizes.split(",") if size)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 8), (2, 4), (8, 1)])
+def test_sharded_vocabulary(fsdp, tensor):
+    """Each device scores its part of the vocabulary: neither the logits of all tokens nor the whole head are anywhere.
+
+    The vocabulary is 2⁷ times a prime, as large ones are. Of the head's other axis, which `fsdp` cuts, one chunk
+    is gathered at a time.
+    """
+    rows, time, vocabulary, width, chunk = 32, 32, 128 * 19, 64, 256
+    mesh = jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    by_rows, by_vocabulary = (NamedSharding(mesh, PartitionSpec(*names)) for names in (["fsdp"], ["tensor", "fsdp"]))
+
+    def loss(hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> jax.Array:
+        given = token_scores(hidden, head, tokens, chunk_size=chunk)
+        return jnp.sum(2 * given.logprobs + given.entropy)
+
+    rng = np.random.default_rng(0)
+    arrays = (
+        rng.normal(size=(rows, time, width)).astype(np.float32),
+        rng.normal(size=(vocabulary, width)).astype(np.float32) / 8,
+        rng.integers(0, vocabulary, (rows, time)),
+    )
+    placed = [jax.device_put(x, place) for x, place in zip(arrays, (by_rows, by_vocabulary, by_rows), strict=True)]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(by_rows, by_vocabulary))
+    with jax.set_mesh(mesh):
+        compiled = gradient.lower(*placed).compile()
+        ours = compiled(*placed)
+    found = list(instructions(compiled.as_text()))
+    states = rows * time * width // fsdp
+    assert max(size for _, size in found) <= max(states, rows * time * chunk // (fsdp * tensor)) < vocabulary * width
+    moved = [size for kind, size in found if re.match("all-|reduce-scatter|collective", kind)]
+    # Chunks of the head, a number a token, and the states' gradient, which is summed over the vocabulary once.
+    large = [size for size in moved if size > max(chunk * width // tensor, rows * time // fsdp)]
+    assert large == [states] * (tensor > 1)
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, expected)
 
 
 # ---------------------------------------------------------------- alignment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import runpy
 import shutil
@@ -9,9 +11,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from experiments import grpo_arithmetic
+from experiments import grpo_arithmetic, grpo_gsm8k
+from jaxrl_llm.cli import run
+from jaxrl_llm.config import Experiment
 from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.training.metrics import comparable_metrics, read_metrics
 
@@ -65,13 +71,38 @@ def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: 
     assert str(run_dir / "curves.png") in capsys.readouterr().out  # the summary says where things are
 
 
+def variety(prompts, completions, **columns) -> list[float]:
+    """A reward that a random model's samples differ in."""
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+
+# transformers and torch warn of their own deprecations
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_what_was_trained_writes_the_same_in_pytorch(
+    debug_size, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    compare = importlib.import_module("experiments.benchmarks.compare_export")
+    run_dir = tmp_path / "run"
+    data = dataclasses.replace(grpo_gsm8k.CONFIG.data, max_prompt_length=300)
+    config = Experiment(name="variety", rewards=(variety,), data=data)
+    run(config, [*SMALL, *debug_size("grpo_gsm8k"), f"--run-dir={run_dir}", "--optimizer.learning-rate=1e-2"])
+    assert compare.main([f"--run={run_dir}", "--prompts=3"]) == 0
+    assert "3 of 3 greedy completions" in capsys.readouterr().out
+
+    changed = load_file(run_dir / "model" / "model.safetensors")
+    start = tmp_path / "checkpoint" / "model.safetensors"
+    assert any(not np.array_equal(changed[name], value) for name, value in load_file(start).items())  # it was trained
+
+
 def test_arithmetic_that_goes_on_starts_warm_from_what_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--warm-start.steps=5", "--warm-start.demonstrations=8", "--held-out=16", "--algorithm.kl-coef=0.1"]
-    flags = [*SMALL, "--evaluation.every=0", "--training.checkpoint-every=1", *flags, f"--run-dir={tmp_path}"]
+    flags = ["--warm-start.steps=30", "--warm-start.demonstrations=64", "--held-out=16", "--algorithm.kl-coef=0.1"]
+    flags += ["--evaluation.every=0", "--training.checkpoint-every=1", "--training.samples-per-prompt=32"]
+    flags = [*SMALL, *flags, f"--run-dir={tmp_path}"]
     grpo_arithmetic.main(flags)
-    assert "warm start: 5 steps on 8 sums" in capsys.readouterr().out
+    assert "warm start: 30 steps on 64 sums" in capsys.readouterr().out
     whole = comparable_metrics(tmp_path / "metrics.jsonl")
     assert whole[-1]["step"] == 2 and whole[-1]["kl"] > 0
 

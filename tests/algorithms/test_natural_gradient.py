@@ -201,9 +201,9 @@ def test_parts_add_up_and_padding_does_not_matter(policy, product):
     parts = part(slice(0, 1)), part(slice(1, 3))
     trees_close(jax.tree.map(jnp.add, *parts), whole)
 
-    def dirty(params):  # NaN that does not come from the parameters
+    def dirty(params):  # whatever came back from there would reach the parameters
         x = function(params)
-        return jnp.where(policy.mask if x.ndim == 2 else policy.mask[..., None], x, jnp.nan)
+        return x + jnp.where(policy.mask if x.ndim == 2 else policy.mask[..., None], 0.0, jnp.nan)
 
     trees_close(product(dirty, policy.params, policy.vector, policy.mask), whole, rtol=1e-6, atol=1e-7)
     empty = product(function, policy.params, policy.vector, np.zeros_like(policy.mask))

@@ -66,6 +66,11 @@ def test_metrics_equal_the_definition(steps):
     close(metrics["step/prob_mean"].value(), (1 / (1 + np.exp(-z))).mean())
 
 
+def test_labels_are_constants(steps):
+    labels = jnp.float32(steps["labels"])
+    assert not np.any(jax.grad(lambda y: prm_loss(steps["logits"], y, steps["mask"])[0])(labels))
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_classes_are_a_softmax(steps, classes):
     rng = np.random.default_rng(0)

@@ -57,7 +57,14 @@ from jaxrl_llm.losses.kl import (
 from jaxrl_llm.losses.kl_loss import kl_loss
 from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
 from jaxrl_llm.losses.moments import ExplainedVariance, Moments
-from jaxrl_llm.losses.online import NashKL, PairLabels, label_pairs, nash_md_loss, nash_md_mixture_logprobs, xpo_loss
+from jaxrl_llm.losses.online import (
+    NashKLLevel,
+    PairLabels,
+    label_pairs,
+    nash_md_loss,
+    nash_md_mixture_logprobs,
+    xpo_loss,
+)
 from jaxrl_llm.losses.policy import dapo_loss, dr_grpo_loss, grpo_loss, ppo_loss
 from jaxrl_llm.losses.preference import discopop_loss, exo_loss, hinge_loss, ipo_loss
 from jaxrl_llm.losses.preference_sides import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_loss, sppo_loss
@@ -95,7 +102,7 @@ __all__ = [
     "KLEstimator",
     "KTOVariant",
     "Moments",
-    "NashKL",
+    "NashKLLevel",
     "NeutralSteps",
     "OddsLogprob",
     "PairLabels",

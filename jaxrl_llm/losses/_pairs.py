@@ -51,11 +51,7 @@ def make_pairs(
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
     )
-    if (ref_chosen_logprobs is None) != (ref_rejected_logprobs is None):
-        raise ValueError(
-            "ref_chosen_logprobs and ref_rejected_logprobs: one is None and the other is not; "
-            "pass both, or None for both to train without a reference"
-        )
+    check_together(ref_chosen_logprobs=ref_chosen_logprobs, ref_rejected_logprobs=ref_rejected_logprobs)
     mask = mask_or_all(mask, chosen_logprobs=chosen_logprobs)
     chosen, rejected = fill_masked(chosen_logprobs, mask), fill_masked(rejected_logprobs, mask)
     return Pairs(
@@ -84,10 +80,7 @@ def divide_pairs_by_lengths(
     pairs: Pairs, chosen_lengths: ArrayLike | None, rejected_lengths: ArrayLike | None
 ) -> Pairs:
     """Divides both sides' log-ratios by their lengths, if there are any."""
-    if (chosen_lengths is None) != (rejected_lengths is None):
-        raise ValueError(
-            "chosen_lengths and rejected_lengths: one is None and the other is not; pass both, or neither for sums"
-        )
+    check_together(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     if chosen_lengths is None or rejected_lengths is None:
         return pairs
     chosen, rejected, mask = pairs.chosen_log_ratios, pairs.rejected_log_ratios, pairs.mask
@@ -100,11 +93,28 @@ def divide_pairs_by_lengths(
 def mean_over(
     losses: Array, mask: Array, *, weights: ArrayLike | None = None, normalizer: ArrayLike | None = None
 ) -> Array:
-    """Σ weights · losses over what is valid, divided by its number, or by `normalizer`, that of the whole batch."""
+    """Σ weights · losses over what is valid, divided by its number, or by `normalizer`, that of the whole batch.
+
+    Raises:
+        ValueError: On losses that are not of the shape of `mask`, because a coefficient was not, unequal shapes of the
+            weights, or a normalizer that is not one number.
+    """
+    if losses.shape != mask.shape:
+        raise ValueError(
+            f"the losses have shape {losses.shape}, but mask has shape {mask.shape}: a coefficient (beta, …) must be "
+            "one number, or an array of the mask's shape"
+        )
     if weights is not None:
         check_same_shape(mask=mask, weights=weights)
         losses = losses * jax.lax.stop_gradient(fill_masked(weights, mask))
-    return safe_divide(masked_sum(losses, mask), count_true(mask) if normalizer is None else normalizer)
+    return divide_by_count(masked_sum(losses, mask), count_true(mask), normalizer, "normalizer")
+
+
+def divide_by_count(total: Array, count: Array, normalizer: ArrayLike | None, name: str) -> Array:
+    """Divides by `normalizer`, one number, or if it is None by `count`. `name` is that of `normalizer` in an error."""
+    if jnp.ndim(0 if normalizer is None else normalizer):
+        raise ValueError(f"{name} has shape {jnp.shape(normalizer)}: pass one number, the count of the whole batch")
+    return safe_divide(total, count if normalizer is None else normalizer)
 
 
 def pair_metrics(pairs: Pairs, chosen_rewards: Array, rejected_rewards: Array) -> Metrics:
@@ -126,6 +136,15 @@ def reduce_pairs(
     """The mean over the valid pairs, and metrics with beta · log-ratio as a side's reward."""
     loss = mean_over(losses, pairs.mask, weights=weights, normalizer=normalizer)
     return loss, pair_metrics(pairs, pairs.chosen_log_ratios * beta, pairs.rejected_log_ratios * beta)
+
+
+def check_together(**arguments: ArrayLike | None) -> None:
+    """Raises ValueError if some of the arguments are None and others are not."""
+    missing = [name for name, x in arguments.items() if x is None]
+    if missing and len(missing) < len(arguments):
+        raise ValueError(
+            f"{' and '.join(arguments)} go together, but {' and '.join(missing)} is None: pass all of them or none"
+        )
 
 
 def check_label_smoothing(label_smoothing: ArrayLike) -> None:

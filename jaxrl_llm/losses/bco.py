@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._pairs import mean_over
 from jaxrl_llm.losses._rows import check_positive
 from jaxrl_llm.losses._samples import check_labels, make_samples, sample_metrics
-from jaxrl_llm.masking import Mean, Metrics, fill_masked, mask_or_all
+from jaxrl_llm.masking import Mean, Metrics, check_choice, fill_masked, mask_or_all, masked_mean
 
 ShiftAverage = Literal["samples", "sides"]
 
@@ -91,10 +91,12 @@ class RewardShift(NamedTuple):
         )
 
     def value(self, average: ShiftAverage = "samples") -> Array:
-        """δ: the mean over "samples" (TRL), or over "sides", which differs if they are unequal in number."""
-        match average:
-            case "samples":
-                return self.desirable.merge(self.undesirable).value()
-            case "sides":
-                return 0.5 * (self.desirable.value() + self.undesirable.value())
-        raise ValueError(f"unknown average {average!r}: choose one of {', '.join(get_args(ShiftAverage))}")
+        """δ: the mean over "samples" (TRL), or over "sides", which differs if they are unequal in number.
+
+        As long as one side has no samples, it is the mean over the other.
+        """
+        check_choice("average", average, ShiftAverage)
+        if average == "samples":
+            return self.desirable.merge(self.undesirable).value()
+        seen = jnp.stack([self.desirable.count, self.undesirable.count]) > 0
+        return masked_mean(jnp.stack([self.desirable.value(), self.undesirable.value()]), seen)

@@ -6,7 +6,7 @@ same prompts nor equal in number.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxrl_llm.losses._samples import Samples, make_samples, sample_metrics
 from jaxrl_llm.masking import (
     Mean,
     Metrics,
+    check_choice,
     check_mask,
     check_same_shape,
     count_true,
@@ -86,8 +87,7 @@ def kto_loss(
 
     Source: Ethayarajh et al. 2024, "KTO" (2402.01306).
     """
-    if variant not in get_args(KTOVariant):
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(get_args(KTOVariant))}")
+    check_choice("variant", variant, KTOVariant)
     if (kl is None) == (variant == "kto"):
         raise ValueError(f"variant {variant!r} with kl {kl}: pass kl (see `kto_kl`) to 'kto', and None to the others")
     check_positive(beta=beta)

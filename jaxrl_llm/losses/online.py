@@ -3,14 +3,13 @@
 Online DPO (OAIF, Guo et al. 2024, 2402.04792) is no loss of its own: sample two completions of each prompt, judge them,
 and give `dpo_loss` (or `ipo_loss`) what `label_pairs` picks:
 
-    pair = label_pairs(rewards)                                        # rewards [P, G]
-    chosen = jnp.take_along_axis(logprobs, pair.chosen[..., None], -1)[..., 0]
-    loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, mask=pair.mask)
+    pairs = label_pairs(rewards)                                       # [P, G], as the sequence log-probs
+    loss, metrics = dpo_loss(*pairs.select(logprobs), *pairs.select(ref_logprobs), mask=pairs.mask)
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxrl_llm.masking import (
     Mean,
     Metrics,
     as_float,
+    check_choice,
     check_mask,
     check_same_shape,
     count_true,
@@ -35,7 +35,7 @@ from jaxrl_llm.masking import (
     segment_total,
 )
 
-NashKL = Literal["token", "sequence"]
+NashKLLevel = Literal["token", "sequence"]
 
 
 class PairLabels(NamedTuple):
@@ -47,6 +47,14 @@ class PairLabels(NamedTuple):
     """int32 `[...]`, the index of the worst."""
     mask: Array
     """bool `[...]`, False where a group has fewer than two valid samples."""
+
+    def select(self, x: ArrayLike) -> tuple[Array, Array]:
+        """The elements of `x`, `[..., G]`, that belong to the chosen and to the rejected samples, `[...]` each."""
+        chosen, rejected = (
+            jnp.take_along_axis(jnp.asarray(x), index[..., None], axis=-1)[..., 0]
+            for index in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
 
 
 def label_pairs(rewards: ArrayLike, *, mask: ArrayLike | None = None) -> PairLabels:
@@ -131,14 +139,14 @@ def nash_md_loss(
     win_probs: ArrayLike,
     mask: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    kl: NashKL = "token",
+    kl_coef: ArrayLike = 0.1,
+    kl_level: NashKLLevel = "token",
     normalizer: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """Nash mirror descent: policy gradient on the probability of beating a mixture of policy and reference.
 
-        mean over sequences of  −(P − ½) Σₜ log π(yₜ) + beta · K
+        mean over sequences of  −(P − ½) Σₜ log π(yₜ) + kl_coef · K
         token:     K = Σₜ sg(dₜ) log π(yₜ)        dₜ = log π(yₜ) − log π_ref(yₜ)
         sequence:  K = Σₜ sg(dₜ) · Σₜ log π(yₜ)
 
@@ -153,8 +161,8 @@ def nash_md_loss(
         ref_logprobs: The same under the reference, `[..., T]`; constants.
         win_probs: P in [0, 1], `[...]` (with `segment_ids`, `[..., T]`); constants.
         mask: Bool `[..., T]`, True on the tokens of completions.
-        beta: Weight of the KL.
-        kl: Which K.
+        kl_coef: Weight of the KL, the paper's τ and TRL's `beta`.
+        kl_level: Which K.
         normalizer: Number of sequences of the whole batch, if these rows are a part of it. None: the number here.
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
 
@@ -163,20 +171,19 @@ def nash_md_loss(
         of P over sequences.
 
     Raises:
-        ValueError: On unequal shapes, a mask that is not bool, or an unknown kl.
+        ValueError: On unequal shapes, a mask that is not bool, or an unknown level.
 
     Source: Munos et al. 2023, "Nash learning from human feedback" (2312.00886).
     """
-    if kl not in get_args(NashKL):
-        raise ValueError(f"unknown kl {kl!r}: choose one of {', '.join(get_args(NashKL))}")
-    check_not_negative(beta=beta)
+    check_choice("kl_level", kl_level, NashKLLevel)
+    check_not_negative(kl_coef=kl_coef)
     mask = check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs, segment_ids=segment_ids)
     policy = fill_masked(logprobs, mask)
     win_probs = per_token(win_probs, mask.shape, "win_probs", packed=segment_ids is not None)
     win_probs = jax.lax.stop_gradient(fill_masked(win_probs, mask))
     d = jax.lax.stop_gradient(policy - fill_masked(ref_logprobs, mask))
-    d_of_term = d if kl == "token" else segment_total(d, mask, segment_ids)
-    losses = (0.5 - win_probs + beta * d_of_term) * policy
+    d_of_term = d if kl_level == "token" else segment_total(d, mask, segment_ids)
+    losses = (0.5 - win_probs + kl_coef * d_of_term) * policy
     loss = aggregate(losses, mask, mode="seq-mean-token-sum", normalizer=normalizer, segment_ids=segment_ids)
     return loss, {"kl": Mean.of(d, mask), "win_prob": Mean.of(win_probs, segment_first(mask, segment_ids))}
 

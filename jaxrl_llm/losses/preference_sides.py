@@ -11,7 +11,7 @@ from jax import Array
 from jax.nn import sigmoid, softplus
 from jax.typing import ArrayLike
 
-from jaxrl_llm.losses._pairs import make_pairs, reduce_pairs
+from jaxrl_llm.losses._pairs import check_together, make_pairs, reduce_pairs
 from jaxrl_llm.losses._rows import check_positive
 from jaxrl_llm.masking import Metrics, check_same_shape, fill_masked
 
@@ -187,11 +187,7 @@ def sppo_loss(
     Source: Wu et al. 2024, "Self-play preference optimization" (2405.00675).
     """
     check_positive(beta=beta)
-    if (chosen_win_probs is None) != (rejected_win_probs is None):
-        raise ValueError(
-            "chosen_win_probs and rejected_win_probs: one is None and the other is not; "
-            "pass both, or neither for 1 and 0"
-        )
+    check_together(chosen_win_probs=chosen_win_probs, rejected_win_probs=rejected_win_probs)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, mask)
     chosen_target, rejected_target = 1.0, 0.0
     if chosen_win_probs is not None and rejected_win_probs is not None:

@@ -20,8 +20,8 @@ from jaxrl_llm.masking import as_float
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
-EXPONENT_LIMIT = 80.0
-"""Bound on exponents that grow with an unlikely completion: e⁸⁰ is a float32 and e⁸⁹ is not."""
+EXPONENT_LIMIT = 40.0
+"""Bound on exponents that grow with an unlikely completion: the square of e⁴⁰ is a float32, e⁸⁹ is not."""
 
 
 def dpo_term(margin: ArrayLike, *, beta: ArrayLike = 0.1) -> Array:
@@ -202,20 +202,25 @@ def discopop_term(margin: ArrayLike, *, beta: ArrayLike = 0.05, tau: ArrayLike =
 def f_divergence_score(log_ratio: ArrayLike, *, f_divergence: FDivergence, f_alpha: float = 0.5) -> Array:
     """The score of a completion when another divergence than the reverse KL ties the policy to the reference.
 
-        f′(u),  u = π(y)/π_ref(y):    log u    1 − 1/u    log(2u / (u + 1))    (u^(f_alpha − 1) − 1) / (f_alpha − 1)
+        reverse_kl:  log u
+        forward_kl:  1 − 1/u
+        js:          log(2 u / (u + 1))
+        alpha:       (u^(f_alpha − 1) − 1) / (f_alpha − 1)
 
-    for "reverse_kl", "forward_kl", "js" and "alpha". The difference of two scores takes the place of the margin h: as
-    an option of `dpo_loss`, or in every loss of pairs by giving it the two scores as log-probs and None as references.
+    with u = π(y)/π_ref(y): the derivative f′(u) of the divergence's function. The difference of two scores takes the
+    place of the margin h: as an option of `dpo_loss`, or in every loss of h by giving it the two scores as log-probs
+    and None as references.
 
     Unlike `kl_penalty`, it is no penalty on its own: the divergence acts through the implicit reward beta · f′(u).
 
     Args:
         log_ratio: log u, any shape.
         f_divergence: One of `FDivergence`.
-        f_alpha: Of "alpha": 1 gives the reverse KL, 0 the forward KL. (The α of the paper is 1 − f_alpha.)
+        f_alpha: Of "alpha", a plain number: 1 gives the reverse KL, 0 the forward KL. (The α of the paper is
+            1 − f_alpha.)
 
     Returns:
-        The shape of `log_ratio`. Exponents are bounded by 80, beyond which the gradient is 0.
+        The shape of `log_ratio`. Exponents are bounded by 40, beyond which the gradient is 0.
 
     Raises:
         ValueError: On an unknown divergence.

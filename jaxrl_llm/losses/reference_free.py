@@ -6,24 +6,32 @@ without a reference is `dpo_loss` with None for both references.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.losses._pairs import divide_pairs_by_lengths, make_pairs, mean_over, pair_metrics, reduce_pairs
+from jaxrl_llm.losses._pairs import (
+    check_together,
+    divide_by_count,
+    divide_pairs_by_lengths,
+    make_pairs,
+    mean_over,
+    pair_metrics,
+    reduce_pairs,
+)
 from jaxrl_llm.losses._rows import check_not_negative, check_positive
 from jaxrl_llm.losses.preference_terms import dpo_term, f_divergence_score
 from jaxrl_llm.masking import (
     Mean,
     Metrics,
     as_float,
+    check_choice,
     check_same_shape,
     fill_masked,
     masked_sum,
-    safe_divide,
 )
 
 OddsLogprob = Literal["mean", "sum"]
@@ -63,7 +71,7 @@ def simpo_loss(
         beta: Scale of the reward.
         gamma: Target margin of the reward. None: `gamma_beta_ratio` · beta, or 0.5 if that is None, too.
         gamma_beta_ratio: The target margin in units of beta, the official code's parameter.
-        alpha: Shape of the reward; 0 for the logarithm.
+        alpha: Shape of the reward, a plain number; 0 for the logarithm.
         weights: As `dpo_loss`.
         mask: As `dpo_loss`.
         normalizer: As `dpo_loss`.
@@ -236,10 +244,8 @@ def orpo_loss(
     Source: Hong et al. 2024, "ORPO" (2403.07691).
     """
     check_not_negative(odds_coef=odds_coef)
-    if odds_logp not in get_args(OddsLogprob):
-        raise ValueError(f"unknown odds_logp {odds_logp!r}: choose one of {', '.join(get_args(OddsLogprob))}")
-    if (nll_logprobs is None) != (nll_lengths is None):
-        raise ValueError("nll_logprobs and nll_lengths: one is None and the other is not; pass both or neither")
+    check_choice("odds_logp", odds_logp, OddsLogprob)
+    check_together(nll_logprobs=nll_logprobs, nll_lengths=nll_lengths)
     sums = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
     # Divided in either case, so that the lengths are checked.
     average = divide_pairs_by_lengths(sums, chosen_lengths, rejected_lengths)
@@ -258,12 +264,12 @@ def orpo_loss(
 def log_odds(logprobs: ArrayLike) -> Array:
     """The log odds of an event from its log-probability a.
 
-        log(P / (1 − P)) = a − log(1 − eᵃ)        P = eᵃ
+        log(P / (1 − P)) = a − log(1 − exp(a))        P = exp(a)
 
     Unlike `jax.scipy.special.logit`, which takes P, it keeps its precision where P is near 0 or 1.
 
     Args:
-        logprobs: a ≤ 0, any shape; above −10⁻⁷ it counts as that, with gradient 0 to the second term.
+        logprobs: a ≤ 0, any shape; above −10⁻⁷ it counts as that, and has no gradient.
 
     Returns:
         The shape of `logprobs`.
@@ -282,5 +288,5 @@ def _token_nll(
     """−Σ log π over the tokens of the valid rows, divided by their number; and the record for the metrics."""
     check_same_shape(mask=mask, nll_logprobs=logprobs, nll_lengths=lengths)
     total, count = -masked_sum(logprobs, mask), masked_sum(lengths, mask)
-    loss = safe_divide(total, count if normalizer is None else normalizer)
+    loss = divide_by_count(total, count, normalizer, "nll_normalizer")
     return loss, Mean(jax.lax.stop_gradient(total), count)

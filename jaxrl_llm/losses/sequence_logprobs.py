@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxrl_llm.losses._pairs import check_together
 from jaxrl_llm.losses._rows import check_not_negative, check_positive
 from jaxrl_llm.masking import as_float, check_mask, check_same_shape, fill_masked, masked_mean, safe_divide
 
@@ -38,7 +39,8 @@ def sequence_logprobs(
         average: Divide the sum by the number of the completion's tokens.
         ld_alpha: Weight, in [0, 1], of the tokens beyond `shared_lengths`. None: 1.
         shared_lengths: `[...]` (`[..., S]` with segments): the smaller number of tokens of the pair's two completions.
-        segment_ids: Integers `[..., T]` where rows hold packed sequences: the sequence, 0 to S − 1, of each token.
+        segment_ids: Integers `[..., T]` where rows hold packed sequences: the sequence, 0 to S − 1, of each token. A
+            token with another id counts nowhere.
         num_segments: S, with `segment_ids`.
 
     Returns:
@@ -50,8 +52,8 @@ def sequence_logprobs(
     Source: ld_alpha: Liu et al. 2024, "Length desensitization in DPO" (2409.06411).
     """
     mask = check_mask(mask, logprobs=logprobs, segment_ids=segment_ids)
-    _check_together(ld_alpha=ld_alpha, shared_lengths=shared_lengths)
-    _check_together(segment_ids=segment_ids, num_segments=num_segments)
+    check_together(ld_alpha=ld_alpha, shared_lengths=shared_lengths)
+    check_together(segment_ids=segment_ids, num_segments=num_segments)
     check_not_negative(ld_alpha=ld_alpha)
     # [..., T, S]: which tokens are whose, with S = 1 where a row is one sequence.
     member = mask[..., None]
@@ -110,7 +112,8 @@ def wpo_weights(logprobs: ArrayLike, log_sum_squared_probs: ArrayLike, mask: Arr
 
     Args:
         logprobs: Log-probabilities of the tokens under the policy, `[..., T]`.
-        log_sum_squared_probs: log Σᵥ π(v)² over the vocabulary at each position, `[..., T]`.
+        log_sum_squared_probs: log Σᵥ π(v)² over the vocabulary at each position, `[..., T]`:
+            `logsumexp(2 * log_softmax(logits), axis=-1)`.
         mask: Bool `[..., T]`, True on the tokens of the completion.
 
     Returns:
@@ -124,10 +127,3 @@ def wpo_weights(logprobs: ArrayLike, log_sum_squared_probs: ArrayLike, mask: Arr
     mask = check_mask(mask, logprobs=logprobs, log_sum_squared_probs=log_sum_squared_probs)
     aligned = fill_masked(logprobs, mask) - fill_masked(log_sum_squared_probs, mask)
     return jax.lax.stop_gradient(jnp.exp(masked_mean(aligned, mask, -1)))
-
-
-def _check_together(**arguments: ArrayLike | None) -> None:
-    (first, one), (second, other) = arguments.items()
-    if (one is None) != (other is None):
-        given, missing = (second, first) if one is None else (first, second)
-        raise ValueError(f"{given} is given and {missing} is not: pass both or neither")

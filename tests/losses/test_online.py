@@ -14,7 +14,7 @@ def close(value, expected, atol=1e-6):
 def test_golden_numbers(examples, tok, pref):
     args = (tok.logprobs, tok.ref, np.array([0.7, 0.4]), tok.mask)
     close(nash_md_loss(*args)[0], examples["nashmd.loss_beta0p1_trl"])
-    close(nash_md_loss(*args, kl="sequence")[0], examples["nashmd.loss_beta0p1_seq"])
+    close(nash_md_loss(*args, kl_level="sequence")[0], examples["nashmd.loss_beta0p1_seq"])
     mixture = nash_md_mixture_logprobs(np.array([2.0, 1, 0]), np.array([0.0, 1, 1]))
     close(mixture, examples["nashmd.mixture_logprobs_c0p5"])
     pairs = (pref.chosen, pref.rejected, pref.ref_chosen, pref.ref_rejected)
@@ -48,17 +48,12 @@ def test_online_dpo_is_dpo_on_the_labelled_pairs():
     rewards = rng.integers(0, 3, size=(9, 2)).astype(float)
     logprobs, ref = rng.normal(size=(9, 2)) - 8, rng.normal(size=(9, 2)) - 8
     pair = label_pairs(rewards)
-    picked = [
-        jnp.take_along_axis(jnp.asarray(x), index[..., None], -1)[..., 0]
-        for x in (logprobs, ref)
-        for index in (pair.chosen, pair.rejected)
-    ]
     losses = []
     for row in range(9):
         w = 0 if rewards[row, 0] >= rewards[row, 1] else 1
         h = logprobs[row, w] - ref[row, w] - logprobs[row, 1 - w] + ref[row, 1 - w]
         losses.append(np.log1p(np.exp(-0.1 * h)))
-    close(dpo_loss(*picked, mask=pair.mask)[0], np.mean(losses))
+    close(dpo_loss(*pair.select(logprobs), *pair.select(ref), mask=pair.mask)[0], np.mean(losses))
 
 
 @pytest.mark.parametrize("kl", ["token", "sequence"])
@@ -76,7 +71,7 @@ def test_nash_md_equals_the_definition(ragged, kl):
         expected_gradient[row][tokens] = -(win_probs[row] - 0.5) + 0.2 * score
 
     def loss(logprobs):
-        return nash_md_loss(logprobs, ragged.ref, win_probs, ragged.mask, beta=0.2, kl=kl)
+        return nash_md_loss(logprobs, ragged.ref, win_probs, ragged.mask, kl_coef=0.2, kl_level=kl)
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.float32(ragged.logprobs))
     close(value, np.mean(values))
@@ -91,7 +86,7 @@ def test_nash_md_as_every_loss_of_tokens(ragged_rows, check_token_loss, kl):
     arrays["win_probs"] = np.random.default_rng(0).uniform(size=len(arrays["mask"]))
 
     def loss(**arrays):
-        return nash_md_loss(**arrays, kl=kl)
+        return nash_md_loss(**arrays, kl_level=kl)
 
     # The log-ratio that multiplies is a constant: the gradient is tested above.
     check_token_loss(loss, arrays, mode="seq-mean-token-sum", detached=True)
@@ -119,7 +114,8 @@ def test_the_expected_gradient_of_nash_md_is_that_of_the_kl(kl):
         weights = jax.lax.stop_gradient(jnp.exp(lp.sum(-1)))
 
         def one(lp, ref):
-            return nash_md_loss(lp[None], ref[None], jnp.full(1, 0.5), jnp.ones((1, 2), bool), beta=1.0, kl=kl)[0]
+            half, every = jnp.full(1, 0.5), jnp.ones((1, 2), bool)
+            return nash_md_loss(lp[None], ref[None], half, every, kl_coef=1.0, kl_level=kl)[0]
 
         return jnp.sum(weights * jax.vmap(one)(lp, ref_logprobs))
 
@@ -149,12 +145,12 @@ def test_xpo_equals_the_definition(ragged_pairs):
 
 
 def test_errors(ragged):
-    with pytest.raises(ValueError, match="unknown kl 'k1': choose one of token, sequence"):
-        nash_md_loss(ragged.logprobs, ragged.ref, ragged.advantages, ragged.mask, kl="k1")  # pyright: ignore
+    with pytest.raises(ValueError, match="unknown kl_level 'k1': choose one of token, sequence"):
+        nash_md_loss(ragged.logprobs, ragged.ref, ragged.advantages, ragged.mask, kl_level="k1")  # pyright: ignore
     with pytest.raises(ValueError, match="win_probs has shape"):
         nash_md_loss(ragged.logprobs, ragged.ref, np.zeros(2), ragged.mask)
-    with pytest.raises(ValueError, match="beta is -1"):
-        nash_md_loss(ragged.logprobs, ragged.ref, ragged.advantages, ragged.mask, beta=-1)
+    with pytest.raises(ValueError, match="kl_coef is -1"):
+        nash_md_loss(ragged.logprobs, ragged.ref, ragged.advantages, ragged.mask, kl_coef=-1)
     with pytest.raises(ValueError, match="alpha is -1"):
         xpo_loss(*[np.zeros(2)] * 5, alpha=-1)
     with pytest.raises(ValueError, match=r"ref_logits has shape \(3,\), but logits has shape \(2,\)"):

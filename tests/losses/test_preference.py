@@ -249,11 +249,20 @@ def test_gradients_push_where_they_should():
 
 def test_errors():
     x = np.zeros(2)
-    with pytest.raises(ValueError, match="ref_chosen_logprobs and ref_rejected_logprobs: one is None"):
+    with pytest.raises(ValueError, match="ref_chosen_logprobs and ref_rejected_logprobs go together"):
         dpo_loss(x, x, x, None)
-    with pytest.raises(ValueError, match="chosen_lengths and rejected_lengths: one is None"):
+    with pytest.raises(ValueError, match="chosen_lengths and rejected_lengths go together, but chosen_lengths is None"):
         ipo_loss(x, x, x, x, rejected_lengths=x)
-    with pytest.raises(ValueError, match="chosen_win_probs and rejected_win_probs: one is None"):
+    with pytest.raises(ValueError, match="chosen_win_probs and rejected_win_probs go together"):
         sppo_loss(x, x, x, x, chosen_win_probs=x)
     with pytest.raises(ValueError, match=r"label_smoothing is 0.5: it is the share of wrong labels, in \[0, 0.5\)"):
         aot_loss(x, x, x, x, label_smoothing=0.5)
+    with pytest.raises(ValueError, match=r"the losses have shape \(2, 2\), but mask has shape \(2,\): a coefficient"):
+        dpo_loss(x, x, x, x, beta=np.ones((2, 1)))
+
+
+def test_beta_of_each_pair():
+    """As in β-DPO, whose beta depends on the pair."""
+    x, beta = np.arange(3.0), np.array([0.1, 0.2, 0.3])
+    expected = [dpo_loss(x[i : i + 1], np.zeros(1), None, None, beta=beta[i])[0] for i in range(3)]
+    close(dpo_loss(x, np.zeros(3), None, None, beta=beta)[0], np.mean(expected))

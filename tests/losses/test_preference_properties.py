@@ -232,6 +232,9 @@ def test_errors(case, arrays):
     for name in case.names:
         with pytest.raises(ValueError, match=r"has shape \(\d,\), but .* has shape \(\d,\)"):
             run(case, data | {name: data[name][:5]})
+    if "normalizer" in case.loss.__kwdefaults__:
+        with pytest.raises(ValueError, match=r"normalizer has shape \(3,\).* pass "):
+            run(case, data, normalizer=np.ones(3))
     if "beta" in case.loss.__kwdefaults__:
         for beta in (0, -0.1, float("nan"), float("inf")):
             with pytest.raises(ValueError, match="beta is"):

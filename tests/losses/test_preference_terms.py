@@ -119,6 +119,14 @@ def test_alpha_divergence_has_both_kls_at_its_ends():
     close(alpha(0.0), f_divergence_score(log_ratio, f_divergence="forward_kl"))
 
 
+@pytest.mark.parametrize("f_divergence", get_args(FDivergence))
+def test_terms_of_far_scores_are_finite(f_divergence):
+    """Also the square of a score."""
+    for far in (-1e4, 1e4):
+        score = f_divergence_score(far, f_divergence=f_divergence)
+        assert np.isfinite(ipo_term(score) * 1000) and np.isfinite(dpo_term(score, beta=1e3) * 1000)
+
+
 def test_errors():
     for term in (dpo_term, ipo_term, hinge_term, exo_term, discopop_term):
         with pytest.raises(ValueError, match="beta is -1"):

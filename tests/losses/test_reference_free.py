@@ -70,6 +70,9 @@ def test_alpha_po_equals_the_definition(ragged_pairs):
     expected = loop(ragged_pairs, lambda w, r, nw, nl: -log_sigma(reward(w, nw) - reward(r, nl) - 0.6))
     close(simpo_loss(**arrays, alpha=0.25, beta=3.0, gamma_beta_ratio=0.2)[0], np.mean(expected))
     close(simpo_loss(**arrays, alpha=1e-4)[0], simpo_loss(**arrays)[0], atol=1e-2)
+    # Tokens that the policy rules out, in a large batch with a large beta: finite, where eˣ alone is no guarantee.
+    unlikely = (np.full(1000, -1e4), np.zeros(1000), np.ones(1000), np.ones(1000))
+    assert np.isfinite(simpo_loss(*unlikely, alpha=0.25, beta=1e4)[0])
 
 
 def test_cpo_equals_the_definition(ragged_pairs):
@@ -130,6 +133,7 @@ def test_log_odds_keep_their_precision():
     for certain in (0.0, 1e-3, -1e-8, -1e4):
         value, gradient = jax.value_and_grad(log_odds)(certain)
         assert np.isfinite(value) and np.isfinite(gradient)
+        assert (gradient == 0) == (certain > -1e-7)
 
 
 def test_errors():
@@ -138,8 +142,10 @@ def test_errors():
         simpo_loss(x, x, n, n, gamma=1, gamma_beta_ratio=0.5)
     with pytest.raises(ValueError, match="unknown odds_logp 'max': choose one of mean, sum"):
         orpo_loss(x, x, n, n, odds_logp="max")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="nll_logprobs and nll_lengths: one is None"):
+    with pytest.raises(ValueError, match="nll_logprobs and nll_lengths go together, but nll_lengths is None"):
         orpo_loss(x, x, n, n, nll_logprobs=x)
+    with pytest.raises(ValueError, match=r"nll_normalizer has shape \(2,\): pass one number"):
+        cpo_loss(x, x, n, nll_normalizer=n)
     with pytest.raises(ValueError, match="nll_coef is -1"):
         cpo_loss(x, x, n, nll_coef=-1)
     with pytest.raises(ValueError, match="odds_coef is -1"):

@@ -59,6 +59,8 @@ def test_packed_equals_padded(ragged, options):
     close(packed, sequence_logprobs(ragged.logprobs, ragged.mask, **options, **shared))
     more = sequence_logprobs(logprobs, mask, segment_ids=segments, num_segments=4)
     close(more[:, 3], 0)
+    fewer = sequence_logprobs(logprobs, mask, segment_ids=segments - 1, num_segments=2)
+    close(fewer, sequence_logprobs(ragged.logprobs, ragged.mask)[:, 1:])
 
 
 def test_padding_gradient_types_and_transformations(ragged):
@@ -91,9 +93,9 @@ def test_sequence_errors():
         sequence_logprobs(x, np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"logprobs has shape \(2, 2\), but mask has shape \(2, 3\)"):
         sequence_logprobs(x[:, :2], mask)
-    with pytest.raises(ValueError, match="ld_alpha is given and shared_lengths is not"):
+    with pytest.raises(ValueError, match="ld_alpha and shared_lengths go together, but shared_lengths is None"):
         sequence_logprobs(x, mask, ld_alpha=0.5)
-    with pytest.raises(ValueError, match="num_segments is given and segment_ids is not"):
+    with pytest.raises(ValueError, match="segment_ids and num_segments go together, but segment_ids is None"):
         sequence_logprobs(x, mask, num_segments=2)
     with pytest.raises(ValueError, match=r"shared_lengths has shape \(3,\), but mask has shape \(2, 3\)"):
         sequence_logprobs(x, mask, ld_alpha=0.5, shared_lengths=np.ones(3))

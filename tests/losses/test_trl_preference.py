@@ -395,12 +395,8 @@ def test_online_dpo(batch, loss_type, loss):
     pair = label_pairs(rewards.reshape(2, PAIRS).T)
 
     def of_tokens(logprobs):
-        rows = [
-            jnp.take_along_axis(sequence_logprobs(x, batch.mask).reshape(2, PAIRS).T, index[:, None], -1)[:, 0]
-            for x in (logprobs, jnp.asarray(batch.ref))
-            for index in (pair.chosen, pair.rejected)
-        ]
-        return loss(*rows, beta=0.3, mask=pair.mask)
+        policy, ref = (sequence_logprobs(x, batch.mask).reshape(2, PAIRS).T for x in (logprobs, batch.ref))
+        return loss(*pair.select(policy), *pair.select(ref), beta=0.3, mask=pair.mask)
 
     (value, metrics), gradient = jax.value_and_grad(of_tokens, has_aux=True)(jnp.asarray(batch.logprobs))
     close(value, expected.item())

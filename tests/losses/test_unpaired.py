@@ -170,6 +170,8 @@ def test_reward_shift_is_the_mean_over_all_batches(samples):
     close(shift.value(), rewards.mean())
     close(shift.value("sides"), (rewards[labels].mean() + rewards[~labels].mean()) / 2)
     assert abs(shift.value() - shift.value("sides")) > 1e-3
+    good = RewardShift.empty().update(rewards[:4], np.ones(4, bool))
+    close(good.value("sides"), rewards[:4].mean())  # there is no other side yet
     assert jax.grad(lambda x: RewardShift.empty().update(x, True).value())(1.0) == 0
 
 

@@ -31,7 +31,6 @@ from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.logprobs import CHUNK_LOGITS, MIN_CHUNK, TokenScores, scores_from_logits, token_scores
 from jaxrl_llm.models.config import DType
 
-MIB = 2**20
 Scorer = Callable[[jax.Array, jax.Array, jax.Array], TokenScores]
 
 
@@ -96,23 +95,38 @@ def memory(config: Benchmark) -> dict[str, Any]:
     needed = {}
     for name, scorer in SCORERS.items():
         analysis = value_and_gradient(scorer).lower(*inputs, ids).compile().memory_analysis()
-        parts = {
-            "arguments": analysis.argument_size_in_bytes,
-            "results": analysis.output_size_in_bytes,
-            "temporaries": analysis.temp_size_in_bytes,
-        }
-        needed[name] = {part: round(size / MIB, 1) for part, size in (parts | {"all": sum(parts.values())}).items()}
+        needed[name] = _with_sum(
+            {
+                "arguments": analysis.argument_size_in_bytes,
+                "results": analysis.output_size_in_bytes,
+                "temporaries": analysis.temp_size_in_bytes,
+            }
+        )
     item, entries = jnp.dtype(config.dtype).itemsize, max(MIN_CHUNK, CHUNK_LOGITS // tokens)
-    floor = {
-        "states": item * tokens * width,
-        "head": item * vocabulary * width,
-        "gradient of the head": item * vocabulary * width,
-        "one chunk": 4 * tokens * min(entries, vocabulary),
+    floor = _with_sum(
+        {
+            "states": item * tokens * width,
+            "head": item * vocabulary * width,
+            "gradient of the head": item * vocabulary * width,
+            "one chunk": 4 * tokens * min(entries, vocabulary),
+        }
+    )
+    return {
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "width": width,
+        "mib": {name: _in_mib(parts) for name, parts in needed.items()},
+        "floor_mib": _in_mib(floor),
+        "chunked_of_floor": round(needed["chunked"]["all"] / floor["all"], 3),
     }
-    floor = {part: round(size / MIB, 1) for part, size in (floor | {"all": sum(floor.values())}).items()}
-    ratio = round(needed["chunked"]["all"] / floor["all"], 3)
-    sizes = {"tokens": tokens, "vocabulary": vocabulary, "width": width}
-    return {**sizes, "mib": needed, "floor_mib": floor, "chunked_of_floor": ratio}
+
+
+def _with_sum(parts: dict[str, int]) -> dict[str, int]:
+    return parts | {"all": sum(parts.values())}
+
+
+def _in_mib(parts: dict[str, int]) -> dict[str, float]:
+    return {name: round(size / 2**20, 1) for name, size in parts.items()}
 
 
 # ---- Time ----------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def reference_constant(ref_logprobs: ArrayLike | None, mask: Array) -> Array:
 def divide_by_lengths(x: Array, lengths: ArrayLike, mask: Array, name: str) -> Array:
     """Sums over tokens to means; 0 where a length is 0. `name` is that of `lengths` in an error."""
     check_same_shape(chosen_logprobs=mask, **{name: lengths})
+    check_lengths(**{name: lengths})
     return safe_divide(x, fill_masked(lengths, mask, 1.0))
 
 
@@ -112,9 +113,11 @@ def mean_over(
 
 def divide_by_count(total: Array, count: Array, normalizer: ArrayLike | None, name: str) -> Array:
     """Divides by `normalizer`, one number, or if it is None by `count`. `name` is that of `normalizer` in an error."""
-    if jnp.ndim(0 if normalizer is None else normalizer):
+    if normalizer is None:
+        return safe_divide(total, count)
+    if jnp.ndim(normalizer):
         raise ValueError(f"{name} has shape {jnp.shape(normalizer)}: pass one number, the count of the whole batch")
-    return safe_divide(total, count if normalizer is None else normalizer)
+    return safe_divide(total, normalizer)
 
 
 def pair_metrics(pairs: Pairs, chosen_rewards: Array, rejected_rewards: Array) -> Metrics:
@@ -136,6 +139,14 @@ def reduce_pairs(
     """The mean over the valid pairs, and metrics with beta · log-ratio as a side's reward."""
     loss = mean_over(losses, pairs.mask, weights=weights, normalizer=normalizer)
     return loss, pair_metrics(pairs, pairs.chosen_log_ratios * beta, pairs.rejected_log_ratios * beta)
+
+
+def check_lengths(**lengths: ArrayLike) -> None:
+    """Raises ValueError unless lengths are integers, so that the reference's log-probs are not taken for them."""
+    for name, x in lengths.items():
+        dtype = jnp.asarray(x).dtype
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{name} has dtype {dtype}: pass numbers of tokens, integers such as mask.sum(-1)")
 
 
 def check_together(**arguments: ArrayLike | None) -> None:

@@ -4,10 +4,15 @@ The margin is h = [log π(y_w) − log π_ref(y_w)] − [log π(y_l) − log π_
 completions (`sequence_logprobs`): y_w the chosen one, y_l the rejected one. The losses are means over
 pairs of terms of `jaxrl_llm.losses.preference_terms`.
 
+From log-probs of tokens, `[2 B, T]`, rows of chosen completions before those of rejected ones:
+
+    chosen, rejected = jnp.split(sequence_logprobs(logprobs, mask), 2)
+    ref_chosen, ref_rejected = jnp.split(sequence_logprobs(ref_logprobs, mask), 2)
+    loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected)
+
 With None for both references, the reference is left out of h ("reference-free"). A mixture of losses is a sum:
 
-    dpo, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected)
-    loss = dpo + 0.1 * sft_loss(chosen_token_logprobs, chosen_mask)[0]
+    loss += 0.1 * sft_loss(logprobs[:B], mask[:B])[0]
 
 Parts of a batch add up to the whole's loss if each is given `normalizer`, the number of valid pairs of the whole.
 """
@@ -62,7 +67,7 @@ def dpo_loss(
         beta: Inverse temperature: the larger, the closer the policy stays to the reference.
         f_divergence: Divergence that ties the policy to the reference; see `f_divergence_score`.
         f_alpha: Of the divergence "alpha"; see there.
-        chosen_lengths: Numbers of tokens of the chosen completions, `[...]`, to divide by. None: no division.
+        chosen_lengths: Numbers of tokens of the chosen completions, `[...]` integers, to divide by. None: no division.
         rejected_lengths: The same of the rejected ones, `[...]`.
         weights: Constant factors on the pairs' losses, `[...]`; the denominator counts every pair as 1.
         mask: Bool `[...]`, False for pairs that are padding: whatever is there is ignored. None: all count.
@@ -75,7 +80,7 @@ def dpo_loss(
 
     Raises:
         ValueError: On unequal shapes, a mask that is not bool, one reference without the other, one length without
-            the other, or a beta that is not positive.
+            the other, lengths that are not integers, or a beta that is not positive.
 
     Source: Rafailov et al. 2023, "Direct preference optimization" (2305.18290).
     """

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._pairs import (
+    check_lengths,
     check_together,
     divide_by_count,
     divide_pairs_by_lengths,
@@ -58,7 +59,7 @@ def simpo_loss(
 
         mean over pairs of  −log σ(r_w − r_l − gamma)        r = beta log π(y) / |y|
 
-    With `alpha`, the reward is AlphaPO's, r = beta (1 − p^−alpha) / alpha, where p = π(y)^(1/|y|). TRL's `simpo` is
+    With `alpha`, the reward is AlphaPO's, r = beta (1 − p^(−alpha)) / alpha, where p = π(y)^(1/|y|). TRL's `simpo` is
     a mode of CPO: it adds the likelihood term of `cpo_loss` unless told not to.
 
     Unlike `dpo_loss`, there is no reference, sums are divided by lengths, and a pair is to win by gamma.
@@ -66,7 +67,7 @@ def simpo_loss(
     Args:
         chosen_logprobs: Log-probabilities (sums) of the chosen completions under the policy, `[...]`.
         rejected_logprobs: The same of the rejected completions, `[...]`.
-        chosen_lengths: Numbers of tokens of the chosen completions, `[...]`.
+        chosen_lengths: Numbers of tokens of the chosen completions, `[...]`: the `sum` of their mask.
         rejected_lengths: The same of the rejected completions, `[...]`.
         beta: Scale of the reward.
         gamma: Target margin of the reward. None: `gamma_beta_ratio` · beta, or 0.5 if that is None, too.
@@ -80,7 +81,7 @@ def simpo_loss(
         As `dpo_loss`, where a reward is r.
 
     Raises:
-        ValueError: As `dpo_loss`, and if both gamma and gamma_beta_ratio are given.
+        ValueError: As `dpo_loss`, on lengths that are not integers, and if both gamma and gamma_beta_ratio are given.
 
     Source: Meng et al. 2024, "SimPO" (2405.14734). AlphaPO: Gupta et al. 2025, "AlphaPO" (2501.03884).
     """
@@ -141,6 +142,7 @@ def cpo_loss(
     """
     check_not_negative(nll_coef=nll_coef)
     check_same_shape(chosen_logprobs=chosen_logprobs, chosen_lengths=chosen_lengths)
+    check_lengths(chosen_lengths=chosen_lengths)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
     losses = dpo_term(pairs.margin, beta=beta)
     loss, metrics = reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
@@ -287,6 +289,7 @@ def _token_nll(
 ) -> tuple[Array, Mean]:
     """−Σ log π over the tokens of the valid rows, divided by their number; and the record for the metrics."""
     check_same_shape(mask=mask, nll_logprobs=logprobs, nll_lengths=lengths)
+    check_lengths(nll_lengths=lengths)
     total, count = -masked_sum(logprobs, mask), masked_sum(lengths, mask)
     loss = divide_by_count(total, count, normalizer, "nll_normalizer")
     return loss, Mean(jax.lax.stop_gradient(total), count)

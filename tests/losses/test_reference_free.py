@@ -71,7 +71,7 @@ def test_alpha_po_equals_the_definition(ragged_pairs):
     close(simpo_loss(**arrays, alpha=0.25, beta=3.0, gamma_beta_ratio=0.2)[0], np.mean(expected))
     close(simpo_loss(**arrays, alpha=1e-4)[0], simpo_loss(**arrays)[0], atol=1e-2)
     # Tokens that the policy rules out, in a large batch with a large beta: finite, where eˣ alone is no guarantee.
-    unlikely = (np.full(1000, -1e4), np.zeros(1000), np.ones(1000), np.ones(1000))
+    unlikely = (np.full(1000, -1e4), np.zeros(1000), np.ones(1000, int), np.ones(1000, int))
     assert np.isfinite(simpo_loss(*unlikely, alpha=0.25, beta=1e4)[0])
 
 
@@ -137,7 +137,14 @@ def test_log_odds_keep_their_precision():
 
 
 def test_errors():
-    x, n = np.zeros(2), np.ones(2)
+    x, n = np.zeros(2), np.ones(2, int)
+    for loss in (simpo_loss, orpo_loss):
+        with pytest.raises(ValueError, match=r"chosen_lengths has dtype float.*: pass numbers of tokens"):
+            loss(x, x, x, x)  # a reference in the place of the lengths
+    with pytest.raises(ValueError, match="chosen_lengths has dtype float"):
+        cpo_loss(x, x, x)
+    with pytest.raises(ValueError, match="nll_lengths has dtype float"):
+        orpo_loss(x, x, n, n, nll_logprobs=x, nll_lengths=x)
     with pytest.raises(ValueError, match=r"gamma is 1 and gamma_beta_ratio is 0.5: pass one of them"):
         simpo_loss(x, x, n, n, gamma=1, gamma_beta_ratio=0.5)
     with pytest.raises(ValueError, match="unknown odds_logp 'max': choose one of mean, sum"):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxrl_llm.losses.bco import RewardShift, bco_loss
 from jaxrl_llm.losses.kto import kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
+from jaxrl_llm.losses.preference_sides import bco_pair_loss
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward
 
 
@@ -173,6 +174,20 @@ def test_reward_shift_is_the_mean_over_all_batches(samples):
     good = RewardShift.empty().update(rewards[:4], np.ones(4, bool))
     close(good.value("sides"), rewards[:4].mean())  # there is no other side yet
     assert jax.grad(lambda x: RewardShift.empty().update(x, True).value())(1.0) == 0
+
+
+def test_baselines_are_constants(samples):
+    """Of which the value is a function of the policy, but the loss has no gradient through it."""
+
+    def of_the_other_side(logprobs):
+        return kto_kl_of_other_side(**samples | {"logprobs": logprobs}).sum()
+
+    logprobs = jnp.float32(samples["ref_logprobs"] + 1)
+    assert of_the_other_side(logprobs) > 0
+    assert not np.any(jax.grad(of_the_other_side)(logprobs))
+    assert jax.grad(lambda shift: bco_loss(**samples, reward_shift=shift)[0])(0.1) == 0
+    pair = [np.ones(3)] * 4
+    assert jax.grad(lambda shift: bco_pair_loss(*pair, reward_shift=shift)[0])(0.1) == 0
 
 
 def test_errors(samples):

@@ -39,7 +39,12 @@ class TokenScores(NamedTuple):
 
 
 def scores_from_logits(logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> TokenScores:
-    """Log p(x) = z_x/τ − logΣ exp(z/τ) and H = logΣ exp(z/τ) − Σ p·z/τ.
+    """The log-probability of each token and the entropy of the distribution that it is drawn from, from logits.
+
+        log p(x) = z_x / τ − log Σᵥ exp(zᵥ / τ)
+        H = log Σᵥ exp(zᵥ / τ) − Σᵥ pᵥ zᵥ / τ
+
+    τ is the temperature. Unlike `token_scores`, it needs the logits of all tokens at once.
 
     Args:
         logits: `[..., T, V]`; entry t scores `tokens[..., t]` (already aligned). −∞ marks an impossible token.
@@ -68,17 +73,19 @@ def token_scores(
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> TokenScores:
-    """Scores of `tokens` from the hidden states that predict them, in chunks along the vocabulary.
+    """Log-probabilities and entropies from the hidden states that predict the tokens, in chunks of the vocabulary.
 
-    z = head·hidden (soft-capped: c·tanh(z/c)), then as `scores_from_logits`. Differentiable in `hidden`
-    and `head` through both outputs. Products are taken in the type of `hidden`, the rest in float32.
+        scores_from_logits(z)        z = head · hidden,  or  logit_softcap · tanh(head · hidden / logit_softcap)
+
+    Differentiable in `hidden` and `head` through both outputs. Products are taken in the type of `hidden`, the rest
+    in float32. Unlike `scores_from_logits`, it never holds the logits of many tokens over the whole vocabulary.
 
     Args:
         hidden: `[..., T, D]`; state t predicts `tokens[..., t]`.
         head: `[V, D]`.
         tokens: `[..., T]` int in [0, V).
         temperature: τ > 0.
-        logit_softcap: c, or `None`.
+        logit_softcap: bound on the logits, or `None`.
         chunk_size: vocabulary entries per chunk, at most. `None` chooses by `CHUNK_LOGITS` and `MIN_CHUNK`, and keeps
             `KEPT_LOGITS` for the backward pass.
 

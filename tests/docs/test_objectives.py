@@ -1,0 +1,162 @@
+"""The page of objectives is what the docstrings say, its formulas and links are sound, no docstring lacks a part."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.mathtext import MathTextParser
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def page(objectives) -> str:
+    return objectives.page()
+
+
+def headings(page: str) -> list[str]:
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+
+
+def test_the_page_is_what_the_docstrings_say(objectives, page):
+    written = objectives.PAGE.read_text(encoding="utf-8")
+    assert written == page, f"docs/objectives.md is stale: run `{objectives.COMMAND}` and commit what it writes"
+
+
+def test_check_tells_a_stale_page(objectives, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(objectives, "page", lambda: "new\n")
+    monkeypatch.setattr(objectives, "PAGE", objectives.FOLDER / "objectives.md")
+    assert objectives.main(["--check"]) == 1
+    assert "run python docs/generate_objectives.py" in capsys.readouterr().err
+    monkeypatch.setattr(objectives, "PAGE", tmp_path / "objectives.md")
+    assert objectives.main([]) == 0
+    assert objectives.main(["--check"]) == 0
+
+
+def test_formulas_can_be_typeset(page):
+    parser, formulas = MathTextParser("path"), re.findall(r"^```math\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    assert len(formulas) > 100
+    for formula in formulas:
+        assert formula.count(r"\begin{aligned}") == formula.count(r"\end{aligned}") <= 1
+        inner = re.sub(r"\\(?:begin|end)\{aligned\}\n?", "", formula)
+        for piece in re.split(r"\\\\\n|(?<!\\)&", inner):
+            if piece.strip():
+                parser.parse(f"${piece.strip()}$")
+
+
+def test_links_lead_somewhere(objectives, page):
+    anchors = [objectives.slug(heading) for heading in headings(page)]
+    assert len(anchors) == len(set(anchors))
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert set(anchors) >= {link[1:] for link in links if link.startswith("#")}
+    for link in links:
+        if not link.startswith(("#", "https://arxiv.org/abs/")):
+            assert (objectives.FOLDER / link).is_file(), link
+
+
+def test_all_that_is_public_is_there(documented, page):
+    import jaxrl_llm.advantages
+    import jaxrl_llm.losses
+
+    described = [entry.name for listed in documented.entries().values() for entry in listed]
+    assert len(described) == len(set(described))
+    for name in (*jaxrl_llm.losses.__all__, *jaxrl_llm.advantages.__all__):
+        assert name in described
+        assert f"#### `{name}`\n" in page or f"\n- `{name}`: " in page
+
+
+def test_no_docstring_lacks_a_part(documented):
+    """Summary, equation, "Unlike …" and source, but where a table at the top of the file takes their place."""
+    lacking = []
+    for module, listed in documented.entries().items():
+        if not module.startswith(("losses.", "advantages.")) or "\n| " in (documented.load(module).__doc__ or ""):
+            continue
+        for entry in listed:
+            parts = ("summary", "equation", "unlike", "source") if inspect.isfunction(entry.value) else ()
+            lacking += [f"{module}.{entry.name}: {part}" for part in parts if not getattr(entry.doc, part)]
+    assert not lacking, "docstrings lack parts of the form that CONTRIBUTING.md describes: " + "; ".join(lacking)
+
+
+def test_presets_are_named_at_what_they_use(documented, objectives, page):
+    """Each at the loss of its name, from the same paper, and at what its parts are made of."""
+    described = {entry.name: entry for listed in documented.entries().values() for entry in listed}
+    used = documented.preset_names()
+    assert {"grpo_loss", "group_advantages"} <= used["grpo"]
+    for preset, names in used.items():
+        assert names, f"the preset {preset} names no loss or advantage of the page, nor has it the name of one"
+        paper = objectives.ARXIV.search(getattr(documented.presets, preset).__doc__)
+        for name in names & {f"{preset}_loss", f"{preset}_advantages"}:
+            assert paper and paper[0] in described[name].doc.source
+        assert re.search(rf"^- Presets?: .*`{preset}`", page, re.MULTILINE)
+
+
+def test_a_module_that_is_in_no_part_is_told(documented, monkeypatch):
+    parts = {title: modules for title, modules in documented.PARTS.items() if title != "Critics"}
+    monkeypatch.setattr(documented, "PARTS", parts)
+    with pytest.raises(documented.StaleError, match=r"in no part of PARTS: losses\.moments, losses\.value"):
+        documented.entries()
+    monkeypatch.setattr(documented, "PARTS", {**documented.PARTS, "Critics": ("losses.value", "losses.moments")})
+    monkeypatch.setattr(documented, "exported", lambda: {"losses.value": ["value_loss"]})
+    with pytest.raises(documented.StaleError, match="exports nothing"):
+        documented.entries()
+
+
+def test_signatures_are_those_of_the_functions(documented, objectives):
+    for listed in documented.entries().values():
+        for entry in listed:
+            if inspect.isfunction(entry.value):
+                text = objectives.signature(entry)
+                assert max(map(len, text.splitlines())) <= 100
+                (stub,) = ast.parse(f"def {text}: pass").body
+                ours, theirs = inspect.signature(entry.value).parameters.values(), stub.args
+                given = [*theirs.args, *theirs.kwonlyargs, *([theirs.kwarg] if theirs.kwarg else [])]
+                assert [argument.arg for argument in given] == [parameter.name for parameter in ours]
+                defaults = [ast.literal_eval(node) for node in (*theirs.defaults, *theirs.kw_defaults) if node]
+                assert defaults == [p.default for p in ours if p.default is not p.empty]
+
+
+DOCSTRING = """A loss.
+
+    a / b        b > 0
+    c
+
+Prose with `a`. Unlike `other_loss` of Doe et
+al. 2020 or Dr. GRPO, it is
+another. More of it.
+
+    loss = f(x)
+
+Args:
+    a: A number.
+
+Source: Doe 2020, "A
+title" (2001.01234).
+"""
+
+
+def test_docstrings_are_taken_apart(documented, objectives):
+    doc = documented.parse_docstring(DOCSTRING)
+    assert doc.summary == "A loss."
+    assert doc.equation == "a / b        b > 0\nc"
+    assert doc.prose == ("Prose with `a`.\nMore of it.", "    loss = f(x)")
+    assert doc.unlike == "Unlike `other_loss` of Doe et al. 2020 or Dr. GRPO, it is another."
+    assert doc.source == 'Doe 2020, "A title" (2001.01234).'
+    assert documented.parse_docstring(None) == documented.Doc("", "", (), "", "")
+    assert objectives.block(doc.prose[1], set()) == ["```python", "loss = f(x)", "```"]
+    assert objectives.block("    Σₜ xₜ / n", set())[1] == r"\frac{\sum_{t} x_{t}}{n}"
+
+
+def test_the_examples_are_shown_as_they_are(objectives, page):
+    for stem in objectives.FRAMEWORKS:
+        source = (REPOSITORY / "docs" / "examples" / f"{stem}.py").read_text(encoding="utf-8")
+        for family in objectives.FAMILIES:
+            shown = objectives.function_source(source, family)
+            assert shown in source and f"```python\n{shown}\n```" in page
+            assert len(shown.splitlines()) <= 14
+    with pytest.raises(objectives.StaleError, match="lacks the function missing"):
+        objectives.function_source("x = 1", "missing")

@@ -57,14 +57,18 @@ ARXIV = re.compile(r"(?<!\d)(\d{4}\.\d{5})(?!\d)")
 def page() -> str:
     """The whole page."""
     found = entries()
-    sections = {entry.name for listed in found.values() for entry in listed if entry.has_section}
+    sections = {
+        entry.name: slug(entry.name if entry.has_section else short_path(module))
+        for module, listed in found.items()
+        for entry in listed
+    }
     used = preset_names()
     lines = [
         f"<!-- Written by `{COMMAND}` from the docstrings: change those, and run it again. -->",
         "",
         "# Objectives",
         "",
-        INTRODUCTION,
+        link(INTRODUCTION, sections),
         *contents(found),
         "",
         *examples(),
@@ -86,12 +90,11 @@ def contents(found: dict[str, list[Entry]]) -> list[str]:
     return lines
 
 
-def module_section(module: str, listed: list[Entry], sections: set[str], used: dict[str, set[str]]) -> list[str]:
+def module_section(module: str, listed: list[Entry], sections: dict[str, str], used: dict[str, set[str]]) -> list[str]:
     """A module: what it says of itself, its functions with an equation, the others in a list."""
-    path = Path(load(module).__file__ or "").relative_to(REPOSITORY).as_posix()
+    short = short_path(module)
     summary, *rest = inspect.cleandoc(load(module).__doc__ or "").split("\n\n")
-    short = path.removeprefix("jaxrl_llm/")
-    lines = [f"### {short}", "", f"{link(' '.join(summary.split()), sections)} [code](../{path})"]
+    lines = [f"### {short}", "", f"{link(' '.join(summary.split()), sections)} [code](../jaxrl_llm/{short})"]
     for paragraph in rest:
         lines += ["", *block(paragraph, sections)]
     for entry in listed:
@@ -103,16 +106,22 @@ def module_section(module: str, listed: list[Entry], sections: set[str], used: d
     return lines
 
 
-def function_section(entry: Entry, sections: set[str], used: dict[str, set[str]]) -> list[str]:
+def short_path(module: str) -> str:
+    """Where a module is, within the package."""
+    return Path(load(module).__file__ or "").relative_to(REPOSITORY / "jaxrl_llm").as_posix()
+
+
+def function_section(entry: Entry, sections: dict[str, str], used: dict[str, set[str]]) -> list[str]:
     """A function with an equation."""
     doc = entry.doc
     arguments = list(inspect.signature(entry.value).parameters)
-    lines = [f"#### `{entry.name}`", "", link(doc.summary, sections - {entry.name})]
+    sections = {name: anchor for name, anchor in sections.items() if name != entry.name}
+    lines = [f"#### `{entry.name}`", "", link(doc.summary, sections)]
     lines += ["", "```math", latex_block(doc.equation, arguments=arguments), "```"]
     for paragraph in doc.prose:
-        lines += ["", *block(paragraph, sections - {entry.name})]
+        lines += ["", *block(paragraph, sections)]
     if doc.unlike:
-        lines += ["", "**Unlike**" + link(doc.unlike, sections - {entry.name}).removeprefix("Unlike")]
+        lines += ["", "**Unlike**" + link(doc.unlike, sections).removeprefix("Unlike")]
     lines += ["", "```python", signature(entry), "```"]
     facts = [f"Source: {with_links(doc.source)}"] if doc.source else []
     if chosen := [preset for preset, names in used.items() if entry.name in names]:
@@ -121,7 +130,7 @@ def function_section(entry: Entry, sections: set[str], used: dict[str, set[str]]
     return lines + ([""] + [f"- {fact}" for fact in facts] if facts else [])
 
 
-def block(paragraph: str, sections: set[str]) -> list[str]:
+def block(paragraph: str, sections: dict[str, str]) -> list[str]:
     """A paragraph; an indented one is code if Python reads it so, and else an equation."""
     if not paragraph.startswith("    "):
         return link(paragraph, sections).split("\n")
@@ -214,12 +223,12 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").rstrip(".")
 
 
-def link(text: str, sections: set[str]) -> str:
-    """Names of functions with a section become links to it."""
+def link(text: str, sections: dict[str, str]) -> str:
+    """Names that are on the page become links to where they are."""
 
     def one(found: re.Match[str]) -> str:
         name = found.group(1).rpartition(".")[2]
-        return f"[`{name}`](#{slug(name)})" if name in sections else found.group()
+        return f"[`{name}`](#{sections[name]})" if name in sections else found.group()
 
     return re.sub(r"`(?:jaxrl_llm\.\w+\.(?:\w+\.)?)?(\w+)`", one, text)
 

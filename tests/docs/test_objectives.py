@@ -147,8 +147,8 @@ def test_docstrings_are_taken_apart(documented, objectives):
     assert doc.unlike == "Unlike `other_loss` of Doe et al. 2020 or Dr. GRPO, it is another."
     assert doc.source == 'Doe 2020, "A title" (2001.01234).'
     assert documented.parse_docstring(None) == documented.Doc("", "", (), "", "")
-    assert objectives.block(doc.prose[1], set()) == ["```python", "loss = f(x)", "```"]
-    assert objectives.block("    Σₜ xₜ / n", set())[1] == r"\frac{\sum_{t} x_{t}}{n}"
+    assert objectives.block(doc.prose[1], {}) == ["```python", "loss = f(x)", "```"]
+    assert objectives.block("    Σₜ xₜ / n", {})[1] == r"\frac{\sum_{t} x_{t}}{n}"
 
 
 def test_the_examples_are_shown_as_they_are(objectives, page):

@@ -29,7 +29,7 @@ def gmpo_loss(
     """Geometric-mean policy optimization: the geometric mean of token ratios that were clipped one by one.
 
         mean over sequences of  −A s        s = exp(Σₜ cₜ / n)
-        cₜ = min(log rₜ, clip_high) if A > 0, else max(log rₜ, −clip_low)
+        cₜ = min(log rₜ, clip_high) if A > 0, max(log rₜ, −clip_low) if A < 0, 0 if A = 0
 
     The bounds are on the *logarithm* of a ratio: the default is the range from e⁻⁰·⁴ to e⁰·⁴. An outlier moves a
     geometric mean little, so that the range can be wide. Advantages may differ between tokens: then each is clipped
@@ -63,8 +63,9 @@ def gmpo_loss(
     high = jnp.inf if clip_high is None else clip_high
     tokens = clamp_log_ratio(rows.log_ratio)
     rising = rows.advantages > 0
-    clipped = jnp.where(rising, jnp.minimum(tokens, high), jnp.maximum(tokens, low))
-    indicators = ClipIndicators(low=(tokens < low) & (rows.advantages < 0), high=(tokens > high) & rising)
+    falling = rows.advantages < 0
+    clipped = jnp.where(rising, jnp.minimum(tokens, high), jnp.where(falling, jnp.maximum(tokens, low), 0.0))
+    indicators = ClipIndicators(low=(tokens < low) & falling, high=(tokens > high) & rising)
 
     count = segment_total(rows.mask, rows.mask, segment_ids)
     log_ratio = safe_divide(segment_total(clipped, rows.mask, segment_ids), count)

@@ -68,3 +68,9 @@ def test_what_holds_of_every_loss(check_token_loss, ragged_rows, extra):
 def test_errors(tok):
     with pytest.raises(ValueError, match=r"clip_high is -0.4: it must be finite and not negative"):
         gmpo_loss(tok.logprobs, tok.old, tok.advantages, tok.mask, clip_high=-0.4)
+
+
+def test_tokens_without_an_advantage_have_no_ratio(ragged):
+    advantages = np.where(np.arange(ragged.mask.shape[-1]) % 2, ragged.token_advantages, 0.0)
+    value = gmpo_loss(ragged.logprobs, ragged.old, advantages, ragged.mask)[0]
+    close(value, gmpo_loop(ragged, advantages, low=0.4, high=0.4)[0])

@@ -19,7 +19,7 @@ from jaxrl_llm.advantages.filters import (
 )
 from jaxrl_llm.advantages.gae import GAE, MaskedTokens, bootstrap_truncated, gae
 from jaxrl_llm.advantages.group import AdvantageBaseline, AdvantageScale, group_advantages, zero_std_groups
-from jaxrl_llm.advantages.kl_control import adaptive_kl_coef, fixed_kl_coef
+from jaxrl_llm.advantages.kl_control import adaptive_kl_coef
 from jaxrl_llm.advantages.multi_reward import gdpo_advantages
 from jaxrl_llm.advantages.pairwise import InconsistentVerdict, brpo_advantages, brpo_skew, draw_reference
 from jaxrl_llm.advantages.process import (
@@ -49,7 +49,14 @@ from jaxrl_llm.advantages.relative import (
 )
 from jaxrl_llm.advantages.remax import remax_advantages, remax_code_returns
 from jaxrl_llm.advantages.rloo import rloo_advantages, rloo_token_advantages
-from jaxrl_llm.advantages.selection import StepAggregation, Vote, aggregate_step_scores, best_of_n, weighted_vote
+from jaxrl_llm.advantages.selection import (
+    StepAggregation,
+    Vote,
+    aggregate_step_scores,
+    best_of_n,
+    select_beams,
+    weighted_vote,
+)
 from jaxrl_llm.advantages.shaping import (
     RewardKLEstimator,
     ScorePosition,
@@ -89,7 +96,6 @@ __all__ = [
     "dense_step_rewards",
     "draw_reference",
     "find_step_ends",
-    "fixed_kl_coef",
     "gae",
     "gdpo_advantages",
     "gfpo_adaptive_keep",
@@ -122,6 +128,7 @@ __all__ = [
     "rlhf_reward",
     "rloo_advantages",
     "rloo_token_advantages",
+    "select_beams",
     "shape_rewards",
     "step_of_token",
     "steps_to_tokens",

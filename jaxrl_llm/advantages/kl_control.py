@@ -12,27 +12,6 @@ from jax.typing import ArrayLike
 from jaxrl_llm.masking import as_float
 
 
-def fixed_kl_coef(kl_coef: ArrayLike, kl: ArrayLike, num_sequences: ArrayLike) -> Array:
-    """The coefficient as it is, whatever the KL.
-
-        kl_coef
-
-    Unlike `adaptive_kl_coef`, it never changes; it exists so that both can be called alike.
-
-    Args:
-        kl_coef: The coefficient.
-        kl: Not looked at.
-        num_sequences: Not looked at.
-
-    Returns:
-        A float32 scalar.
-
-    Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences" (1909.08593).
-    """
-    del kl, num_sequences
-    return as_float(kl_coef)
-
-
 def adaptive_kl_coef(
     kl_coef: ArrayLike,
     kl: ArrayLike,
@@ -48,7 +27,7 @@ def adaptive_kl_coef(
 
     What `kl` measures sets what `target` means. In the paper it is the mean over sequences of the k1 KL *summed*
     over each sequence's tokens (target 6 nats); verl feeds the mean over sequences of each sequence's *token
-    mean* (target 0.1), so that the two targets cannot be compared. Unlike `fixed_kl_coef`, the result must be
+    mean* (target 0.1), so that the two targets cannot be compared. Unlike a constant, the result must be
     carried to the next update.
 
     Args:

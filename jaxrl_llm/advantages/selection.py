@@ -1,4 +1,4 @@
-"""Choosing among the sampled solutions of a prompt by a reward model's scores: best-of-N and weighted vote."""
+"""Choosing among the sampled solutions of a prompt by a reward model's scores: best-of-N, guided search, vote."""
 
 from __future__ import annotations
 
@@ -78,6 +78,35 @@ def best_of_n(scores: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
     Source: Cobbe et al. 2021, "Training verifiers to solve math word problems" (2110.14168).
     """
     return jnp.argmax(fill_masked(scores, mask_or_all(mask, scores=scores), -jnp.inf), axis=-1)
+
+
+def select_beams(scores: ArrayLike, *, width: int, mask: ArrayLike | None = None) -> Array:
+    """One step of guided beam search: which beams the next ones continue, the best ones `width` times each.
+
+        the N / width beams with the largest scores, each width times
+
+    A process reward model scores every beam (`aggregate_step_scores`), the beams chosen are continued by one step at
+    a positive temperature, so that copies part, and so on until all have ended. Unlike `best_of_n`, bad solutions
+    are given up before they are complete.
+
+    Args:
+        scores: `[..., N]`; of equal ones, the first is better.
+        width: Continuations of a beam; it divides N.
+        mask: Bool `[..., N]`: False for beams that have ended, or are copies of another. They are chosen last.
+
+    Returns:
+        Integers `[..., N]`, the best beam first.
+
+    Raises:
+        ValueError: On unequal shapes, a mask that is not bool, or a width that does not divide N.
+
+    Source: Snell et al. 2024, "Scaling LLM test-time compute optimally" (2408.03314).
+    """
+    mask = mask_or_all(mask, scores=scores)
+    if width < 1 or mask.shape[-1] % width:
+        raise ValueError(f"width is {width}, but scores has shape {mask.shape}: it must divide the number of beams")
+    order = jnp.lexsort((-fill_masked(scores, mask), ~mask))
+    return jnp.repeat(order[..., : mask.shape[-1] // width], width, axis=-1)
 
 
 class Vote(NamedTuple):

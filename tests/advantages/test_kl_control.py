@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages.kl_control import adaptive_kl_coef, fixed_kl_coef
+from jaxrl_llm.advantages.kl_control import adaptive_kl_coef
 
 
 def test_golden_numbers(examples):
@@ -23,12 +23,11 @@ def test_equals_the_definition_over_many_updates():
         np.testing.assert_allclose(coef, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("controller", [fixed_kl_coef, functools.partial(adaptive_kl_coef, target=6.0)])
-def test_both_are_called_alike(controller):
+def test_vmap_and_narrow_types():
+    controller = functools.partial(adaptive_kl_coef, target=6.0)
     coefs = jax.vmap(controller)(jnp.full(3, 0.2, jnp.bfloat16), jnp.array([6.0, 6.0, 6.0]), jnp.array([1, 2, 3]))
     assert coefs.dtype == jnp.float32
     np.testing.assert_allclose(coefs, np.float32(jnp.bfloat16(0.2)))
-    assert fixed_kl_coef(0.2, np.nan, 3) == np.float32(0.2)
 
 
 @pytest.mark.parametrize("option", ["target", "horizon", "error_clip"])

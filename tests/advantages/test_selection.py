@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages.selection import aggregate_step_scores, best_of_n, weighted_vote
+from jaxrl_llm.advantages.selection import aggregate_step_scores, best_of_n, select_beams, weighted_vote
 
 MODES = ["last", "min", "prod", "mean"]
 
@@ -83,3 +83,14 @@ def test_errors(data):
         aggregate_step_scores(**data, mode="sum")
     with pytest.raises(ValueError, match=r"answers has shape \(2,\), but scores has shape \(3,\)"):
         weighted_vote(np.zeros(3), np.zeros(2, int))
+
+
+def test_beams():
+    scores = np.array([[0.2, 0.9, np.nan, 0.9], [0.1, 0.2, 0.3, 0.4]])
+    mask = np.array([[True, True, False, True], [False, False, False, True]])
+    for choose in (select_beams, jax.jit(select_beams, static_argnames="width")):
+        np.testing.assert_array_equal(choose(scores, width=2, mask=mask), [[1, 1, 3, 3], [3, 3, 0, 0]])
+    np.testing.assert_array_equal(select_beams(scores[1], width=4), [3, 3, 3, 3])
+    np.testing.assert_array_equal(select_beams(scores[1], width=1), [3, 2, 1, 0])
+    with pytest.raises(ValueError, match=r"width is 3, but scores has shape \(4,\): it must divide"):
+        select_beams(scores[1], width=3)

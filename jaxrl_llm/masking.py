@@ -76,7 +76,7 @@ Metrics = dict[str, Mean | Max]
 def as_float(x: ArrayLike) -> Array:
     """Returns `x` as float32, or as float64 if it is float64: half precision and integers are widened."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.result_type(x, jnp.float32))  # of a plain number, float32 under x64, too
 
 
 def check_same_shape(**arrays: ArrayLike | None) -> None:
@@ -111,15 +111,26 @@ def mask_or_all(mask: ArrayLike | None, **array: ArrayLike) -> Array:
     return jnp.ones(np.shape(x), bool) if mask is None else check_mask(mask, **array)
 
 
-def per_token(mask: ArrayLike, **array: ArrayLike) -> Array:
-    """Broadcasts the one named array over the tokens of `mask`: from `[...]`, one for each sequence, or as it is."""
+def per_token(tokens: ArrayLike, *, packed: bool = False, **array: ArrayLike) -> Array:
+    """Broadcasts the one named array over tokens: from `[...]`, one for each sequence, or as it is.
+
+    Args:
+        tokens: Any array `[..., T]` of tokens; only its shape matters.
+        packed: Whether its rows hold several sequences, so that one number for a row is not one for each sequence.
+        array: The array, by its name in errors.
+
+    Raises:
+        ValueError: On a shape that does not fit.
+    """
     ((name, x),) = array.items()
-    shape, wanted = np.shape(x), np.shape(mask)
+    shape, wanted = np.shape(x), np.shape(tokens)
     if shape == wanted:
         return jnp.asarray(x)
-    if shape != wanted[:-1]:
+    if packed or shape != wanted[:-1]:
+        way_out = "with segment_ids a row holds several sequences, so pass one for each token"
         raise ValueError(
-            f"{name} has shape {shape}, but mask has shape {wanted}: pass one for each token, or one for each sequence"
+            f"{name} has shape {shape}, but the tokens have shape {wanted}: "
+            + (way_out if packed else "pass one for each token, or one for each sequence")
         )
     return jnp.broadcast_to(jnp.asarray(x)[..., None], wanted)
 
@@ -278,7 +289,7 @@ def _segment_ends(segment_ids: ArrayLike) -> Array:
 def _linear_scan(decay: Array, values: Array, *, reverse: bool) -> Array:
     """The recurrence sₜ = valuesₜ + decayₜ · sₜ₋₁ along the last axis (sₜ₊₁ if reversed)."""
     time_first = (jnp.moveaxis(decay, -1, 0), jnp.moveaxis(values, -1, 0))
-    _, sums = jax.lax.scan(_linear_step, jnp.zeros_like(values[..., 0]), time_first, reverse=reverse)
+    _, sums = jax.lax.scan(_linear_step, jnp.zeros(values.shape[:-1], values.dtype), time_first, reverse=reverse)
     return jnp.moveaxis(sums, 0, -1)
 
 

@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 from jaxrl_llm.masking import (
     Max,
     Mean,
+    as_float,
     check_choice,
     fill_masked,
     group_first,
@@ -273,12 +274,32 @@ def test_per_token():
     np.testing.assert_array_equal(per_token(mask, scores=x), x)
     assert per_token(mask, finished=np.ones(2, bool)).dtype == bool
     with pytest.raises(
-        ValueError, match=r"scores has shape \(3,\), but mask has shape \(2, 3\): pass one for each token"
+        ValueError, match=r"scores has shape \(3,\), but the tokens have shape \(2, 3\): pass one for each token"
     ):
         per_token(mask, scores=np.zeros(3))
+    with pytest.raises(ValueError, match=r"finished has shape .* with segment_ids a row holds several sequences"):
+        per_token(mask, packed=True, finished=np.ones(2, bool))
 
 
 def test_check_choice():
     check_choice("scale", "group", Literal["group", "none"])
     with pytest.raises(ValueError, match="unknown scale 'std': choose one of group, none"):
         check_choice("scale", "std", Literal["group", "none"])
+
+
+def test_as_float_of_a_plain_number_is_narrow():
+    with jax.enable_x64(True):
+        assert as_float(0.5).dtype == as_float(np.ones(2, np.int64)).dtype == jnp.float32
+        assert as_float(np.float64(0.5)).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows_or_no_tokens(shape):
+    mask, ids = np.ones(shape, bool), np.zeros(shape, int)
+    for result in (
+        suffix_sum(np.ones(shape), mask, segment_ids=ids),
+        segment_total(np.ones(shape), mask, ids),
+        next_valid(np.ones(shape), mask, ids),
+        group_total(np.ones(shape), mask, ids),
+    ):
+        assert result.shape == shape

@@ -38,7 +38,7 @@ class DifficultyAnchor(NamedTuple):
         """The state before the first batch."""
         if window < 1:
             raise ValueError(f"window is {window}: it must be at least 1")
-        return cls(jnp.zeros(()), jnp.zeros(window), jnp.zeros((), jnp.int32))
+        return cls(jnp.float32(0), jnp.zeros(window, jnp.float32), jnp.int32(0))
 
     def prior(self, accuracy: ArrayLike) -> Array:
         """C⁻ for the batch with this mean accuracy, a float32 scalar."""

@@ -100,7 +100,7 @@ def threshold_filter(
         raise ValueError(
             f"threshold is {threshold!r} and top_percent {top_percent}: it is for 'soft', and needed there"
         )
-    if top_percent is not None and not 0 < top_percent <= 100:
+    if isinstance(top_percent, int | float) and not 0 < top_percent <= 100:
         raise ValueError(f"top_percent is {top_percent}: it must be in (0, 100]")
     mask = mask_or_all(mask, rewards=rewards)
     rewards = fill_masked(rewards, mask)

@@ -103,7 +103,7 @@ def bootstrap_truncated(
     Args:
         token_rewards: `[..., T]`.
         final_values: The critic's value at the last token, that is of the state after it: `[...]`, or `[..., T]`
-            with one for each sequence of packed rows; a constant. It may be anything where `finished`.
+            (needed with `segment_ids`); a constant. It may be anything where `finished`.
         finished: Bool `[...]` (or `[..., T]`): the sequence ended by itself.
         mask: Bool `[..., T]`.
         gamma: Discount per token.
@@ -118,6 +118,7 @@ def bootstrap_truncated(
     Source: Pardo et al. 2018, "Time limits in reinforcement learning" (1712.00378).
     """
     mask = check_mask(mask, token_rewards=token_rewards, segment_ids=segment_ids)
-    cut = segment_last(mask, segment_ids) & ~per_token(mask, finished=finished)
-    final_values = jax.lax.stop_gradient(as_float(per_token(mask, final_values=final_values)))
+    packed = segment_ids is not None
+    cut = segment_last(mask, segment_ids) & ~per_token(mask, packed=packed, finished=finished)
+    final_values = jax.lax.stop_gradient(as_float(per_token(mask, packed=packed, final_values=final_values)))
     return fill_masked(token_rewards, mask) + jnp.where(cut, gamma * final_values, 0.0)

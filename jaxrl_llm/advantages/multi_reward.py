@@ -58,7 +58,7 @@ def gdpo_advantages(
     if mask.ndim < 1 + (group_ids is None):
         raise ValueError(f"rewards has shape {mask.shape}: pass [..., G, K], or [..., K] with group_ids")
     num_rewards = mask.shape[-1]
-    weights = jnp.ones(num_rewards) if weights is None else as_float(weights)
+    weights = jnp.ones(num_rewards, jnp.float32) if weights is None else as_float(weights)
     if weights.shape != (num_rewards,):
         raise ValueError(f"weights has shape {weights.shape}, but rewards has shape {mask.shape}: pass one a reward")
 

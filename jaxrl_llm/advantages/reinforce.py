@@ -47,7 +47,8 @@ def reinforce_advantages(
         token_rewards: `[..., T]`, from `shape_rewards`.
         mask: Bool `[..., T]`. A masked token amid a completion is skipped.
         gamma: Discount per token.
-        baseline: A scalar, `[...]` with one for each sequence, or `[..., T]`; a constant.
+        baseline: A scalar, `[...]` with one for each sequence, or `[..., T]` (needed with `segment_ids`, if no scalar);
+            a constant.
         segment_ids: Integers `[..., T]` where rows hold several packed sequences, each a run of equal ids.
 
     Returns:
@@ -62,7 +63,7 @@ def reinforce_advantages(
     returns = suffix_sum(token_rewards, mask, discount=gamma, segment_ids=segment_ids)
     baseline = jax.lax.stop_gradient(as_float(baseline))
     if baseline.ndim:
-        baseline = per_token(mask, baseline=baseline)
+        baseline = per_token(mask, packed=segment_ids is not None, baseline=baseline)
     return jnp.where(mask, returns - baseline, 0.0)
 
 
@@ -84,7 +85,7 @@ class EmaBaseline(NamedTuple):
     @classmethod
     def init(cls) -> EmaBaseline:
         """The state before the first batch, whose baseline is 0."""
-        return cls(jnp.zeros(()), jnp.zeros(()))
+        return cls(jnp.float32(0), jnp.float32(0))
 
     def value(self) -> Array:
         """The baseline, a float32 scalar."""

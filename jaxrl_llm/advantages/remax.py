@@ -99,7 +99,7 @@ def remax_code_returns(
     Source: Li et al. 2023, "ReMax" (2310.10505), the authors' code.
     """
     mask = check_mask(mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, segment_ids=segment_ids)
-    difference = per_token(mask, scores=_minus_greedy(scores, greedy_scores))
+    difference = per_token(mask, packed=segment_ids is not None, scores=_minus_greedy(scores, greedy_scores))
     if score_clip is not None:
         difference = jnp.clip(difference, -score_clip, score_clip)
     left = suffix_sum(jnp.ones_like(difference), mask, segment_ids=segment_ids)

@@ -50,7 +50,7 @@ def shape_rewards(
         kl_clip: Bound ±kl_clip on the KL of a token. None: no bound.
         score_clip: Bound ±score_clip on the score (OpenRLHF: 10). None: no bound.
         missing_eos_penalty: Taken off the score of sequences that are not `finished`. None: nothing.
-        finished: Bool `[...]` (or `[..., T]`): the sequence ended by itself.
+        finished: Bool `[...]`, or `[..., T]` (needed with `segment_ids`): the sequence ended by itself.
         score_position: "last": at the last valid token. "after_last": one slot later where there is room, as in
             TRL's PPO; then `mask_after_last(mask)` is the mask of what follows, `gae` above all, with the value
             of one more state.
@@ -68,16 +68,12 @@ def shape_rewards(
     """
     mask = check_mask(mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, segment_ids=segment_ids)
     check_choice("score_position", score_position, ScorePosition)
-    if segment_ids is not None and np.shape(scores) != mask.shape:
-        raise ValueError(
-            f"scores has shape {np.shape(scores)}, but mask has shape {mask.shape}: with segment_ids a row holds "
-            "several sequences, so pass each token its sequence's score"
-        )
-    scores = _clip(as_float(per_token(mask, scores=scores)), score_clip)
+    packed = segment_ids is not None
+    scores = _clip(as_float(per_token(mask, packed=packed, scores=scores)), score_clip)
     if missing_eos_penalty is not None:
         if finished is None:
             raise ValueError(f"missing_eos_penalty is {missing_eos_penalty}, but there is no finished: pass it")
-        scores = jnp.where(per_token(mask, finished=finished), scores, scores - missing_eos_penalty)
+        scores = jnp.where(per_token(mask, packed=packed, finished=finished), scores, scores - missing_eos_penalty)
     slots = mask if score_position == "last" else mask_after_last(mask, segment_ids=segment_ids)
     rewards = jnp.where(segment_last(slots, segment_ids), scores, 0.0)
     return rewards - _kl_in_reward(old_logprobs, ref_logprobs, mask, kl_coef, kl_estimator, kl_clip)
@@ -151,7 +147,8 @@ def overlong_penalty(
 
     Source: Yu et al. 2025, "DAPO" (2503.14476).
     """
-    if not 0 < cache <= max_length:
+    plain = isinstance(cache, int | float) and isinstance(max_length, int | float)
+    if plain and not 0 < cache <= max_length:
         raise ValueError(f"cache is {cache} and max_length {max_length}: 0 < cache <= max_length is needed")
     penalty = jnp.minimum((max_length - cache - as_float(lengths)) / cache, 0.0)
     return scale * (jnp.maximum(penalty, -1.0) if capped else penalty)
@@ -198,7 +195,7 @@ def _kl_in_reward(
         missing = "old_logprobs" if old_logprobs is None else "ref_logprobs"
         raise ValueError(f"kl_coef is {kl_coef}, but there are no {missing}: pass them, or kl_coef=0")
     old, ref = fill_masked(old_logprobs, mask), fill_masked(ref_logprobs, mask)
-    return jnp.asarray(kl_coef) * jax.lax.stop_gradient(kl_penalty(old, ref, estimator=kl_estimator, clip=kl_clip))
+    return jax.lax.stop_gradient(kl_penalty(old, ref, estimator=kl_estimator, clip=kl_clip)) * kl_coef
 
 
 def _clip(x: Array, bound: float | None) -> Array:

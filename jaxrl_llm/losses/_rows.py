@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.kl import kl_k3
-from jaxrl_llm.losses.ratio import ClipIndicators, clamp_log_ratio, per_token
-from jaxrl_llm.masking import Max, Mean, Metrics, check_mask, fill_masked
+from jaxrl_llm.losses.ratio import ClipIndicators, clamp_log_ratio
+from jaxrl_llm.masking import Max, Mean, Metrics, check_mask, fill_masked, per_token
 
 
 class PolicyRows(NamedTuple):
@@ -56,18 +56,17 @@ def policy_rows(
         ValueError: On shapes that do not fit or a mask that is not bool.
     """
     mask = check_mask(mask, logprobs=logprobs, old_logprobs=old_logprobs, segment_ids=segment_ids)
-    packed = segment_ids is not None
 
-    def constant(x: ArrayLike, name: str) -> Array:
-        return jax.lax.stop_gradient(fill_masked(per_token(x, mask.shape, name, packed=packed), mask))
+    def constant(**array: ArrayLike) -> Array:
+        return jax.lax.stop_gradient(fill_masked(per_token(mask, packed=segment_ids is not None, **array), mask))
 
     filled = fill_masked(logprobs, mask)
     return PolicyRows(
         logprobs=filled,
         old_logprobs=jax.lax.stop_gradient(filled if old_logprobs is None else fill_masked(old_logprobs, mask)),
-        advantages=constant(advantages, "advantages"),
+        advantages=constant(advantages=advantages),
         mask=mask,
-        weights=None if weights is None else constant(weights, "weights"),
+        weights=None if weights is None else constant(weights=weights),
     )
 
 
@@ -106,6 +105,13 @@ def check_positive(**numbers: ArrayLike | None) -> None:
 def check_not_negative(**numbers: ArrayLike | None) -> None:
     """Raises ValueError for a plain number that is negative or not finite; traced ones cannot be looked at."""
     _check(numbers, "not negative", lambda x: x >= 0)
+
+
+def check_bounds(w_min: ArrayLike | None, w_max: ArrayLike | None) -> None:
+    """Raises ValueError for bounds on a weight that are negative or in the wrong order, if plain numbers."""
+    check_not_negative(w_min=w_min, w_max=w_max)
+    if isinstance(w_min, int | float) and isinstance(w_max, int | float) and w_min > w_max:
+        raise ValueError(f"w_min is {w_min} and w_max is {w_max}: no weight is between them")
 
 
 def _check(numbers: dict[str, ArrayLike | None], wanted: str, holds: Callable[[float], bool]) -> None:

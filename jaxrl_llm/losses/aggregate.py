@@ -123,7 +123,7 @@ def aggregation_normalizer(
         case "token-mean":
             return count_true(mask)
         case "token-sum" | "group-sum-token-mean":
-            return jnp.ones(())
+            return jnp.float32(1)
         case "group-mean-token-mean":
             return count_true(group_first(_sequences_per_row(mask, segment_ids, count_empty) > 0, group_ids))
         case _:
@@ -152,6 +152,8 @@ def aggregation_weights(
         case "seq-mean-token-sum-norm":
             if max_length is None:
                 raise ValueError("aggregation mode 'seq-mean-token-sum-norm' divides by max_length: pass it")
+            if isinstance(max_length, int | float) and not max_length > 0:
+                raise ValueError(f"max_length is {max_length}: it must be positive")
             return ones / max_length
         case "group-mean-token-mean":
             return safe_divide(ones, _sum_over_group(count_true(mask, -1), group_ids)[..., None])
@@ -190,7 +192,7 @@ def _check(
 
 def _sequences_per_row(mask: Array, segment_ids: ArrayLike | None, count_empty: bool) -> Array:
     """Number of sequences in each row that count: `[..., T]` to `[...]`."""
-    return jnp.ones(mask.shape[:-1]) if count_empty else count_true(segment_first(mask, segment_ids), -1)
+    return jnp.ones(mask.shape[:-1], jnp.float32) if count_empty else count_true(segment_first(mask, segment_ids), -1)
 
 
 def _sum_over_group(rows: Array, group_ids: ArrayLike | None) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.losses._rows import check_not_negative
+from jaxrl_llm.losses._rows import check_bounds
 from jaxrl_llm.losses.ratio import clamp_log_ratio
 from jaxrl_llm.masking import check_mask, count_true, fill_masked, safe_divide, segment_total
 
@@ -101,7 +101,7 @@ def tis_weights(
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; the truncation:
     Ionides 2008.
     """
-    _check_bounds(w_min, w_max)
+    check_bounds(w_min, w_max)
     weights = importance_weights(old_logprobs, sampler_logprobs, mask, level=level, segment_ids=segment_ids)
     return jnp.where(mask, jnp.clip(weights, w_min, w_max), 0.0)
 
@@ -141,7 +141,7 @@ def mis_weights(
     Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference
     mismatch".
     """
-    _check_bounds(w_min, w_max)
+    check_bounds(w_min, w_max)
     weights = importance_weights(old_logprobs, sampler_logprobs, mask, level=level, segment_ids=segment_ids)
     return jnp.where(_within(weights, w_min, w_max), weights, 0.0)
 
@@ -211,7 +211,7 @@ def geometric_filter(
     Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference
     mismatch"; verl.
     """
-    _check_bounds(w_min, w_max)
+    check_bounds(w_min, w_max)
     options = {"level": "geometric", "segment_ids": segment_ids}
     return _within(importance_weights(old_logprobs, sampler_logprobs, mask, **options), w_min, w_max) & mask
 
@@ -279,9 +279,3 @@ def effective_sample_size(weights: ArrayLike, mask: ArrayLike) -> Array:
 
 def _within(weights: Array, low: float | None, high: float | None) -> Array:
     return (weights >= (-jnp.inf if low is None else low)) & (weights <= (jnp.inf if high is None else high))
-
-
-def _check_bounds(w_min: float | None, w_max: float | None) -> None:
-    check_not_negative(w_min=w_min, w_max=w_max)
-    if isinstance(w_min, int | float) and isinstance(w_max, int | float) and w_min > w_max:
-        raise ValueError(f"w_min is {w_min} and w_max is {w_max}: no weight is between them")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.losses._rows import check_not_negative, check_positive, clip_metrics, policy_rows, ratio_metrics
+from jaxrl_llm.losses._rows import check_bounds, check_positive, clip_metrics, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.losses.ratio import LOG_RATIO_LIMIT, ClipIndicators, clamp_log_ratio, importance_ratio, per_token
-from jaxrl_llm.masking import Mean, Metrics, as_float, segment_first, segment_total
+from jaxrl_llm.losses.ratio import LOG_RATIO_LIMIT, ClipIndicators, clamp_log_ratio, importance_ratio
+from jaxrl_llm.masking import Mean, Metrics, as_float, check_same_shape, per_token, segment_first, segment_total
 
 BinaryDivergence = Literal["tv", "kl"]
 LOG_SEQUENCE_WEIGHT_FLOOR = math.log(1e-8)
@@ -64,12 +64,12 @@ def cispo_loss(
         `ratio/max` and `approx_kl`.
 
     Raises:
-        ValueError: As `grpo_loss`, and on bounds that make no sense.
+        ValueError: As `grpo_loss`, and on bounds in the wrong order.
 
     Source: MiniMax 2025, "MiniMax-M1" (2506.13585); the bound: Khatri et al. 2025, "ScaleRL" (2510.13786).
     """
-    check_not_negative(w_min=w_min)
     check_positive(w_max=w_max)
+    check_bounds(w_min, w_max)
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     ratio = jax.lax.stop_gradient(importance_ratio(rows.logprobs, rows.old_logprobs))
     losses = rows.weigh(-jnp.clip(ratio, w_min, w_max) * rows.advantages * rows.logprobs)
@@ -122,8 +122,9 @@ def divergence_mask(
     Source: Qi et al. 2026, "Rethinking the trust region in LLM reinforcement learning" (2602.04879).
     """
     check_positive(delta_low=delta_low, delta_high=delta_high)
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
     new, old = (jax.lax.stop_gradient(as_float(x)) for x in (logprobs, old_logprobs))
-    rising = per_token(advantages, new.shape, "advantages") > 0
+    rising = per_token(new, advantages=advantages) > 0
     change = jnp.exp(new) - jnp.exp(old)
     match divergence:
         case "tv":

@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._rows import check_positive, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.losses.ratio import importance_ratio, per_token
-from jaxrl_llm.masking import Metrics, as_float
+from jaxrl_llm.losses.ratio import importance_ratio
+from jaxrl_llm.masking import Metrics, as_float, per_token
 
 SoftGate = Literal["sigmoid", "sech2", "sech2_literal"]
 
@@ -57,7 +57,7 @@ def soft_gate(
     """
     check_positive(tau_pos=tau_pos, tau_neg=tau_neg)
     ratio = importance_ratio(logprobs, old_logprobs)
-    tau = jnp.where(per_token(advantages, ratio.shape, "advantages") > 0, tau_pos, tau_neg).astype(ratio.dtype)
+    tau = jnp.where(per_token(ratio, advantages=advantages) > 0, tau_pos, tau_neg).astype(ratio.dtype)
     # σ(x) σ(−x) = sech²(x/2) / 4, and does not overflow.
     rise = jax.nn.sigmoid(tau * (ratio - 1))
     match gate:

@@ -20,7 +20,6 @@ from jaxrl_llm.losses._pairs import mean_over
 from jaxrl_llm.losses._rows import check_not_negative
 from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.dpo import dpo_loss
-from jaxrl_llm.losses.ratio import per_token
 from jaxrl_llm.masking import (
     Mean,
     Metrics,
@@ -31,6 +30,7 @@ from jaxrl_llm.masking import (
     count_true,
     fill_masked,
     mask_or_all,
+    per_token,
     segment_first,
     segment_total,
 )
@@ -179,7 +179,7 @@ def nash_md_loss(
     check_not_negative(kl_coef=kl_coef)
     mask = check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs, segment_ids=segment_ids)
     policy = fill_masked(logprobs, mask)
-    win_probs = per_token(win_probs, mask.shape, "win_probs", packed=segment_ids is not None)
+    win_probs = per_token(mask, packed=segment_ids is not None, win_probs=win_probs)
     win_probs = jax.lax.stop_gradient(fill_masked(win_probs, mask))
     d = jax.lax.stop_gradient(policy - fill_masked(ref_logprobs, mask))
     d_of_term = d if kl_level == "token" else segment_total(d, mask, segment_ids)

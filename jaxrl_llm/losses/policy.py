@@ -11,7 +11,7 @@ from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.entropy import entropy_bonus
 from jaxrl_llm.losses.kl import KLEstimator, kl_penalty
 from jaxrl_llm.losses.ratio import clip_indicators, clipped_surrogate
-from jaxrl_llm.masking import Mean, Metrics, fill_masked
+from jaxrl_llm.masking import Mean, Metrics, check_mask, fill_masked
 
 
 def ppo_loss(
@@ -157,7 +157,7 @@ def grpo_loss(
     metrics = clip_metrics(clip_indicators(*rows.inputs, **bounds), rows.mask) | ratio_metrics(rows)
     _check_present("kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     if ref_logprobs is not None:
-        ref = fill_masked(ref_logprobs, rows.mask)
+        ref = fill_masked(ref_logprobs, check_mask(rows.mask, ref_logprobs=ref_logprobs))
         kl = kl_penalty(rows.logprobs, ref, estimator=kl_estimator, old_logprobs=rows.old_logprobs, clip=kl_clip)
         metrics["kl"] = Mean.of(jax.lax.stop_gradient(kl), rows.mask)
         losses = losses if _is_zero(kl_coef) else losses + kl_coef * kl

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.masking import as_float, check_same_shape
+from jaxrl_llm.masking import as_float, check_same_shape, per_token
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -84,7 +84,7 @@ def clipped_surrogate(
     """
     check_clip_bounds(clip_low, clip_high, dual_clip, ratio_cap)
     ratio = importance_ratio(logprobs, old_logprobs)
-    advantages = jax.lax.stop_gradient(per_token(advantages, ratio.shape, "advantages"))
+    advantages = jax.lax.stop_gradient(as_float(per_token(ratio, advantages=advantages)))
     losses = -advantages * (ratio if ratio_cap is None else jnp.minimum(ratio, ratio_cap))
     if clip_low is not None or clip_high is not None:
         losses = jnp.maximum(losses, -advantages * jnp.clip(ratio, *clip_range(clip_low, clip_high)))
@@ -134,40 +134,19 @@ def clip_indicators(
         `ClipIndicators` of bool `[..., T]`; not masked.
 
     Raises:
-        ValueError: On shapes that do not fit.
+        ValueError: On shapes that do not fit or bounds that make no sense.
 
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms" (1707.06347).
     """
+    check_clip_bounds(clip_low, clip_high, None, None)
     ratio = importance_ratio(logprobs, old_logprobs)
-    advantages = per_token(advantages, ratio.shape, "advantages")
+    advantages = per_token(ratio, advantages=advantages)
     lower, upper = clip_range(clip_low, clip_high)
     never = jnp.zeros(ratio.shape, bool)
     return ClipIndicators(
         low=never if lower is None else (ratio < lower) & (advantages < 0),
         high=never if upper is None else (ratio > upper) & (advantages > 0),
     )
-
-
-def per_token(x: ArrayLike, shape: tuple[int, ...], name: str, *, packed: bool = False) -> Array:
-    """Broadcasts one number for each sequence, `[...]`, to `[..., T]`; a packed row must come with one for each token.
-
-    Raises:
-        ValueError: Naming the argument, on any other shape than `shape` (or, unless packed, `shape[:-1]`).
-    """
-    x = as_float(x)
-    if x.shape == shape:
-        return x
-    if packed:
-        raise ValueError(
-            f"{name} has shape {x.shape}, but mask has shape {shape}: with segment_ids "
-            "a row holds several sequences, so pass one number for each token"
-        )
-    if x.shape != shape[:-1]:
-        raise ValueError(
-            f"{name} has shape {x.shape}, but logprobs has shape {shape}: "
-            "pass one number for each token, or one for each sequence"
-        )
-    return jnp.broadcast_to(x[..., None], shape)
 
 
 def clip_range(clip_low: float | None, clip_high: float | None) -> tuple[float | None, float | None]:
@@ -180,12 +159,12 @@ def check_clip_bounds(
 ) -> None:
     """Raises ValueError for plain numbers that make no sense; traced ones (a schedule) cannot be looked at."""
     for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if isinstance(bound, int | float) and bound < 0:
+        if isinstance(bound, int | float) and not bound >= 0:
             raise ValueError(f"{name} is {bound}: it is a distance from 1 and must not be negative")
-    if isinstance(dual_clip, int | float) and dual_clip <= 1:
+    if isinstance(dual_clip, int | float) and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}: it must be above 1, or it cuts the gradient at ratio 1")
     if ratio_cap is not None and clip_high is None:
         raise ValueError(f"ratio_cap is {ratio_cap}, but clip_high is None: a cap is for ratios beyond the range")
     highest = 1 + clip_high if isinstance(clip_high, int | float) else 0
-    if isinstance(ratio_cap, int | float) and ratio_cap <= highest:
+    if isinstance(ratio_cap, int | float) and not ratio_cap > highest:
         raise ValueError(f"ratio_cap is {ratio_cap}: it must be above 1 + clip_high = {highest}")

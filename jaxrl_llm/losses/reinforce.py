@@ -9,9 +9,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._rows import check_not_negative, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.losses.ratio import per_token
 from jaxrl_llm.losses.sequence import gspo_loss
-from jaxrl_llm.masking import Metrics, as_float, check_mask, check_same_shape
+from jaxrl_llm.masking import Metrics, as_float, check_mask, check_same_shape, per_token
 
 
 def reinforce_loss(
@@ -159,7 +158,7 @@ def threshold_grpo_loss(
     keep = jnp.asarray(keep)
     if keep.dtype != bool:
         raise ValueError(f"keep must be bool, but has dtype {keep.dtype}: pass keep != 0")
-    kept = mask & (per_token(keep, mask.shape, "keep", packed=segment_ids is not None) != 0)
+    kept = mask & per_token(mask, packed=segment_ids is not None, keep=keep)
     if clip is None:
         return reinforce_loss(
             logprobs, advantages, kept, weights=weights, normalizer=normalizer, segment_ids=segment_ids
@@ -206,7 +205,7 @@ def dro_surrogate(
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
     logprobs = as_float(logprobs)
     old = jax.lax.stop_gradient(logprobs if old_logprobs is None else as_float(old_logprobs))
-    advantages = jax.lax.stop_gradient(per_token(advantages, logprobs.shape, "advantages"))
+    advantages = jax.lax.stop_gradient(as_float(per_token(logprobs, advantages=advantages)))
     return 0.5 * beta * (logprobs - old) ** 2 - advantages * logprobs
 
 

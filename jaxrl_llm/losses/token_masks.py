@@ -77,6 +77,8 @@ def top_entropy_mask(entropy: ArrayLike, mask: ArrayLike, *, fraction: float = 0
     if isinstance(fraction, int | float) and not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}: it is a share of the tokens, from 0 to 1")
     mask = check_mask(mask, entropy=entropy)
+    if not mask.size:
+        return mask
     entropy = jax.lax.stop_gradient(fill_masked(entropy, mask))
     ascending = jnp.sort(jnp.where(mask, entropy, jnp.finfo(entropy.dtype).max).ravel())
     last = jnp.maximum(count_true(mask) - 1, 0)

@@ -129,7 +129,7 @@ def test_errors(ragged):
     for estimate in (gtpo_advantages, grpo_s_advantages):
         with pytest.raises(ValueError, match="unknown norm 'group': choose one of separate, joint"):
             estimate(*arrays, norm="group")
-        with pytest.raises(ValueError, match=r"successes has shape \(3,\), but mask has shape \(4, 3, 6\)"):
+        with pytest.raises(ValueError, match=r"successes has shape \(3,\), but the tokens have shape \(4, 3, 6\)"):
             estimate(ragged.entropy, ragged.successes[0], ragged.mask)
         with pytest.raises(ValueError, match=r"group_ids has shape \(4,\), but mask has shape \(4, 3, 6\)"):
             estimate(*arrays, group_ids=np.zeros(4, int))

@@ -175,3 +175,12 @@ def test_errors(rewards):
         gfpo_advantages(rewards, np.ones(6), keep=2)
     with pytest.raises(ValueError, match=r"boundaries has shape \(2,\) and keep \(2,\): pass \[K\] and \[K \+ 1\]"):
         gfpo_adaptive_keep(rewards, boundaries=np.ones(2), keep=np.ones(2, int))
+
+
+def test_the_share_may_be_traced():
+    rewards = np.array([[1.0, 0.5, 1.0, 0.0, 1.0]])
+
+    def kept(share):
+        return threshold_filter(rewards, threshold="soft", top_percent=share).keep
+
+    np.testing.assert_array_equal(jax.jit(kept)(40.0), kept(40.0))

@@ -145,5 +145,15 @@ def test_errors(tok, rewards):
         gae(rewards, tok.values, tok.mask, masked_tokens="skip")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"values has shape \(2, 3\), but mask has shape \(2, 4\)"):
         gae(rewards, tok.values[:, :3], tok.mask)
-    with pytest.raises(ValueError, match=r"finished has shape \(3,\), but mask has shape \(2, 4\): pass one for each"):
+    with pytest.raises(
+        ValueError, match=r"finished has shape \(3,\), but the tokens have shape \(2, 4\): pass one for each"
+    ):
         bootstrap_truncated(rewards, tok.scores, np.ones(3, bool), tok.mask)
+
+
+def test_packed_rows_need_one_end_for_each_sequence(tok):
+    ids, tokens = np.zeros((2, 4), int), tok.values
+    with pytest.raises(ValueError, match=r"final_values has shape \(2,\), .* with segment_ids"):
+        bootstrap_truncated(tokens, tok.scores, np.ones((2, 4), bool), tok.mask, segment_ids=ids)
+    with pytest.raises(ValueError, match=r"finished has shape \(2,\), .* with segment_ids"):
+        bootstrap_truncated(tokens, tokens, np.ones(2, bool), tok.mask, segment_ids=ids)

@@ -153,5 +153,10 @@ def test_errors(ragged):
         reinforce_plus_plus_baseline_advantages(REWARDS)
     with pytest.raises(ValueError, match=r"lengths has shape \(2, 3\), but mask has shape \(2, 4\)"):
         reinforce_plus_plus_baseline_advantages(REWARDS, lengths=np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"baseline has shape \(4,\), but mask has shape \(4, 3, 6\)"):
+    with pytest.raises(ValueError, match=r"baseline has shape \(4,\), but the tokens have shape \(4, 3, 6\)"):
         reinforce_advantages(ragged.token_rewards, ragged.mask, baseline=np.zeros(4))
+
+
+def test_packed_rows_need_one_baseline_for_each_sequence(tok):
+    with pytest.raises(ValueError, match=r"baseline has shape \(2,\), .* with segment_ids"):
+        reinforce_advantages(tok.values, tok.mask, baseline=tok.scores, segment_ids=np.zeros((2, 4), int))

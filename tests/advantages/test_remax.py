@@ -52,3 +52,8 @@ def test_holds_of_every_estimator(ragged, check_estimator, estimate):
 def test_errors(ragged, shape):
     with pytest.raises(ValueError, match=r"greedy_scores has shape .*, but scores has shape \(4, 3\): pass that shape"):
         remax_advantages(ragged.scores, np.zeros(shape), ragged.mask)
+
+
+def test_packed_rows_need_one_score_for_each_sequence(tok):
+    with pytest.raises(ValueError, match=r"scores has shape \(2,\), .* with segment_ids"):
+        remax_code_returns(tok.scores, tok.scores, tok.old, tok.ref, tok.mask, segment_ids=np.zeros((2, 4), int))

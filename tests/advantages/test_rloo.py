@@ -70,7 +70,7 @@ def test_errors(ragged):
     arrays = arrays_of(ragged)
     with pytest.raises(ValueError, match=r"scores has shape \(4, 2\), but mask has shape \(4, 3, 6\): pass one a seq"):
         rloo_advantages(**{**arrays, "scores": np.zeros((4, 2))})
-    with pytest.raises(ValueError, match=r"sample_mask has shape \(4, 2\), but mask has shape \(4, 3, 6\)"):
+    with pytest.raises(ValueError, match=r"sample_mask has shape \(4, 2\), but the tokens have shape \(4, 3, 6\)"):
         rloo_token_advantages(**{**arrays, "scores": np.zeros((4, 2))})
     with pytest.raises(ValueError, match="mask must be bool"):
         rloo_token_advantages(**{**arrays, "mask": arrays["mask"] * 1.0})

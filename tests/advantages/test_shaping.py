@@ -158,7 +158,7 @@ def test_errors(tok):
     with pytest.raises(ValueError, match=r"missing_eos_penalty is 1\.0, but there is no finished: pass it"):
         shape_rewards(*args, **logprobs, missing_eos_penalty=1.0)
     with pytest.raises(
-        ValueError, match=r"scores has shape \(3,\), but mask has shape \(2, 4\): pass one for each token"
+        ValueError, match=r"scores has shape \(3,\), but the tokens have shape \(2, 4\): pass one for each token"
     ):
         shape_rewards(np.zeros(3), tok.mask, **logprobs)
     with pytest.raises(ValueError, match="with segment_ids a row holds several sequences"):
@@ -171,3 +171,17 @@ def test_errors(tok):
         overlong_penalty(3, max_length=10, cache=0)
     with pytest.raises(ValueError, match="cache is 11 and max_length 10"):
         overlong_penalty(3, max_length=10, cache=11)
+
+
+def test_packed_rows_need_one_end_for_each_sequence(tok):
+    ids = np.zeros((2, 4), int)
+    with pytest.raises(ValueError, match=r"finished has shape \(2,\), .* with segment_ids"):
+        shape_rewards(
+            tok.values, tok.mask, kl_coef=0, missing_eos_penalty=1.0, finished=np.ones(2, bool), segment_ids=ids
+        )
+
+
+def test_limits_may_be_traced():
+    lengths = np.array([3.0, 7.0, 9.0])
+    value = jax.jit(lambda limit, cache: overlong_penalty(lengths, max_length=limit, cache=cache))(8, 4)
+    np.testing.assert_allclose(value, overlong_penalty(lengths, max_length=8, cache=4))

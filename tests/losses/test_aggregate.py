@@ -192,3 +192,8 @@ def test_errors():
         aggregate(values, mask, mode="seq-mean-token-sum", segment_ids=np.zeros((3, 4), int), count_empty=True)
     with pytest.raises(ValueError, match=r"values has shape|x has shape"):
         jax.eval_shape(lambda x: aggregate(x, mask, mode="token-mean"), jnp.zeros((3, 5)))
+
+
+def test_max_length_must_be_positive():
+    with pytest.raises(ValueError, match="max_length is 0: it must be positive"):
+        aggregate(np.ones((2, 3)), np.ones((2, 3), bool), mode="seq-mean-token-sum-norm", max_length=0)

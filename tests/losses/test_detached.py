@@ -166,3 +166,10 @@ def test_errors():
         cispo_loss(*one, np.ones(1, bool), w_max=-1)
     with pytest.raises(ValueError, match="lam_neg is 0"):
         vespo_weights(*one, np.ones(1, bool), lam_neg=0)
+
+
+def test_bounds_and_shapes_that_do_not_fit(tok):
+    with pytest.raises(ValueError, match=r"w_min is 5.0 and w_max is 1.0: no weight is between them"):
+        cispo_loss(tok.logprobs, tok.old, tok.advantages, tok.mask, w_min=5.0, w_max=1.0)
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \(4,\)"):
+        divergence_mask(tok.logprobs, tok.old[0], tok.advantages, delta_low=0.1, delta_high=0.1)

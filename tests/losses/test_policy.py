@@ -229,7 +229,7 @@ def test_errors():
         grpo_loss(x, x, jnp.zeros(2), mask)
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(2, 4\), but mask has shape \(2, 3\)"):
         jax.eval_shape(lambda old: dapo_loss(x, old, jnp.zeros(2), mask), jnp.zeros((2, 4)))
-    with pytest.raises(ValueError, match=r"advantages has shape \(3,\), but logprobs has shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"advantages has shape \(3,\), but the tokens have shape \(2, 3\)"):
         dapo_loss(x, x, jnp.zeros(3), mask)
     with pytest.raises(ValueError, match="mask must be bool, but has dtype float32"):
         dapo_loss(x, x, jnp.zeros(2), jnp.ones((2, 3)))
@@ -237,5 +237,10 @@ def test_errors():
         ValueError, match=r"entropy_coef is 0.1, but there are no entropy: pass them, or entropy_coef=0"
     ):
         ppo_loss(x, x, jnp.zeros(2), mask, entropy_coef=0.1)
-    with pytest.raises(ValueError, match=r"advantages has shape \(2,\), .* one number for each token"):
+    with pytest.raises(ValueError, match=r"advantages has shape \(2,\), .* with segment_ids"):
         dapo_loss(x, x, jnp.zeros(2), mask, segment_ids=jnp.zeros((2, 3), int))
+
+
+def test_errors_name_the_reference(tok):
+    with pytest.raises(ValueError, match=r"ref_logprobs has shape \(4,\)"):
+        grpo_loss(tok.logprobs, tok.old, tok.advantages, tok.mask, ref_logprobs=tok.ref[0])

@@ -64,7 +64,7 @@ def test_indicators_mark_the_tokens_whose_gradient_is_cut():
 def test_errors():
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(3,\), but logprobs has shape \(2,\)"):
         importance_ratio(jnp.zeros(2), jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"advantages has shape \(3,\), but logprobs has shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"advantages has shape \(3,\), but the tokens have shape \(2, 4\)"):
         clip_indicators(jnp.zeros((2, 4)), jnp.zeros((2, 4)), jnp.zeros(3))
 
 
@@ -129,3 +129,10 @@ def test_surrogate_gradient_equals_finite_differences(options):
 def test_surrogate_rejects_bounds_without_sense(options, message):
     with pytest.raises(ValueError, match=message):
         clipped_surrogate(0.0, 0.0, 1.0, **options)
+
+
+@pytest.mark.parametrize("function", [clip_indicators, clipped_surrogate])
+@pytest.mark.parametrize("bound", [-0.2, float("nan")])
+def test_bounds_are_checked_alike(tok, function, bound):
+    with pytest.raises(ValueError, match=r"clip_low is (-0.2|nan): it is a distance"):
+        function(tok.logprobs, tok.old, tok.advantages, clip_low=bound)

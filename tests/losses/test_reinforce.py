@@ -122,11 +122,11 @@ def test_what_holds_of_every_loss_also_holds_of_the_filtered_one(check_token_los
 def test_errors(tok):
     with pytest.raises(ValueError, match="keep must be bool, but has dtype float32"):
         threshold_grpo_loss(tok.logprobs, tok.advantages, jnp.ones(2), tok.mask)
-    with pytest.raises(ValueError, match=r"keep has shape \(3,\), but logprobs has shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"keep has shape \(3,\), but the tokens have shape \(2, 4\)"):
         threshold_grpo_loss(tok.logprobs, tok.advantages, np.ones(3, bool), tok.mask)
     with pytest.raises(ValueError, match="beta is -1: it must be finite and not negative"):
         dro_loss(tok.logprobs, tok.old, tok.advantages, tok.mask, beta=-1)
-    with pytest.raises(ValueError, match=r"weights has shape \(4,\), but logprobs has shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"weights has shape \(4,\), but the tokens have shape \(2, 4\)"):
         reinforce_loss(tok.logprobs, tok.advantages, tok.mask, weights=np.ones(4))
-    with pytest.raises(ValueError, match=r"weights has shape .* pass one number for each token"):
+    with pytest.raises(ValueError, match=r"weights has shape .* pass one for each token"):
         gpg_loss(tok.logprobs, tok.mask * 1.0, tok.mask, weights=np.ones(2), segment_ids=tok.mask * 1)

@@ -85,3 +85,7 @@ def test_errors(tok):
         top_entropy_mask(np.zeros((2, 3)), tok.mask)
     with pytest.raises(ValueError, match=r"advantages has shape .* with segment_ids"):
         off_policy_sequence_mask(*[tok.logprobs] * 2, np.ones(2), tok.mask, threshold=0, segment_ids=tok.mask * 1)
+
+
+def test_no_rows():
+    assert top_entropy_mask(np.ones((0, 3)), np.ones((0, 3), bool)).shape == (0, 3)

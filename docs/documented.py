@@ -25,7 +25,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "What is added to a policy loss": (
         *("losses.kl_loss", "losses.kl", "losses.entropy", "losses.correction", "losses.token_masks"),
     ),
-    "Critics": ("losses.value", "losses.moments"),
+    "Critics": ("losses.value",),
     "Advantages": (
         *("advantages.group", "advantages.relative", "advantages.rloo", "advantages.reinforce", "advantages.remax"),
         *("advantages.gae", "advantages.token_baseline", "advantages.multi_reward", "advantages.entropy"),
@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "Trust region policy optimization": (
         *("algorithms.natural_gradient", "algorithms.conjugate_gradient", "algorithms.fisher"),
     ),
-    "Primitives": ("losses.aggregate", "logprobs", "masking"),
+    "Primitives": ("losses.aggregate", "logprobs", "masking", "records"),
 }
 """Every module with public names, in the order of the page."""
 

@@ -7,7 +7,7 @@ stays float64).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,61 +16,6 @@ from jax import Array
 from jax.typing import ArrayLike
 
 Axis = int | tuple[int, ...] | None
-
-
-class Mean(NamedTuple):
-    """A mean that is not divided yet: a sum with its denominator.
-
-    Two records add up to the mean over both, which means of means do not, so metrics are merged over
-    micro-batches and devices in this form and divided once, at the end.
-    """
-
-    total: Array
-    count: Array
-
-    @classmethod
-    def of(cls, values: ArrayLike, mask: ArrayLike | None = None) -> Mean:
-        """Records `values` where `mask` holds (everywhere if there is no mask)."""
-        mask = mask_or_all(mask, values=values)
-        return cls(masked_sum(values, mask), count_true(mask))
-
-    def merge(self, other: Mean) -> Mean:
-        """Joins two records."""
-        return Mean(self.total + other.total, self.count + other.count)
-
-    def reduce(self, axis: int = 0) -> Mean:
-        """Joins records that are stacked along `axis`, as `lax.scan` and `vmap` return them."""
-        return Mean(jnp.sum(self.total, axis), jnp.sum(self.count, axis))
-
-    def value(self) -> Array:
-        """The mean; 0 where nothing was counted."""
-        return safe_divide(self.total, self.count)
-
-
-class Max(NamedTuple):
-    """The largest of the values recorded, −∞ before the first; merged like `Mean`."""
-
-    maximum: Array
-
-    @classmethod
-    def of(cls, values: ArrayLike, mask: ArrayLike | None = None) -> Max:
-        """Records `values` where `mask` holds (everywhere if there is no mask)."""
-        return cls(jnp.max(fill_masked(values, mask_or_all(mask, values=values), -jnp.inf), initial=-jnp.inf))
-
-    def merge(self, other: Max) -> Max:
-        """Joins two records."""
-        return Max(jnp.maximum(self.maximum, other.maximum))
-
-    def reduce(self, axis: int = 0) -> Max:
-        """Joins records that are stacked along `axis`."""
-        return Max(jnp.max(self.maximum, axis))
-
-    def value(self) -> Array:
-        """The maximum; 0 where nothing was counted."""
-        return jnp.where(jnp.isneginf(self.maximum), 0.0, self.maximum)
-
-
-Metrics = dict[str, Mean | Max]
 
 
 def as_float(x: ArrayLike) -> Array:

@@ -19,7 +19,7 @@ PACKAGE = "jaxrl_llm"
 
 ROOMS = (
     ("masking",),
-    ("logprobs",),
+    ("logprobs", "records"),
     ("losses",),
     ("advantages", "types"),
     ("sharding",),
@@ -177,7 +177,7 @@ def test_pure_functions_load_only_jax_numpy_and_chex():
     loaded = ast.literal_eval(run_python(code))
     assert f"{PACKAGE}.losses" in loaded
     rooms = {name.split(".")[1] for name in loaded if name.startswith(f"{PACKAGE}.")}
-    assert rooms <= {"masking", "logprobs", "losses", "advantages"}
+    assert rooms <= {"masking", "logprobs", "records", "losses", "advantages"}
     assert [name for name in loaded if name.partition(".")[0] in heavy] == []
 
 

@@ -7,8 +7,6 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxrl_llm.masking import (
-    Max,
-    Mean,
     as_float,
     check_choice,
     fill_masked,
@@ -204,31 +202,6 @@ def test_jit_vmap_and_half_precision(ragged, name):
     half = jnp.asarray(values, jnp.bfloat16)
     assert function(half, mask).dtype == jnp.float32
     np.testing.assert_array_equal(function(half, mask), function(half.astype(jnp.float32), mask))
-
-
-def test_mean_is_divided_once_over_all_parts(ragged):
-    values, mask = ragged
-    whole = np.nanmean(np.where(mask, values, np.nan))
-    parts = [Mean.of(values[rows], mask[rows]) for rows in ([0], [1, 2], [3, 4])]
-    np.testing.assert_allclose(parts[0].merge(parts[1]).merge(parts[2]).value(), whole, rtol=1e-6)
-    stacked = jax.vmap(Mean.of)(jnp.asarray(values), jnp.asarray(mask))
-    np.testing.assert_allclose(stacked.reduce().value(), whole, rtol=1e-6)
-    assert Mean.of(values, np.zeros_like(mask)).value() == 0
-    assert Mean.of(np.array([True, False, True, True])).value() == 0.75
-
-
-def test_max_over_parts(ragged):
-    values, mask = ragged
-    whole = np.float32(values[mask].max())
-    assert Max.of(values, mask).value() == whole
-    assert jax.vmap(Max.of)(jnp.asarray(values), jnp.asarray(mask)).reduce().value() == whole
-    assert Max.of(values[2:3], mask[2:3]).merge(Max.of(-1.0)).value() == -1
-    assert Max.of(values[2:3], mask[2:3]).value() == 0
-
-
-def test_metrics_pass_through_jit():
-    merged = jax.jit(lambda x: {"m": Mean.of(x), "x": Max.of(x)})(jnp.arange(4.0))
-    assert (merged["m"].value(), merged["x"].value()) == (1.5, 3.0)
 
 
 def test_errors_name_the_argument():

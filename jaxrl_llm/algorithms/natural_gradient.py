@@ -24,7 +24,8 @@ from jaxrl_llm.algorithms.conjugate_gradient import (
     tree_dot,
 )
 from jaxrl_llm.algorithms.fisher import Tree, hessian_vector_product, widen_parameters
-from jaxrl_llm.masking import Mean, Metrics, as_float
+from jaxrl_llm.masking import as_float
+from jaxrl_llm.records import Mean, Metrics
 
 
 def trust_region_scale(direction: Tree, product: Product, *, max_kl: ArrayLike = 0.01) -> Array:

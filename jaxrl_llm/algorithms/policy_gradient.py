@@ -13,7 +13,7 @@ from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
 from jaxrl_llm.losses.kl import KLEstimator
 from jaxrl_llm.losses.policy import grpo_loss
-from jaxrl_llm.masking import Mean, Metrics
+from jaxrl_llm.records import Mean, Metrics
 
 
 class LearnerBatch(NamedTuple):

@@ -12,8 +12,8 @@ from jaxrl_llm.algorithms.gradient import make_gradient_step
 from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import sft_loss
-from jaxrl_llm.masking import Metrics
 from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import TrainState
 

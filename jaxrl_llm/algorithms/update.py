@@ -19,8 +19,9 @@ from jaxrl_llm.advantages.group import zero_std_groups
 from jaxrl_llm.algorithms.gradient import Carry, collect, deal, make_gradient_step, widen
 from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
 from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
-from jaxrl_llm.masking import Max, Mean, Metrics, masked_var
+from jaxrl_llm.masking import masked_var
 from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Max, Mean, Metrics
 from jaxrl_llm.sharding import on_cpu, parameter_shardings, row_shards, state_shardings
 from jaxrl_llm.types import Rollout, TrainState
 

@@ -56,7 +56,6 @@ from jaxrl_llm.losses.kl import (
 )
 from jaxrl_llm.losses.kl_loss import kl_loss
 from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
-from jaxrl_llm.losses.moments import ExplainedVariance, Moments
 from jaxrl_llm.losses.online import (
     NashKLLevel,
     PairLabels,
@@ -96,12 +95,10 @@ __all__ = [
     "ClipIndicators",
     "CorrectionLevel",
     "EntropyControl",
-    "ExplainedVariance",
     "FDivergence",
     "KLDirection",
     "KLEstimator",
     "KTOVariant",
-    "Moments",
     "NashKLLevel",
     "NeutralSteps",
     "OddsLogprob",

@@ -9,16 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.masking import (
-    Mean,
-    Metrics,
-    check_same_shape,
-    count_true,
-    fill_masked,
-    mask_or_all,
-    masked_sum,
-    safe_divide,
-)
+from jaxrl_llm.masking import check_same_shape, count_true, fill_masked, mask_or_all, masked_sum, safe_divide
+from jaxrl_llm.records import Mean, Metrics
 
 
 class Pairs(NamedTuple):

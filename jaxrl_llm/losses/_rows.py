@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.kl import kl_k3
 from jaxrl_llm.losses.ratio import ClipIndicators, clamp_log_ratio
-from jaxrl_llm.masking import Max, Mean, Metrics, check_mask, fill_masked, per_token
+from jaxrl_llm.masking import check_mask, fill_masked, per_token
+from jaxrl_llm.records import Max, Mean, Metrics
 
 
 class PolicyRows(NamedTuple):

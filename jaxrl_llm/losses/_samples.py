@@ -10,7 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._pairs import reference_constant
-from jaxrl_llm.masking import Mean, Metrics, check_same_shape, fill_masked, mask_or_all
+from jaxrl_llm.masking import check_same_shape, fill_masked, mask_or_all
+from jaxrl_llm.records import Mean, Metrics
 
 
 class Samples(NamedTuple):

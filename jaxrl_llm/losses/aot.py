@@ -8,7 +8,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._pairs import make_pairs, mean_over, pair_metrics
 from jaxrl_llm.losses.preference_terms import cdpo_term
-from jaxrl_llm.masking import Metrics, count_true
+from jaxrl_llm.masking import count_true
+from jaxrl_llm.records import Metrics
 
 
 def aot_loss(

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._pairs import mean_over
 from jaxrl_llm.losses._rows import check_positive
 from jaxrl_llm.losses._samples import check_labels, make_samples, sample_metrics
-from jaxrl_llm.masking import Mean, Metrics, check_choice, fill_masked, mask_or_all, masked_mean
+from jaxrl_llm.masking import check_choice, fill_masked, mask_or_all, masked_mean
+from jaxrl_llm.records import Mean, Metrics
 
 ShiftAverage = Literal["samples", "sides"]
 

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import check_not_negative, clip_metrics, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.ratio import clip_indicators, clipped_surrogate
-from jaxrl_llm.masking import Mean, Metrics, count_true, masked_mean
+from jaxrl_llm.masking import count_true, masked_mean
+from jaxrl_llm.records import Mean, Metrics
 
 
 def token_covariance(logprobs: ArrayLike, advantages: ArrayLike, mask: ArrayLike) -> Array:

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import check_bounds, check_positive, clip_metrics, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.ratio import LOG_RATIO_LIMIT, ClipIndicators, clamp_log_ratio, importance_ratio
-from jaxrl_llm.masking import Mean, Metrics, as_float, check_same_shape, per_token, segment_first, segment_total
+from jaxrl_llm.masking import as_float, check_same_shape, per_token, segment_first, segment_total
+from jaxrl_llm.records import Mean, Metrics
 
 BinaryDivergence = Literal["tv", "kl"]
 LOG_SEQUENCE_WEIGHT_FLOOR = math.log(1e-8)

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.kl import categorical_kl
-from jaxrl_llm.masking import Mean, Metrics, as_float, check_mask, check_same_shape, fill_masked
+from jaxrl_llm.masking import as_float, check_mask, check_same_shape, fill_masked
+from jaxrl_llm.records import Mean, Metrics
 
 CHUNK_LOGITS = 2**24
 """Logits of each model in one chunk when `chunk_size` is not given: 64 MiB in float32."""

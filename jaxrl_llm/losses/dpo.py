@@ -30,7 +30,7 @@ from jaxrl_llm.losses.preference_terms import (
     f_divergence_score,
     robust_dpo_term,
 )
-from jaxrl_llm.masking import Metrics
+from jaxrl_llm.records import Metrics
 
 
 def dpo_loss(

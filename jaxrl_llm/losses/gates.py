@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import check_positive, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.ratio import importance_ratio
-from jaxrl_llm.masking import Metrics, as_float, per_token
+from jaxrl_llm.masking import as_float, per_token
+from jaxrl_llm.records import Metrics
 
 SoftGate = Literal["sigmoid", "sech2", "sech2_literal"]
 

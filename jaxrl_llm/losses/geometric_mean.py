@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import check_not_negative, clip_metrics, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.ratio import ClipIndicators, clamp_log_ratio
-from jaxrl_llm.masking import Metrics, safe_divide, segment_first, segment_total
+from jaxrl_llm.masking import safe_divide, segment_first, segment_total
+from jaxrl_llm.records import Metrics
 
 
 def gmpo_loss(

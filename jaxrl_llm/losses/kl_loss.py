@@ -8,7 +8,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.kl import KLEstimator, kl_penalty
-from jaxrl_llm.masking import Mean, Metrics, check_mask, fill_masked
+from jaxrl_llm.masking import check_mask, fill_masked
+from jaxrl_llm.records import Mean, Metrics
 
 
 def kl_loss(

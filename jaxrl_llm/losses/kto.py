@@ -18,8 +18,6 @@ from jaxrl_llm.losses._pairs import mean_over
 from jaxrl_llm.losses._rows import check_not_negative, check_positive
 from jaxrl_llm.losses._samples import Samples, make_samples, sample_metrics
 from jaxrl_llm.masking import (
-    Mean,
-    Metrics,
     check_choice,
     check_mask,
     check_same_shape,
@@ -30,6 +28,7 @@ from jaxrl_llm.masking import (
     masked_sum,
     safe_divide,
 )
+from jaxrl_llm.records import Mean, Metrics
 
 KTOVariant = Literal["kto", "one_sided_dpo", "apo_zero_unpaired"]
 

@@ -21,8 +21,6 @@ from jaxrl_llm.losses._rows import check_not_negative
 from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.dpo import dpo_loss
 from jaxrl_llm.masking import (
-    Mean,
-    Metrics,
     as_float,
     check_choice,
     check_mask,
@@ -34,6 +32,7 @@ from jaxrl_llm.masking import (
     segment_first,
     segment_total,
 )
+from jaxrl_llm.records import Mean, Metrics
 
 NashKLLevel = Literal["token", "sequence"]
 

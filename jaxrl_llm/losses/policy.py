@@ -11,7 +11,8 @@ from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.entropy import entropy_bonus
 from jaxrl_llm.losses.kl import KLEstimator, kl_penalty
 from jaxrl_llm.losses.ratio import clip_indicators, clipped_surrogate
-from jaxrl_llm.masking import Mean, Metrics, check_mask, fill_masked
+from jaxrl_llm.masking import check_mask, fill_masked
+from jaxrl_llm.records import Mean, Metrics
 
 
 def ppo_loss(

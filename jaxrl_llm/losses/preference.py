@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._pairs import divide_pairs_by_lengths, make_pairs, reduce_pairs
 from jaxrl_llm.losses.preference_terms import discopop_term, exo_term, hinge_term, ipo_term
-from jaxrl_llm.masking import Metrics
+from jaxrl_llm.records import Metrics
 
 
 def ipo_loss(

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses._pairs import check_together, make_pairs, reduce_pairs
 from jaxrl_llm.losses._rows import check_positive
-from jaxrl_llm.masking import Metrics, check_same_shape, fill_masked
+from jaxrl_llm.masking import check_same_shape, fill_masked
+from jaxrl_llm.records import Metrics
 
 
 def nca_loss(

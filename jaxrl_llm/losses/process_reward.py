@@ -10,7 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.masking import Mean, Metrics, as_float, check_mask, fill_masked
+from jaxrl_llm.masking import as_float, check_mask, fill_masked
+from jaxrl_llm.records import Mean, Metrics
 
 NeutralSteps = Literal["positive", "ignore"]
 

@@ -25,15 +25,8 @@ from jaxrl_llm.losses._pairs import (
 )
 from jaxrl_llm.losses._rows import check_not_negative, check_positive
 from jaxrl_llm.losses.preference_terms import dpo_term, f_divergence_score
-from jaxrl_llm.masking import (
-    Mean,
-    Metrics,
-    as_float,
-    check_choice,
-    check_same_shape,
-    fill_masked,
-    masked_sum,
-)
+from jaxrl_llm.masking import as_float, check_choice, check_same_shape, fill_masked, masked_sum
+from jaxrl_llm.records import Mean, Metrics
 
 OddsLogprob = Literal["mean", "sum"]
 

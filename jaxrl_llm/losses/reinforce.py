@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import check_not_negative, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.sequence import gspo_loss
-from jaxrl_llm.masking import Metrics, as_float, check_mask, check_same_shape, per_token
+from jaxrl_llm.masking import as_float, check_mask, check_same_shape, per_token
+from jaxrl_llm.records import Metrics
 
 
 def reinforce_loss(

@@ -8,10 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import aggregate
-from jaxrl_llm.losses.moments import ExplainedVariance, Moments
 from jaxrl_llm.masking import (
-    Max,
-    Mean,
     as_float,
     check_mask,
     check_same_shape,
@@ -21,8 +18,7 @@ from jaxrl_llm.masking import (
     safe_divide,
     segment_last,
 )
-
-ScoreMetrics = dict[str, Mean | Max | Moments | ExplainedVariance]
+from jaxrl_llm.records import Mean, Metrics, Moments
 
 
 def last_token_score(values: ArrayLike, mask: ArrayLike) -> Array:
@@ -76,7 +72,7 @@ def bradley_terry_loss(
     center_coef: float = 0.0,
     mask: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
-) -> tuple[Array, ScoreMetrics]:
+) -> tuple[Array, Metrics]:
     """The loss of a reward model on pairs of answers.
 
         mean[ softplus(−(s_chosen − s_rejected − margin)) + center_coef · (s_chosen + s_rejected)² ]
@@ -114,7 +110,7 @@ def bradley_terry_loss(
     loss = aggregate(losses, mask, mode="token-mean", normalizer=normalizer)
 
     scores, both = jax.lax.stop_gradient(jnp.stack([chosen, rejected])), jnp.stack([mask, mask])
-    metrics: ScoreMetrics = {
+    metrics: Metrics = {
         "accuracy": Mean.of(gap > 0, mask),
         "margin": Mean.of(jax.lax.stop_gradient(gap), mask),
         "score/mean": Mean.of(scores, both),
@@ -129,7 +125,7 @@ def ranking_loss(
     *,
     mask: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
-) -> tuple[Array, ScoreMetrics]:
+) -> tuple[Array, Metrics]:
     """The loss of a reward model on K ranked answers to each prompt.
 
         mean over prompts of  Σ softplus(−(sᵢ − sⱼ)) / pairs        over the pairs with rankᵢ < rankⱼ
@@ -162,7 +158,7 @@ def ranking_loss(
     loss = aggregate(per_prompt, jnp.any(pairs, (-2, -1)), mode="token-mean", normalizer=normalizer)
 
     scores, gap = jax.lax.stop_gradient((scores, gap))
-    metrics: ScoreMetrics = {
+    metrics: Metrics = {
         "accuracy": Mean.of(gap > 0, pairs),
         "margin": Mean.of(gap, pairs),
         "score/mean": Mean.of(scores, mask),

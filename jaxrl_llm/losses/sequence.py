@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import PolicyRows, clip_metrics, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.ratio import LOG_RATIO_LIMIT, clip_indicators, clipped_surrogate
-from jaxrl_llm.masking import Metrics, check_mask, fill_masked, safe_divide, segment_first, segment_total
+from jaxrl_llm.masking import check_mask, fill_masked, safe_divide, segment_first, segment_total
+from jaxrl_llm.records import Metrics
 
 SEQUENCE_LOG_RATIO_LIMIT = 10.0
 

@@ -8,7 +8,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.masking import Mean, Metrics, check_mask, fill_masked
+from jaxrl_llm.masking import check_mask, fill_masked
+from jaxrl_llm.records import Mean, Metrics
 
 
 def sft_loss(

@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.losses.moments import ExplainedVariance, Moments
-from jaxrl_llm.masking import Max, Mean, as_float, check_mask, check_same_shape, fill_masked
+from jaxrl_llm.masking import as_float, check_mask, check_same_shape, fill_masked
+from jaxrl_llm.records import ExplainedVariance, Mean, Metrics
 
 ValueLossKind = Literal["half_mse", "mse"]
 
@@ -62,7 +62,7 @@ def value_loss(
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
-) -> tuple[Array, dict[str, Mean | Max | Moments | ExplainedVariance]]:
+) -> tuple[Array, Metrics]:
     """The clipped squared error of PPO's critic.
 
         ½ Agg[ max((V − R)², (clip(V, V_old − clip, V_old + clip) − R)²) ]

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, widen
-from jaxrl_llm.masking import Max, Mean, Metrics
+from jaxrl_llm.records import Max, Mean, Metrics
 
 ROWS = np.arange(24, dtype=np.float32).reshape(12, 2)
 

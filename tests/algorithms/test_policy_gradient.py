@@ -14,7 +14,7 @@ import pytest
 from jaxrl_llm.algorithms.policy_gradient import GroupAdvantage, LearnerBatch, PolicyGradient
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.policy import grpo_loss
-from jaxrl_llm.masking import Metrics
+from jaxrl_llm.records import Metrics
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrl_llm.losses.kl import kl_k3
 from jaxrl_llm.losses.policy import dapo_loss, dr_grpo_loss, grpo_loss, ppo_loss
-from jaxrl_llm.masking import Max, Mean
+from jaxrl_llm.records import Max, Mean
 
 
 def surrogate_loop(lr, A, low, high):

@@ -10,7 +10,7 @@ from jaxrl_llm.losses.dpo import cdpo_loss, dpo_loss, robust_dpo_loss
 from jaxrl_llm.losses.preference import discopop_loss, exo_loss, hinge_loss, ipo_loss
 from jaxrl_llm.losses.preference_sides import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_loss, sppo_loss
 from jaxrl_llm.losses.preference_terms import f_divergence_score
-from jaxrl_llm.masking import Mean
+from jaxrl_llm.records import Mean
 
 
 def sigma(x):

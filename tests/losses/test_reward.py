@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxrl_llm.losses.moments import Moments
 from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
 from jaxrl_llm.masking import length_mask
+from jaxrl_llm.records import Moments
 
 
 def close(value, expected):

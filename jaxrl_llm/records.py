@@ -1,4 +1,8 @@
-"""Records of a mean and a variance that merge over micro-batches, for metrics that are no plain means."""
+"""Metrics that add up: records of a mean, a maximum, moments, merged over micro-batches and devices.
+
+Two records join into exactly the record of both parts, which means of means do not; `value()` is asked for once, at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,59 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.masking import as_float, count_true, mask_or_all, masked_mean, masked_sum, safe_divide
+from jaxrl_llm.masking import as_float, count_true, fill_masked, mask_or_all, masked_mean, masked_sum, safe_divide
+
+
+class Mean(NamedTuple):
+    """A mean that is not divided yet: a sum with its denominator.
+
+    Two records add up to the mean over both, which means of means do not, so metrics are merged over
+    micro-batches and devices in this form and divided once, at the end.
+    """
+
+    total: Array
+    count: Array
+
+    @classmethod
+    def of(cls, values: ArrayLike, mask: ArrayLike | None = None) -> Mean:
+        """Records `values` where `mask` holds (everywhere if there is no mask)."""
+        mask = mask_or_all(mask, values=values)
+        return cls(masked_sum(values, mask), count_true(mask))
+
+    def merge(self, other: Mean) -> Mean:
+        """Joins two records."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def reduce(self, axis: int = 0) -> Mean:
+        """Joins records that are stacked along `axis`, as `lax.scan` and `vmap` return them."""
+        return Mean(jnp.sum(self.total, axis), jnp.sum(self.count, axis))
+
+    def value(self) -> Array:
+        """The mean; 0 where nothing was counted."""
+        return safe_divide(self.total, self.count)
+
+
+class Max(NamedTuple):
+    """The largest of the values recorded, −∞ before the first; merged like `Mean`."""
+
+    maximum: Array
+
+    @classmethod
+    def of(cls, values: ArrayLike, mask: ArrayLike | None = None) -> Max:
+        """Records `values` where `mask` holds (everywhere if there is no mask)."""
+        return cls(jnp.max(fill_masked(values, mask_or_all(mask, values=values), -jnp.inf), initial=-jnp.inf))
+
+    def merge(self, other: Max) -> Max:
+        """Joins two records."""
+        return Max(jnp.maximum(self.maximum, other.maximum))
+
+    def reduce(self, axis: int = 0) -> Max:
+        """Joins records that are stacked along `axis`."""
+        return Max(jnp.max(self.maximum, axis))
+
+    def value(self) -> Array:
+        """The maximum; 0 where nothing was counted."""
+        return jnp.where(jnp.isneginf(self.maximum), 0.0, self.maximum)
 
 
 class Moments(NamedTuple):
@@ -75,3 +131,7 @@ class ExplainedVariance(NamedTuple):
     def value(self) -> Array:
         """The explained variance; 0 where the returns do not vary."""
         return safe_divide(self.returns.squares - self.errors.squares, self.returns.squares)
+
+
+Metrics = dict[str, Mean | Max | Moments | ExplainedVariance]
+"""The metrics of a loss, by name."""

@@ -3,7 +3,7 @@
 Online DPO (OAIF, Guo et al. 2024, 2402.04792) is no loss of its own: sample two completions of each prompt, judge them,
 and give `dpo_loss` (or `ipo_loss`) what `label_pairs` picks:
 
-    pairs = label_pairs(rewards)                                       # [P, G], as the sequence log-probs
+    pairs = label_pairs(rewards)  # [P, G], as the sequence log-probs
     loss, metrics = dpo_loss(*pairs.select(logprobs), *pairs.select(ref_logprobs), mask=pairs.mask)
 """
 

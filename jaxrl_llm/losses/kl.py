@@ -128,7 +128,7 @@ def kl_penalty(
         The shape of `logprobs`.
 
     Raises:
-        ValueError: On an unknown estimator or unequal shapes.
+        ValueError: On an unknown estimator, unequal shapes or a negative clip.
     """
     match estimator:
         case "k1":
@@ -185,11 +185,13 @@ def kl_exact(logits: ArrayLike, ref_logits: ArrayLike, *, direction: KLDirection
 def categorical_kl(logprobs: Array, other_logprobs: Array) -> Array:
     """Σᵥ exp(logprobs) (logprobs − other_logprobs) of normalized log-probabilities `[..., V]`, differentiable in both.
 
-    Entries with probability 0 under the first count as 0 · log 0 = 0.
+    Entries with probability 0 under the first count as 0 · log 0 = 0, also where it only rounds to 0: a vocabulary
+    may be cut with −1e9 in one model and with −∞ in the other.
     """
-    possible = ~jnp.isneginf(logprobs)
+    probs = jnp.exp(logprobs)
+    possible = probs >= jnp.finfo(probs.dtype).tiny
     gap = jnp.where(possible, logprobs, 0.0) - jnp.where(possible, other_logprobs, 0.0)
-    return jnp.sum(jnp.exp(logprobs) * gap, axis=-1)
+    return jnp.sum(probs * gap, axis=-1)
 
 
 def _reference_log_ratio(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> Array:
@@ -198,6 +200,8 @@ def _reference_log_ratio(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> Array:
 
 
 def _clip(x: Array, bound: float | None) -> Array:
+    if isinstance(bound, int | float) and not bound >= 0:
+        raise ValueError(f"clip is {bound}: it bounds a distance from 0 and must not be negative")
     return x if bound is None else jnp.clip(x, -bound, bound)
 
 

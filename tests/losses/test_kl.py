@@ -237,6 +237,18 @@ def test_exact_kl_of_a_cut_vocabulary_is_finite(direction):
     assert np.isfinite(value) if direction == "reverse" else np.isposinf(value)
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("almost", [-1e9, -3e38, -200.0, -95.0])
+def test_exact_kl_of_vocabularies_cut_in_two_ways_is_finite(direction, almost):
+    """A probability that rounds to 0 is 0, where the other one is exactly 0, too."""
+    cut, barely = jnp.array([1.0, -jnp.inf, 0.5]), jnp.array([0.0, almost, 0.1])
+    both = jnp.array([0, 2])
+    for logits, ref in ((cut, barely), (barely, cut)):
+        value, grad = jax.value_and_grad(lambda x, y=ref: kl_exact(x, y, direction=direction))(logits)
+        np.testing.assert_allclose(value, kl_exact(logits[both], ref[both], direction=direction), rtol=1e-6)
+        assert np.isfinite(grad).all() and grad[1] == 0
+
+
 def test_exact_kl_has_a_constant_reference():
     logits, ref = jnp.array([1.0, 0.0]), jnp.array([0.0, 0.5])
     for direction in ("reverse", "forward"):
@@ -252,5 +264,7 @@ def test_errors():
         kl_penalty(0.0, 0.0, estimator="k4")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"ref_logprobs has shape \(3,\), but logprobs has shape \(2,\)"):
         kl_k3(jnp.zeros(2), jnp.zeros(3))
+    with pytest.raises(ValueError, match="clip is -1: it bounds a distance from 0"):
+        kl_penalty(0.0, 0.0, estimator="k3", clip=-1)
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(3,\), but logprobs has shape \(2,\)"):
         kl_k3_ratio_weighted(jnp.zeros(2), jnp.zeros(3), jnp.zeros(2))

@@ -106,9 +106,11 @@ def generalized_jsd_from_hidden(
         )
     _check(beta, temperature)
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    wide_head = as_float(head)  # so that the parts of its gradient are summed in float32
 
     def divergence(state: Array, teacher_state: Array) -> Array:
-        student = jnp.einsum("...d,vd->...v", state, head, preferred_element_type=jnp.float32)
+        narrow = wide_head.astype(head.dtype)
+        student = jnp.einsum("...d,vd->...v", state, narrow, preferred_element_type=jnp.float32)
         teacher = jnp.einsum("...d,vd->...v", teacher_state, teacher_head, preferred_element_type=jnp.float32)
         return _jsd_of_logits(student, teacher, beta, temperature)
 
@@ -223,7 +225,7 @@ def _over_time(
         chunk_size = max(1, CHUNK_LOGITS // (rows * vocabulary))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
-    if chunk_size >= length:
+    if chunk_size >= length or arrays[0].size == 0:
         return function(*arrays)
     # Time and not rows: those are what is spread over devices.
     time_first = tuple(jnp.moveaxis(x, -2, 0) for x in arrays)

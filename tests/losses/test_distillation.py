@@ -182,6 +182,21 @@ def test_from_hidden_states_it_is_the_same(chunk_size):
     assert not np.any(grads["teacher_hidden"]) and not np.any(grads["teacher_head"])
 
 
+def test_from_hidden_states_the_gradient_of_a_narrow_head_is_summed_in_float32():
+    """Many chunks that all pull alike: their sum must not stall at the rounding of bfloat16."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(np.repeat(rng.normal(size=(1, 4)), 1024, 0), jnp.bfloat16)
+    head, teacher_head = (jnp.asarray(rng.normal(size=(5, 4)), jnp.bfloat16) for _ in range(2))
+
+    def gradient(chunk_size):
+        def loss(head):
+            return jnp.sum(generalized_jsd_from_hidden(hidden, head, hidden, teacher_head, chunk_size=chunk_size))
+
+        return np.asarray(jax.grad(loss)(head), np.float32)
+
+    close(gradient(1), gradient(1024), rtol=0.01, atol=0.01 * np.abs(gradient(1024)).max())
+
+
 def test_from_hidden_states_no_array_spans_time_and_vocabulary():
     """Memory of value and gradient: the widest temporary arrays are those of one chunk."""
     time, vocabulary, chunk = 512, 4096, 16
@@ -224,6 +239,16 @@ def test_on_policy_distillation_is_a_constant_gap(ragged_rows):
 def test_aggregated_divergences_are_the_loss(rows):
     term = generalized_jsd(rows["logits"], rows["teacher_logits"])
     close(aggregate(term, rows["mask"], mode="token-mean"), gkd_loss(**rows)[0])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
+def test_an_empty_batch_has_loss_0(shape, chunk_size):
+    logits = jnp.zeros(shape)
+    loss, grad = jax.value_and_grad(lambda x: gkd_loss(x, x, np.ones(shape[:-1], bool), chunk_size=chunk_size)[0])(
+        logits
+    )
+    assert loss == 0 and grad.shape == shape
 
 
 def test_errors(rows):

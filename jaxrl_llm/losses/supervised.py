@@ -110,7 +110,8 @@ def dft_loss(
     mask = check_mask(mask, logprobs=logprobs)
     logprobs = fill_masked(logprobs, mask)
     probability = jax.lax.stop_gradient(jnp.exp(logprobs))
-    loss = aggregate(-probability * logprobs, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    losses = -probability * jnp.where(probability > 0, logprobs, 0.0)  # 0 · −∞ is 0
+    loss = aggregate(losses, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
     nll = jax.lax.stop_gradient(-logprobs)
     return loss, {"nll": Mean.of(nll, mask), "token_prob/mean": Mean.of(probability, mask)}
 

@@ -92,6 +92,12 @@ def test_dft_equals_the_definition(check_token_loss, rows, mode):
     check_token_loss(loss, {"logprobs": logprobs, "mask": mask}, mode=mode, detached=True)
 
 
+def test_dft_of_an_impossible_token_is_0():
+    loss, grad = jax.value_and_grad(lambda x: dft_loss(x, np.ones(2, bool))[0])(jnp.array([-jnp.inf, -1.0]))
+    close(loss, np.exp(-1) / 2)
+    close(grad, [0, -np.exp(-1) / 2])
+
+
 def test_hand_example(tok):
     """Six tokens of two rows; NaN at the padding."""
     total = 1.0 + 0.5 + 2.0 + 0.1 + 0.3 + 1.2

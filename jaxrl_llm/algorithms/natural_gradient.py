@@ -80,7 +80,7 @@ def trpo_direction(
         s = √(2 max_kl / (xᵀ (F + damping I) x)) · x        x ≈ (F + damping I)⁻¹ g
 
     Unlike `conjugate_gradient` alone, whose solution grows with the gradient, its length is fixed by how far the
-    policy moves: the scale of the objective cancels.
+    policy moves: the scale of the objective cancels, except that a gradient with ‖g‖² ≤ tolerance makes no step.
 
     Args:
         product: v ↦ F v, not damped.

@@ -21,7 +21,10 @@ def entropy_bonus(
     entropy_coef: ArrayLike,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """The term that keeps a policy random, to be added to its loss.
 
@@ -36,9 +39,12 @@ def entropy_bonus(
         entropy: `[..., T]`, in nats.
         mask: Bool `[..., T]`, True on the tokens of the completions; whatever is elsewhere is ignored.
         entropy_coef: Weight; 0.01 in the PPO paper's games, mostly 0 for language models. May be traced.
-        aggregation: See `jaxrl_llm.losses.aggregate`, also for the arguments that follow.
+        aggregation: As the policy loss it is added to; see `aggregate`, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
+        max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
+        group_ids: Labels `[...]` of the rows, for the group modes.
+        count_empty: Whether sequences without a valid token count.
 
     Returns:
         The term, a float32 scalar (negative for a positive weight), and the metric `entropy`, the mean per token.
@@ -49,7 +55,16 @@ def entropy_bonus(
     Source: Williams & Peng 1991; Mnih et al. 2016 (1602.01783).
     """
     mask = check_mask(mask, entropy=entropy)
-    mean = aggregate(entropy, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    mean = aggregate(
+        entropy,
+        mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
+    )
     return -mean * entropy_coef, {"entropy": Mean.of(jax.lax.stop_gradient(as_float(entropy)), mask)}
 
 

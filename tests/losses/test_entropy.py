@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.logprobs import scores_from_logits
+from jaxrl_llm.losses.aggregate import aggregate
 from jaxrl_llm.losses.entropy import EntropyControl, entropy_bonus, update_entropy_control
 
 
@@ -40,6 +41,21 @@ def test_it_equals_the_definition(check_token_loss, ragged_rows, mode):
     }
     close(loss(entropy, mask)[0], -0.3 * expected[mode])
     check_token_loss(loss, {"entropy": entropy, "mask": mask}, mode=mode, trained="entropy")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "seq-mean-token-sum-norm", "max_length": 8},
+        {"mode": "seq-mean-token-mean", "count_empty": True},
+        {"mode": "group-mean-token-mean", "group_ids": np.arange(12) // 3},
+    ],
+)
+def test_it_takes_the_aggregation_of_any_policy_loss(ragged_rows, options):
+    rows = ragged_rows("logprobs", "mask")
+    expected = aggregate(rows["logprobs"], rows["mask"], **options)
+    options = {"aggregation" if name == "mode" else name: x for name, x in options.items()}
+    close(entropy_bonus(-rows["logprobs"], rows["mask"], entropy_coef=1.0, **options)[0], expected)
 
 
 def test_it_raises_the_entropy_of_a_distribution():

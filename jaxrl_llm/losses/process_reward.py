@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.masking import as_float, check_mask, fill_masked
+from jaxrl_llm.masking import as_float, check_choice, check_mask, fill_masked
 from jaxrl_llm.records import Mean, Metrics
 
 NeutralSteps = Literal["positive", "ignore"]
@@ -36,7 +36,7 @@ def step_labels(ratings: ArrayLike, mask: ArrayLike, *, neutral: NeutralSteps = 
 
     Source: Lightman et al. 2023, "Let's verify step by step" (2305.20050).
     """
-    _check_neutral(neutral)
+    check_choice("neutral", neutral, NeutralSteps)
     mask = check_mask(mask, ratings=ratings)
     ratings = fill_masked(ratings, mask)
     if neutral == "ignore":
@@ -67,7 +67,7 @@ def step_probability(logits: ArrayLike, *, neutral: NeutralSteps = "positive") -
 
     Source: Lightman et al. 2023, "Let's verify step by step" (2305.20050).
     """
-    _check_neutral(neutral)
+    check_choice("neutral", neutral, NeutralSteps)
     logits = as_float(logits)
     return jax.nn.sigmoid(_correct_against_wrong(logits, neutral))
 
@@ -145,8 +145,3 @@ def _correct_against_wrong(logits: Array, neutral: NeutralSteps) -> Array:
             correct = logits[..., 2] if neutral == "ignore" else jnp.logaddexp(logits[..., 1], logits[..., 2])
             return correct - logits[..., 0]
     raise ValueError(f"logits has shape {logits.shape}: the last axis must hold one, two or three classes")
-
-
-def _check_neutral(neutral: str) -> None:
-    if neutral not in get_args(NeutralSteps):
-        raise ValueError(f"unknown neutral {neutral!r}: choose one of {', '.join(get_args(NeutralSteps))}")

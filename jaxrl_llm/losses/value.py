@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
-from jaxrl_llm.masking import as_float, check_mask, check_same_shape, fill_masked
+from jaxrl_llm.masking import as_float, check_choice, check_mask, check_same_shape, fill_masked
 from jaxrl_llm.records import ExplainedVariance, Mean, Metrics
 
 ValueLossKind = Literal["half_mse", "mse"]
@@ -92,8 +92,7 @@ def value_loss(
 
     Source: Schulman et al. 2017, "PPO" (1707.06347); Ziegler et al. 2019 (1909.08593).
     """
-    if kind not in get_args(ValueLossKind):
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(get_args(ValueLossKind))}")
+    check_choice("kind", kind, ValueLossKind)
     mask = check_mask(mask, values=values, old_values=old_values, returns=returns)
     values, returns = fill_masked(values, mask), fill_masked(returns, mask)
     old = None if old_values is None else fill_masked(old_values, mask)

@@ -129,8 +129,10 @@ class ExplainedVariance(NamedTuple):
         return ExplainedVariance(self.returns.reduce(axis), self.errors.reduce(axis))
 
     def value(self) -> Array:
-        """The explained variance; 0 where the returns do not vary."""
-        return safe_divide(self.returns.squares - self.errors.squares, self.returns.squares)
+        """The explained variance; 0 where the returns do not vary, that is, not by more than their rounding."""
+        rounding = self.returns.count * (1e-6 * self.returns.mean) ** 2
+        varied = jnp.where(self.returns.squares > rounding, self.returns.squares, 0.0)
+        return safe_divide(varied - self.errors.squares, varied)
 
 
 Metrics = dict[str, Mean | Max | Moments | ExplainedVariance]

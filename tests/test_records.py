@@ -58,3 +58,11 @@ def test_moments_of_nothing_and_of_constants():
     np.testing.assert_allclose(
         Moments.of(far[:300]).merge(Moments.of(far[300:])).value(), np.std(far, ddof=1), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [7, 100_003])
+@pytest.mark.parametrize("constant", [0.1, 0.7, -1e4])
+def test_explained_variance_of_equal_returns_is_0(size, constant):
+    """Their mean is rounded, so that the sum of squares around it is not 0."""
+    values = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    assert ExplainedVariance.of(values, jnp.full(size, constant, jnp.float32)).value() == 0

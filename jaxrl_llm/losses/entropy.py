@@ -122,7 +122,7 @@ def update_entropy_control(
     """
     if isinstance(minimum, int | float) and isinstance(maximum, int | float) and minimum > maximum:
         raise ValueError(f"minimum is {minimum} and maximum {maximum}: the bounds of the weight are in the wrong order")
-    entropy = jax.lax.stop_gradient(as_float(entropy))
+    entropy = jax.lax.stop_gradient(as_float(entropy)).astype(state.entropy.dtype)
     raised = jnp.minimum(state.coef + delta, maximum)
     lowered = jnp.maximum(state.coef - delta, minimum)
     return EntropyControl(jnp.where(entropy <= target, raised, lowered), entropy)

@@ -94,6 +94,13 @@ def test_the_control_follows_its_rule():
     assert state.active_coef(target=1.0) == state.coef
 
 
+def test_the_control_keeps_its_types():
+    """As the carry of a scan must."""
+    with jax.enable_x64(True):
+        state = update_entropy_control(EntropyControl.init(0.1), jnp.float64(0.3))
+        assert state.coef.dtype == state.entropy.dtype == jnp.float32
+
+
 def test_errors(tok):
     with pytest.raises(ValueError, match=r"entropy has shape \(3,\)"):
         entropy_bonus(np.zeros(3), tok.mask, entropy_coef=1)

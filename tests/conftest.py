@@ -30,11 +30,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # starve, and the process aborts ("waiting for all reduce ... may be stuck"). Threads are cheap.
 os.environ.setdefault("PJRT_NPROC", "32")
 
-# Compiling is most of what these tests do. Without LLVM's optimisations, with the emitter of fused kernels that came
-# before the present one and in one piece, it takes a tenth of the time. XLA_FLAGS="" tests what users run. XLA aborts
-# on flags that it does not know, hence the versions that do.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    quick = ("backend_optimization_level=0", "cpu_use_fusion_emitters=false", "cpu_parallel_codegen_split_count=1")
+# Compiling is most of what these tests do. Without LLVM's optimisations and in one piece, and on JAX 0.10 with the
+# emitter of fused kernels that came before the present one, it takes a fraction of the time. XLA_FLAGS="" tests what
+# users run. XLA aborts on flags that it does not know, hence the versions that do.
+if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12.")):
+    quick = ["backend_optimization_level=0", "cpu_parallel_codegen_split_count=1"]
+    quick += ["cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []
     os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in quick))
 
 import jax

@@ -174,7 +174,7 @@ def test_a_longer_limit_prolongs_rows_and_changes_no_token(tiny_config, lively_p
 
 @pytest.mark.parametrize("slots", [None, 1])
 def test_the_loop_ends_when_all_rows_have_ended(slots, tiny_config, lively_params, make_sampler, key):
-    """Hundreds of steps take far longer than one."""
+    """Hundreds of steps take far longer than one: the least times of several runs, since others may use the machine."""
     model = Transformer(tiny_config(max_position_embeddings=512, num_layers=1))
     params = lively_params(model)
     prompt, lengths = np.zeros((1, 2), np.int32), np.array([2])
@@ -182,9 +182,12 @@ def test_the_loop_ends_when_all_rows_have_ended(slots, tiny_config, lively_param
     def seconds(stop_tokens: tuple[int, ...]) -> float:
         sampler = make_sampler(model, max_tokens=400, group=2, slots=slots, stop_tokens=stop_tokens)
         jax.block_until_ready(sampler(params, prompt, lengths, key, 0))
-        begin = time.perf_counter()
-        jax.block_until_ready(sampler(params, prompt, lengths, key, 1))
-        return time.perf_counter() - begin
+        taken = []
+        for step in range(1, 10):
+            begin = time.perf_counter()
+            jax.block_until_ready(sampler(params, prompt, lengths, key, step))
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
 
     assert seconds(tuple(range(64))) < 0.3 * seconds(())
 

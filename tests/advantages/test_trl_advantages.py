@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxrl_llm.advantages.group import group_advantages, zero_std_groups
+from jaxrl_llm.advantages.multi_reward import gdpo_advantages
+from jaxrl_llm.advantages.rloo import rloo_advantages
+from jaxrl_llm.advantages.shaping import overlong_penalty, rlhf_reward
+
 torch = pytest.importorskip("torch")
-pytest.importorskip("trl")
-
-from trl import rewards as trl_rewards  # noqa: E402
-from trl.trainer import grpo_trainer, rloo_trainer  # noqa: E402
-
-from jaxrl_llm.advantages.group import group_advantages, zero_std_groups  # noqa: E402
-from jaxrl_llm.advantages.multi_reward import gdpo_advantages  # noqa: E402
-from jaxrl_llm.advantages.rloo import rloo_advantages  # noqa: E402
-from jaxrl_llm.advantages.shaping import overlong_penalty, rlhf_reward  # noqa: E402
+trl_rewards = pytest.importorskip("trl.rewards")
+grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+rloo_trainer = pytest.importorskip("trl.trainer.rloo_trainer")
 
 GROUPS, SAMPLES, REWARDS, TIME = 5, 4, 2, 6
 

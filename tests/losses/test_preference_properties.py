@@ -173,18 +173,17 @@ def test_no_sample_and_one_sample_are_finite(case, arrays, valid):
         assert not any(np.any(gradient) for gradient in gradients.values())
 
 
-@every_loss
-def test_micro_batches_add_up(case, arrays):
-    if not case.splits:
-        pytest.skip("ranks within a batch")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.splits])
+def test_micro_batches_add_up(name, arrays):
+    case = CASES[name]
     data = of(case, arrays)
     mask = data["mask"]
     options = {"normalizer": mask.sum()}
     if case.options.get("per_side_mean"):
         options = {"normalizer": np.array([(mask & data["labels"]).sum(), (mask & ~data["labels"]).sum()])}
-    for name in ("nll_lengths", "chosen_lengths"):
-        if case.loss in (cpo_loss, orpo_loss) and name in data:
-            options["nll_normalizer"] = data[name][mask].sum()
+    for lengths in ("nll_lengths", "chosen_lengths"):
+        if case.loss in (cpo_loss, orpo_loss) and lengths in data:
+            options["nll_normalizer"] = data[lengths][mask].sum()
             break
     value, metrics, gradients = run(case, data)
     parts = [run(case, of(case, arrays, rows), **options) for rows in (slice(0, 3), slice(3, 8))]

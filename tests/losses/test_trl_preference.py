@@ -28,11 +28,11 @@ torch = pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("trl", reason=REASON)
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # a warning on import
-from trl.experimental.cpo import CPOTrainer  # noqa: E402
-from trl.experimental.online_dpo import OnlineDPOTrainer  # noqa: E402
-from trl.experimental.orpo import ORPOTrainer  # noqa: E402
-from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
-from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
+CPOTrainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
+OnlineDPOTrainer = pytest.importorskip("trl.experimental.online_dpo").OnlineDPOTrainer
+ORPOTrainer = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
+DPOTrainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
+KTOTrainer = pytest.importorskip("trl.trainer.kto_trainer").KTOTrainer
 
 PAIRS, T, PROMPT = 5, 8, 2
 

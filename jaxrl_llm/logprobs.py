@@ -258,7 +258,7 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         if not slices.even:  # what overlaps counts once; below, it is written twice, the same
             weight = jnp.where(slices.fresh(index)[:, None], weight, 0)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
-        return (to_hidden, slices.paste(to_head, _outer_product(gradient, hidden), index)), None
+        return (to_hidden, slices.paste(to_head, _outer_product(hidden, gradient).T, index)), None
 
     def recompute_and_pull(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple:
         return pull(carry, (index, slices.logits(hidden, slices.cut(bits, index))))
@@ -269,20 +269,21 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
     return to_hidden.astype(hidden.dtype), slices.head(to_head), None
 
 
-def _outer_product(gradient: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Sums gradient ⊗ hidden over tokens, `[size, D]`, in float32.
+def _outer_product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Sums hidden ⊗ gradient over tokens, `[D, size]`, in float32.
 
-    XLA's CPU has no such product of bfloat16 operands (jaxlib 0.10: "Unsupported element type for DotThunk"), so that
-    there they are widened first.
+    Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states. It has no
+    such product of bfloat16 operands at all (jaxlib 0.10: "Unsupported element type for DotThunk"), so that there
+    they are widened first.
     """
 
-    def product(gradient: jax.Array, hidden: jax.Array) -> jax.Array:
-        return jnp.einsum("...v,...d->vd", gradient, hidden, preferred_element_type=jnp.float32)
+    def product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,...v->dv", hidden, gradient, preferred_element_type=jnp.float32)
 
-    def widened(gradient: jax.Array, hidden: jax.Array) -> jax.Array:
-        return product(gradient.astype(jnp.float32), hidden.astype(jnp.float32))
+    def widened(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        return product(hidden.astype(jnp.float32), gradient.astype(jnp.float32))
 
-    return jax.lax.platform_dependent(gradient, hidden, cpu=widened, default=product)
+    return jax.lax.platform_dependent(hidden, gradient, cpu=widened, default=product)
 
 
 _scores.defvjp(_forward, _backward)

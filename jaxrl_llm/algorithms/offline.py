@@ -1,0 +1,134 @@
+"""Training on given rows: one optimizer step of any objective that samples nothing, and its metrics on held-out rows.
+
+Supervised fine-tuning, reward models and preference optimisation differ in their `Objective` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, spread
+from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Metrics
+from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.types import TrainState
+
+
+class Objective(Protocol):
+    """What a model is trained towards on given rows; a frozen record.
+
+    Rows are a named tuple of arrays with at least `prompt` `[P, Tp]`, `prompt_lengths` `[P]`, `completion`
+    `[P, G, Tc]` and `mask` `[P, G, Tc]`; an objective that reads a reference has `ref_logprobs` `[P, G, Tc]` or `None`
+    among them. A row whose mask is empty counts for nothing.
+    """
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads log-probs under a reference."""
+        ...
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the G completions of a prompt must be computed together (a preference pair)."""
+        ...
+
+    def normalizer(self, rows: Any) -> Any:
+        """The denominators, a tree of scalars, that all micro-batches of one step share."""
+        ...
+
+    def loss(self, model: Transformer, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+        """The rows' part of the loss, and its metrics."""
+        ...
+
+
+OfflineStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_offline_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    micro_batches: int = 1,
+) -> OfflineStep:
+    """The pure function `(state, rows, reference=None) -> (state, metrics)` that makes one optimizer step.
+
+    Compile and call it under `jax.set_mesh`, where there is a mesh: it splits rows over that.
+
+    Args:
+        model: the model.
+        optimizer: an optax transformation.
+        objective: what it is trained towards.
+        micro_batches: pieces in which the gradient is accumulated.
+
+    Returns:
+        A function of `TrainState`, rows, and the parameters of the reference: read only if the objective needs one and
+        the rows do not bring its log-probs.
+    """
+    plan, reference_logprobs = UpdateConfig(micro_batches=micro_batches), make_reference_pass(model, micro_batches)
+
+    def loss(params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+        return objective.loss(model, params, rows, normalizer)
+
+    gradient_step = make_gradient_step(loss, optimizer, micro_batches)
+
+    def offline_step(
+        state: TrainState, rows: Any, reference: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rows = _with_reference(objective, rows, reference, reference_logprobs)
+        prompts, group = rows.mask.shape[:2]
+        split = plan.group_split(prompts, group, row_shards(), whole_groups=objective.whole_groups)
+        carry = (state.params, state.opt_state)
+        (params, opt_state), metrics = gradient_step(carry, split_groups(rows, split), objective.normalizer(rows))
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, {name: record.value() for name, record in metrics.items()}
+
+    return offline_step
+
+
+def make_offline_evaluation(model: Transformer, objective: Objective) -> Callable[..., Metrics]:
+    """The pure function `(params, rows, reference=None) -> records`: the metrics of the objective, not divided yet.
+
+    Records of several batches join by `merge`; rows whose mask is empty count for nothing, so that the last batch may
+    be filled up with them.
+    """
+    reference_logprobs = make_reference_pass(model, 1)
+
+    def evaluation(params: Params, rows: Any, reference: Params | None = None) -> Metrics:
+        rows = spread(_with_reference(objective, rows, reference, reference_logprobs))
+        _, metrics = objective.loss(model, params, rows, objective.normalizer(rows))
+        return metrics
+
+    return evaluation
+
+
+def make_reference_pass(model: Transformer, micro_batches: int) -> Callable[[Params, Any], jax.Array]:
+    """The pure function from parameters and rows to the log-probs `[P, G, Tc]` of all their tokens.
+
+    To be compiled by itself where a reference is computed once ahead of training; part of the step otherwise.
+    """
+    scores, plan = make_scorer(model), UpdateConfig(micro_batches=micro_batches)
+
+    def logprobs(params: Params, rows: Any) -> jax.Array:
+        split = plan.group_split(*rows.mask.shape[:2], row_shards())
+        parts = deal(split_groups(rows, split), micro_batches)
+        dealt = jax.lax.map(lambda part: scores(params, part).logprobs, parts)
+        return jnp.where(rows.mask, collect(dealt).reshape(rows.mask.shape), 0.0)
+
+    return logprobs
+
+
+def _with_reference(
+    objective: Objective, rows: Any, reference: Params | None, logprobs: Callable[[Params, Any], jax.Array]
+) -> Any:
+    if not objective.needs_reference or rows.ref_logprobs is not None:
+        return rows
+    if reference is None:
+        raise ValueError("this objective reads a reference: pass its parameters, or rows with ref_logprobs")
+    return rows._replace(ref_logprobs=logprobs(reference, rows))

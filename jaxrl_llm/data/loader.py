@@ -1,9 +1,9 @@
-"""The order of prompts: deterministic, checkpointable, the same in every process."""
+"""The order of prompts and rows: deterministic, checkpointable, the same in every process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -11,38 +11,50 @@ import numpy as np
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 
 
-class PromptLoader(Iterator[PromptBatch]):
-    """Endless batches of prompts, every epoch in another order.
+ServedT = TypeVar("ServedT")
 
-    Batches run across the end of an epoch, so each prompt is served exactly once per epoch and all batches
-    have one shape. A batch larger than the data set takes prompts of several epochs.
+
+class ShuffledLoader(Iterator[ServedT]):
+    """Endless batches of a data set's items, every epoch in another order.
+
+    Batches run across the end of an epoch, so each item is served exactly once per epoch and all batches
+    have one shape. A batch larger than the data set takes items of several epochs.
 
     Args:
-        dataset: The prompts.
-        batch_size: Prompts per step.
+        serve: Makes a batch of the numbers of its items and the epoch of the first one, from 0.
+        size: Number of items.
+        fingerprint: Of the data; a flat JSON-able record.
+        batch_size: Items per step.
         seed: Seed of the order, 0 to 2³² - 1.
 
     Raises:
         ValueError: A batch size below 1, or an impossible seed.
     """
 
-    def __init__(self, dataset: PromptDataset, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        serve: Callable[[list[int], int], ServedT],
+        size: int,
+        fingerprint: Mapping[str, Any],
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
         _check(batch_size)
-        size = len(dataset)
-        # (epoch, number of the prompt)
+        # (epoch, number of the item)
         order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
         order = order.map_with_index(lambda position, item: (position // size, int(item)))
         # Without drop_remainder Grain computes the length of endless data in floating point, which overflows.
         batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).map(
-            lambda pairs: dataset.batch([item for _, item in pairs], epoch=pairs[0][0])
+            lambda pairs: serve([item for _, item in pairs], pairs[0][0])
         )
         reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # tokens are in memory already
         self._iterator = iter(batches.to_iter_dataset(reading))
-        self._fingerprint = {**dataset.fingerprint, "batch_size": batch_size, "seed": seed}
+        self._fingerprint = {**fingerprint, "batch_size": batch_size, "seed": seed}
 
-    def __next__(self) -> PromptBatch:
+    def __next__(self) -> ServedT:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -68,6 +80,25 @@ class PromptLoader(Iterator[PromptBatch]):
                 "with the same data and settings, or start a new run"
             )
         self._iterator.set_state(state["iterator"])
+
+
+class PromptLoader(ShuffledLoader[PromptBatch]):
+    """Endless batches of prompts, every epoch in another order; see `ShuffledLoader`.
+
+    Args:
+        dataset: The prompts.
+        batch_size: Prompts per step.
+        seed: Seed of the order, 0 to 2³² - 1.
+    """
+
+    def __init__(self, dataset: PromptDataset, *, batch_size: int, seed: int) -> None:
+        super().__init__(
+            lambda items, epoch: dataset.batch(items, epoch=epoch),
+            len(dataset),
+            dataset.fingerprint,
+            batch_size=batch_size,
+            seed=seed,
+        )
 
 
 def eval_batches(dataset: PromptDataset, *, batch_size: int) -> Iterator[PromptBatch]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 
-
 ServedT = TypeVar("ServedT")
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import LoraTarget, ModelConfig
+from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.rope import Rotation, rotate, rotation
 from jaxrl_llm.sharding import constrain
 
@@ -63,17 +64,43 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x·Wᵀ + b, computed in the type of x."""
+    """y = x·Wᵀ + b, and (alpha / rank)·(x·Aᵀ)·Bᵀ where it has an adapter, computed in the type of x."""
 
-    def __init__(self, out: int, inner: int, axes: tuple[str, str], bias: bool, config: ModelConfig, rngs: nnx.Rngs):
-        """Weight `[out, inner]` from N(0, 0.02²), bias zero; `axes` are the logical names of both."""
+    def __init__(
+        self,
+        out: int,
+        inner: int,
+        axes: tuple[str, str],
+        bias: bool,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        name: LoraTarget | None = None,
+    ):
+        """Weight `[out, inner]` from N(0, 0.02²), bias zero; `axes` are the logical names of both.
+
+        Where `config.lora` targets `name`: A `[rank, inner]` uniform in ±1/√inner, as PEFT draws it, and B
+        `[out, rank]` zero, so that the output is that of the weight alone.
+        """
         dtype = jnp.dtype(config.param_dtype)
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
+        lora = config.lora if config.lora is not None and name in config.lora.targets else None
+        self.scale = 0.0 if lora is None else lora.scale
+        if lora is None:
+            self.lora_a = self.lora_b = None
+        else:
+            bound = inner**-0.5
+            a = jax.random.uniform(rngs.lora(), (lora.rank, inner), jnp.float32, -bound, bound)
+            self.lora_a = nnx.Param(a, axes=("lora_rank", axes[1]))
+            self.lora_b = nnx.Param(jnp.zeros((out, lora.rank), jnp.float32), axes=(axes[0], "lora_rank"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inner]` to `[..., out]`."""
         y = _product(x, self.weight[...].astype(x.dtype))
+        if self.lora_a is not None and self.lora_b is not None:
+            low = _product(x, self.lora_a[...].astype(x.dtype))
+            y = y + self.scale * _product(low, self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -99,10 +126,10 @@ class Attention(nnx.Module):
         """Query, key, value and output projections, and norms on queries and keys where configured."""
         d, h = config.embed_dim, config.head_dim
         n, k = config.num_heads * h, config.num_kv_heads * h
-        self.query = Linear(n, d, ("heads", "embed"), config.attention_bias, config, rngs)
-        self.key = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs)
-        self.value = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs)
-        self.output = Linear(d, n, ("embed", "heads"), config.output_bias, config, rngs)
+        self.query = Linear(n, d, ("heads", "embed"), config.attention_bias, config, rngs, name="query")
+        self.key = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs, name="key")
+        self.value = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs, name="value")
+        self.output = Linear(d, n, ("embed", "heads"), config.output_bias, config, rngs, name="output")
         self.query_norm = RMSNorm(h, config) if config.qk_norm else None
         self.key_norm = RMSNorm(h, config) if config.qk_norm else None
         self.head_dim = h
@@ -125,9 +152,9 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         """The three projections."""
         d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
-        self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs)
-        self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs)
-        self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs)
+        self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="gate")
+        self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
+        self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
         self.activation = _ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -177,11 +204,13 @@ class Transformer:
     # ---------------------------------------------------------------- parameters
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters: weights N(0, 0.02²), norms one, biases zero."""
+        """Random parameters: weights N(0, 0.02²), norms one, biases zero; adapters as `Linear` says."""
         frame_key, layers_key = jax.random.split(key)
 
         def one_layer(layer_key: jax.Array) -> Params:
-            return nnx.to_pure_dict(nnx.state(Block(self.config, nnx.Rngs(layer_key))))
+            # Adapters draw from a stream of their own, so that the base is that of the model without them.
+            rngs = nnx.Rngs(layer_key, lora=jax.random.fold_in(layer_key, 1))
+            return nnx.to_pure_dict(nnx.state(Block(self.config, rngs)))
 
         layers = jax.vmap(one_layer)(jax.random.split(layers_key, self.config.num_layers))
         frame = nnx.to_pure_dict(nnx.state(Frame(self.config, nnx.Rngs(frame_key))))
@@ -211,9 +240,15 @@ class Transformer:
     def _block(self) -> nnx.GraphDef:
         return nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))[0]
 
+    @functools.cached_property
+    def base(self) -> Transformer:
+        """The model without adapters."""
+        return Transformer(dataclasses.replace(self.config, lora=None))
+
     def block(self, layer_params: Params) -> Block:
-        """The block with one layer's parameters in it."""
-        return nnx.merge(self._block, layer_params)
+        """The block with one layer's parameters in it; without adapters it is the base's."""
+        plain = self.config.lora is not None and not has_adapters(layer_params)
+        return nnx.merge((self.base if plain else self)._block, layer_params)
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:
         """The last norm, after the layers."""
@@ -317,6 +352,25 @@ class Transformer:
             Normed hidden states `[P, G, Tc, D]`: entry t predicts completion token t; entry 0 is the
             prompt's last state, shared by the group.
         """
+        of_prompt, own = self._prompts_and_completions(params, prompt, prompt_lengths, completion)
+        last = jnp.take_along_axis(of_prompt, (prompt_lengths - 1)[:, None, None], axis=1)
+        first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[-1]))
+        return self.norm(params, jnp.concatenate([first, own[:, :, :-1]], axis=2))
+
+    def states(self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> jax.Array:
+        """States at the completions' own tokens: what heads read that judge a text and not what comes next.
+
+        Arguments as for `hidden`, which has the same states one place later.
+
+        Returns:
+            Normed hidden states `[P, G, Tc, D]`: entry t has read completion token t.
+        """
+        return self.norm(params, self._prompts_and_completions(params, prompt, prompt_lengths, completion)[1])
+
+    def _prompts_and_completions(
+        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual stream after the last layer: at the prompts `[P, Tp, D]`, at the completions `[P, G, Tc, D]`."""
         prompts, prompt_width = prompt.shape
         _, group, width = completion.shape
         tokens = jnp.concatenate([prompt, completion.reshape(prompts, -1)], axis=1)
@@ -345,10 +399,7 @@ class Transformer:
             return attention
 
         x, _ = self.run_layers(params, self.embed(params, tokens), positions, make_attention)
-        of_prompt, own = split(x)
-        last = jnp.take_along_axis(of_prompt, (prompt_lengths - 1)[:, None, None], axis=1)
-        first = jnp.broadcast_to(last[:, None], (prompts, group, 1, own.shape[-1]))
-        return self.norm(params, jnp.concatenate([first, own[:, :, :-1]], axis=2))
+        return split(x)
 
     # ---------------------------------------------------------------- head
 

@@ -30,6 +30,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "norm": None,
+    "lora_rank": None,
 }
 """Logical axis → mesh axis. An axis that is absent or `None` is not sharded."""
 
@@ -172,22 +173,24 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any) -> Any:
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any, shardings: Any) -> Any:
+def state_shardings(mesh: Mesh, abstract_state: Any, shardings: Any, trainable: Any = None) -> Any:
     """Shardings of a training state: the optimizer's copies of a parameter lie where the parameter does.
 
     Args:
         mesh: the device mesh.
         abstract_state: record with `params` and `opt_state`, of shapes.
         shardings: tree of the parameters' shardings.
+        trainable: the part of that tree of which the optimizer has copies; `None`: all of it.
     """
-    structure = jax.tree.structure(shardings)
+    trainable = shardings if trainable is None else trainable
+    structure = jax.tree.structure(trainable)
     whole = replicated(mesh)
 
     def is_like_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure
 
     opt_state = jax.tree.map(
-        lambda node: shardings if is_like_params(node) else whole, abstract_state.opt_state, is_leaf=is_like_params
+        lambda node: trainable if is_like_params(node) else whole, abstract_state.opt_state, is_leaf=is_like_params
     )
     everything = jax.tree.map(lambda _: whole, abstract_state)
     return everything.replace(params=shardings, opt_state=opt_state)

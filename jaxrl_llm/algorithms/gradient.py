@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_llm.models.lora import join, split_trainable
 from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import constrain
@@ -26,17 +27,27 @@ def make_gradient_step(
     With the denominator of all rows given to every micro-batch, losses and gradients of the micro-batches add
     up to those of the whole. Gradients, moments and the update are float32 whatever parameters are stored in.
 
+    The gradient is that of what is trained (`split_trainable`: of a model with adapters these and its heads, else
+    everything), of which alone the optimizer keeps a state; the rest is handed on as it is.
+
     A gradient that is not finite changes neither parameters nor the optimizer's state, which it would spoil for
     good: the step is skipped. Metrics: `loss`, `grad_norm` (as they are), `frac_steps_skipped`, and those of `loss`.
     """
 
-    def gradient_of(params: Params, rows: Any, normalizer: jax.Array) -> tuple[Params, jax.Array, Metrics]:
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows, normalizer)
+    def gradient_of(
+        params: Params, frozen: Params, rows: Any, normalizer: jax.Array
+    ) -> tuple[Params, jax.Array, Metrics]:
+        def of_trainable(part: Params) -> tuple[jax.Array, Metrics]:
+            return loss(join(part, frozen), rows, normalizer)
+
+        (value, metrics), gradient = jax.value_and_grad(of_trainable, has_aux=True)(params)
         return widen(gradient), value, metrics
 
-    def accumulated(params: Params, rows: Any, normalizer: jax.Array) -> tuple[Params, jax.Array, Metrics]:
+    def accumulated(
+        params: Params, frozen: Params, rows: Any, normalizer: jax.Array
+    ) -> tuple[Params, jax.Array, Metrics]:
         def micro_step(total: Params, part: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
-            gradient, value, metrics = gradient_of(params, part, normalizer)
+            gradient, value, metrics = gradient_of(params, frozen, part, normalizer)
             return jax.tree.map(jnp.add, total, gradient), (value, metrics)
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
@@ -44,16 +55,17 @@ def make_gradient_step(
         return gradient, jnp.sum(values), {name: record.reduce() for name, record in stacked.items()}
 
     def gradient_step(carry: Carry, rows: Any, normalizer: jax.Array) -> tuple[Carry, Metrics]:
-        params, opt_state = carry
+        (params, frozen), before = split_trainable(carry[0]), carry[1]
         if micro_batches == 1:
-            gradient, value, metrics = gradient_of(params, spread(rows), normalizer)
+            gradient, value, metrics = gradient_of(params, frozen, spread(rows), normalizer)
         else:
-            gradient, value, metrics = accumulated(params, rows, normalizer)
+            gradient, value, metrics = accumulated(params, frozen, rows, normalizer)
         wide, norm = widen(params), optax.tree.norm(gradient)
-        updates, opt_state = optimizer.update(gradient, opt_state, wide)
-        params = jax.tree.map(lambda old, new: new.astype(old.dtype), params, optax.apply_updates(wide, updates))
+        updates, after = optimizer.update(gradient, before, wide)
+        moved = jax.tree.map(lambda old, new: new.astype(old.dtype), params, optax.apply_updates(wide, updates))
         finite = jnp.isfinite(norm)
-        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), carry)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, after), (params, before))
+        carry = join(params, frozen), opt_state
         step = {"loss": Mean.of(value), "grad_norm": Mean.of(norm), "frac_steps_skipped": Mean.of(~finite)}
         return carry, metrics | step
 

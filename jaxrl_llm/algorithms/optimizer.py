@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
+from jaxrl_llm.models.lora import ADAPTERS
+
 ScheduleShape = Literal["constant", "linear", "cosine"]
 
 
@@ -24,7 +26,7 @@ class OptimizerConfig:
     """Optimizer steps over which the learning rate rises linearly; the first has peak / (steps + 1). A shape that
     falls needs a run that is longer; a constant one may be cut in the middle of its rise."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices only (not on biases and norms)."""
+    """Decoupled weight decay, on matrices only (not on biases and norms); of adapters, on A and B."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.999
@@ -87,5 +89,5 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 
 def _weights_only(params: Any) -> Any:
-    """Marks what decays: leaves named `weight`; rank does not tell, since stacked biases are matrices, too."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
+    """Marks what decays: weights and adapters; rank does not tell, since stacked biases are matrices, too."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("weight", *ADAPTERS), params)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
+LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,38 @@ class RopeConfig:
             raise ValueError(f"rope scaling {self.scaling!r} is not one of {get_args(RopeScaling)}")
         if self.scaling in ("llama3", "yarn") and not self.original_max_position_embeddings:
             raise ValueError(f"rope scaling {self.scaling!r} needs original_max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: W·x + (alpha / rank)·B·A·x, of which A and B alone are trained (Hu et al. 2021).
+
+    Adapters are float32 whatever the type of the parameters.
+    """
+
+    rank: int = 8
+    """Rows of A and columns of B; 0: no adapters."""
+    alpha: float = 16.0
+    """What the adapters' output is multiplied by, over the rank."""
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """Which linear layers of a block have adapters."""
+    use_rslora: bool = False
+    """Scale by alpha / √rank instead, so that a higher rank learns as fast (Kalajdzievski 2023)."""
+
+    def __post_init__(self) -> None:
+        """Rejects adapters that cannot be meant."""
+        if self.rank < 0:
+            raise ValueError(f"lora.rank={self.rank} must be positive, or 0 for no adapters")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha={self.alpha} must be positive: at 0, adapters have no effect")
+        unknown = [target for target in self.targets if target not in get_args(LoraTarget)]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets={self.targets} must be some of {get_args(LoraTarget)}, each once")
+
+    @property
+    def scale(self) -> float:
+        """What B·A·x is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +137,8 @@ class ModelConfig:
     remat: Remat = "full"
     """What the backward pass computes again in each block: everything (`full`: least memory), all but
     the matrix products (`dots`), nothing (`none`: fastest where memory allows)."""
+    lora: LoraConfig | None = None
+    """Adapters beside the weights of each block, or none; parameters that lack them are those of the base alone."""
 
     def __post_init__(self) -> None:
         """Rejects sizes that do not fit together."""
@@ -120,10 +156,12 @@ class ModelConfig:
         for field, options in (("activation", Activation), ("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
+        if self.lora is not None and not self.lora.rank:
+            raise ValueError("ModelConfig.lora has rank 0: give adapters a rank, or set lora=None")
 
     @property
     def num_parameters(self) -> int:
-        """Number of scalars, a tied embedding counted once."""
+        """Number of scalars, a tied embedding counted once, adapters left out."""
         d, f, h = self.embed_dim, self.mlp_dim, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
         block = d * (qkv + self.num_heads * h + 3 * f + 2)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.models.config import DType
+from jaxrl_llm.models.lora import merge_adapters, without_adapters
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -19,9 +20,9 @@ from jaxrl_llm.types import Rollout
 class Sampler:
     """Samples `group` completions of each prompt of a batch.
 
-    Inside the program the parameters are cast to the rollout type and gathered from `fsdp` shards once, before
-    the loop, so that no weight moves per decoded token. The rollout is replicated over the mesh: it is small,
-    and the host of each process reads it.
+    Inside the program adapters are merged, and the parameters cast to the rollout type and gathered from `fsdp`
+    shards, once, before the loop, so that no weight moves per decoded token. The rollout is replicated over the
+    mesh: it is small, and the host of each process reads it.
 
     Args:
         model: the transformer.
@@ -50,7 +51,7 @@ class Sampler:
         self.model, self.config, self.group = model, config, group
         self.stop_tokens = tuple(stop_tokens)
         self.mesh, self.dtype = mesh, jnp.dtype(dtype or model.config.dtype)
-        self._axes = model.logical_axes()
+        self._axes = without_adapters(model.logical_axes())
         self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
 
     def __call__(self, params: Params, prompt: np.ndarray, prompt_lengths: np.ndarray, key: Any, step: Any) -> Rollout:
@@ -116,7 +117,8 @@ class Sampler:
         split = self._row_split(prompts)
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 0)
         keys = row_keys(root, jnp.arange(prompts), group).reshape(prompts * split, group // split)
-        params = gather_for_sampling(params, self._axes, self.dtype)
+        trunk = {name: params[name] for name in self._axes}  # heads have no part in it
+        params = gather_for_sampling(merge_adapters(trunk, self.model.config), self._axes, self.dtype)
         rows = constrain(jnp.repeat(prompt, split, axis=0), "rows", None)
         lengths = constrain(jnp.repeat(prompt_lengths, split), "rows")
         rollout = sample(self.model, params, rows, lengths, keys, config=self.config, stop_tokens=self.stop_tokens)

@@ -1,0 +1,127 @@
+"""LoRA: adapters in a tree of parameters, told apart from the base, merged into it, or left out.
+
+An adapter is two leaves beside the `weight` `[out, in]` of a linear layer: `lora_a` `[rank, in]` and `lora_b`
+`[out, rank]`, both stacked over the layers as the weight is. `ModelConfig.lora` says which layers have one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxrl_llm.models.transformer import Params, Transformer
+
+ADAPTERS = ("lora_a", "lora_b")
+"""Names of an adapter's leaves."""
+
+TRUNK = ("embed", "layers", "final_norm", "lm_head")
+"""Entries of a model's parameters that are the model; what lies beside them is a head."""
+
+
+def has_adapters(params: Any) -> bool:
+    """Whether there are adapters in a tree of parameters, or in a part of one."""
+    if not isinstance(params, dict):
+        return False
+    return any(name in params for name in ADAPTERS) or any(has_adapters(part) for part in params.values())
+
+
+def split_adapters(params: Any) -> tuple[Params, Params]:
+    """The adapters alone, and everything else; `join` puts them together again.
+
+    Works on any tree that has the structure of the parameters, such as their logical axes or shardings.
+    """
+    adapters, base = {}, {}
+    for name, part in params.items():
+        if isinstance(part, dict):
+            of_adapters, of_base = split_adapters(part)
+            adapters |= {name: of_adapters} if of_adapters else {}
+            base |= {name: of_base} if of_base else {}
+        else:
+            (adapters if name in ADAPTERS else base)[name] = part
+    return adapters, base
+
+
+def without_adapters(params: Any) -> Params:
+    """The base: the same arrays, those of the adapters left out. A tree without adapters is itself."""
+    return split_adapters(params)[1] if has_adapters(params) else params
+
+
+def join(one: Any, other: Any) -> Any:
+    """One tree of two parts of it that share no leaf."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one
+    both = {name: join(one[name], other[name]) for name in one.keys() & other.keys()}
+    return {**one, **other, **both}
+
+
+def split_trainable(params: Any) -> tuple[Any, Any]:
+    """What training changes, and what it leaves as it is; `join` puts them together again.
+
+    Of a model that has adapters, training changes these and its heads (`value_head`, `score_head`: whatever lies
+    beside `TRUNK`). Of any other it changes everything. A tree may hold several models by name (policy and critic),
+    each of which is judged by itself.
+    """
+    if not has_adapters(params):
+        return params, {}
+    if "layers" in params:
+        trainable, frozen = split_adapters({name: part for name, part in params.items() if name in TRUNK})
+        return {**trainable, **{name: part for name, part in params.items() if name not in TRUNK}}, frozen
+    parts = {name: split_trainable(part) for name, part in params.items()}
+    trainable = {name: part for name, (part, _) in parts.items()}
+    return trainable, {name: part for name, (_, part) in parts.items() if part}
+
+
+def reference_of(params: Params, reference: Params | None) -> Params | None:
+    """The reference that is given or, where none is, the base of parameters that have adapters: the same arrays.
+
+    `None` where there is neither: then a reference is missing.
+    """
+    return without_adapters(params) if reference is None and has_adapters(params) else reference
+
+
+def merge_adapters(params: Params, config: ModelConfig) -> Params:
+    """Parameters of the plain model that computes the same: W + (alpha / rank)·B·A in place of W.
+
+    Computed in float32 and rounded to the type of W. Pure; parameters without adapters are returned as they are.
+
+    Args:
+        params: of the model that `config` describes, heads beside it included.
+        config: says by how much adapters are scaled.
+
+    Raises:
+        ValueError: the parameters have adapters, of which `config` knows nothing.
+    """
+    if not has_adapters(params):
+        return params
+    if config.lora is None:
+        raise ValueError("the parameters have LoRA adapters, but ModelConfig.lora is None: how they scale is not known")
+    if "lora_a" not in params:
+        return {name: merge_adapters(part, config) if isinstance(part, dict) else part for name, part in params.items()}
+    weight, a, b = (params[name].astype(jnp.float32) for name in ("weight", *ADAPTERS))
+    product = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
+    merged = (weight + config.lora.scale * product).astype(params["weight"].dtype)
+    return {name: part for name, part in params.items() if name not in ADAPTERS} | {"weight": merged}
+
+
+def add_adapters(params: Params, model: Transformer, key: jax.Array, shardings: Any = None) -> Params:
+    """Parameters of a base with fresh adapters beside them: the base's arrays, and the same output as without.
+
+    Args:
+        params: of the base; adapters that they have are replaced.
+        model: the model with adapters (`ModelConfig.lora`).
+        key: of the adapters' random part.
+        shardings: tree of the shardings of all parameters of `model`, or `None`: wherever JAX puts what it computes.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    if model.config.lora is None:
+        raise ValueError("this model has no adapters: set ModelConfig.lora")
+    placed = None if shardings is None else split_adapters(shardings)[0]
+    fresh = jax.jit(lambda key: split_adapters(model.init(key))[0], out_shardings=placed)(key)
+    return join(without_adapters(params), fresh)

@@ -1,43 +1,199 @@
-"""The iterations of a run: sample, score, update; log, evaluate, checkpoint."""
+"""The iterations of a run, whatever it trains on: step; log, evaluate, checkpoint; stop and go on."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 
+from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.training.checkpoint import Checkpointer
-from jaxrl_llm.training.distributed import any_process
-from jaxrl_llm.training.episodes import Episodes, RewardError, score_rollout
-from jaxrl_llm.training.metrics import MetricsWriter
-from jaxrl_llm.training.report import Report
-from jaxrl_llm.training.resume import SavedRun
+from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.distributed import any_process, is_main_process
+from jaxrl_llm.training.episodes import RewardError
+from jaxrl_llm.training.metrics import MetricsWriter, WandbConfig
+from jaxrl_llm.training.report import Report, SampledCompletion
+from jaxrl_llm.training.resume import CHECKPOINTS, SavedRun
 from jaxrl_llm.training.signals import GracefulStop
+from jaxrl_llm.types import TrainState
 
-if TYPE_CHECKING:
-    from jaxrl_llm.training.trainer import Trainer
-
-EVALUATION_KEY = np.uint32(0x5EED)
-"""Keeps the noise of evaluations apart from that of training."""
+Phase = Callable[[str], contextlib.AbstractContextManager[None]]
+"""Names and times what is done inside a `with` block."""
 
 
 class RecompilationWarning(UserWarning):
     """A program was compiled again after the first iteration."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+    """How long a run is, and what it keeps."""
+
+    steps: int
+    """The last step."""
+    checkpoint_every: int
+    """Steps between checkpoints; 0: none at all."""
+    keep_checkpoints: int
+    """Latest checkpoints that are kept, beside the best one."""
+    evaluate_every: int
+    """Steps between evaluations; 0: none."""
+    best_metric: str | None
+    """Metric of an evaluation by which the best checkpoint is kept, too."""
+    best_mode: str = "max"
+    """Which of its values is best: "max" or "min"."""
+    samples_every: int = 0
+    """Steps between printed completions where there is no terminal; 0: never."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves behind."""
+
+    params: Params
+    """The model's parameters after the last step."""
+    step: int
+    """Steps done."""
+    first_evaluation: dict[str, float]
+    """Metrics of the evaluation before the first step; empty without evaluation."""
+    last_evaluation: dict[str, float]
+    """Metrics of the last evaluation."""
+    stopped: str | None
+    """Why it ended early, or `None`."""
+
+
+class Outcome(NamedTuple):
+    """What an iteration or an evaluation leaves to be written and shown."""
+
+    metrics: dict[str, float]
+    """By name."""
+    samples: Callable[[int], Sequence[SampledCompletion]] | None = None
+    """Some completions, at most so many, if any were sampled."""
+    remarks: Sequence[str] = ()
+    """What to say after the first step."""
+
+
+class Data(Protocol):
+    """Batches in an order that can be saved."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
+
+
+class Stage(Protocol):
+    """What a loop drives: programs, data, and a state that is replaced step by step.
+
+    Each phase of `iterate` and `evaluate` ends when the device has done its work, so that its seconds are true.
+    """
+
+    run_dir: Path
+    title: str
+    description: dict[str, Any]
+    wandb: WandbConfig | None
+    saved: SavedRun | None
+    abstract_state: TrainState
+    state: TrainState
+    compilations: CompilationCounter
+
+    @property
+    def length(self) -> RunLength:
+        """How long the run is."""
+        ...
+
+    @property
+    def loader(self) -> Data:
+        """Where it is in its data."""
+        ...
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases of an iteration."""
+        ...
+
+    @property
+    def what_a_step_is(self) -> str:
+        """A sentence for the start of the run."""
+        ...
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the last optimizer step of an iteration."""
+        ...
+
+    def iterate(self, step: int, phase: Phase) -> Outcome:
+        """Makes step number `step`, in `phases`; `num_tokens` and `frac_steps_skipped` are among its metrics."""
+        ...
+
+    def evaluate(self, phase: Phase) -> Outcome:
+        """Metrics named `eval/…`, in the phase "evaluate"; called if `length.evaluate_every` is not 0."""
+        ...
+
+
+def run_stage(stage: Stage) -> TrainingResult:
+    """Trains to the last step, or until SIGTERM or Ctrl-C; then saves and returns.
+
+    Raises:
+        RewardError: a reward function failed; the steps before are saved.
+    """
+    length, start = stage.length, stage.saved.step if stage.saved else None
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(GracefulStop())  # outermost, so that it also guards the last write
+        stack.enter_context(stage.compilations)
+        checkpoints = None
+        if length.checkpoint_every or start:
+            checkpoints = Checkpointer(
+                stage.run_dir / CHECKPOINTS,
+                keep=length.keep_checkpoints,
+                best_metric=length.best_metric,
+                best_mode=length.best_mode,
+            )
+            stack.enter_context(checkpoints)
+            if start:
+                for leaf in jax.tree.leaves(stage.state):  # room for what is restored
+                    leaf.delete()
+                stage.state, _ = checkpoints.restore(stage.abstract_state, start)
+        writer = stack.enter_context(
+            MetricsWriter(
+                stage.run_dir,
+                resume_step=start,
+                wandb=stage.wandb,
+                run_config=stage.description,
+                is_main_process=is_main_process(),
+            )
+        )
+        report = stack.enter_context(
+            Report(
+                length.steps,
+                start_step=start or 0,
+                title=stage.title,
+                samples_every=length.samples_every,
+                enabled=is_main_process(),
+            )
+        )
+        report.message(stage.what_a_step_is)
+        loop = Loop(stage, checkpoints if length.checkpoint_every else None, writer, report, stop)
+        loop.train()
+    return TrainingResult(
+        params=stage.state.params,
+        step=loop.step,
+        first_evaluation=loop.evaluations[0] if loop.evaluations else {},
+        last_evaluation=loop.evaluations[-1] if loop.evaluations else {},
+        stopped=stop.reason if loop.step < length.steps else None,
+    )
+
+
 class Loop:
     """What exists between the start of a process and its end.
 
-    Each phase ends when the device has done its work, so that its seconds are true; what the host does in
-    between (logging) takes milliseconds.
+    What the host does between phases (logging) takes milliseconds.
 
     Args:
-        trainer: programs, data and state; the state is replaced step by step.
+        stage: programs, data and state.
         checkpoints: where to save, or `None`.
         writer: of metrics.
         report: of progress.
@@ -46,18 +202,17 @@ class Loop:
 
     def __init__(
         self,
-        trainer: Trainer,
+        stage: Stage,
         checkpoints: Checkpointer | None,
         writer: MetricsWriter,
         report: Report,
         stop: GracefulStop,
     ):
-        self.trainer, self.checkpoints, self.writer = trainer, checkpoints, writer
-        self.report, self.stop = report, stop
-        self.step = trainer.saved.step if trainer.saved else 0
-        self.evaluations = trainer.saved.evaluations if trainer.saved else []
-        self._key = np.asarray(trainer.state.key)
-        self._data_state = trainer.loader.get_state()
+        self.stage, self.length, self.checkpoints = stage, stage.length, checkpoints
+        self.writer, self.report, self.stop = writer, report, stop
+        self.step = stage.saved.step if stage.saved else 0
+        self.evaluations = stage.saved.evaluations if stage.saved else []
+        self._data_state = stage.loader.get_state()
         self._seconds: dict[str, float] = {}
 
     def train(self) -> None:
@@ -78,44 +233,35 @@ class Loop:
 
     def _iterations(self) -> bool:
         """Whether it was stopped before the last step."""
-        last = self.trainer.config.steps
-        if self.step == 0:
+        last = self.length.steps
+        if self.step == 0 and self.length.evaluate_every:
             self._evaluate()
         start, stopping, began = self.step, False, time.perf_counter()
         while self.step < last and not stopping:
-            metrics, episodes = self._iterate()
+            outcome = self._iterate()
             ended = time.perf_counter()
-            self._log(metrics, episodes, ended - began, first=self.step == start + 1)
+            self._log(outcome, ended - began, first=self.step == start + 1)
             logged = time.perf_counter()
-            evaluation = self._evaluate() if self._due(self.trainer.evaluation.every) else None
+            evaluation = self._evaluate() if self._due(self.length.evaluate_every) else None
             stopping = self.step < last and any_process(self.stop.requested)
             if stopping:
                 self.stop.request("another process was stopped")  # kept where this one was not
-            if stopping or self._due(self.trainer.config.checkpoint_every):
+            if stopping or self._due(self.length.checkpoint_every):
                 self._save(evaluation)
             began = ended + time.perf_counter() - logged  # evaluations and checkpoints are no part of a step
         return stopping
 
-    def _iterate(self) -> tuple[dict[str, float], Episodes]:
+    def _iterate(self) -> Outcome:
         """One step; the state, the position in the data and `step` change together, at its end."""
-        trainer = self.trainer
-        with self._phase("sample"):
-            batch, state = next(trainer.loader), trainer.state
-            rollout = trainer.sampler(state.params, batch.tokens, batch.lengths, state.key, self.step + 1)
-            jax.block_until_ready(rollout)
-        with self._phase("reward"):
-            episodes = score_rollout(rollout, batch, trainer.rewards, trainer.tokenizer)
-        with self._phase("update"), jax.set_mesh(trainer.mesh):
-            trainer.state, metrics = trainer.update(state, rollout, episodes.rewards, trainer.reference)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.step, self._data_state = self.step + 1, trainer.loader.get_state()
-        return metrics, episodes
+        outcome = self.stage.iterate(self.step + 1, self._phase)
+        self.step, self._data_state = self.step + 1, self.stage.loader.get_state()
+        return outcome
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Times a phase, and warns of programs that it compiles when it is not its first time."""
         self.report.phase(name)
-        counter = self.trainer.compilations
+        counter = self.stage.compilations
         began, mark = time.perf_counter(), counter.mark()
         yield
         first = name not in self._seconds
@@ -126,53 +272,48 @@ class Loop:
             warnings.warn(text, RecompilationWarning, stacklevel=3)
 
     def _due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self.trainer.config.steps)
+        return bool(every) and (self.step % every == 0 or self.step == self.length.steps)
 
-    def _log(self, metrics: dict[str, float], episodes: Episodes, seconds: float, *, first: bool) -> None:
-        metrics |= episodes.reward_metrics()
-        metrics["learning_rate"] = self.trainer.learning_rate(self.step)
+    def _log(self, outcome: Outcome, seconds: float, *, first: bool) -> None:
+        metrics = outcome.metrics
+        metrics["learning_rate"] = self.stage.learning_rate(self.step)
         metrics["step_time"] = seconds
         metrics["perf/tokens_per_second"] = metrics["num_tokens"] / seconds
-        metrics |= {f"perf/{name}_seconds": self._seconds[name] for name in ("sample", "reward", "update")}
+        metrics |= {f"perf/{name}_seconds": self._seconds[name] for name in self.stage.phases}
         self.writer.write(self.step, metrics)
         self.report.log(self.step, metrics)
-        if first:
-            for name in episodes.without_effect():
-                self.report.message(
-                    f"step {self.step}: the reward function {name!r} returned None for all {episodes.rewards.size} "
-                    "samples, and has no part in their reward; can it read the gold answers in the data?"
-                )
+        for remark in outcome.remarks if first else ():
+            self.report.message(f"step {self.step}: {remark}")
         if skipped := metrics["frac_steps_skipped"]:
             part = "its update was skipped" if skipped == 1 else f"{skipped:.0%} of its updates were skipped"
             self.report.message(f"step {self.step}: the gradient is not finite, {part}")
-        if self.report.wants_samples(self.step):
-            self.report.samples(self.step, episodes.samples(self.trainer.tokenizer, 4))
+        self._show(outcome, 4)
 
-    def _evaluate(self) -> dict[str, float] | None:
-        if self.trainer.evaluator is None:
-            return None
-        with self._phase("evaluate"):
-            metrics, episodes = self.trainer.evaluator(self.trainer.state.params, self._key ^ EVALUATION_KEY)
-        self.evaluations = [*self.evaluations[:1], metrics]
-        metrics = metrics | {"perf/evaluate_seconds": self._seconds["evaluate"]}
+    def _evaluate(self) -> dict[str, float]:
+        outcome = self.stage.evaluate(self._phase)
+        self.evaluations = [*self.evaluations[:1], outcome.metrics]
+        metrics = outcome.metrics | {"perf/evaluate_seconds": self._seconds["evaluate"]}
         self.writer.write(self.step, metrics)
         self.report.log(self.step, metrics)
-        if self.report.wants_samples(self.step):
-            self.report.samples(self.step, episodes.samples(self.trainer.tokenizer, 3))
+        self._show(outcome, 3)
         return metrics
+
+    def _show(self, outcome: Outcome, count: int) -> None:
+        if outcome.samples is not None and self.report.wants_samples(self.step):
+            self.report.samples(self.step, outcome.samples(count))
 
     def _save(self, evaluation: dict[str, float] | None) -> None:
         if self.checkpoints is None:
             return
-        run = SavedRun(self.step, self._data_state, self.evaluations, self.trainer.description)
+        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.description)
         with self._phase("checkpoint"):
             self.writer.flush()
-            self.checkpoints.save(self.step, self.trainer.state, run.extra(), evaluation)
+            self.checkpoints.save(self.step, self.stage.state, run.extra(), evaluation)
 
     def _say_how_to_resume(self, what: str) -> None:
         if self.checkpoints is None:
             self.report.message(f"{what}; nothing was saved, since training.checkpoint_every is 0.")
             return
         self.checkpoints.wait()
-        folder = self.trainer.run_dir
+        folder = self.stage.run_dir
         self.report.message(f"{what} and saved. Go on with the same command and --resume --run-dir={folder}")

@@ -5,8 +5,8 @@ An iteration is two XLA programs with the reward functions between them; `jaxrl_
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,13 @@ from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards
-from jaxrl_llm.training.checkpoint import Checkpointer
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.distributed import is_main_process
+from jaxrl_llm.training.episodes import score_rollout
 from jaxrl_llm.training.evaluate import EvaluationConfig, Evaluator
-from jaxrl_llm.training.loop import Loop
-from jaxrl_llm.training.metrics import MetricsWriter, WandbConfig
-from jaxrl_llm.training.report import Report
-from jaxrl_llm.training.resume import CHECKPOINTS, find_run
+from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
+from jaxrl_llm.training.metrics import WandbConfig
+from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.signals import GracefulStop
 from jaxrl_llm.types import TrainState
 
 
@@ -62,24 +59,12 @@ class TrainingConfig:
                 raise ValueError(f"training.{field}={getattr(self, field)} must not be negative")
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingResult:
-    """What a run leaves behind."""
-
-    params: Params
-    """The policy's parameters after the last step."""
-    step: int
-    """Steps done."""
-    first_evaluation: dict[str, float]
-    """Metrics of the evaluation before the first step; empty without evaluation."""
-    last_evaluation: dict[str, float]
-    """Metrics of the last evaluation."""
-    stopped: str | None
-    """Why it ended early, or `None`."""
+EVALUATION_KEY = np.uint32(0x5EED)
+"""Keeps the noise of evaluations apart from that of training."""
 
 
 class Trainer:
-    """Trains a policy on rewards of its own samples.
+    """Trains a policy on rewards of its own samples; a `Stage` of `jaxrl_llm.training.loop`.
 
     Args:
         model: the policy.
@@ -166,13 +151,14 @@ class Trainer:
                 rows=prompts * group,
             )
         self._optimizer_steps = plan.optimizer_steps
-        self._what_a_step_is = (
+        self.what_a_step_is = (
             f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
         self._prepare_updates(params, algorithm, plan, optimizer, sampling, seed)
         self.compilations = CompilationCounter()
+        self.phases = ("sample", "reward", "update")
 
     def _prepare_updates(
         self,
@@ -203,52 +189,51 @@ class Trainer:
         """The rate of the last optimizer step of an iteration."""
         return float(self._learning_rates[step * self._optimizer_steps - 1])
 
+    @property
+    def length(self) -> RunLength:
+        """How long the run is."""
+        config = self.config
+        return RunLength(
+            config.steps,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            evaluate_every=self.evaluation.every,
+            best_metric="eval/accuracy" if self.evaluator else None,
+            samples_every=config.samples_every,
+        )
+
     def run(self) -> TrainingResult:
         """Trains to the last step, or until SIGTERM or Ctrl-C; then saves and returns.
 
         Raises:
             RewardError: a reward function failed; the steps before are saved.
         """
-        start = self.saved.step if self.saved else None
-        with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(GracefulStop())  # outermost, so that it also guards the last write
-            stack.enter_context(self.compilations)
-            checkpoints = None
-            if self.config.checkpoint_every or start:
-                best = "eval/accuracy" if self.evaluator else None
-                keep = self.config.keep_checkpoints
-                checkpoints = stack.enter_context(Checkpointer(self.run_dir / CHECKPOINTS, keep=keep, best_metric=best))
-                if start:
-                    jax.tree.map(lambda leaf: leaf.delete(), self.state)  # room for what is restored
-                    self.state, _ = checkpoints.restore(self.abstract_state, start)
-            writer = stack.enter_context(
-                MetricsWriter(
-                    self.run_dir,
-                    resume_step=start,
-                    wandb=self.wandb,
-                    run_config=self.description,
-                    is_main_process=is_main_process(),
-                )
-            )
-            report = stack.enter_context(
-                Report(
-                    self.config.steps,
-                    start_step=start or 0,
-                    title=self.title,
-                    samples_every=self.config.samples_every,
-                    enabled=is_main_process(),
-                )
-            )
-            report.message(self._what_a_step_is)
-            loop = Loop(self, checkpoints if self.config.checkpoint_every else None, writer, report, stop)
-            loop.train()
-        return TrainingResult(
-            params=self.state.params,
-            step=loop.step,
-            first_evaluation=loop.evaluations[0] if loop.evaluations else {},
-            last_evaluation=loop.evaluations[-1] if loop.evaluations else {},
-            stopped=stop.reason if loop.step < self.config.steps else None,
-        )
+        return run_stage(self)
+
+    def iterate(self, step: int, phase: Phase) -> Outcome:
+        """Samples, scores and updates."""
+        with phase("sample"):
+            batch, state = next(self.loader), self.state
+            rollout = self.sampler(state.params, batch.tokens, batch.lengths, state.key, step)
+            jax.block_until_ready(rollout)
+        with phase("reward"):
+            episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer)
+        with phase("update"), jax.set_mesh(self.mesh):
+            self.state, metrics = self.update(state, rollout, episodes.rewards, self.reference)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        remarks = [
+            f"the reward function {name!r} returned None for all {episodes.rewards.size} samples, and has no part in "
+            "their reward; can it read the gold answers in the data?"
+            for name in episodes.without_effect()
+        ]
+        return Outcome(metrics | episodes.reward_metrics(), partial(episodes.samples, self.tokenizer), remarks)
+
+    def evaluate(self, phase: Phase) -> Outcome:
+        """Decodes the held-out prompts and scores them."""
+        assert self.evaluator is not None  # evaluation.every says when, and is 0 without
+        with phase("evaluate"):
+            metrics, episodes = self.evaluator(self.state.params, np.asarray(self.state.key) ^ EVALUATION_KEY)
+        return Outcome(metrics, partial(episodes.samples, self.tokenizer))
 
 
 def _count(dataset: PromptDataset) -> str:

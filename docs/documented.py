@@ -175,8 +175,8 @@ def preset_names() -> dict[str, set[str]]:
     """
     public = {name for found in entries().values() for name in (entry.name for entry in found)}
     used = {}
-    for preset in defined(presets):
-        function = getattr(presets, preset)
+    for function in presets.PRESETS:
+        preset = function.__name__
         names = {f"{preset}_loss", f"{preset}_advantages"}
         for text in [function.__doc__ or "", *_record_docstrings(function())]:
             names |= {word.rpartition(".")[2] for word in re.findall(r"`([\w.]+)`", text)}

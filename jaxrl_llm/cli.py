@@ -17,9 +17,11 @@ import jax
 import tyro
 from safetensors import SafetensorError
 
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.presets import PRESETS
 from jaxrl_llm.config import Experiment, ModelSource, flatten
 from jaxrl_llm.data.prompts import PromptDataset
-from jaxrl_llm.data.sources import RowSource, open_source
+from jaxrl_llm.data.sources import RowSource, nearest_name, open_source
 from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params, save_pretrained
 from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.transformer import Params, Transformer
@@ -51,11 +53,37 @@ class Policy:
 
 
 def parse(config: ConfigT, args: list[str] | None = None, *, description: str = "") -> ConfigT:
-    """`config` with the command line's changes: `--algorithm.clip-high=0.28 --mesh.fsdp=-1`.
+    """`config` with the command line's changes: `--algorithm.surrogate.clip-high=0.28 --mesh.fsdp=-1`.
 
-    An unknown flag ends the program at once and names the nearest one.
+    `--preset=gspo` puts that published algorithm in place of `config.algorithm`, whose flags may change it further.
+    An unknown flag or preset ends the program at once and names the nearest one.
     """
+    args = sys.argv[1:] if args is None else list(args)
+    with plain_errors():
+        chosen, args = _preset(args)
+    if chosen is not None:
+        config = dataclasses.replace(config, algorithm=chosen)
+    names = ", ".join(preset.__name__ for preset in PRESETS)
+    description = f"{description}\n\n--preset=NAME begins with a published algorithm: {names}."
     return tyro.cli(type(config), args=args, default=config, description=description)
+
+
+def _preset(args: list[str]) -> tuple[PolicyGradient | None, list[str]]:
+    """The preset that the command line names, if any, and the other arguments."""
+    rest, name, arguments = [], None, iter(args)
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        if flag != "--preset":
+            rest.append(argument)
+        else:
+            name = value if given else next(arguments, "")
+    if name is None:
+        return None, rest
+    presets = {preset.__name__: preset for preset in PRESETS}
+    wanted = name.replace("-", "_")
+    if wanted not in presets:
+        raise ValueError(f"no preset is named {name!r}{nearest_name(wanted, list(presets))}; there are {', '.join(presets)}")
+    return presets[wanted](), rest
 
 
 @contextlib.contextmanager

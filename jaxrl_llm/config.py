@@ -144,9 +144,14 @@ _FREE = (
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested record as one level of JSON-able values under dotted names; functions by their names."""
+    """A nested record as one level of JSON-able values under dotted names; functions by their names.
+
+    A part that could be another (a record with a base class) stands there with the name of its class as well.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        is_part = prefix and type(value).__bases__ != (object,)
+        value = ({"part": type(value).__name__} if is_part else {}) | fields
     if isinstance(value, dict):
         flat: dict[str, Any] = {}
         for name, inner in value.items():

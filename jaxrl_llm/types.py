@@ -34,6 +34,13 @@ class Rollout(struct.PyTreeNode):
         return length_mask(self.completion_lengths, self.completion.shape[-1])
 
 
+class CriticState(struct.PyTreeNode):
+    """A critic that has parameters of its own."""
+
+    params: Any
+    opt_state: Any
+
+
 class TrainState(struct.PyTreeNode):
     """Everything that an update changes; what a checkpoint must hold beside the data's position."""
 
@@ -45,3 +52,7 @@ class TrainState(struct.PyTreeNode):
     """The optimizer's state."""
     key: jax.Array
     """Root of all randomness, uint32 key data; constant: each step folds its number in."""
+    memory: Any = ()
+    """What the advantage estimator remembers of earlier batches: a running baseline, an adaptive coefficient."""
+    critic: CriticState | None = None
+    """The critic, where it has parameters of its own."""

@@ -15,6 +15,8 @@ import pytest
 from safetensors import SafetensorError
 
 from jaxrl_llm import cli
+from jaxrl_llm.algorithms import presets
+from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -67,11 +69,11 @@ def test_an_unknown_flag_ends_at_once_and_names_the_nearest(
 ) -> None:
     monkeypatch.setattr(tiny, "start", lambda config: pytest.fail("went on"))
     with pytest.raises(SystemExit) as ended:
-        tiny.main(["--algorithm.clp-high=0.3"])
+        tiny.main(["--algorithm.surrogate.clp-high=0.3"])
     assert ended.value.code == 2
     text = capsys.readouterr().err
-    assert "Unrecognized options: --algorithm.clp-high=0.3" in text
-    assert re.search(r"Perhaps you meant:\s+\W*\s+--algorithm.clip-high", text)
+    assert "Unrecognized options: --algorithm.surrogate.clp-high=0.3" in text
+    assert re.search(r"Perhaps you meant:\s+\W*\s+--algorithm.surrogate.clip-high", text)
     assert list(Path().iterdir()) == []
 
 
@@ -79,8 +81,8 @@ def test_an_unknown_flag_ends_at_once_and_names_the_nearest(
     ("flag", "message"),
     [
         ("--training.steps=0", "training.steps=0 must be at least 1"),
-        ("--algorithm.clip-high=much", "--algorithm.clip-high"),
-        ("--algorithm.dual-clip=0.5", "algorithm.dual_clip=0.5 must be None, or above 1"),
+        ("--algorithm.surrogate.clip-high=much", "--algorithm.surrogate.clip-high"),
+        ("--algorithm.surrogate.dual-clip=0.5", "algorithm.surrogate.dual_clip=0.5 must be None, or above 1"),
         ("--optimizer.schedule=step", "--optimizer.schedule"),
     ],
 )
@@ -90,14 +92,14 @@ def test_an_impossible_value_is_refused_with_its_flag(
     with pytest.raises(SystemExit) as ended:
         cli.parse(config, [flag])
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())  # which is broken into lines
 
 
 def test_flags_change_what_they_name(config: Experiment) -> None:
-    args = "--algorithm.clip-high=0.28 --mesh.fsdp=-1 --reward-weights 0.5 --wandb.project=p --data.format.system=s"
-    args += " --algorithm.clip-low=None --resume --model.dtype=bfloat16 --evaluation.max-prompts=7"
+    args = "--algorithm.surrogate.clip-high=0.28 --mesh.fsdp=-1 --reward-weights 0.5 --wandb.project=p"
+    args += " --data.format.system=s --algorithm.surrogate.clip-low=None --resume --model.dtype=bfloat16 --evaluation.max-prompts=7"
     parsed = cli.parse(config, args.split())
-    assert parsed.algorithm.clip_high == 0.28 and parsed.algorithm.clip_low is None
+    assert parsed.algorithm.surrogate == Clipped(clip_low=None, clip_high=0.28)
     assert (parsed.reward_weights, parsed.wandb.project, parsed.resume) == ((0.5,), "p", True)
     assert (parsed.data.format.system, parsed.data.format.prompt_column) == ("s", "question")
     assert (parsed.model.dtype, parsed.model.path) == ("bfloat16", config.model.path)
@@ -413,3 +415,25 @@ def test_a_run_whose_files_are_damaged_ends_with_one_line(
         error = capsys.readouterr().err
         assert re.fullmatch(message, error), error
         shutil.rmtree("run")
+
+
+def test_a_preset_takes_the_place_of_the_algorithm_and_flags_change_it(config: Experiment) -> None:
+    assert cli.parse(config, ["--preset=gspo"]).algorithm == presets.gspo()
+    parsed = cli.parse(config, ["--preset", "gspo-token", "--algorithm.surrogate.clip-high=0.01", "--seed=3"])
+    assert parsed.algorithm.surrogate == dataclasses.replace(presets.gspo_token().surrogate, clip_high=0.01)
+    assert parsed.seed == 3
+
+
+def test_an_unknown_preset_ends_at_once_and_names_the_nearest(
+    config: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(config, ["--preset=gsop"])
+    assert ended.value.code == 2
+    assert "no preset is named 'gsop'; did you mean 'gspo'?" in capsys.readouterr().err
+
+
+def test_every_preset_has_flags(config: Experiment) -> None:
+    for preset in presets.PRESETS:
+        parsed = cli.parse(config, [f"--preset={preset.__name__}", "--algorithm.entropy-coef=0.5"])
+        assert parsed.algorithm == dataclasses.replace(preset(), entropy_coef=0.5)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.policy_gradient import GroupAdvantage, PolicyGradient
+from jaxrl_llm.algorithms.advantages import GroupAdvantage
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource, flatten
 from jaxrl_llm.rewards import gsm8k_reward

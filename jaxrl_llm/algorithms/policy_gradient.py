@@ -1,18 +1,33 @@
-"""Group-relative policy-gradient objectives (GRPO and its kin) as a frozen record of their parts."""
+"""Policy-gradient objectives (REINFORCE, PPO, GRPO and their kin) as a frozen record of their parts."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxrl_llm.advantages.group import AdvantageBaseline, AdvantageScale, group_advantages
+from jaxrl_llm.advantages import overlong_penalty
+from jaxrl_llm.algorithms.advantages import GroupAdvantage
+from jaxrl_llm.algorithms.checks import check_fields, not_negative, one_of, positive
+from jaxrl_llm.algorithms.signals import Advantage
+from jaxrl_llm.algorithms.surrogates import Clipped, PolicyTokens, Reduction, Surrogate
 from jaxrl_llm.logprobs import TokenScores
-from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
-from jaxrl_llm.losses.kl import KLEstimator
-from jaxrl_llm.losses.policy import grpo_loss
+from jaxrl_llm.losses import (
+    AggregationMode,
+    CorrectionLevel,
+    KLEstimator,
+    ValueLossKind,
+    aggregation_normalizer,
+    entropy_bonus,
+    geometric_filter,
+    icepop_weights,
+    kl_loss,
+    mis_weights,
+    tis_weights,
+    value_loss,
+)
 from jaxrl_llm.records import Mean, Metrics
 
 
@@ -28,137 +43,250 @@ class LearnerBatch(NamedTuple):
     mask: jax.Array
     """`[P, G, Tc]` bool: the tokens that are trained."""
     advantages: jax.Array
-    """`[P, G]` float32."""
+    """`[P, G]` or `[P, G, Tc]` float32."""
     sampler_logprobs: jax.Array
     """`[P, G, Tc]` as the sampler reported them: under the distribution that it drew from."""
+    seeds: jax.Array
+    """`[P]` uint32: for losses that draw."""
     old_logprobs: jax.Array | None = None
     """`[P, G, Tc]` under the policy before this batch's first update; `None`: the policy itself."""
     ref_logprobs: jax.Array | None = None
     """`[P, G, Tc]` under the reference; `None` where no part reads them."""
     model_logprobs: jax.Array | None = None
     """`[P, G, Tc]` as the sampler reported them: under the model at temperature 1, without truncation."""
-
-
-def _check(prefix: str, record: object, **conditions: tuple[bool, str]) -> None:
-    """Raises ValueError for the first field whose condition does not hold."""
-    for field, (holds, wanted) in conditions.items():
-        if not holds:
-            raise ValueError(f"{prefix}.{field}={getattr(record, field)!r} must {wanted}")
+    values: jax.Array | None = None
+    """`[P, G, Tc]` of the critic before this batch's first update."""
+    returns: jax.Array | None = None
+    """`[P, G, Tc]`: the critic's targets."""
+    value_mask: jax.Array | None = None
+    """`[P, G, Tc]` bool: where the critic is trained."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupAdvantage:
-    """A = (R − baseline of the group) / (scale + ε); see `jaxrl_llm.advantages.group_advantages`."""
+class Correction:
+    """Weights for a sampler whose log-probs are not quite the learner's; see `jaxrl_llm.losses.correction`."""
 
-    scale: AdvantageScale = "group"
-    """Divisor: the group's standard deviation, the batch's, the group's variance, or none."""
-    baseline: AdvantageBaseline = "mean"
-    """The group's mean, or that of the other samples."""
-    ddof: int = 1
-    """1 for the unbiased deviation, 0 for the population's."""
-    eps: float = 1e-4
-    """ε, outside the root."""
+    rule: Literal["tis", "mis", "icepop", "geometric"] = "tis"
+    """tis: truncate; mis: mask above w_max; icepop: mask tokens outside the bounds; geometric: drop sequences."""
+    level: CorrectionLevel = "token"
+    """tis and mis: whether tokens or sequences have weights."""
+    w_min: float | None = None
+    """Lower bound; `None`: the rule's own."""
+    w_max: float | None = None
+    """Upper bound; `None`: the rule's own."""
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
-        _check(
-            "algorithm.advantage",
+        check_fields(
+            "algorithm.correction",
             self,
-            scale=(self.scale in get_args(AdvantageScale), f"be one of {get_args(AdvantageScale)}"),
-            baseline=(self.baseline in get_args(AdvantageBaseline), f"be one of {get_args(AdvantageBaseline)}"),
-            ddof=(self.ddof in (0, 1), "be 0 or 1"),
-            eps=(0 <= self.eps < math.inf, "not be negative"),
+            rule=(self.rule in ("tis", "mis", "icepop", "geometric"), "be tis, mis, icepop or geometric"),
+            level=one_of(self.level, CorrectionLevel),
+            w_min=positive(self.w_min, optional=True),
+            w_max=positive(self.w_max, optional=True),
         )
 
-    def __call__(self, rewards: jax.Array) -> jax.Array:
-        """Maps rewards `[P, G]` to advantages `[P, G]`."""
-        return group_advantages(rewards, scale=self.scale, baseline=self.baseline, ddof=self.ddof, eps=self.eps)
+    def __call__(self, old_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+        """Weights `[P, G, Tc]`."""
+        bounds = {n: v for n, v in (("w_min", self.w_min), ("w_max", self.w_max)) if v is not None}
+        arrays = (old_logprobs, sampler_logprobs, mask)
+        match self.rule:
+            case "tis":
+                return tis_weights(*arrays, level=self.level, **bounds)
+            case "mis":
+                return mis_weights(*arrays, level=self.level, **bounds)
+            case "icepop":
+                return icepop_weights(*arrays, **bounds)
+            case "geometric":
+                return geometric_filter(*arrays, **bounds).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlongPenalty:
+    """DAPO's soft punishment of long completions; see `jaxrl_llm.advantages.overlong_penalty`."""
+
+    cache: int
+    """Tokens before the length limit over which the penalty rises from 0 to `scale`."""
+    scale: float = 1.0
+    """Penalty at the limit."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            "algorithm.overlong", self, cache=(self.cache >= 1, "be at least 1"), scale=not_negative(self.scale)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueObjective:
+    """How a critic is trained; see `jaxrl_llm.losses.value_loss`."""
+
+    coef: float = 0.1
+    """Weight beside the policy's loss, where the two share a trunk; a critic of its own has its own optimizer."""
+    clip: float | None = 0.2
+    """How far a value may move from that before the batch's first update; `None`: as far as it likes."""
+    kind: ValueLossKind = "half_mse"
+    """Half the squared error, or all of it."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            "algorithm.value",
+            self,
+            coef=not_negative(self.coef),
+            clip=positive(self.clip, optional=True),
+            kind=one_of(self.kind, ValueLossKind),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient:
-    """Agg[ max(−A·r, −A·clip(r, 1 − clip_low, 1 + clip_high)) + kl_coef · KL(policy, reference) ].
+    """surrogate(advantage(rewards)) + kl_coef · KL(policy, reference) − entropy_coef · H, aggregated.
 
     The published algorithms are settings of it: see `jaxrl_llm.algorithms.presets`.
     """
 
-    advantage: GroupAdvantage = GroupAdvantage()
-    """From the rewards of a group to its advantages."""
-    clip_low: float | None = 0.2
-    """Distance of the ratio's lower bound from 1; `None` for no bound."""
-    clip_high: float | None = 0.2
-    """Distance of the ratio's upper bound from 1; `None` for no bound."""
-    dual_clip: float | None = None
-    """Bound on the loss of tokens with a negative advantage, in units of −A."""
-    ratio_cap: float | None = None
-    """Cap on the unclipped ratio (two-sided clipping)."""
+    advantage: Advantage = GroupAdvantage()
+    """From rewards to advantages."""
+    surrogate: Surrogate = Clipped()
+    """From advantages and log-probs to the policy's loss."""
     kl_coef: float = 0.0
-    """Weight of the KL term; at 0 no reference is computed nor kept in memory."""
+    """Weight of the KL term in the loss; at 0 it needs no reference."""
     kl_estimator: KLEstimator = "k3"
     """Estimator of the KL term; `k3` is GRPO's, `k3+` has the gradient of the true KL."""
     kl_clip: float | None = 10.0
     """Bound on a token's KL term."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
     aggregation: AggregationMode = "seq-mean-token-mean"
     """How token losses become one number."""
     max_length: int | None = None
     """Constant of `seq-mean-token-sum-norm`; `None`: the configured length of completions."""
     mask_truncated: bool = False
     """Leave completions that were cut at the length limit out of the loss (DAPO)."""
+    overlong: OverlongPenalty | None = None
+    """Lower the reward of completions that come near the length limit (DAPO)."""
+    correction: Correction | None = None
+    """Weigh tokens by how much likelier the learner finds them than the sampler did."""
+    value: ValueObjective = ValueObjective()
+    """How the critic is trained, where the advantage has one."""
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
-        low, high, cap = self.clip_low, self.clip_high, self.ratio_cap
-        _check(
+        allowed = self.surrogate.aggregations
+        check_fields(
             "algorithm",
             self,
-            clip_low=(low is None or low >= 0, "be None, or a distance from 1 that is not negative"),
-            clip_high=(high is None or high >= 0, "be None, or a distance from 1 that is not negative"),
-            dual_clip=(self.dual_clip is None or self.dual_clip > 1, "be None, or above 1"),
-            ratio_cap=(cap is None or (high is not None and cap > 1 + high), "be None, or above 1 + clip_high"),
-            kl_coef=(0 <= self.kl_coef < math.inf, "not be negative"),
-            kl_estimator=(self.kl_estimator in get_args(KLEstimator), f"be one of {get_args(KLEstimator)}"),
-            kl_clip=(self.kl_clip is None or self.kl_clip > 0, "be None, or positive"),
-            aggregation=(self.aggregation in get_args(AggregationMode), f"be one of {get_args(AggregationMode)}"),
+            kl_coef=not_negative(self.kl_coef),
+            kl_estimator=one_of(self.kl_estimator, KLEstimator),
+            kl_clip=positive(self.kl_clip, optional=True),
+            entropy_coef=not_negative(self.entropy_coef),
+            aggregation=one_of(self.aggregation, AggregationMode),
             max_length=(self.max_length is None or self.max_length >= 1, "be None, or at least 1"),
         )
+        if allowed is not None and self.aggregation not in allowed:
+            raise ValueError(
+                f"algorithm.aggregation={self.aggregation!r} must be {' or '.join(map(repr, allowed))}: the surrogate "
+                f"{type(self.surrogate).__name__} has no other"
+            )
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads log-probs under a reference."""
-        return self.kl_coef != 0
+        """Whether any part reads log-probs under a reference."""
+        return self.kl_coef != 0 or "reference" in self.advantage.needs
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages are made of a critic's values."""
+        return "values" in self.advantage.needs
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether the reward of a greedy completion of each prompt is read."""
+        return "greedy" in self.advantage.needs
 
     @property
     def needs_whole_groups(self) -> bool:
         """Whether a group's completions must be in one micro-batch."""
         return self.aggregation.startswith("group")
 
+    def shape(self, rewards: jax.Array, lengths: jax.Array, width: int) -> jax.Array:
+        """Rewards `[P, G]` less the penalty for length."""
+        if self.overlong is None:
+            return rewards
+        if self.overlong.cache >= width:
+            raise ValueError(
+                f"algorithm.overlong.cache={self.overlong.cache} must be less than the longest completion, {width}"
+            )
+        return rewards + overlong_penalty(
+            lengths, max_length=width, cache=self.overlong.cache, scale=self.overlong.scale
+        )
+
     def normalizer(self, mask: jax.Array) -> jax.Array:
         """The denominator that all micro-batches of one optimizer step share."""
         return aggregation_normalizer(mask, mode=self.aggregation)
 
     def loss(self, scores: TokenScores, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The part of the loss that some rows contribute, and its metrics.
+        """The part of the policy's loss that some rows contribute, and its metrics.
 
         Args:
             scores: log-probs and entropies under the policy being trained, `[P, G, Tc]`.
             batch: the rows.
             normalizer: denominator over all rows of the optimizer step.
         """
-        loss, metrics = grpo_loss(
+        reduction = Reduction(self.aggregation, normalizer, self.max_length or batch.mask.shape[-1])
+        common = {
+            "aggregation": reduction.mode,
+            "normalizer": reduction.normalizer,
+            "max_length": reduction.max_length,
+        }
+        weights, metrics = None, {}
+        if self.correction is not None:
+            old = jax.lax.stop_gradient(scores.logprobs) if batch.old_logprobs is None else batch.old_logprobs
+            weights = self.correction(old, batch.sampler_logprobs, batch.mask)
+            metrics["correction/weight_mean"] = Mean.of(weights, batch.mask)
+        tokens = PolicyTokens(
             scores.logprobs,
             batch.old_logprobs,
             batch.advantages,
             batch.mask,
-            ref_logprobs=batch.ref_logprobs,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-            ratio_cap=self.ratio_cap,
-            kl_coef=self.kl_coef,
-            kl_estimator=self.kl_estimator,
-            kl_clip=self.kl_clip,
-            aggregation=self.aggregation,
-            normalizer=normalizer,
-            max_length=self.max_length or batch.mask.shape[-1],
+            weights,
+            jax.random.key(batch.seeds[0]),
         )
+        loss, own = self.surrogate(tokens, reduction)
+        metrics |= own
+        if self.kl_coef:
+            kl, own = kl_loss(
+                scores.logprobs,
+                batch.ref_logprobs,
+                batch.mask,
+                kl_coef=self.kl_coef,
+                kl_estimator=self.kl_estimator,
+                kl_clip=self.kl_clip,
+                old_logprobs=batch.old_logprobs,
+                **common,
+            )
+            loss, metrics = loss + kl, metrics | own
+        if self.entropy_coef:
+            bonus, own = entropy_bonus(scores.entropy, batch.mask, entropy_coef=self.entropy_coef, **common)
+            return loss + bonus, metrics | own
         return loss, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), batch.mask)}
+
+    def value_loss(self, values: jax.Array, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The part of the critic's loss that some rows contribute, without its weight, and its metrics.
+
+        Args:
+            values: of the critic being trained, `[P, G, Tc]`.
+            batch: the rows.
+            normalizer: number of tokens of all rows of the optimizer step.
+        """
+        loss, metrics = value_loss(
+            values,
+            batch.values,
+            batch.returns,
+            batch.value_mask,
+            clip=self.value.clip,
+            kind=self.value.kind,
+            normalizer=normalizer,
+        )
+        return loss, metrics

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.algorithms.policy_gradient import GroupAdvantage, LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.advantages import GroupAdvantage
+from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.signals import Feedback, Signals
+from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.policy import grpo_loss
 from jaxrl_llm.records import Metrics
@@ -33,6 +36,7 @@ def batch() -> LearnerBatch:
         mask=jnp.asarray(mask),
         advantages=jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
         sampler_logprobs=logprobs(),
+        seeds=jnp.arange(3, dtype=jnp.uint32),
         old_logprobs=logprobs(),
         ref_logprobs=logprobs(),
     )
@@ -48,10 +52,10 @@ def scores(batch: LearnerBatch) -> TokenScores:
 
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"clip_low": 0.05, "clip_high": 0.4},
-    {"clip_low": None, "clip_high": None},
-    {"dual_clip": 1.1},
-    {"ratio_cap": 1.3},
+    {"surrogate": Clipped(clip_low=0.05, clip_high=0.4)},
+    {"surrogate": Clipped(clip_low=None, clip_high=None)},
+    {"surrogate": Clipped(dual_clip=1.1)},
+    {"surrogate": Clipped(ratio_cap=1.3)},
     {"kl_coef": 0.5},
     {"kl_coef": 0.5, "kl_estimator": "k2"},
     {"kl_coef": 0.5, "kl_clip": 0.1},
@@ -69,9 +73,8 @@ def value(algorithm: PolicyGradient, scores: TokenScores, batch: LearnerBatch) -
 def test_every_setting_reaches_the_loss(settings, scores, batch):
     algorithm = PolicyGradient(**settings)
     loss, metrics = value(algorithm, scores, batch)
-    given = {
-        name: x for name, x in dataclasses.asdict(algorithm).items() if name not in ("advantage", "mask_truncated")
-    }
+    common = ("kl_coef", "kl_estimator", "kl_clip", "aggregation", "max_length")
+    given = dataclasses.asdict(algorithm.surrogate) | {name: getattr(algorithm, name) for name in common}
     given["max_length"] = given["max_length"] or 4
     given = functools.partial(grpo_loss, ref_logprobs=batch.ref_logprobs, **given)
     expected, _ = jax.jit(given)(scores.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
@@ -103,30 +106,36 @@ def test_advantages_against_numpy():
     rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     deviation = rewards.std(axis=1, ddof=1, keepdims=True)
-    np.testing.assert_allclose(GroupAdvantage()(rewards), centred / (deviation + 1e-4), rtol=1e-4)
-    np.testing.assert_allclose(GroupAdvantage(scale="none")(rewards), centred, atol=1e-6)
-    rloo = GroupAdvantage(scale="none", baseline="leave_one_out")(rewards)
+
+    def advantages(estimator: GroupAdvantage) -> jax.Array:
+        mask = jnp.ones((3, 4, 2), bool)
+        given = Signals(jnp.asarray(rewards), None, mask, mask[..., 0], Feedback(jnp.asarray(rewards)))
+        return estimator(given, estimator.start()).advantages
+
+    np.testing.assert_allclose(advantages(GroupAdvantage()), centred / (deviation + 1e-4), rtol=1e-4)
+    np.testing.assert_allclose(advantages(GroupAdvantage(scale="none")), centred, atol=1e-6)
+    rloo = advantages(GroupAdvantage(scale="none", baseline="leave_one_out"))
     np.testing.assert_allclose(rloo, centred * 4 / 3, atol=1e-6)
-    population = GroupAdvantage(ddof=0, eps=0.5)(rewards)
+    population = advantages(GroupAdvantage(ddof=0, eps=0.5))
     np.testing.assert_allclose(population, centred / (rewards.std(axis=1, keepdims=True) + 0.5), rtol=1e-4)
 
 
 def test_records_are_hashable_and_compare_by_value():
     assert PolicyGradient() == PolicyGradient()
-    assert hash(PolicyGradient(clip_high=0.3)) == hash(PolicyGradient(clip_high=0.3))
+    assert hash(PolicyGradient(kl_coef=0.3)) == hash(PolicyGradient(kl_coef=0.3))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PolicyGradient().clip_low = 0.1  # type: ignore[misc]
+        PolicyGradient().kl_coef = 0.1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("record", "settings", "message"),
     [
-        (PolicyGradient, {"clip_low": -0.1}, r"algorithm\.clip_low=-0\.1 must be None, or a distance from 1"),
-        (PolicyGradient, {"clip_low": float("nan")}, r"algorithm\.clip_low=nan must"),
-        (PolicyGradient, {"clip_high": -0.1}, r"algorithm\.clip_high=-0\.1 must be None, or a distance from 1"),
-        (PolicyGradient, {"dual_clip": 1.0}, r"algorithm\.dual_clip=1\.0 must be None, or above 1"),
-        (PolicyGradient, {"ratio_cap": 1.1}, r"algorithm\.ratio_cap=1\.1 must be None, or above 1 \+ clip_high"),
-        (PolicyGradient, {"ratio_cap": 3.0, "clip_high": None}, r"algorithm\.ratio_cap=3\.0 must"),
+        (Clipped, {"clip_low": -0.1}, r"algorithm\.surrogate\.clip_low=-0\.1 must be None, or a distance from 1"),
+        (Clipped, {"clip_low": float("nan")}, r"algorithm\.surrogate\.clip_low=nan must"),
+        (Clipped, {"clip_high": -0.1}, r"algorithm\.surrogate\.clip_high=-0\.1 must be None, or a distance from 1"),
+        (Clipped, {"dual_clip": 1.0}, r"algorithm\.surrogate\.dual_clip=1\.0 must be None, or above 1"),
+        (Clipped, {"ratio_cap": 1.1}, r"algorithm\.surrogate\.ratio_cap=1\.1 must be None, or above 1 \+ clip_high"),
+        (Clipped, {"ratio_cap": 3.0, "clip_high": None}, r"algorithm\.surrogate\.ratio_cap=3\.0 must"),
         (PolicyGradient, {"kl_coef": -0.1}, r"algorithm\.kl_coef=-0\.1 must not be negative"),
         (PolicyGradient, {"kl_estimator": "k4"}, r"algorithm\.kl_estimator='k4' must be one of \('k1', "),
         (PolicyGradient, {"kl_clip": 0.0}, r"algorithm\.kl_clip=0\.0 must be None, or positive"),

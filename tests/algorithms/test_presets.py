@@ -11,8 +11,8 @@ from jaxrl_llm.algorithms.presets import dapo, dr_grpo, grpo
 def published(algorithm: PolicyGradient) -> dict[str, object]:
     fields = dataclasses.asdict(algorithm)
     scale = fields.pop("advantage")["scale"]
-    names = ("clip_low", "clip_high", "kl_coef", "aggregation", "mask_truncated")
-    return {"scale": scale, **{name: fields[name] for name in names}}
+    clip = {name: fields["surrogate"][name] for name in ("clip_low", "clip_high")}
+    return {"scale": scale, **clip, **{name: fields[name] for name in ("kl_coef", "aggregation", "mask_truncated")}}
 
 
 def test_grpo():

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.advantages import GroupAdvantage
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import GroupAdvantage, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import dapo, dr_grpo, grpo
 from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state, make_update_step
 from jaxrl_llm.logprobs import token_scores
@@ -110,7 +111,7 @@ def plain_loss(
     """The published objectives, written down without the package."""
     advantages = plain_advantages(rewards, algorithm.advantage.scale)[..., None]
     ratio = jnp.exp(logprobs - old)
-    clipped = jnp.clip(ratio, 1 - (algorithm.clip_low or 0), 1 + (algorithm.clip_high or 0))
+    clipped = jnp.clip(ratio, 1 - algorithm.surrogate.clip_low, 1 + algorithm.surrogate.clip_high)
     losses = -jnp.minimum(ratio * advantages, clipped * advantages)
     if reference is not None:
         losses += algorithm.kl_coef * (jnp.exp(reference - logprobs) - (reference - logprobs) - 1)
@@ -603,7 +604,7 @@ def test_a_reward_that_is_not_finite_costs_its_minibatch_alone(bad, tiny_config,
     assert distance(change, jax.tree.map(np.zeros_like, change)) > 1e-4
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 4, 6)])
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 4, 5)])
 def test_rewards_of_another_shape_raise(shape, tiny_config, lively_params, make_rollout):
     model = Transformer(tiny_config())
     with pytest.raises(ValueError, match=rf"rewards has shape \({shape[0]},.* rollout holds \(4, 4\)"):

@@ -1,0 +1,47 @@
+"""The critic of PPO: a scalar head on the policy's trunk, or on a transformer of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.lora import split_trainable
+from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.types import CriticState
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+    """A value function, and how it is trained."""
+
+    model: ScoreModel
+    """The transformer with its head."""
+    optimizer: optax.GradientTransformation | None = None
+    """Of a critic with parameters of its own; `None`: its head is among the policy's parameters, and is trained by one
+    joint loss."""
+    stop_gradient: bool = False
+    """With a shared trunk, let only the head learn from the values."""
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the critic is a head on the policy's trunk."""
+        return self.optimizer is None
+
+    def start(self, params: Params | None) -> CriticState:
+        """The state of a critic with parameters of its own before the first step."""
+        if self.optimizer is None or params is None:
+            raise ValueError("a critic with an optimizer of its own needs parameters of its own: pass critic_params=")
+        return CriticState(params, self.optimizer.init(widen(split_trainable(params)[0])))
+
+    def values(self, params: Params, rows: Any) -> jax.Array:
+        """Vₜ of each completion token, `[P, G, Tc]`."""
+        return self.model.values(params, rows.prompt, rows.prompt_lengths, rows.completion)
+
+    def values_of(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """The same from the states `[P, G, Tc, D]` that predict the tokens, where the trunk is shared."""
+        return self.model.head(params, jax.lax.stop_gradient(hidden) if self.stop_gradient else hidden)[..., 0]

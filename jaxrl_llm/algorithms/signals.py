@@ -1,0 +1,88 @@
+"""What an algorithm is told about a rollout, and what it makes of it: the interface of the advantage estimators."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jaxrl_llm.records import Metrics
+
+Need = Literal["old", "reference", "entropy", "values", "greedy", "by_function", "verdicts"]
+"""A score or a reward that costs something: log-probs under the old policy or under the reference, entropies of the
+old policy, values of a critic, the reward of a greedy completion, the reward functions one by one, a judge's verdicts.
+"""
+
+
+class Feedback(NamedTuple):
+    """Rewards of a rollout, and what else was said of it. Only `rewards` is always there."""
+
+    rewards: jax.Array
+    """`[P, G]` float32, or `[P, G, Tc]`: rewards of tokens, such as a process reward model gives."""
+    greedy: jax.Array | None = None
+    """`[P]`: reward of the greedy completion of each prompt (ReMax)."""
+    by_function: jax.Array | None = None
+    """`[P, G, K]`: the K reward functions one by one (GDPO)."""
+    is_reference: jax.Array | None = None
+    """`[P, G]` bool: the sample of each group that a judge compared the others with (BRPO)."""
+    preferred: jax.Array | None = None
+    """`[P, G]` bool: it preferred the sample to the reference."""
+    preferred_swapped: jax.Array | None = None
+    """The same with the two shown in the other order, or `None`."""
+
+
+class Signals(NamedTuple):
+    """All that an estimator may read; what it does not say that it needs is `None`."""
+
+    rewards: jax.Array
+    """`[P, G]`: of whole completions; the sum over the tokens where rewards are given by token."""
+    token_rewards: jax.Array | None
+    """`[P, G, Tc]`, where rewards are given by token."""
+    mask: jax.Array
+    """`[P, G, Tc]` bool: the sampled tokens."""
+    finished: jax.Array
+    """`[P, G]` bool: ended by a stop token."""
+    feedback: Feedback
+    old_logprobs: jax.Array | None = None
+    ref_logprobs: jax.Array | None = None
+    entropy: jax.Array | None = None
+    values: jax.Array | None = None
+    """`[P, G, Tc]` each, of the policy, the reference and the critic before this batch's first update."""
+
+
+class Credit(NamedTuple):
+    """What an estimator returns."""
+
+    advantages: jax.Array
+    """`[P, G]`, or `[P, G, Tc]`."""
+    keep: jax.Array | None = None
+    """`[P, G]` bool: the samples that are trained on; `None`: all."""
+    returns: jax.Array | None = None
+    """`[P, G, Tc]`: the critic's targets."""
+    metrics: Metrics = {}  # noqa: RUF012 (of a tuple, and never written to)
+
+
+class Advantage:
+    """An advantage estimator: a frozen record of its settings, and a pure function.
+
+    Most have no memory. One that has (a running baseline, an adaptive coefficient) says how it starts and what becomes
+    of it after a batch; it is part of the training state, and is saved with it.
+    """
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it reads that costs something."""
+        return frozenset()
+
+    def start(self) -> Any:
+        """The memory before the first batch, a tree of arrays."""
+        return ()
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages of a whole batch."""
+        raise NotImplementedError
+
+    def remember(self, signals: Signals, memory: Any) -> Any:
+        """The memory after a batch."""
+        del signals
+        return memory

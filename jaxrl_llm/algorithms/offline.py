@@ -6,7 +6,7 @@ Supervised fine-tuning, reward models and preference optimisation differ in thei
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import optax
 
 from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, spread
 from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
+from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import row_shards
@@ -47,6 +48,15 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchObjective(Objective, Protocol):
+    """An objective that reads a constant of the whole batch under the parameters before the step (KTO's baseline)."""
+
+    def prepared(self, rows: Any, logprobs: Callable[[Any], jax.Array]) -> Any:
+        """Rows with that constant; `logprobs` gives the log-probs `[P, G, Tc]` of rows, all micro-batches together."""
+        ...
+
+
 OfflineStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -69,7 +79,7 @@ def make_offline_step(
 
     Returns:
         A function of `TrainState`, rows, and the parameters of the reference: read only if the objective needs one and
-        the rows do not bring its log-probs.
+        the rows do not bring its log-probs; `None`: those of the state without its adapters, if it has any.
     """
     plan, reference_logprobs = UpdateConfig(micro_batches=micro_batches), make_reference_pass(model, micro_batches)
 
@@ -81,7 +91,8 @@ def make_offline_step(
     def offline_step(
         state: TrainState, rows: Any, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        rows = _with_reference(objective, rows, reference, reference_logprobs)
+        rows = _with_reference(objective, rows, reference_of(state.params, reference), reference_logprobs)
+        rows = _prepared(objective, rows, state.params, reference_logprobs)
         prompts, group = rows.mask.shape[:2]
         split = plan.group_split(prompts, group, row_shards(), whole_groups=objective.whole_groups)
         carry = (state.params, state.opt_state)
@@ -92,18 +103,24 @@ def make_offline_step(
     return offline_step
 
 
-def make_offline_evaluation(model: Transformer, objective: Objective) -> Callable[..., Metrics]:
-    """The pure function `(params, rows, reference=None) -> records`: the metrics of the objective, not divided yet.
+def make_offline_evaluation(model: Transformer, objective: Objective) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The pure function `(params, rows, reference=None, normalizer=None) -> (loss, records)`: nothing is trained.
 
-    Records of several batches join by `merge`; rows whose mask is empty count for nothing, so that the last batch may
-    be filled up with them.
+    Rows whose mask is empty count for nothing, so that a last batch may be filled up with them. Records of several
+    batches join by `merge`. Their losses add up to that of all of them, if each is given the sum of the batches'
+    `objective.normalizer`; without it the loss is that of the batch. What in that tree is no array is the batch's own.
     """
     reference_logprobs = make_reference_pass(model, 1)
 
-    def evaluation(params: Params, rows: Any, reference: Params | None = None) -> Metrics:
-        rows = spread(_with_reference(objective, rows, reference, reference_logprobs))
-        _, metrics = objective.loss(model, params, rows, objective.normalizer(rows))
-        return metrics
+    def evaluation(
+        params: Params, rows: Any, reference: Params | None = None, normalizer: Any = None
+    ) -> tuple[jax.Array, Metrics]:
+        rows = _with_reference(objective, rows, reference_of(params, reference), reference_logprobs)
+        rows = spread(_prepared(objective, rows, params, reference_logprobs))
+        own = objective.normalizer(rows)
+        if normalizer is not None:
+            own = jax.tree.map(lambda mine, given: given if isinstance(mine, jax.Array) else mine, own, normalizer)
+        return objective.loss(model, params, rows, own)
 
     return evaluation
 
@@ -132,3 +149,9 @@ def _with_reference(
     if reference is None:
         raise ValueError("this objective reads a reference: pass its parameters, or rows with ref_logprobs")
     return rows._replace(ref_logprobs=logprobs(reference, rows))
+
+
+def _prepared(objective: Objective, rows: Any, params: Params, logprobs: Callable[[Params, Any], jax.Array]) -> Any:
+    if not isinstance(objective, BatchObjective):
+        return rows
+    return objective.prepared(rows, lambda part: logprobs(jax.lax.stop_gradient(params), part))

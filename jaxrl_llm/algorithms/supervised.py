@@ -1,64 +1,71 @@
-"""Supervised fine-tuning on completions of prompts."""
+"""Supervised fine-tuning on given completions of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import optax
 
-from jaxrl_llm.algorithms.gradient import make_gradient_step
-from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
+from jaxrl_llm.algorithms.update import make_scorer
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
-from jaxrl_llm.losses.supervised import sft_loss
+from jaxrl_llm.losses.supervised import dft_loss, sft_loss
 from jaxrl_llm.models.transformer import Params, Transformer
-from jaxrl_llm.records import Metrics
-from jaxrl_llm.sharding import row_shards
-from jaxrl_llm.types import TrainState
+from jaxrl_llm.records import Mean, Metrics
+
+SupervisedLoss = Literal["nll", "dft"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
 class Demonstrations(NamedTuple):
     """Prompts, each with G given completions."""
 
-    prompt: jax.Array
+    prompt: Any
     """`[P, Tp]` int32, right-padded."""
-    prompt_lengths: jax.Array
+    prompt_lengths: Any
     """`[P]` int32."""
-    completion: jax.Array
+    completion: Any
     """`[P, G, Tc]` int32, right-padded, the end-of-sequence token included."""
-    mask: jax.Array
-    """`[P, G, Tc]` bool: the tokens that are trained."""
+    mask: Any
+    """`[P, G, Tc]` bool: the tokens that are trained. Those between them are read, such as a user's turns."""
 
 
-def make_supervised_step(
-    policy: Transformer,
-    optimizer: optax.GradientTransformation,
-    *,
-    micro_batches: int = 1,
-) -> Callable[[TrainState, Demonstrations], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function `(state, demonstrations) -> (state, metrics)` that makes one optimizer step on `sft_loss`.
+@dataclasses.dataclass(frozen=True)
+class SupervisedObjective:
+    """Makes the masked tokens likely: an `Objective` of `Demonstrations`.
 
-    Compile and call it under `jax.set_mesh`, where there is a mesh: it splits rows over that.
-
-    Args:
-        policy: the model.
-        optimizer: an optax transformation.
-        micro_batches: pieces in which the gradient is accumulated.
+    Metrics, means over masked tokens: `nll`, `entropy` of the model, and for `dft` `token_prob/mean`.
     """
-    plan, scores = UpdateConfig(micro_batches=micro_batches), make_scorer(policy)
 
-    def loss(params: Params, rows: Demonstrations, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
-        return sft_loss(scores(params, rows).logprobs, rows.mask, normalizer=normalizer)
+    kind: SupervisedLoss = "nll"
+    """`nll`, the negative log-likelihood (`sft_loss`), or `dft`, that weighted by the token's probability
+    (`dft_loss`)."""
+    aggregation: Aggregation = "token-mean"
+    """One mean over all tokens of a step, or one over completions of their tokens' mean or sum."""
 
-    gradient_step = make_gradient_step(loss, optimizer, micro_batches)
+    def __post_init__(self) -> None:
+        """Rejects what there is not."""
+        for field, choices in (("kind", SupervisedLoss), ("aggregation", Aggregation)):
+            if getattr(self, field) not in get_args(choices):
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {get_args(choices)}")
 
-    def supervised_step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, dict[str, jax.Array]]:
-        normalizer = aggregation_normalizer(batch.mask, mode="token-mean")
-        prompts, group = batch.mask.shape[:2]
-        rows = split_groups(batch, plan.group_split(prompts, group, row_shards()))
-        (params, opt_state), metrics = gradient_step((state.params, state.opt_state), rows, normalizer)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, {name: record.value() for name, record in metrics.items()}
+    @property
+    def needs_reference(self) -> bool:
+        """Never."""
+        return False
 
-    return supervised_step
+    @property
+    def whole_groups(self) -> bool:
+        """No: each completion counts by itself."""
+        return False
+
+    def normalizer(self, rows: Any) -> jax.Array:
+        """Number of masked tokens, or of completions that have some."""
+        return aggregation_normalizer(rows.mask, mode=self.aggregation)
+
+    def loss(self, model: Transformer, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+        """The rows' part of the loss, and its metrics."""
+        scores = make_scorer(model)(params, rows)
+        loss = {"nll": sft_loss, "dft": dft_loss}[self.kind]
+        value, metrics = loss(scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer)
+        return value, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), rows.mask)}

@@ -70,9 +70,9 @@ class PromptFormat:
                 that ends with the user's.
         """
         if self.template is None:
-            prompt = _column(row, self.prompt_column)
+            prompt = column_of(row, self.prompt_column)
         else:
-            prompt = self.template.format_map({name: _column(row, name) for name in self._template_columns})
+            prompt = self.template.format_map({name: column_of(row, name) for name in self._template_columns})
         if isinstance(prompt, str):
             if not self.conversational and self.system is None:
                 return prompt
@@ -80,7 +80,17 @@ class PromptFormat:
         elif self.conversational is False:
             raise ValueError(f"conversational=False, but the prompt is a {type(prompt).__name__}, not text")
         else:
-            messages = _messages(prompt)
+            messages = check_messages(prompt)
+            if messages[-1]["role"] == "assistant":
+                raise ValueError("the last message is the assistant's; a prompt ends before its turn")
+        return self.with_system(messages)
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """Messages with the system message in front, if there is to be one.
+
+        Raises:
+            ValueError: they have another one.
+        """
         if self.system is None:
             return messages
         if messages[0]["role"] == "system":
@@ -124,7 +134,12 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _column(row: Row, name: str) -> Any:
+def column_of(row: Row, name: str) -> Any:
+    """The value of a column.
+
+    Raises:
+        ValueError: it is missing or empty; names the nearest one.
+    """
     if name not in row:
         raise ValueError(f"no column {name!r}{nearest_name(name, list(row))} (columns: {', '.join(row)})")
     if row[name] is None:
@@ -132,17 +147,19 @@ def _column(row: Row, name: str) -> Any:
     return row[name]
 
 
-def _messages(prompt: Any) -> list[Message]:
-    """Checks a list of messages and copies it without the empty entries that Parquet adds."""
-    if not isinstance(prompt, list | tuple) or not prompt:
-        raise ValueError(f"a prompt is text or a list of messages, got {prompt!r:.200}")
+def check_messages(conversation: Any) -> list[Message]:
+    """A list of messages, copied without the empty entries that Parquet adds.
+
+    Raises:
+        ValueError: it is none, or a message has no role or no content.
+    """
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise ValueError(f"expected text or a list of messages, got {conversation!r:.200}")
     messages = []
-    for message in prompt:
+    for message in conversation:
         if not isinstance(message, Mapping):
             raise ValueError(f"a message is an object with role and content, got {message!r:.200}")
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(f"a message needs role and content, both text, got {dict(message)!r:.200}")
         messages.append({name: value for name, value in message.items() if value is not None})
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's; a prompt ends before its turn")
     return messages

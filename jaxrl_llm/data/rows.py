@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from jaxrl_llm.data.loader import ShuffledLoader
-from jaxrl_llm.data.sources import RowSource
+from jaxrl_llm.data.sources import Row, RowSource
 
 Overlong = Literal["raise", "drop"]
+EncodedT = TypeVar("EncodedT")
 
 
 class RowDataset(Protocol):
@@ -143,6 +144,24 @@ def rows_to_read(source: RowSource, max_rows: int | None) -> int:
     if number == 0:
         raise ValueError("the data set has no rows")
     return number
+
+
+def read_rows(source: RowSource, encode: Callable[[Row], EncodedT], *, max_rows: int | None = None) -> list[EncodedT]:
+    """What `encode` makes of each row.
+
+    Raises:
+        ValueError: there are no rows, or one is no mapping or cannot be encoded; names its number.
+    """
+    encoded = []
+    for index in range(rows_to_read(source, max_rows)):
+        row = source[index]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {index} is a {type(row).__name__}, not a mapping of columns: {row!r:.200}")
+        try:
+            encoded.append(encode(row))
+        except Exception as error:  # the tokenizer's and the template's own errors do not know the row
+            raise ValueError(f"row {index}: {error}") from error
+    return encoded
 
 
 def rows_that_fit(

@@ -11,13 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.supervised import Demonstrations, make_supervised_step
+from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
+from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
 from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 
 EOS = 2
+OBJECTIVE = SupervisedObjective()
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +33,15 @@ def demonstrations(make_rollout: Callable[..., Rollout]) -> Demonstrations:
 
 
 def step_once(
-    model: Transformer, params: Params, batch: Demonstrations, **settings: int
+    model: Transformer,
+    params: Params,
+    batch: Demonstrations,
+    objective: SupervisedObjective = OBJECTIVE,
+    **settings: int,
 ) -> tuple[Params, dict[str, float]]:
     """The gradient (the change under SGD with rate 1), and the metrics."""
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_supervised_step(model, optimizer, **settings))
+    step = jax.jit(make_offline_step(model, optimizer, objective, **settings))
     state, metrics = step(make_train_state(params, optimizer, 0), batch)
     assert int(state.step) == 1
     change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
@@ -94,7 +100,36 @@ def test_a_batch_of_which_all_is_masked_changes_nothing(whole, demonstrations):
     empty = demonstrations._replace(mask=np.zeros_like(demonstrations.mask))
     gradient, metrics = step_once(whole["model"], whole["params"], empty)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
-    assert metrics == {"loss": 0, "nll": 0, "grad_norm": 0, "frac_steps_skipped": 0}
+    assert metrics == {"loss": 0, "nll": 0, "entropy": 0, "grad_norm": 0, "frac_steps_skipped": 0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "weigh"),
+    [
+        (SupervisedObjective(kind="dft"), lambda logprobs, mask: np.exp(logprobs) / mask.sum()),
+        (
+            SupervisedObjective(aggregation="seq-mean-token-mean"),
+            lambda logprobs, mask: 1 / (mask.sum(-1, keepdims=True) * mask.any(-1).sum()),
+        ),
+    ],
+    ids=["dft", "each completion alike"],
+)
+def test_other_weights_of_tokens(whole, demonstrations, make_rollout, repeated_logprobs, objective, weigh) -> None:
+    """The loss is Σ −weight · logprob, with the weight constant."""
+    rollout = make_rollout(group=2).replace(completion=demonstrations.completion)
+    logprobs = np.asarray(jax.jit(lambda p: repeated_logprobs(whole["model"], p, rollout)[0])(whole["params"]))
+    mask = demonstrations.mask
+    expected = -np.sum(np.where(mask, weigh(logprobs, mask) * logprobs, 0))
+    evaluate = jax.jit(make_offline_evaluation(whole["model"], objective))
+    loss, records = evaluate(whole["params"], demonstrations)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(records["nll"].value()) == pytest.approx(whole["metrics"]["nll"], rel=1e-5)
+    assert not objective.needs_reference
+
+
+def test_a_kind_that_there_is_not():
+    with pytest.raises(ValueError, match=r"kind='mse' is not one of .*'nll', 'dft'"):
+        SupervisedObjective(kind="mse")  # pyright: ignore[reportArgumentType]
 
 
 def test_training_lowers_the_loss_and_learns_to_stop(tiny_config, demonstrations):
@@ -104,7 +139,7 @@ def test_training_lowers_the_loss_and_learns_to_stop(tiny_config, demonstrations
     mask = demonstrations.mask.copy()
     mask[1] = False  # these must stay unlearned
     batch = demonstrations._replace(mask=mask)
-    step = jax.jit(make_supervised_step(model, optimizer), donate_argnums=0)
+    step = jax.jit(make_offline_step(model, optimizer, OBJECTIVE), donate_argnums=0)
     state = jax.jit(lambda key: make_train_state(model.init(key), optimizer, 0))(jax.random.key(0))
     losses = []
     for _ in range(150):

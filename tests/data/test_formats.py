@@ -57,7 +57,7 @@ def test_conversational():
         (PromptFormat(template="{qestion}"), {"question": "a"}, "'qestion'; did you mean 'question'"),
         (PromptFormat(), {"prompt": None}, r"column 'prompt' is empty \(None\)"),
         (PromptFormat(template="{q}"), {"q": None}, "column 'q' is empty"),
-        (PromptFormat(), {"prompt": 3}, "a prompt is text or a list of messages, got 3"),
+        (PromptFormat(), {"prompt": 3}, "expected text or a list of messages, got 3"),
         (PromptFormat(), {"prompt": []}, r"list of messages, got \[\]"),
         (PromptFormat(), {"prompt": ["Hi"]}, "a message is an object with role and content, got 'Hi'"),
         (PromptFormat(), {"prompt": [{"from": "user", "content": "Hi"}]}, "needs role and content"),

@@ -1,0 +1,98 @@
+"""Preference pairs as the losses of pairs see them: one log-probability for each completion."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import NamedTuple, TypedDict
+
+import jax
+
+from jaxrl_llm.records import Metrics
+
+
+class PairCounts(NamedTuple):
+    """What all parts of a batch of pairs share: the denominators, and how many rows the whole has."""
+
+    pairs: jax.Array
+    """Number of valid pairs."""
+    chosen_tokens: jax.Array
+    """Number of tokens of their chosen completions."""
+    rows: int
+    """P of the whole batch, a static number."""
+
+
+class Common(TypedDict):
+    """The arguments that every loss of pairs but AOT's has."""
+
+    weights: jax.Array | None
+    mask: jax.Array
+    normalizer: jax.Array
+
+
+class ScoredPairs(NamedTuple):
+    """P preference pairs under the policy and the reference; the chosen completion is at 0, the rejected one at 1."""
+
+    logprobs: jax.Array
+    """`[P, 2]`: log-probs of whole completions under the policy."""
+    ref_logprobs: jax.Array | None
+    """`[P, 2]`: the same under the reference, if the loss reads one."""
+    lengths: jax.Array
+    """`[P, 2]` int32: their numbers of tokens."""
+    mask: jax.Array
+    """`[P]` bool: the pairs that are no padding."""
+    weights: jax.Array | None
+    """`[P]`: constant factors on the pairs' losses."""
+    win_probs: jax.Array | None
+    """`[P, 2]`: how often each completion wins, if a judge said so."""
+    counts: PairCounts
+
+    @property
+    def policy(self) -> tuple[jax.Array, jax.Array]:
+        """Log-probs of the chosen and of the rejected completions under the policy, `[P]` each."""
+        return self.logprobs[:, 0], self.logprobs[:, 1]
+
+    @property
+    def sides(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Those under the policy, then those under the reference.
+
+        Raises:
+            ValueError: there is no reference.
+        """
+        if self.ref_logprobs is None:
+            raise ValueError("this loss reads log-probs under a reference, and the rows have none")
+        return *self.policy, self.ref_logprobs[:, 0], self.ref_logprobs[:, 1]
+
+    @property
+    def both_lengths(self) -> tuple[jax.Array, jax.Array]:
+        """Numbers of tokens of the chosen and of the rejected completions, `[P]` each."""
+        return self.lengths[:, 0], self.lengths[:, 1]
+
+    @property
+    def common(self) -> Common:
+        """Mask, weights and denominator."""
+        return {"weights": self.weights, "mask": self.mask, "normalizer": self.counts.pairs}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLoss(abc.ABC):
+    """A loss of preference pairs with its hyper-parameters."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads log-probs under a reference."""
+        return True
+
+    @abc.abstractmethod
+    def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
+        """The loss of these pairs as their part of the whole batch's, and its metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceFreeLoss(PairLoss):
+    """A loss of preference pairs that reads the policy alone."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """False."""
+        return False

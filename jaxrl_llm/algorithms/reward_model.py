@@ -128,27 +128,31 @@ def _comparable(rows: Any) -> jax.Array:
 # ---- Scores and rewards --------------------------------------------------------------------------
 
 
-def make_score_pass(model: ScoreModel, *, micro_batches: int = 1) -> Callable[[Params, Any], jax.Array]:
-    """The pure function `(params, rows) -> [P, G]` that scores completions.
+def in_pieces(read: Callable[[Params, Answers], jax.Array], micro_batches: int) -> Callable[[Params, Any], jax.Array]:
+    """The function `(params, rows) -> [P, G, …]` that reads completions in pieces, to save memory.
 
     Args:
-        model: a reward model.
-        micro_batches: pieces in which they are scored, to save memory.
+        read: `(params, answers) -> [P, G, …]`, which looks at each completion by itself.
+        micro_batches: number of pieces.
 
     Returns:
-        A function of its parameters and any record with `prompt`, `prompt_lengths`, `completion` and `mask`, such as
-        a `Rollout`.
+        A function of parameters and any record with the fields of `Answers`, such as a `Rollout`.
     """
     plan = UpdateConfig(micro_batches=micro_batches)
 
-    def score_pass(params: Params, rows: Any) -> jax.Array:
+    def all_pieces(params: Params, rows: Any) -> jax.Array:
         answers = Answers.of(rows)
         shape = answers.mask.shape[:2]
         parts = deal(split_groups(answers, plan.group_split(*shape, row_shards())), micro_batches)
-        dealt = jax.lax.map(lambda part: model.scores(params, *part), parts)
-        return collect(dealt).reshape(shape)
+        every = collect(jax.lax.map(lambda part: read(params, part), parts))
+        return every.reshape(*shape, *every.shape[2:])
 
-    return score_pass
+    return all_pieces
+
+
+def make_score_pass(model: ScoreModel, *, micro_batches: int = 1) -> Callable[[Params, Any], jax.Array]:
+    """The pure function `(params, rows) -> [P, G]` that scores completions; see `in_pieces`."""
+    return in_pieces(lambda params, answers: model.scores(params, *answers), micro_batches)
 
 
 def make_score_statistics(model: ScoreModel, *, micro_batches: int = 1) -> Callable[[Params, Any], Moments]:

@@ -28,7 +28,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer, aggregation_weights
-from jaxrl_llm.masking import as_float, check_mask, safe_divide
+from jaxrl_llm.masking import as_float, check_mask, check_same_shape, safe_divide
 
 Tree = Any
 """A pytree of floating-point arrays."""
@@ -69,6 +69,7 @@ def gauss_newton_vector_product(
     *,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Tree:
     """The Fisher-vector product through the logits.
 
@@ -84,6 +85,8 @@ def gauss_newton_vector_product(
         mask: Bool `[..., T]`, True on the tokens that count, those of the surrogate (or a part, to save work).
         aggregation: How tokens are averaged; see `jaxrl_llm.losses.aggregate`.
         normalizer: Denominator of the whole batch, if these rows are a part of it: then products of parts add up.
+        weights: What each token counts, `[..., T]`, in place of `aggregation` and `normalizer`: for parts of which
+            these alone do not tell, such as some of the tokens of a sequence.
 
     Returns:
         F v, of the structure of `params`, float32.
@@ -95,7 +98,7 @@ def gauss_newton_vector_product(
     """
     wide, function = widen_parameters(logits, params)
     z, jacobian = jax.linearize(function, wide)
-    weights = _token_weights(mask, z.shape[:-1], "logits", aggregation, normalizer)[..., None]
+    weights = _token_weights(mask, z.shape[:-1], "logits", aggregation, normalizer, weights)[..., None]
     tangent = jnp.where(weights > 0, as_float(jacobian(vector)), 0.0)
     p = jax.nn.softmax(jnp.where(weights > 0, as_float(z), 0.0))
     curved = weights * p * (tangent - jnp.sum(p * tangent, axis=-1, keepdims=True))
@@ -110,6 +113,7 @@ def sampled_fisher_vector_product(
     *,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Tree:
     """An estimate of the Fisher-vector product from the sampled tokens alone.
 
@@ -125,6 +129,7 @@ def sampled_fisher_vector_product(
         mask: As `gauss_newton_vector_product`.
         aggregation: As `gauss_newton_vector_product`.
         normalizer: As `gauss_newton_vector_product`.
+        weights: As `gauss_newton_vector_product`.
 
     Returns:
         F v, of the structure of `params`, float32.
@@ -136,7 +141,7 @@ def sampled_fisher_vector_product(
     """
     wide, function = widen_parameters(logprobs, params)
     values, jacobian = jax.linearize(function, wide)
-    weights = _token_weights(mask, values.shape, "logprobs", aggregation, normalizer)
+    weights = _token_weights(mask, values.shape, "logprobs", aggregation, normalizer, weights)
     tangent = jnp.where(weights > 0, as_float(jacobian(vector)), 0.0)
     return jax.linear_transpose(jacobian, wide)((weights * tangent).astype(values.dtype))[0]
 
@@ -160,11 +165,15 @@ def _token_weights(
     name: str,
     aggregation: AggregationMode,
     normalizer: ArrayLike | None,
+    weights: ArrayLike | None,
 ) -> Array:
     """What each token counts in a mean over tokens of the given shape."""
     mask = check_mask(mask)
     if mask.shape != shape:
         raise ValueError(f"mask has shape {mask.shape}, but the {name} are of {shape} tokens: they must be equal")
+    if weights is not None:
+        check_same_shape(weights=weights, mask=mask)
+        return jnp.where(mask, as_float(weights), 0.0)
     if normalizer is None:
         normalizer = aggregation_normalizer(mask, mode=aggregation)
     return safe_divide(aggregation_weights(mask, mode=aggregation), normalizer)

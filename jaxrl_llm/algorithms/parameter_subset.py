@@ -1,0 +1,81 @@
+"""A part of a model's parameters as a flat tree of its own: what a method with costly vectors moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.models.lora import split_trainable
+from jaxrl_llm.models.transformer import Params
+
+Trainable = Literal["all", "last_layers"]
+"""What training changes (all parameters; of a model with adapters, these and its heads); or of that the last layers,
+the last norm and the head, unless that is the embedding."""
+Part = dict[str, jax.Array]
+"""Float32 arrays by dotted path; of a stacked leaf the last layers only, if not all of them move."""
+
+
+class ParameterSubset:
+    """Which parameters move, and how they are taken out of the tree and put back.
+
+    Args:
+        params: the whole tree, of arrays or shapes.
+        trainable: which part of it.
+        last_layers: how many layers "last_layers" means.
+        moves: in place of `trainable`: whether the parameter of a dotted path (`layers.mlp.up.weight`) moves.
+
+    Raises:
+        ValueError: nothing would move, or there are not so many layers.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        trainable: Trainable = "all",
+        *,
+        last_layers: int = 1,
+        moves: Callable[[str], bool] | None = None,
+    ):
+        if trainable not in get_args(Trainable):
+            raise ValueError(f"trainable={trainable!r} must be one of {get_args(Trainable)}")
+        leaves = _by_path(split_trainable(params)[0] if moves is None else params)
+        last = moves is None and trainable == "last_layers"
+        chosen = [path for path in leaves if moves is None or moves(path)]
+        if last:
+            chosen = [path for path in leaves if path.startswith(("layers.", "final_norm.", "lm_head."))]
+        if not chosen:
+            raise ValueError(f"none of the parameters is to move; there are {', '.join(leaves)}")
+        layers = {leaf.shape[0] for path, leaf in leaves.items() if path.startswith("layers.")}
+        if not 1 <= last_layers <= max(layers, default=1):
+            raise ValueError(f"last_layers={last_layers} must be between 1 and the {max(layers, default=1)} there are")
+        self._first = {
+            path: leaves[path].shape[0] - last_layers if last and path.startswith("layers.") else 0 for path in chosen
+        }
+
+    def take(self, params: Params) -> Part:
+        """The part, in float32."""
+        leaves = _by_path(params)
+        return widen({path: leaves[path][first:] if first else leaves[path] for path, first in self._first.items()})
+
+    def put(self, params: Params, part: Part) -> Params:
+        """The whole tree with the part replaced, each array in its stored type."""
+
+        def one(path: tuple, leaf: jax.Array) -> jax.Array:
+            if (name := _name(path)) not in part:
+                return leaf
+            new, first = part[name].astype(leaf.dtype), self._first[name]
+            return jnp.concatenate([leaf[:first], new]) if first else new
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _by_path(params: Params) -> Part:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,259 @@
+"""TRPO for language models: one pure function from a rollout and its rewards to the next training state.
+
+A batch makes one step: the natural gradient of its objective, scaled to the trust region and shortened until the
+divergence holds and the objective grows. `jaxrl_llm.algorithms.natural_gradient` has the method on any functions; here
+are the functions, for a transformer and in micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.algorithms.gradient import collect, deal
+from jaxrl_llm.algorithms.natural_gradient import trpo_step
+from jaxrl_llm.algorithms.parameter_subset import ParameterSubset, Part, Trainable
+from jaxrl_llm.algorithms.policy_divergence import DivergenceRows, FisherKind, PolicyDivergence
+from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.signals import Feedback
+from jaxrl_llm.algorithms.update import (
+    UpdateConfig,
+    UpdateStep,
+    _credited,
+    _read,
+    _sampling_gap,
+    make_scorer,
+    split_groups,
+)
+from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
+from jaxrl_llm.masking import safe_divide
+from jaxrl_llm.models.lora import reference_of
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Mean, Metrics
+from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.types import Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRegionConfig:
+    """How far a batch moves the policy, and how the step is found."""
+
+    max_kl: float = 0.01
+    """Bound on the mean KL(old ‖ new) of a token, in nats."""
+    damping: float = 0.1
+    """Added to the diagonal of the Fisher matrix."""
+    cg_iterations: int = 10
+    """Products with the Fisher matrix, at most, in the search for the direction."""
+    cg_tolerance: float = 1e-10
+    """Squared norm of the residual at which it ends early."""
+    tries: int = 10
+    """Lengths of the step that are tried, at most."""
+    shrink: float = 0.8
+    """Factor between two tries."""
+    kl_tolerance: float = 1.0
+    """Slack of the bound: a try with a divergence up to kl_tolerance · max_kl is taken."""
+    fisher: FisherKind = "gauss_newton"
+    """What products with the Fisher matrix are made of: the logits, the divergence, or the sampled tokens alone."""
+    fisher_fraction: float = 1.0
+    """Share of the prompts, drawn anew at each step, that these products look at."""
+    trainable: Trainable = "all"
+    """Which parameters move: all (of a model with adapters, these and its heads), or those of the last layers. There
+    are five float32 vectors of them beside the model."""
+    last_layers: int = 1
+    """Layers that `trainable="last_layers"` means."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        for field, holds, wanted in (
+            ("max_kl", 0 < self.max_kl < math.inf, "be positive"),
+            ("damping", 0 <= self.damping < math.inf, "not be negative"),
+            ("cg_iterations", self.cg_iterations >= 1, "be at least 1"),
+            ("cg_tolerance", 0 <= self.cg_tolerance < math.inf, "not be negative"),
+            ("tries", self.tries >= 1, "be at least 1"),
+            ("shrink", 0 < self.shrink < 1, "be between 0 and 1"),
+            ("kl_tolerance", 0 < self.kl_tolerance < math.inf, "be positive"),
+            ("fisher", self.fisher in get_args(FisherKind), f"be one of {get_args(FisherKind)}"),
+            ("fisher_fraction", 0 < self.fisher_fraction <= 1, "be above 0 and at most 1"),
+            ("trainable", self.trainable in get_args(Trainable), f"be one of {get_args(Trainable)}"),
+            ("last_layers", self.last_layers >= 1, "be at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"trust_region.{field}={getattr(self, field)!r} must {wanted}")
+
+
+def make_trust_region_step(
+    policy: Transformer,
+    algorithm: PolicyGradient,
+    config: TrustRegionConfig | None = None,
+    *,
+    temperature: float = 1.0,
+    truncated: bool = False,
+    micro_batches: int = 1,
+    moves: Callable[[str], bool] | None = None,
+    chunk_size: int | None = None,
+) -> UpdateStep:
+    """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`, as `make_update_step`.
+
+        maximise −loss(θ)  subject to  Agg[ KL(π_old(· | s) ‖ π_θ(· | s)) ] ≤ max_kl
+
+    The loss is the algorithm's; with `Clipped(clip_low=None, clip_high=None)` as its surrogate it is −Agg[r A], that of
+    TRPO. Another surrogate, a KL penalty or an importance correction belong to the objective as anywhere else. The
+    divergence is exact, over the same tokens with the same weights (so that with an aggregation that is a sum,
+    `max_kl` bounds a sum).
+
+    What is held beside the model and the batch: gradient, solution, residual, direction and a product, float32, of
+    the parameters that move; the old policy's hidden states `[P, G, Tc, D]`; and, of one micro-batch, the activations
+    and logits of some positions. No optimizer is needed: `opt_state` stays as it is, and may be empty
+    (`make_train_state(params, optax.identity(), seed)`).
+
+    Args:
+        policy: the model.
+        algorithm: advantages and objective.
+        config: the trust region.
+        temperature: as `make_update_step`.
+        truncated: as `make_update_step`.
+        micro_batches: pieces in which objective, divergence and products are summed; memory, not the result.
+        moves: whether the parameter of a dotted path moves, in place of `config.trainable`.
+        chunk_size: positions whose logits exist at a time; `None` chooses.
+
+    Returns:
+        A function as `make_update_step` returns. A step that cannot be taken (no length holds, or something is not
+        finite) leaves the parameters as they are, bit for bit. Metrics: those of the rollout; those of the objective,
+        at the old policy; and those of `trpo_step`.
+
+    Raises:
+        ValueError: the temperature is 0, or the algorithm has a critic or cannot be cut into micro-batches.
+
+    Source: Schulman et al. 2015, "TRPO" (1502.05477).
+    """
+    if temperature <= 0:
+        raise ValueError(f"a policy sampled at temperature {temperature} (greedily) has no gradient to follow")
+    if algorithm.needs_critic:
+        raise ValueError(
+            f"{type(algorithm.advantage).__name__} is made of a critic's values, which are not trained here"
+        )
+    if algorithm.surrogate.whole_batch and micro_batches > 1:
+        raise ValueError(
+            f"{type(algorithm.surrogate).__name__} compares all tokens of a batch, so that it cannot be cut into "
+            f"micro_batches={micro_batches}: pass 1"
+        )
+    region, plan = config or TrustRegionConfig(), UpdateConfig(micro_batches=micro_batches)
+    scores = make_scorer(policy, temperature=temperature)
+
+    def pieces(rows: Any) -> Any:
+        """Rows `[P, G, …]` as micro-batches, `[micro_batches, rows, …]`."""
+        prompts, group = rows.completion.shape[:2]
+        split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
+        return deal(split_groups(rows, split), micro_batches)
+
+    def compared(batch: LearnerBatch, params: Params) -> DivergenceRows:
+        """The batch as micro-batches for the divergence from the policy with these parameters."""
+        mode, length = algorithm.aggregation, algorithm.max_length or batch.mask.shape[-1]
+        weights = aggregation_weights(batch.mask, mode=mode, max_length=length)
+        weights = safe_divide(weights, aggregation_normalizer(batch.mask, mode=mode))
+        parts = pieces(DivergenceRows(batch.prompt, batch.prompt_lengths, batch.completion, weights))
+        hidden = jax.lax.map(lambda x: policy.hidden(params, x.prompt, x.prompt_lengths, x.completion), parts)
+        return parts._replace(old_hidden=hidden)
+
+    def read(
+        state: TrainState, rollout: Rollout, feedback: Feedback, reference: Params | None
+    ) -> tuple[LearnerBatch, TokenScores, Any, Metrics]:
+        """The batch with its advantages and old log-probs, the old policy's scores, the new memory, and metrics."""
+        signals, batch, metrics = _read(algorithm, rollout, feedback)
+        batch = batch._replace(seeds=jax.random.bits(_key(state, 2), batch.prompt.shape[:1]))
+        parts = pieces(batch)
+
+        def pass_over(params: Params) -> TokenScores:
+            dealt = jax.lax.map(lambda rows: scores(params, rows), parts)
+            return jax.tree.map(lambda x: collect(x).reshape(batch.mask.shape), dealt)
+
+        if algorithm.needs_reference:
+            reference = reference_of(state.params, reference)
+            if reference is None:
+                raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
+            ref_logprobs = pass_over(reference).logprobs
+            signals = signals._replace(ref_logprobs=ref_logprobs)
+            batch = batch._replace(ref_logprobs=ref_logprobs)
+        old = pass_over(state.params)
+        metrics |= _sampling_gap(old.logprobs, batch, temperature=temperature, truncated=truncated)
+        signals = signals._replace(old_logprobs=old.logprobs, entropy=old.entropy)
+        credit = algorithm.advantage(signals, state.memory)
+        memory = algorithm.advantage.remember(signals, state.memory)
+        batch = _credited(batch, credit)._replace(old_logprobs=old.logprobs)
+        return batch, old, memory, metrics | credit.metrics
+
+    def trust_region_step(
+        state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        feedback, params = rewards if isinstance(rewards, Feedback) else Feedback(rewards), state.params
+        batch, old, memory, metrics = read(state, rollout, feedback, reference)
+        normalizer = algorithm.normalizer(batch.mask)
+        loss, found = algorithm.loss(old, batch, normalizer)
+        metrics |= found | {"loss": Mean.of(loss)}
+
+        subset = ParameterSubset(params, region.trainable, last_layers=region.last_layers, moves=moves)
+        join, start, old_head = functools.partial(subset.put, params), subset.take(params), policy.head(params)
+        divergence = PolicyDivergence(policy, join, temperature=temperature, chunk_size=chunk_size)
+        parts, curved = pieces(batch), compared(batch, params)
+        rows_compared = curved
+        if region.fisher_fraction < 1:
+            curved = compared(_draw(batch, region.fisher_fraction, _key(state, 3)), params)
+
+        def objective(part: Part) -> jax.Array:
+            return _sum_over(parts, lambda rows: -algorithm.loss(scores(join(part), rows), rows, normalizer)[0])
+
+        def kl(part: Part) -> jax.Array:
+            return _sum_over(rows_compared, lambda rows: divergence.kl(part, old_head, rows))
+
+        def product(vector: Part) -> Part:
+            return _sum_over(curved, lambda rows: divergence.product(region.fisher, start, vector, old_head, rows))
+
+        part, found = trpo_step(
+            objective,
+            kl,
+            start,
+            product=product,
+            max_kl=region.max_kl,
+            damping=region.damping,
+            iterations=region.cg_iterations,
+            tolerance=region.cg_tolerance,
+            tries=region.tries,
+            shrink=region.shrink,
+            kl_tolerance=region.kl_tolerance,
+        )
+        state = state.replace(step=state.step + 1, params=join(part), memory=memory)
+        return state, {name: record.value() for name, record in (metrics | found).items()}
+
+    return trust_region_step
+
+
+def _sum_over(parts: Any, function: Callable[[Any], Any]) -> Any:
+    """Σ function(rows) over micro-batches `[parts, rows, …]`; what one makes is made again for its gradient."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return function(first)
+    again = jax.checkpoint(function)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+
+    def add(total: Any, rows: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, again(rows)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _key(state: TrainState, use: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), use)
+
+
+def _draw(batch: LearnerBatch, fraction: float, key: jax.Array) -> LearnerBatch:
+    """A share of the prompts, with all their completions."""
+    prompts = len(batch.prompt)
+    chosen = jax.random.permutation(key, prompts)[: math.ceil(fraction * prompts)]
+    return jax.tree.map(lambda x: x[chosen], batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,8 +43,12 @@ def read_json(path: Path) -> dict[str, Any]:
 class SafetensorsSource:
     """The tensors of a folder: `model.safetensors`, or the shards that its index names."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file: str = WEIGHTS):
         """Opens the files and reads their headers.
+
+        Args:
+            folder: where they are.
+            file: the name of the file where there is but one.
 
         Raises:
             ValueError: no safetensors files, a shard that is missing, truncated or corrupt, a tensor that the
@@ -51,20 +56,21 @@ class SafetensorsSource:
         """
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        if (folder / WEIGHTS_INDEX).exists():
-            placed = read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        index = f"{file}.index.json"
+        if (folder / index).exists():
+            placed = read_json(folder / index).get("weight_map")
             if not isinstance(placed, dict):
-                raise ValueError(f"{folder / WEIGHTS_INDEX} has no 'weight_map'")
+                raise ValueError(f"{folder / index} has no 'weight_map'")
             shards = sorted(set(placed.values()))
-        elif (folder / WEIGHTS).exists():
-            placed, shards = {}, [WEIGHTS]
+        elif (folder / file).exists():
+            placed, shards = {}, [file]
         else:
-            raise ValueError(f"{folder} holds neither {WEIGHTS} nor {WEIGHTS_INDEX}{_hint(folder)}")
+            raise ValueError(f"{folder} holds neither {file} nor {index}{_hint(folder)}")
         for shard in shards:
             self._open(folder / shard)
         for tensor, shard in placed.items():
             if tensor not in self.shapes:
-                raise ValueError(f"{folder / shard} has no tensor {tensor!r}, where {WEIGHTS_INDEX} places it")
+                raise ValueError(f"{folder / shard} has no tensor {tensor!r}, where {index} places it")
 
     def _open(self, path: Path) -> None:
         if not path.exists():
@@ -103,12 +109,13 @@ def _hint(folder: Path) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def overwrite_problem(folder: Path, *, overwrite: bool) -> str | None:
-    """Why a model must not be written to `folder`, or `None`: only model folders are ever replaced."""
+def overwrite_problem(folder: Path, *, overwrite: bool, marker: str = CONFIG) -> str | None:
+    """Why nothing must be written to `folder`, or `None`: only folders of its kind, with `marker`, are replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not (folder / CONFIG).is_file():
-        return f"{folder} exists and holds no {CONFIG}: it is no model folder, and will not be overwritten"
+    if not (folder / marker).is_file():
+        kind = "model folder" if marker == CONFIG else "folder of adapters"
+        return f"{folder} exists and holds no {marker}: it is no {kind}, and will not be overwritten"
     return None if overwrite else f"{folder} exists already; choose another folder, or set overwrite=True"
 
 
@@ -143,7 +150,12 @@ def _umask() -> int:
 
 
 def write_weights(
-    folder: Path | None, params: Params, names: Mapping[str, str], *, max_shard_bytes: int = 5 * 10**9
+    folder: Path | None,
+    params: Params,
+    names: Mapping[str, str],
+    *,
+    max_shard_bytes: int | None = 5 * 10**9,
+    file: str = WEIGHTS,
 ) -> None:
     """Writes the parameters as safetensors, in shards where they are large.
 
@@ -154,7 +166,8 @@ def write_weights(
         folder: an existing folder, or `None` on the processes that do not write.
         params: the tree of parameters.
         names: parameter → tensor name.
-        max_shard_bytes: a file holds at most this much, unless one tensor alone is larger.
+        max_shard_bytes: a file holds at most this much, unless one tensor alone is larger; `None`: all are in one.
+        file: its name where there is but one.
     """
     plan = _plan_shards(leaves(params, names), max_shard_bytes)
     arrays = dict(zip([leaf.path for leaf in leaves(params, names)], jax.tree.leaves(params), strict=True))
@@ -165,7 +178,7 @@ def write_weights(
         gathered = {path: gathered[path] if path in gathered else _gather(arrays[path]) for path in sorted(needed)}
         if folder is None:
             continue
-        name = WEIGHTS if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
+        name = file if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         tensors = {
             leaf.tensors[layer]: gathered[leaf.path][layer] if leaf.stacked else gathered[leaf.path]
             for leaf, layer in shard
@@ -181,9 +194,9 @@ def write_weights(
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
 
 
-def _plan_shards(tree: list[Leaf], max_bytes: int) -> list[list[tuple[Leaf, int]]]:
+def _plan_shards(tree: list[Leaf], max_bytes: int | None) -> list[list[tuple[Leaf, int]]]:
     shards: list[list[tuple[Leaf, int]]] = [[]]
-    room = max_bytes
+    room = max_bytes = sys.maxsize if max_bytes is None else max_bytes
     for leaf in tree:
         size = int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
         for layer in range(len(leaf.tensors)):

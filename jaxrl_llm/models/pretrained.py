@@ -26,6 +26,7 @@ from jaxrl_llm.models.hf import (
     write_weights,
 )
 from jaxrl_llm.models.locate import locate
+from jaxrl_llm.models.lora import has_adapters, merge_adapters, without_adapters
 from jaxrl_llm.models.tokenizers import stop_token_ids
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.models.weights import load_weights
@@ -91,16 +92,21 @@ def load_params(
 ) -> Params:
     """The parameters of a checkpoint whose configuration is `transformer`'s.
 
+    Of a model with adapters these are the base's alone: `lora.add_adapters` puts fresh ones beside them, and
+    `peft.load_adapters` saved ones.
+
     Args:
         name: as in `from_pretrained`.
         transformer: gives shapes, and the type to which values are cast.
-        shardings: tree of shardings like the parameters, or `None` for the default device.
+        shardings: tree of shardings like the parameters, or `None` for the default device; those of adapters are
+            not used.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         ValueError: as in `from_pretrained`.
     """
     path = locate(name, revision=revision)
+    transformer, shardings = transformer.base, None if shardings is None else without_adapters(shardings)
     if _is_gguf(path):
         return load_weights(GGUFSource(path), TENSOR_NAMES, transformer, shardings, where=str(path))
     names = family_of(read_json(path / CONFIG)).tensor_names
@@ -132,6 +138,8 @@ def save_pretrained(
 ) -> Path:
     """Writes a folder that `transformers`, and all that reads its format, loads: the parameters bit for bit.
 
+    Adapters are merged into the weights; `peft.save_adapters` writes them by themselves.
+
     The folder appears complete or not at all: it is written beside its place and then renamed. On several
     processes all must call this; process 0 writes.
 
@@ -153,8 +161,9 @@ def save_pretrained(
     """
     folder = Path(folder)
     family = family_for(transformer.config)
+    params = jax.jit(merge_adapters, static_argnums=1)(params, transformer.config) if has_adapters(params) else params
     writer = jax.process_index() == 0
-    _agree_on_problem(overwrite_problem(folder, overwrite=overwrite) if writer else None, folder)
+    agree_on_problem(overwrite_problem(folder, overwrite=overwrite) if writer else None, folder)
     if writer:
         with replace_folder(folder) as staging:
             write_weights(staging, params, family.tensor_names, max_shard_bytes=max_shard_bytes)
@@ -201,7 +210,7 @@ def _write_description(
     )
 
 
-def _agree_on_problem(problem: str | None, folder: Path) -> None:
+def agree_on_problem(problem: str | None, folder: Path) -> None:
     """Raises on every process what process 0 found, so that none waits for the others forever."""
     found = problem is not None
     if jax.process_count() > 1:

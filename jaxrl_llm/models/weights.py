@@ -89,23 +89,19 @@ def load_weights(
     """
     abstract = transformer.abstract_params()
     wanted = leaves(abstract, names)
-    _check(
-        wanted,
-        source.shapes,
-        tied=transformer.config.tie_embeddings,
-        head=names["lm_head.weight"],
-        where=where,
-    )
+    tied = names["lm_head.weight"] if transformer.config.tie_embeddings else None
+    check_tensors(wanted, source.shapes, tied=tied, head=names["lm_head.weight"], where=where)
     if transformer.config.tie_embeddings and names["lm_head.weight"] in source.shapes:
         _check_tied(source, names["embed.weight"], names["lm_head.weight"], where=where)
     placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings)
     if len(placements) != len(wanted):
         raise ValueError(f"{where}: {len(placements)} shardings for {len(wanted)} parameters")
-    arrays = [_load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    arrays = [load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
-def _load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Reads one parameter onto its devices; without a sharding, onto the default one."""
     if sharding is None:
         return jax.device_put(_read_slice(source, leaf, (slice(None),) * len(leaf.shape)))
     pieces: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}  # replicas share what was read
@@ -142,13 +138,30 @@ def _check_tied(source: TensorSource, embed: str, head: str, *, where: str, rows
             )
 
 
-def _check(wanted: Sequence[Leaf], shapes: Mapping[str, tuple[int, ...]], *, tied: bool, head: str, where: str) -> None:
+def check_tensors(
+    wanted: Sequence[Leaf],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    where: str,
+    head: str | None = None,
+    tied: str | None = None,
+) -> None:
+    """Checks that a checkpoint has the tensors that are wanted, and no others.
+
+    Args:
+        wanted: the parameters.
+        shapes: of the checkpoint's tensors.
+        where: the checkpoint's name.
+        head: the LM head's tensor, if it has one.
+        tied: a tensor that may be there though it is not wanted.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of the wrong shape; all of them are named.
+    """
     expected = {tensor: leaf.tensor_shape for leaf in wanted for tensor in leaf.tensors}
     missing = [name for name in expected if name not in shapes]
     # A tied checkpoint may carry its head nonetheless: the embedding a second time.
-    unexpected = [
-        name for name in shapes if name not in expected and not HARMLESS.search(name) and not (tied and name == head)
-    ]
+    unexpected = [name for name in shapes if name not in expected and not HARMLESS.search(name) and name != tied]
     wrong = [
         f"{name} has shape {list(shapes[name])}, the configuration says {list(shape)}"
         for name, shape in expected.items()

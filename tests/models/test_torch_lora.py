@@ -1,0 +1,109 @@
+"""Adapters beside PEFT's own, on PyTorch's model: the same logits in both directions, and merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.config import LoraConfig
+from jaxrl_llm.models.lora import add_adapters, merge_adapters
+from jaxrl_llm.models.peft import load_adapters, load_lora_config, save_adapters
+from jaxrl_llm.models.pretrained import from_pretrained, load_config, load_params, save_pretrained
+from jaxrl_llm.models.transformer import Params, Transformer
+
+torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    peft = pytest.importorskip("peft", reason="PEFT is needed only to compare with it: pip install peft")
+
+TOLERANCE = 1e-4
+CASES = ["llama_biases", "mistral", "qwen2", "qwen3_tied_bias"]
+
+# transformers, torch and PEFT warn of their own deprecations; ours stay errors in every other file
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def theirs(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def ours(model: Transformer, params: Params, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.jit(model.logits)(params, tokens.astype(np.int32)))
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 48, (3, 9))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("case", CASES)
+def test_peft_reads_ours(case: str, use_rslora: bool, golden_module: Any, tokens: np.ndarray, tmp_path: Any) -> None:
+    base = golden_module.torch_model(case)
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(rank=4, alpha=6.0, targets=("query", "value", "output", "up"), use_rslora=use_rslora)
+    model = Transformer(dataclasses.replace(load_config(tmp_path / "base"), lora=lora))
+    params = add_adapters(load_params(tmp_path / "base", model), model, jax.random.key(0))
+    np.testing.assert_allclose(ours(model, params, tokens), theirs(base, tokens), atol=TOLERANCE, rtol=0)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0.2 * jax.random.normal(jax.random.key(1), leaf.shape) if path[-1].key == "lora_b" else leaf,
+        params,
+    )
+    folder = save_adapters(tmp_path / "adapters", model, params, base_name=str(tmp_path / "base"))
+    adapted = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    expected = theirs(adapted, tokens)
+    np.testing.assert_allclose(ours(model, params, tokens), expected, atol=TOLERANCE, rtol=0)
+    merged = merge_adapters(params, model.config)
+    assert np.abs(ours(model.base, merged, tokens) - theirs(adapted.get_base_model(), tokens)).max() < TOLERANCE
+    with adapted.disable_adapter():
+        assert np.abs(theirs(adapted, tokens) - expected).max() > 100 * TOLERANCE
+    # What transformers loads of our merged export is what PEFT merges.
+    from transformers import AutoModelForCausalLM
+
+    exported = save_pretrained(tmp_path / "merged", model, params)
+    loaded = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, attn_implementation="eager").eval()
+    np.testing.assert_allclose(theirs(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "gate_proj", "down_proj"], r".*\.(q_proj|up_proj)"])
+@pytest.mark.parametrize("case", CASES)
+def test_we_read_pefts(case: str, targets: Any, golden_module: Any, tokens: np.ndarray, tmp_path: Any) -> None:
+    base = golden_module.torch_model(case)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.1, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(base, settings).eval()
+    adapted.save_pretrained(str(tmp_path / "adapters"))
+    config = load_config(tmp_path / "base")
+    model = Transformer(dataclasses.replace(config, lora=load_lora_config(tmp_path / "adapters", config)))
+    params = load_adapters(tmp_path / "adapters", model, load_params(tmp_path / "base", model))
+    expected = theirs(adapted, tokens)
+    np.testing.assert_allclose(ours(model, params, tokens), expected, atol=TOLERANCE, rtol=0)
+    plain, loaded = from_pretrained(tmp_path / "base")
+    assert np.abs(ours(plain, loaded, tokens) - expected).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ],
+)
+def test_what_peft_can_and_we_cannot(settings: Any, message: str, golden_module: Any, tmp_path: Any) -> None:
+    base = golden_module.torch_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    peft.get_peft_model(base, config).save_pretrained(str(tmp_path / "adapters"))
+    with pytest.raises(ValueError, match=message):
+        load_lora_config(tmp_path / "adapters", load_config(tmp_path / "base"))

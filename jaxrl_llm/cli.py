@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import PRESETS
-from jaxrl_llm.config import Experiment, ModelSource, flatten
+from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, flatten
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import RowSource, nearest_name, open_source
 from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params, save_pretrained
@@ -33,12 +33,15 @@ from jaxrl_llm.training.distributed import ClusterConfig, from_main_process, ini
 from jaxrl_llm.training.episodes import RewardError
 from jaxrl_llm.training.formatting import duration
 from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
+from jaxrl_llm.training.offline import OfflineTrainer
 from jaxrl_llm.training.report import Report
 from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.scoring import RewardSum
 from jaxrl_llm.training.trainer import Trainer, TrainingResult
 
 ConfigT = TypeVar("ConfigT", bound=Experiment)
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
+Panels = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,8 @@ def _preset(args: list[str]) -> tuple[PolicyGradient | None, list[str]]:
     presets = {preset.__name__: preset for preset in PRESETS}
     wanted = name.replace("-", "_")
     if wanted not in presets:
-        raise ValueError(f"no preset is named {name!r}{nearest_name(wanted, list(presets))}; there are {', '.join(presets)}")
+        nearest = nearest_name(wanted, list(presets))
+        raise ValueError(f"no preset is named {name!r}{nearest}; there are {', '.join(presets)}")
     return presets[wanted](), rest
 
 
@@ -107,7 +111,7 @@ def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, Impo
         raise SystemExit(1 if refused else 2) from error
 
 
-def start(config: ConfigT) -> ConfigT:
+def start(config: RunConfigT) -> RunConfigT:
     """Prepares the process: distributed start where asked for, compilation cache, run folder.
 
     Returns:
@@ -158,7 +162,7 @@ def _new_folder(name: str) -> str:
     return str(folder)
 
 
-def load_policy(config: Experiment, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
+def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
     """The checkpoint that `config.model` names, on the mesh, with its tokenizer (loaded, unless it is given).
 
     Raises:
@@ -282,13 +286,39 @@ def make_trainer(
         title=config.name,
         wandb=config.wandb if config.wandb.project else None,
     )
-    if is_main_process():
-        trainer.run_dir.mkdir(parents=True, exist_ok=True)
-        (trainer.run_dir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+    write_config(config, trainer.run_dir)
     return trainer
 
 
-def train(trainer: Trainer) -> TrainingResult:
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Writes the resolved configuration to `config.json` in the run's folder."""
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+
+
+PANELS: Panels = (
+    ("reward", "eval/reward"),
+    ("eval/accuracy",),
+    ("entropy",),
+    ("completions/mean_length",),
+    ("grad_norm",),
+)
+"""What the picture of a run shows, where it was recorded."""
+
+_SUMMED_UP = (
+    "eval/accuracy",
+    "eval/reward",
+    "eval/completion_length",
+    "eval/loss",
+    "eval/margin",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+)
+"""What the summary compares with the beginning, where it was recorded."""
+
+
+def train(trainer: Trainer | OfflineTrainer) -> TrainingResult:
     """Trains; a reward function that fails ends the program with one line, after the steps before are saved.
 
     So does a file of the run that goes on, if it cannot be read any more.
@@ -299,9 +329,24 @@ def train(trainer: Trainer) -> TrainingResult:
 
 @plain_errors((OSError, SafetensorError))  # the second is what a full disk is to safetensors
 def finish(
-    config: Experiment, policy: Policy, result: TrainingResult, *, seconds: float, next_steps: tuple[str, ...] = ()
+    config: Experiment | OfflineExperiment,
+    policy: Policy,
+    result: TrainingResult,
+    *,
+    seconds: float,
+    next_steps: tuple[str, ...] = (),
+    panels: Panels = PANELS,
 ) -> None:
-    """Exports the trained model, draws the curves, and says what came out and where it is."""
+    """Exports the trained model, draws the curves, and says what came out and where it is.
+
+    Args:
+        config: settings.
+        policy: the model, without parameters.
+        result: what training left.
+        seconds: how long it all took.
+        next_steps: what to try next, one line each.
+        panels: what the picture shows, where it was recorded.
+    """
     folder = Path(config.run_dir or "")
     save_pretrained(
         folder / "model",
@@ -314,21 +359,17 @@ def finish(
     if not is_main_process():
         return
     rows = [("steps", f"{result.step}" + (f" of {config.training.steps} ({result.stopped})" if result.stopped else ""))]
-    for name in ("eval/accuracy", "eval/reward", "eval/completion_length"):
+    for name in _SUMMED_UP:
         if name in result.last_evaluation:
             rows.append((name, f"{result.first_evaluation[name]:.3f} → {result.last_evaluation[name]:.3f}"))
     rows.append(("time", f"{duration(seconds)}, compilation included"))
     recorded = {name for line in read_metrics(folder / METRICS_FILE) for name in line}
-    shown = [kept for panel in _PANELS if (kept := [name for name in panel if name in recorded])]
+    shown = [kept for panel in panels if (kept := [name for name in panel if name in recorded])]
     if shown:
         plot_curves(folder / METRICS_FILE, folder / "curves.png", shown, title=config.name)
         rows.append(("curves", str(folder / "curves.png")))
     rows += [("metrics", str(folder / METRICS_FILE)), ("model", f"{folder / 'model'} (transformers loads it)")]
     Report(result.step).summary(config.name, rows, next_steps=next_steps)
-
-
-_PANELS = (("reward", "eval/reward"), ("eval/accuracy",), ("entropy",), ("completions/mean_length",), ("grad_norm",))
-"""What the picture of a run shows, where it was recorded."""
 
 
 def run(config: Experiment, args: list[str] | None = None, *, description: str = "") -> TrainingResult:

@@ -10,8 +10,11 @@ import tyro
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.algorithms.update import UpdateConfig
+from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.data.rows import Overlong, RowFormat
 from jaxrl_llm.models.config import DType, ModelConfig, Remat
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -19,6 +22,7 @@ from jaxrl_llm.sharding import MeshConfig
 from jaxrl_llm.training.distributed import ClusterConfig
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import WandbConfig
+from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig, OfflineUpdateConfig
 from jaxrl_llm.training.trainer import TrainingConfig
 
 
@@ -67,31 +71,35 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """All settings of a run."""
+class OfflineDataConfig:
+    """Rows to train and to evaluate on."""
+
+    train: str | None = None
+    """File (.jsonl, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
+    eval: str | None = None
+    """The same for held-out rows; `evaluation.every` says when they are evaluated."""
+    max_prompt_length: int = 256
+    """Tp: tokens of the longest prompt, special tokens included."""
+    max_completion_length: int = 256
+    """Tc: tokens of the longest completion, its end included."""
+    overlong: Overlong = "raise"
+    """What to do with longer ones: stop at once, or drop the row and count it."""
+    max_train_rows: int | None = None
+    """Use the first rows only."""
+    format: RowFormat = DemonstrationFormat()
+    """How a row of the data becomes one of the objective."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What runs of every kind have."""
 
     name: str
     """Name of the run, and of its folder."""
-    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
-    """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
-    reward_weights: tuple[float, ...] | None = None
-    """Weight of each reward function; all 1 unless given."""
-    algorithm: PolicyGradient = PolicyGradient()
-    """The objective."""
     model: ModelSource = ModelSource()
-    """The policy."""
-    data: DataConfig = DataConfig()
-    """Prompts."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How completions are sampled."""
-    training: TrainingConfig = TrainingConfig()
-    """Length of the run and size of a step."""
-    update: UpdateConfig = UpdateConfig()
-    """Epochs, minibatches, micro-batches."""
+    """The model."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
-    evaluation: EvaluationConfig = EvaluationConfig()
-    """When and how to evaluate."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
     wandb: WandbConfig = WandbConfig(project="")
@@ -122,6 +130,44 @@ class Experiment:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(RunConfig):
+    """All settings of a run that learns from its own samples."""
+
+    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
+    """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
+    reward_weights: tuple[float, ...] | None = None
+    """Weight of each reward function; all 1 unless given."""
+    algorithm: PolicyGradient = PolicyGradient()
+    """The objective."""
+    data: DataConfig = DataConfig()
+    """Prompts."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are sampled."""
+    training: TrainingConfig = TrainingConfig()
+    """Length of the run and size of a step."""
+    update: UpdateConfig = UpdateConfig()
+    """Epochs, minibatches, micro-batches."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When and how to evaluate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineExperiment(RunConfig):
+    """All settings of a run on given rows: supervised fine-tuning, reward models, preferences."""
+
+    objective: Any = SupervisedObjective()
+    """What is trained: an `Objective`."""
+    data: OfflineDataConfig = OfflineDataConfig()
+    """Rows."""
+    training: OfflineTrainingConfig = OfflineTrainingConfig()
+    """Length of the run and size of a step."""
+    update: OfflineUpdateConfig = OfflineUpdateConfig()
+    """Micro-batches, and where a reference is computed."""
+    evaluation: OfflineEvaluationConfig = OfflineEvaluationConfig()
+    """When and how to evaluate."""
+
+
 _FREE = (
     "name",
     "run_dir",
@@ -137,6 +183,7 @@ _FREE = (
     "model.scan_layers",
     "sampling.slots",
     "update.micro_batches",
+    "update.reference",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.samples_every",

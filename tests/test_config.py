@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.advantages import GroupAdvantage
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.update import UpdateConfig
-from jaxrl_llm.config import DataConfig, Experiment, ModelSource, flatten
+from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineExperiment, flatten
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
@@ -97,6 +97,6 @@ def test_every_free_setting_exists() -> None:
     """A renamed field must not silently become one that blocks resuming."""
     from jaxrl_llm.config import _FREE
 
-    flat = flatten(CONFIG)
+    flat = flatten(CONFIG) | flatten(OfflineExperiment(name="offline"))
     for name in _FREE:
         assert any(key == name or key.startswith(f"{name}.") for key in flat), name

@@ -31,6 +31,7 @@ ROOMS = (
     ("training",),
     ("config",),
     ("cli",),
+    ("offline_cli",),
 )
 """From the lowest room to the highest; `losses` and `advantages` may not import `types`, which loads flax.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -151,6 +152,8 @@ def encode_conversation(
     written = _text(messages[: turns[0]], tokenizer, start=True)
     for turn in turns:
         start, end = _text(messages[:turn], tokenizer, start=True), _text(messages[: turn + 1], tokenizer, start=False)
+        if _begins_unasked(start, end) and end == _text(messages[: turn + 1], tokenizer, start=True):
+            raise ValueError("the chat template begins another turn unasked: make it read add_generation_prompt")
         add(_continuation(start, written), False)
         said = _continuation(end, start)
         tokens = list(tokenizer.encode(said, add_special_tokens=False))
@@ -181,6 +184,13 @@ def _continuation(text: str, beginning: str) -> str:
             "that leaves earlier turns as they are"
         )
     return text[len(beginning) :]
+
+
+def _begins_unasked(start: str, end: str) -> bool:
+    """Whether a finished turn ends as an unfinished one does."""
+    pairs = zip(reversed(start), reversed(end), strict=False)
+    shared = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return len(shared.strip()) > 3
 
 
 def _end_of_sequence(tokenizer: Any) -> int:

@@ -210,6 +210,15 @@ def test_a_template_that_rewrites_what_was_said() -> None:
     assert chat(row, tokenizer, messages_column="m")[1] == [(True, "Ciao<end>")]
 
 
+def test_a_template_that_begins_another_turn_unasked() -> None:
+    class Eager(ChatTokenizer):
+        def apply_chat_template(self, messages: list[Any], **settings: Any) -> str:
+            return super().apply_chat_template(messages, **{**settings, "add_generation_prompt": True})
+
+    with pytest.raises(ValueError, match="row 0: the chat template begins another turn unasked"):
+        chat({"m": CONVERSATION[:3]}, Eager(end=""), messages_column="m")
+
+
 def test_an_impossible_choice_and_a_tokenizer_without_an_end() -> None:
     with pytest.raises(ValueError, match=r"train_on is one of .*, got 'all'"):
         DemonstrationFormat(train_on="all")  # pyright: ignore[reportArgumentType]

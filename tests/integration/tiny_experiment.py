@@ -99,7 +99,8 @@ def save_checkpoint(folder: Path) -> Path:
     model = Transformer(ModelConfig(**SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}))
     save_pretrained(folder, model, model.init(jax.random.key(0)), tokenizer=tokenizer)
     settings = folder / "tokenizer_config.json"
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
     return folder
 

@@ -1,0 +1,170 @@
+"""Running an experiment on given rows: supervised fine-tuning, reward models, preference optimisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+from jaxrl_llm.cli import Panels, Policy, finish, load_policy, plain_errors, start, train, write_config
+from jaxrl_llm.config import OfflineExperiment
+from jaxrl_llm.data.rows import RowDataset
+from jaxrl_llm.data.sources import RowSource, open_source
+from jaxrl_llm.models.pretrained import load_config
+from jaxrl_llm.models.tokenizers import load_tokenizer
+from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.training.loop import TrainingResult
+from jaxrl_llm.training.offline import OfflineTrainer
+
+OfflineConfigT = TypeVar("OfflineConfigT", bound=OfflineExperiment)
+
+OFFLINE_PANELS: Panels = (
+    ("loss", "eval/loss"),
+    ("rewards/accuracies", "eval/rewards/accuracies"),
+    ("rewards/margins", "eval/rewards/margins"),
+    ("accuracy", "eval/accuracy"),
+    ("grad_norm",),
+)
+"""What the picture of a run shows, where it was recorded."""
+
+
+def parse_offline(config: OfflineConfigT, args: list[str] | None = None, *, description: str = "") -> OfflineConfigT:
+    """`config` with the command line's changes: `--objective.kind=dft --mesh.fsdp=-1`.
+
+    An unknown flag ends the program at once and names the nearest one.
+    """
+    return tyro.cli(type(config), args=args, default=config, description=description)
+
+
+def load_rows(
+    config: OfflineExperiment,
+    tokenizer: Any,
+    *,
+    train_rows: RowSource | None = None,
+    eval_rows: RowSource | None = None,
+) -> tuple[RowDataset, RowDataset | None]:
+    """Rows to train on and held-out ones.
+
+    Args:
+        config: settings.
+        tokenizer: of the model.
+        train_rows: rows, in place of `config.data.train`.
+        eval_rows: held-out rows, in place of `config.data.eval`.
+
+    Raises:
+        ValueError: none are given, or they cannot be used; says which and why.
+        FileNotFoundError: a file is missing.
+    """
+    data, every = config.data, config.evaluation.every
+
+    def load(source: str | RowSource, what: str, limit: int | None) -> RowDataset:
+        rows = open_source(source)
+        try:
+            return data.format.dataset(
+                rows,
+                tokenizer,
+                max_prompt_length=data.max_prompt_length,
+                max_completion_length=data.max_completion_length,
+                overlong=data.overlong,
+                max_rows=limit,
+            )
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+
+    training, held_out = data.train if train_rows is None else train_rows, data.eval if eval_rows is None else eval_rows
+    kinds = "<file, hf:…, tfds:… or reasoning_gym:…>"
+    if training is None:
+        raise ValueError(f"no rows given: pass --data.train={kinds}")
+    if data.eval is not None and not every:
+        raise ValueError(
+            f"data.eval={data.eval} would never be used, since evaluation.every=0: pass --evaluation.every=<steps>, or "
+            "--data.eval=None"
+        )
+    if held_out is None and every:
+        raise ValueError(
+            f"evaluation.every={every} needs held-out rows: pass --data.eval={kinds}, or --evaluation.every=0"
+        )
+    train_set = load(training, "training rows", data.max_train_rows)
+    return train_set, load(held_out, "held-out rows", config.evaluation.max_rows) if every and held_out else None
+
+
+def make_offline_trainer(
+    config: OfflineExperiment,
+    policy: Policy,
+    mesh: jax.sharding.Mesh,
+    *,
+    model: Any = None,
+    rows: tuple[RowDataset, RowDataset | None],
+) -> OfflineTrainer:
+    """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
+
+    Args:
+        config: settings, started with `start`.
+        policy: the model with its parameters.
+        mesh: the device mesh.
+        model: what the objective computes with, where that is not the policy's transformer: a `ScoreModel` of it,
+            of which the policy then has the parameters.
+        rows: what `load_rows` returned.
+    """
+    trainer = OfflineTrainer(
+        model=policy.model if model is None else model,
+        params=policy.params,
+        objective=config.objective,
+        dataset=rows[0],
+        eval_dataset=rows[1],
+        run_dir=config.run_dir or f"runs/{config.name}",
+        mesh=mesh,
+        training=config.training,
+        update=config.update,
+        optimizer=config.optimizer,
+        evaluation=config.evaluation,
+        seed=config.seed,
+        resume=config.resume,
+        description=config.settings(),
+        title=config.name,
+        wandb=config.wandb if config.wandb.project else None,
+    )
+    write_config(config, trainer.run_dir)
+    return trainer
+
+
+def run_offline(
+    config: OfflineExperiment,
+    args: list[str] | None = None,
+    *,
+    description: str = "",
+    prepare: Callable[[Policy], Policy] | None = None,
+    next_steps: tuple[str, ...] = (),
+) -> TrainingResult:
+    """Runs an experiment on a checkpoint: what the last line of an experiment file calls.
+
+    Errors in the settings, the data or the checkpoint end the program with one line that says what is wrong.
+
+    Args:
+        config: the experiment's settings.
+        args: the command line; by default the program's own.
+        description: of the experiment, for `--help`.
+        prepare: changes the policy once it is loaded, before it is trained.
+        next_steps: what to try next, one line each.
+    """
+    config = start(parse_offline(config, args, description=description))
+    began = time.perf_counter()
+    with plain_errors():
+        mesh = make_mesh(config.mesh)
+        path = config.model.path
+        if path is None:
+            raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
+        load_config(path)  # before transformers warns of a model that is not implemented
+        tokenizer = load_tokenizer(path)
+        rows = load_rows(config, tokenizer)  # before the model, which may take minutes
+        policy = load_policy(config, mesh, tokenizer)
+        policy = policy if prepare is None else prepare(policy)
+        trainer = make_offline_trainer(config, policy, mesh, rows=rows)
+    policy = dataclasses.replace(policy, params=None)  # the trainer has its own copy
+    result = train(trainer)
+    finish(config, policy, result, seconds=time.perf_counter() - began, next_steps=next_steps, panels=OFFLINE_PANELS)
+    return result

@@ -17,6 +17,7 @@ from jaxrl_llm.training.checkpoint import Checkpointer
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.distributed import any_process, is_main_process
 from jaxrl_llm.training.episodes import RewardError
+from jaxrl_llm.training.frozen import fingerprint, join_state, split_state
 from jaxrl_llm.training.metrics import MetricsWriter, WandbConfig
 from jaxrl_llm.training.report import Report, SampledCompletion
 from jaxrl_llm.training.resume import CHECKPOINTS, SavedRun
@@ -154,9 +155,11 @@ def run_stage(stage: Stage) -> TrainingResult:
             )
             stack.enter_context(checkpoints)
             if start:
-                for leaf in jax.tree.leaves(stage.state):  # room for what is restored
+                begun, frozen = split_state(stage.state)
+                for leaf in jax.tree.leaves(begun):  # room for what is restored
                     leaf.delete()
-                stage.state, _ = checkpoints.restore(stage.abstract_state, start)
+                restored, _ = checkpoints.restore(split_state(stage.abstract_state)[0], start)
+                stage.state = join_state(restored, frozen)
         writer = stack.enter_context(
             MetricsWriter(
                 stage.run_dir,
@@ -214,6 +217,7 @@ class Loop:
         self.evaluations = stage.saved.evaluations if stage.saved else []
         self._data_state = stage.loader.get_state()
         self._seconds: dict[str, float] = {}
+        self._frozen = stage.saved.frozen if stage.saved else fingerprint(split_state(stage.state)[1])
 
     def train(self) -> None:
         """Iterates until the last step or until `stop`; then all is saved.
@@ -305,10 +309,10 @@ class Loop:
     def _save(self, evaluation: dict[str, float] | None) -> None:
         if self.checkpoints is None:
             return
-        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.description)
+        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.description, self._frozen)
         with self._phase("checkpoint"):
             self.writer.flush()
-            self.checkpoints.save(self.step, self.stage.state, run.extra(), evaluation)
+            self.checkpoints.save(self.step, split_state(self.stage.state)[0], run.extra(), evaluation)
 
     def _say_how_to_resume(self, what: str) -> None:
         if self.checkpoints is None:

@@ -23,6 +23,7 @@ from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.frozen import check_frozen
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.resume import find_run
@@ -215,6 +216,7 @@ class OfflineTrainer:
                 base = reference_of(params, None) or params
                 shardings = reference_of(placed.params, None) or placed.params
                 self.reference = jax.device_put(base, shardings)
+        check_frozen(self.saved, self.state)
         every_step = np.arange(self.config.steps)
         self._learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(every_step))
 

@@ -28,6 +28,8 @@ class SavedRun:
     """Metrics of the first and of the last evaluation."""
     settings: dict[str, Any]
     """What a process that goes on must share."""
+    frozen: str | None = None
+    """Fingerprint of the parameters that are not trained, which the checkpoint leaves out."""
 
     def extra(self) -> dict[str, Any]:
         """What is saved beside the arrays."""

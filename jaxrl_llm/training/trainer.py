@@ -18,6 +18,7 @@ from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -25,6 +26,7 @@ from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes import score_rollout
 from jaxrl_llm.training.evaluate import EvaluationConfig, Evaluator
+from jaxrl_llm.training.frozen import check_frozen
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.resume import find_run
@@ -68,7 +70,8 @@ class Trainer:
 
     Args:
         model: the policy.
-        params: its parameters at the start, also the reference's where the algorithm has one.
+        params: its parameters at the start, also the reference's where the algorithm has one (of parameters with
+            adapters that is the base).
         tokenizer: decodes completions.
         stop_tokens: ids that end a completion.
         dataset: prompts to train on.
@@ -181,7 +184,9 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             start = jax.jit(lambda p: make_train_state(p, optimizer, seed), out_shardings=placed)
             self.state: TrainState = start(params)  # a copy of them: updates overwrite it
-            self.reference = jax.device_put(params, placed.params) if algorithm.needs_reference else None
+            needed = algorithm.needs_reference and not has_adapters(params)  # without them, the policy is the base
+            self.reference = jax.device_put(params, placed.params) if needed else None
+        check_frozen(self.saved, self.state)
         every_step = np.arange(self.config.steps * plan.optimizer_steps)
         self._learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(every_step))
 

@@ -1,7 +1,8 @@
 """Every preference objective learns what a prompt asks for, on held-out pairs, from a fixed seed.
 
 A prompt's first token says whether even or odd tokens are better; neither kind is better by itself. Accuracy is the
-share of pairs of which the policy finds the better completion the likelier one: half of them before training.
+share of pairs, of equal length, of which the policy finds the better completion the likelier one: half of them before
+training.
 """
 
 from __future__ import annotations
@@ -43,14 +44,16 @@ FLOOR, CEILING = 0.35, 0.65
 """Where an accuracy without learning is, with room for the seed: 0.5 ± four standard deviations of 256 pairs."""
 
 
-def make_pairs(count: int, seed: int) -> PreferenceBatch:
-    """Ragged pairs; the two completions of a pair may be of unequal length."""
+def make_pairs(count: int, seed: int, *, even: bool = False) -> PreferenceBatch:
+    """Ragged pairs; the two completions of a pair are of unequal lengths unless `even`."""
     rng = np.random.default_rng(seed)
     prompt = rng.integers(2, VOCABULARY, (count, 3)).astype(np.int32)
     prompt[:, 0] = rng.integers(0, 2, count)
     parity = np.stack([prompt[:, 0], 1 - prompt[:, 0]], axis=1)
     completion = 2 * rng.integers(1, VOCABULARY // 2, (count, 2, WIDTH)) + parity[..., None]
-    mask = np.arange(WIDTH) < rng.integers(2, WIDTH + 1, (count, 2))[..., None]
+    lengths = rng.integers(2, WIDTH + 1, (count, 2))
+    mask = np.arange(WIDTH) < (lengths[:, :1] if even else lengths)[..., None]
+    mask = np.broadcast_to(mask, completion.shape)
     return PreferenceBatch(prompt, np.full(count, 3, np.int32), completion.astype(np.int32), mask)
 
 
@@ -78,7 +81,7 @@ def start() -> Params:
 @functools.cache
 def held_out() -> tuple[Any, PreferenceBatch]:
     objective = PreferenceObjective(DPO(reference_free=True))
-    return jax.jit(make_offline_evaluation(MODEL, objective)), make_pairs(256, seed=1)
+    return jax.jit(make_offline_evaluation(MODEL, objective)), make_pairs(256, seed=1, even=True)
 
 
 def accuracy(params: Params) -> float:

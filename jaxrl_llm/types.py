@@ -33,6 +33,12 @@ class Rollout(struct.PyTreeNode):
         """Which completion positions hold sampled tokens, bool `[P, G, Tc]`; from lengths, never from ids."""
         return length_mask(self.completion_lengths, self.completion.shape[-1])
 
+    def samples(self, start: int | None, stop: int | None = None) -> Rollout:
+        """The rollout with only these samples of each prompt: indices along the group, as of a slice."""
+        prompts = {"prompt": self.prompt, "prompt_lengths": self.prompt_lengths}
+        fields = {name: value for name, value in vars(self).items() if name not in prompts}
+        return self.replace(**{name: value[:, start:stop] for name, value in fields.items()})
+
 
 class CriticState(struct.PyTreeNode):
     """A critic that has parameters of its own."""

@@ -225,7 +225,8 @@ class BRPOAdvantage(Advantage):
         )
         if self.max_skew is None:
             return Credit(advantages)
-        return Credit(advantages, jnp.broadcast_to(functions.brpo_skew(advantages) <= self.max_skew, advantages.shape))
+        keep = functions.brpo_skew(advantages)[:, None] <= self.max_skew
+        return Credit(advantages, jnp.broadcast_to(keep, advantages.shape))
 
 
 @dataclasses.dataclass(frozen=True)

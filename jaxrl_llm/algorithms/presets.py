@@ -73,7 +73,7 @@ def reinforce_plus_plus() -> PolicyGradient:
 
 
 def reinforce_plus_plus_baseline() -> PolicyGradient:
-    """REINFORCE++-baseline (Hu 2025, 2501.03262): centred by group, whitened over the batch; a little k2 in the loss."""
+    """REINFORCE++-baseline (Hu 2025, 2501.03262): centred by group, whitened over the batch; some k2."""
     return PolicyGradient(
         advantage=ReinforcePlusPlusBaselineAdvantage(), kl_coef=1e-5, kl_estimator="k2", aggregation="token-mean"
     )
@@ -204,7 +204,7 @@ def kl_cov() -> PolicyGradient:
 
 
 def dppo(delta_low: float, delta_high: float) -> PolicyGradient:
-    """DPPO (2602.04879): leaves out tokens whose probability has moved too far. No default of the bounds is confirmed."""
+    """DPPO (2602.04879): leaves out tokens whose probability has moved too far; no bounds are confirmed."""
     return PolicyGradient(surrogate=DPPO(delta_low=delta_low, delta_high=delta_high), aggregation="token-mean")
 
 

@@ -65,6 +65,8 @@ class RLOOAdvantage(ShapedAdvantage):
 class ReMaxAdvantage(ShapedAdvantage):
     """A = R − R of the greedy completion of the same prompt; see `jaxrl_llm.advantages.remax_advantages`."""
 
+    smallest_group = 1
+
     @property
     def needs(self) -> frozenset[Need]:
         """A greedy completion of each prompt as well."""
@@ -90,6 +92,8 @@ class ReMaxAdvantage(ShapedAdvantage):
 @dataclasses.dataclass(frozen=True)
 class ReinforcePlusPlusAdvantage(ShapedAdvantage):
     """Suffix sums of the shaped rewards, whitened over the batch; see `reinforce_plus_plus_advantages`."""
+
+    smallest_group = 1
 
     kl_coef: float = 0.01
     gamma: float = 1.0
@@ -135,6 +139,8 @@ class ReinforcePlusPlusBaselineAdvantage(Advantage):
 class ReinforceAdvantage(ShapedAdvantage):
     """Reward-to-go less a baseline; see `jaxrl_llm.advantages.reinforce_advantages`."""
 
+    smallest_group = 1
+
     gamma: float = 1.0
     """Discount from token to token."""
     baseline_decay: float | None = None
@@ -171,6 +177,8 @@ class ReinforceAdvantage(ShapedAdvantage):
 @dataclasses.dataclass(frozen=True)
 class GAEAdvantage(ShapedAdvantage):
     """Generalised advantages from a critic's values (PPO); see `jaxrl_llm.advantages.gae`."""
+
+    smallest_group = 1
 
     kl_coef: float = 0.05
     gamma: float = 1.0

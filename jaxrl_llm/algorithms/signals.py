@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 
@@ -68,6 +68,9 @@ class Advantage:
     Most have no memory. One that has (a running baseline, an adaptive coefficient) says how it starts and what becomes
     of it after a batch; it is part of the training state, and is saved with it.
     """
+
+    smallest_group: ClassVar[int] = 2
+    """Samples of a prompt without which there is nothing to compare: 1 where a sample is judged by itself."""
 
     @property
     def needs(self) -> frozenset[Need]:

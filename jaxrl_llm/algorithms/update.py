@@ -175,7 +175,8 @@ def make_update_step(
             `sampling/logp_gap` depends on this.
 
     Returns:
-        A function of `TrainState`, `Rollout`, rewards (`[P, G]` float32, `[P, G, Tc]` where they are given by token, or
+        A function of `TrainState`, `Rollout` (with an algorithm that needs a greedy baseline, the last sample of each
+        group is that; see `Sampler`), rewards (`[P, G]` float32, `[P, G, Tc]` where they are given by token, or
         `Feedback` where the algorithm reads more than that), and the reference's parameters (read
         only if the algorithm needs them; `None`: those of the state without its adapters, if it has any). To be
         compiled with the state donated, hence with a reference that is a copy of the state's parameters and not the
@@ -230,6 +231,8 @@ def make_update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         feedback = rewards if isinstance(rewards, Feedback) else Feedback(rewards)
+        if algorithm.needs_greedy and feedback.greedy is None:
+            rollout, feedback = _without_greedy(rollout, feedback)
         signals, batch, metrics = _read(algorithm, rollout, feedback)
         prompts, group = rollout.completion_lengths.shape
         split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
@@ -357,8 +360,8 @@ def _read(algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback) -> tu
     by_token = rewards.ndim == 3
     if rewards.shape != (rollout.completion.shape if by_token else shape):
         raise ValueError(
-            f"rewards has shape {rewards.shape}, but the rollout holds {shape} prompts and samples: pass one reward for "
-            f"each completion, or for each of its tokens, {rollout.completion.shape}"
+            f"rewards has shape {rewards.shape}, but the rollout holds {shape} prompts and samples: pass one reward "
+            f"for each completion, or for each of its tokens, {rollout.completion.shape}"
         )
     for need, given in (
         ("greedy", feedback.greedy),
@@ -387,6 +390,17 @@ def _read(algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback) -> tu
         model_logprobs=rollout.logprobs,
     )
     return signals, batch, rollout_metrics(rollout, total)
+
+
+def _without_greedy(rollout: Rollout, feedback: Feedback) -> tuple[Rollout, Feedback]:
+    """A rollout whose last samples are greedy, without them; their rewards `[P]` are a baseline."""
+    if feedback.rewards.shape != rollout.completion_lengths.shape or feedback.rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards has shape {feedback.rewards.shape}, but of {rollout.completion_lengths.shape} samples "
+            "the last of each group is the greedy baseline: pass one reward for each of two samples or more"
+        )
+    rest = {n: v if v is None else v[:, :-1] for n, v in feedback._asdict().items() if n != "greedy"}
+    return rollout.samples(None, -1), Feedback(**rest, greedy=feedback.rewards[:, -1])
 
 
 def _credited(batch: LearnerBatch, credit: Credit) -> LearnerBatch:

@@ -85,6 +85,7 @@ def sample(
     *,
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
+    greedy: jax.Array | None = None,
 ) -> Rollout:
     """Samples G completions of each prompt.
 
@@ -96,6 +97,7 @@ def sample(
         keys: `[P, G]` PRNG keys, see `row_keys`.
         config: distribution, longest completion, slots.
         stop_tokens: ids that end a completion; the one drawn is part of it.
+        greedy: `[P, G]` bool: completions that are decoded greedily instead; `None`: none.
 
     Returns:
         `Rollout`; positions beyond a completion's length hold token 0 and log-prob 0.
@@ -109,7 +111,12 @@ def sample(
     prompts = _Prompt(prompt_lengths, layers, model.head_logits(params, last), uniforms(keys, config.max_tokens))
 
     state = _start(model, prompts, prompt.shape[0], group, slots, config)
-    first = draw(_pick(prompts.uniform, state.sample, state.time + 1), prompts.logits[:, None], config)
+
+    def drawn_by(state: _Loop, logits: jax.Array) -> Draw:
+        of_slots = None if greedy is None else jnp.take_along_axis(greedy, jnp.minimum(state.sample, group - 1), axis=1)
+        return draw(_pick(prompts.uniform, state.sample, state.time + 1), logits, config, greedy=of_slots)
+
+    first = drawn_by(state, prompts.logits[:, None])
     state = _record(state, first, stop_tokens, recycle=slots < group)
 
     def unfinished(state: _Loop) -> jax.Array:
@@ -121,8 +128,7 @@ def sample(
         logits = model.head_logits(params, hidden)
         if slots < group:  # a slot that has just taken up a completion draws its first token
             logits = jnp.where((state.time < 0)[..., None], prompts.logits[:, None], logits)
-        drawn = draw(_pick(prompts.uniform, state.sample, state.time + 1), logits, config)
-        return _record(state._replace(cache=cache), drawn, stop_tokens, recycle=slots < group)
+        return _record(state._replace(cache=cache), drawn_by(state, logits), stop_tokens, recycle=slots < group)
 
     state = jax.lax.while_loop(unfinished, step, state)
     mask = length_mask(state.lengths, config.max_tokens)

@@ -31,6 +31,7 @@ class Sampler:
         stop_tokens: ids that end a completion.
         mesh: the device mesh.
         dtype: type of the parameters while decoding; `None`: the model's compute type.
+        greedy: decode one more completion of each prompt greedily, in the same program; it is the last of its group.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class Sampler:
         stop_tokens: tuple[int, ...],
         mesh: jax.sharding.Mesh,
         dtype: DType | None = None,
+        greedy: bool = False,
     ):
         if group < 1:
             raise ValueError(f"samples per prompt must be at least 1, got {group}")
         outside = [token for token in stop_tokens if not 0 <= token < model.config.vocab_size]
         if outside:
             raise ValueError(f"stop tokens {outside} are outside the vocabulary of {model.config.vocab_size}")
-        self.model, self.config, self.group = model, config, group
+        self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
         self.stop_tokens = tuple(stop_tokens)
         self.mesh, self.dtype = mesh, jnp.dtype(dtype or model.config.dtype)
         self._axes = without_adapters(model.logical_axes())
@@ -105,8 +107,8 @@ class Sampler:
             if self.group % split == 0 and prompts * split % shards == 0:
                 return split
         raise ValueError(
-            f"{prompts} prompts × {self.group} samples cannot be split over the {shards} row shards of the mesh "
-            "(data × fsdp); make one of them a multiple of it"
+            f"{prompts} prompts × {self.group} samples{' (the greedy one counted)' * self.greedy} cannot be split over "
+            f"the {shards} row shards of the mesh (data × fsdp); make one of them a multiple of it"
         )
 
     def sample(
@@ -121,7 +123,13 @@ class Sampler:
         params = gather_for_sampling(merge_adapters(trunk, self.model.config), self._axes, self.dtype)
         rows = constrain(jnp.repeat(prompt, split, axis=0), "rows", None)
         lengths = constrain(jnp.repeat(prompt_lengths, split), "rows")
-        rollout = sample(self.model, params, rows, lengths, keys, config=self.config, stop_tokens=self.stop_tokens)
+        greedy = None
+        if self.greedy:
+            is_last = jnp.broadcast_to(jnp.arange(group) == group - 1, (prompts, group))
+            greedy = is_last.reshape(keys.shape)
+        rollout = sample(
+            self.model, params, rows, lengths, keys, config=self.config, stop_tokens=self.stop_tokens, greedy=greedy
+        )
         whole = {
             name: getattr(rollout, name).reshape(prompts, group, *getattr(rollout, name).shape[2:])
             for name in ("completion", "completion_lengths", "finished", "logprobs", "sampler_logprobs")

@@ -107,13 +107,14 @@ def uniforms(keys: jax.Array, length: int) -> jax.Array:
     return jax.vmap(of_row)(keys.ravel()).reshape(*keys.shape, length, 2)
 
 
-def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig) -> Draw:
+def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig, *, greedy: jax.Array | None = None) -> Draw:
     """Draws a token of each row.
 
     Args:
         uniform: two uniform numbers for each row, `[..., 2]`; see `uniforms`.
         logits: `[..., V]` float32 of the model, which may broadcast against the rows.
         config: temperature and filters.
+        greedy: rows that take the most likely token all the same, bool `[...]`; `None`: none.
 
     Returns:
         `Draw` `[...]`.
@@ -126,6 +127,8 @@ def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig) -> Draw:
     peak = jnp.max(tempered, axis=-1)
     weights = jnp.exp(tempered - peak[..., None])
     token = _inverse_cdf(uniform, weights)
+    if greedy is not None:
+        token = jnp.where(greedy, jnp.argmax(logits, axis=-1), token)
     sampler_logprob = _gather(tempered, token) - peak - jnp.log(jnp.sum(weights, axis=-1))
     if config.temperature == 1 and not config.truncates:
         return Draw(token, sampler_logprob, sampler_logprob)

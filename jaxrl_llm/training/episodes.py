@@ -35,6 +35,53 @@ class Episodes:
     """Text or messages, one a prompt."""
     completion_ids: list[list[int]]
     """Sampled ids, prompt-major: the G samples of prompt 0 first."""
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """The other columns of the data, one value a prompt."""
+    token_rewards: np.ndarray | None = None
+    """`[P, G, Tc]` float32, where rewards are given by token; `rewards` is their sum."""
+
+    def plus(self, extra: np.ndarray, by_name: dict[str, np.ndarray]) -> Episodes:
+        """The same with further rewards, `[P, G]` or `[P, G, Tc]`, and what they are by name, `[P, G]` each."""
+        names = self.by_name | by_name
+        if len(names) < len(self.by_name) + len(by_name):
+            raise RewardError(f"two rewards are named {sorted(self.by_name.keys() & by_name.keys())}: rename one")
+        if extra.ndim == 2:
+            return dataclasses.replace(self, rewards=self.rewards + extra, by_name=names)
+        last = np.array([len(ids) - 1 for ids in self.completion_ids]).reshape(self.rewards.shape)
+        token_rewards = np.array(extra, np.float32)
+        np.put_along_axis(
+            token_rewards,
+            last[..., None],
+            np.take_along_axis(token_rewards, last[..., None], axis=-1) + self.rewards[..., None],
+            axis=-1,
+        )
+        total = self.rewards + extra.sum(axis=-1)
+        return dataclasses.replace(self, rewards=total, by_name=names, token_rewards=token_rewards)
+
+    def groups(self, chosen: list[int]) -> Episodes:
+        """Only these prompts, with their samples."""
+        size = self.rewards.shape[1]
+        return Episodes(
+            self.rewards[chosen],
+            {name: values[chosen] for name, values in self.by_name.items()},
+            [self.prompts[p] for p in chosen],
+            [self.completion_ids[p * size + g] for p in chosen for g in range(size)],
+            {name: [values[p] for p in chosen] for name, values in self.columns.items()},
+            None if self.token_rewards is None else self.token_rewards[chosen],
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Episodes]) -> Episodes:
+        """The prompts of several batches, one batch after the other."""
+        first = parts[0]
+        return cls(
+            np.concatenate([part.rewards for part in parts]),
+            {name: np.concatenate([part.by_name[name] for part in parts]) for name in first.by_name},
+            [prompt for part in parts for prompt in part.prompts],
+            [ids for part in parts for ids in part.completion_ids],
+            {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
+            None if first.token_rewards is None else np.concatenate([part.token_rewards for part in parts]),
+        )
 
     def reward_metrics(self) -> dict[str, float]:
         """`rewards/<name>/mean` and `std` of each function, over the samples that it applies to."""
@@ -85,10 +132,7 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
     Raises:
         RewardError: a reward function failed, in this process or in another: all raise together.
     """
-    completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
-    prompts, group, width = completion.shape
-    rows, ends = completion.reshape(-1, width), lengths.ravel()
-    ids = [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
+    ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
     own = range(jax.process_index(), len(ids), jax.process_count())
 
     def completion_of(sample: int) -> Any:
@@ -106,7 +150,19 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
     )
     table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
     total, *named = table.reshape(-1, prompts, group)
-    return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids)
+    return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids, batch.columns)
+
+
+def unscored(rollout: Rollout, batch: PromptBatch) -> Episodes:
+    """A rollout's completions with rewards of 0: those that a device gives are added by `plus`."""
+    zeros = np.zeros(rollout.completion_lengths.shape, np.float32)
+    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns)
+
+
+def _sampled_ids(rollout: Rollout) -> list[list[int]]:
+    completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
+    rows, ends = completion.reshape(-1, completion.shape[-1]), lengths.ravel()
+    return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
 
 
 def _score(rewards: RewardSum, *arguments: Any) -> RewardScores:

@@ -1,0 +1,125 @@
+"""A whole iteration, sample → reward → update, as one pure function, where the reward is a JAX function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.algorithms.update import UpdateStep
+from jaxrl_llm.masking import segment_last
+from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.types import Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceReward:
+    """A reward that is a JAX function: a reward model, a process reward model, a rule on tokens."""
+
+    name: str
+    """For its metric."""
+    function: Callable[[Any, Rollout], jax.Array]
+    """`(params, rollout) -> [P, G]`, or `[P, G, Tc]` for rewards of tokens; pure."""
+    params: Any = ()
+    """A tree of arrays, handed to the function."""
+    weight: float = 1.0
+    """Factor in the sum of all rewards; at 0 it is only reported."""
+
+
+class DeviceScores(NamedTuple):
+    """What device rewards give for a rollout."""
+
+    total: jax.Array
+    """The weighted sum, `[P, G]`, or `[P, G, Tc]` if one of them is given by token."""
+    by_name: dict[str, jax.Array]
+    """`[P, G]` each, without weights."""
+
+
+def make_device_scores(rewards: Sequence[DeviceReward]) -> Callable[[Sequence[Any], Rollout], DeviceScores]:
+    """The pure function `(params of each reward, rollout) -> DeviceScores`.
+
+    Raises:
+        ValueError: two rewards bear the same name.
+    """
+    names = [reward.name for reward in rewards]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several device rewards are named {repeated}: give each its own name")
+
+    def scores(params: Sequence[Any], rollout: Rollout) -> DeviceScores:
+        given = [reward.function(own, rollout) for reward, own in zip(rewards, params, strict=True)]
+        for reward, values in zip(rewards, given, strict=True):
+            if values.shape not in (rollout.completion_lengths.shape, rollout.completion.shape):
+                raise ValueError(
+                    f"the device reward {reward.name!r} gave {values.shape} for completions "
+                    f"{rollout.completion.shape}: it must give one number for each completion, or for each of its tokens"
+                )
+        by_token = any(values.ndim == 3 for values in given)
+        parts = [
+            reward.weight * (_at_last_token(values, rollout) if by_token else values)
+            for reward, values in zip(rewards, given, strict=True)
+        ]
+        total = jnp.sum(jnp.stack(parts), axis=0)
+        return DeviceScores(total, dict(zip(names, (_of_completion(v, rollout) for v in given), strict=True)))
+
+    return scores
+
+
+def _at_last_token(values: jax.Array, rollout: Rollout) -> jax.Array:
+    """Rewards of completions as rewards of tokens."""
+    if values.ndim == 3:
+        return values
+    return jnp.where(segment_last(rollout.mask), values[..., None], 0.0)
+
+
+def _of_completion(values: jax.Array, rollout: Rollout) -> jax.Array:
+    """Rewards of tokens as rewards of completions."""
+    return values if values.ndim == 2 else jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=-1)
+
+
+class Iteration(NamedTuple):
+    """What one iteration leaves."""
+
+    state: TrainState
+    metrics: dict[str, jax.Array]
+    rollout: Rollout
+    scores: DeviceScores
+
+
+def make_iteration(
+    sampler: Sampler, rewards: Sequence[DeviceReward], update_step: UpdateStep
+) -> Callable[..., Iteration]:
+    """The pure function `(state, prompt, prompt_lengths, reward_params, reference=None) -> Iteration`.
+
+    Compiled, it is one XLA program from prompts to the next training state: nothing waits for the host. It draws and
+    learns exactly what the sampler, the rewards and the update step do as programs of their own. Compile and call it
+    under `jax.set_mesh`, with the state donated.
+
+    Args:
+        sampler: samples completions; its checks of the prompts are the caller's here.
+        rewards: at least one.
+        update_step: of `make_update_step`.
+
+    Raises:
+        ValueError: there is no reward, or two of the same name.
+    """
+    if not rewards:
+        raise ValueError("no reward: one program needs at least one reward that is a JAX function")
+    score = make_device_scores(rewards)
+
+    def iteration(
+        state: TrainState,
+        prompt: jax.Array,
+        prompt_lengths: jax.Array,
+        reward_params: Sequence[Any],
+        reference: Params | None = None,
+    ) -> Iteration:
+        rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1)
+        scores = score(reward_params, rollout)
+        state, metrics = update_step(state, rollout, scores.total, reference)
+        return Iteration(state, metrics, rollout, scores)
+
+    return iteration

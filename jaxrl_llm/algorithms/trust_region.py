@@ -228,8 +228,10 @@ def make_trust_region_step(
             shrink=region.shrink,
             kl_tolerance=region.kl_tolerance,
         )
+        not_finite = ~jnp.isfinite(found["grad_norm"].value())
+        metrics |= found | {"frac_steps_skipped": Mean.of(not_finite)}
         state = state.replace(step=state.step + 1, params=join(part), memory=memory)
-        return state, {name: record.value() for name, record in (metrics | found).items()}
+        return state, {name: record.value() for name, record in metrics.items()}
 
     return trust_region_step
 

@@ -193,6 +193,7 @@ def test_a_refused_step_leaves_the_parameters_bit_equal(cause, whole):
         rewards[1, 2] = np.nan
     params, metrics = step_once(**{**whole["case"], "rewards": rewards})
     assert metrics["trpo/accepted"] == metrics["trpo/kl"] == 0
+    assert metrics["frac_steps_skipped"] == (cause != "equal rewards")
     jax.tree.map(np.testing.assert_array_equal, params, whole["case"]["params"])
 
 
@@ -228,10 +229,10 @@ def test_last_layers_in_half_precision_from_some_of_the_prompts(whole, tiny_conf
 
 def test_it_learns_and_its_divergence_never_exceeds_the_bound(tiny_config):
     """Half a point for a first token that is 5, half for stopping right after it."""
-    stop, wanted, vocabulary, steps = 0, 5, 16, 40
+    stop, wanted, vocabulary, steps = 0, 5, 16, 24
     model = Transformer(tiny_config(vocab_size=vocabulary, num_layers=1))
     algorithm = dataclasses.replace(TRPO, advantage=GroupAdvantage(scale="batch"), aggregation="token-mean")
-    region = TrustRegionConfig(max_kl=0.1)
+    region = TrustRegionConfig(max_kl=0.1, cg_iterations=5)
     sampling, one_device = SamplingConfig(max_tokens=3), make_mesh(devices=jax.devices()[:1])
     sampler = Sampler(model, sampling, group=16, stop_tokens=(stop,), mesh=one_device)
     state = make_train_state(jax.jit(model.init)(jax.random.key(0)), optax.identity(), seed=0)
@@ -240,8 +241,8 @@ def test_it_learns_and_its_divergence_never_exceeds_the_bound(tiny_config):
     numbers, rewards, found = np.random.default_rng(0), [], []
     with CompilationCounter() as counter:
         for step in range(steps):
-            prompts = numbers.integers(1, vocabulary, (24, 3))
-            rollout = sampler(state.params, prompts, numbers.integers(1, 4, 24), state.key, step)
+            prompts = numbers.integers(1, vocabulary, (16, 3))
+            rollout = sampler(state.params, prompts, numbers.integers(1, 4, 16), state.key, step)
             stops = (rollout.completion_lengths == 2) & rollout.finished
             reward = np.float32(0.5) * ((rollout.completion[..., 0] == wanted) + np.float32(stops))
             state, metrics = update(state, rollout, reward)
@@ -251,7 +252,7 @@ def test_it_learns_and_its_divergence_never_exceeds_the_bound(tiny_config):
     assert all(0 <= metrics["trpo/kl"] <= region.max_kl for metrics in found)
     assert np.mean([metrics["trpo/accepted"] for metrics in found]) > 0.7
     assert np.mean(rewards[:4]) < 0.15, rewards
-    assert np.mean(rewards[-4:]) > 0.5, [round(r, 2) for r in rewards]
+    assert np.mean(rewards[-4:]) > 0.5, rewards
 
 
 def test_subsets_are_taken_and_put_back(whole):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,17 @@ from jaxrl_llm.records import Metrics
 class PreferenceBatch(NamedTuple):
     """P prompts, each with a chosen completion at 0 and a rejected one at 1."""
 
-    prompt: jax.Array
+    prompt: Any
     """`[P, Tp]` int32, right-padded."""
-    prompt_lengths: jax.Array
+    prompt_lengths: Any
     """`[P]` int32."""
-    completion: jax.Array
+    completion: Any
     """`[P, 2, Tc]` int32, right-padded, the end-of-sequence token included."""
-    mask: jax.Array
+    mask: Any
     """`[P, 2, Tc]` bool: the completions' tokens. A pair with a side that has none counts for nothing."""
-    ref_logprobs: jax.Array | None = None
+    ref_logprobs: Any = None
     """`[P, 2, Tc]` under the reference, if they were computed ahead."""
-    win_probs: jax.Array | None = None
+    win_probs: Any = None
     """`[P, 2]`: how often each completion wins against the policy's own, if a judge said so (SPPO)."""
 
 

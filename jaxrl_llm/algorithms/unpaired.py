@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,19 @@ KTOBaseline = Literal["mismatched", "other_side"]
 class UnpairedBatch(NamedTuple):
     """P prompts with a labelled completion each at 0 and, where KTO is to use it, another prompt's at 1."""
 
-    prompt: jax.Array
+    prompt: Any
     """`[P, Tp]` int32, right-padded."""
-    prompt_lengths: jax.Array
+    prompt_lengths: Any
     """`[P]` int32."""
-    completion: jax.Array
+    completion: Any
     """`[P, 1 or 2, Tc]` int32, right-padded, the end-of-sequence token included."""
-    mask: jax.Array
+    mask: Any
     """`[P, 1 or 2, Tc]` bool: the completions' tokens. A completion that has none counts for nothing."""
-    labels: jax.Array
+    labels: Any
     """`[P, 1 or 2]` bool: True if the completion is desirable; that of a mismatched one is not read."""
-    ref_logprobs: jax.Array | None = None
+    ref_logprobs: Any = None
     """`[P, 1 or 2, Tc]` under the reference, if they were computed ahead."""
-    baseline: jax.Array | None = None
+    baseline: Any = None
     """`[P, 1]`: what a reward is compared with. The objective fills it in."""
 
 
@@ -208,8 +208,8 @@ def _sums(rows: UnpairedBatch, logprobs: jax.Array) -> tuple[jax.Array, jax.Arra
     """
     if rows.ref_logprobs is None:
         raise ValueError("this objective reads log-probs under a reference, and the rows have none")
-    sums = (sequence_logprobs(x, rows.mask) for x in (logprobs, rows.ref_logprobs))
-    return *sums, jnp.any(rows.mask, axis=-1)
+    policy, reference = (sequence_logprobs(x, rows.mask) for x in (logprobs, rows.ref_logprobs))
+    return policy, reference, jnp.any(rows.mask, axis=-1)
 
 
 def _counts(rows: UnpairedBatch) -> UnpairedCounts:

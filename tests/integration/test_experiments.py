@@ -19,6 +19,7 @@ from experiments import grpo_arithmetic, grpo_gsm8k
 from jaxrl_llm.cli import run
 from jaxrl_llm.config import Experiment
 from jaxrl_llm.models.pretrained import from_pretrained
+from jaxrl_llm.models.score_pretrained import load_score_model
 from jaxrl_llm.training.metrics import comparable_metrics, read_metrics
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
@@ -31,8 +32,10 @@ SMALL = (
     "--evaluation.every=2",
     "--evaluation.max-prompts=3",
 )
-OFFLINE = ("sft_gsm8k",)
+OFFLINE = ("dpo_hh", "kto_hh", "orpo_hh", "preference_arithmetic", "sft_gsm8k")
 """Experiments on given rows; they take other flags. A new one adds its name here."""
+SCORE_MODELS = ("prm_arithmetic", "reward_model_arithmetic", "reward_model_hh")
+"""Those on given rows that train no policy, but what scores one."""
 OFFLINE_SMALL = (
     "--training.steps=2",
     "--training.rows-per-step=8",
@@ -43,9 +46,20 @@ OFFLINE_SMALL = (
 )
 
 
+REPLIES = (("chosen", ", I think."), ("rejected", "!"))
+
+
 def gsm8k_rows(folder: Path) -> Path:
     path = folder / "gsm8k.jsonl"
     rows = [{"question": f"What is {n} + 1?", "answer": f"Add them.\n#### {n + 1}"} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def hh_rows(folder: Path) -> Path:
+    path = folder / "hh.jsonl"
+    beginning = "\n\nHuman: Hello\n\nAssistant: Yes?\n\nHuman: What is 1 + {}?\n\nAssistant:"
+    rows = [{side: beginning.format(n) + f" It is {n + 1}{end}" for side, end in REPLIES} for n in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -65,6 +79,16 @@ def debug_size(tiny: ModuleType, tmp_path: Path):
             case "sft_gsm8k":
                 checkpoint, rows = tiny.save_checkpoint(tmp_path / "checkpoint"), gsm8k_rows(tmp_path)
                 return [f"--model.path={checkpoint}", f"--data.train={rows}", f"--data.eval={rows}"]
+            case "dpo_hh" | "kto_hh" | "orpo_hh" | "reward_model_hh":
+                checkpoint, rows = tiny.save_checkpoint(tmp_path / "checkpoint"), hh_rows(tmp_path)
+                return [f"--model.path={checkpoint}", f"--data.train={rows}", f"--data.eval={rows}"]
+            case "preference_arithmetic":
+                return ["--warm-up-steps=10", "--demonstrations=64", "--held-out=16"]
+            case "reward_model_arithmetic":
+                return ["--warm-up-steps=5", "--demonstrations=64", "--held-out=16", "--candidates=2"]
+            case "prm_arithmetic":
+                small = ["--warm-up-steps=5", "--demonstrations=64", "--held-out=8", "--candidates=2"]
+                return [*small, "--labelled=32", "--solutions=2", "--rollouts=2"]
         raise NotImplementedError(f"no debug size for experiments/{name}.py: add it here")
 
     return flags
@@ -73,7 +97,7 @@ def debug_size(tiny: ModuleType, tmp_path: Path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    small, measured = (OFFLINE_SMALL, "eval/loss") if path.stem in OFFLINE else (SMALL, "eval/accuracy")
+    small, measured = (OFFLINE_SMALL, "eval/loss") if path.stem in OFFLINE + SCORE_MODELS else (SMALL, "eval/accuracy")
     monkeypatch.setattr(sys, "argv", [str(path), *small, *debug_size(path.stem), f"--run-dir={run_dir}"])
     runpy.run_path(str(path), run_name="__main__")
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -81,7 +105,8 @@ def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: 
     assert {"loss", "grad_norm", measured} <= {name for line in lines for name in line}
     assert (run_dir / "config.json").exists() and (run_dir / "curves.png").exists()
     assert (run_dir / "checkpoints" / "2").is_dir()
-    from_pretrained(run_dir / "model")  # what was trained can be loaded
+    load = load_score_model if path.stem in SCORE_MODELS else from_pretrained
+    load(run_dir / "model")  # what was trained can be loaded
     assert str(run_dir / "curves.png") in capsys.readouterr().out  # the summary says where things are
 
 

@@ -22,6 +22,8 @@ from jaxrl_llm.algorithms.presets import PRESETS
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, flatten
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import RowSource, nearest_name, open_source
+from jaxrl_llm.models.lora import add_adapters
+from jaxrl_llm.models.peft import load_adapters, load_lora_config, save_adapters
 from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params, save_pretrained
 from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.transformer import Params, Transformer
@@ -171,15 +173,28 @@ def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = Non
     path = _path(config.model)
     tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
-    model, params = load_model(config.model, mesh)
+    model, params = load_model(config.model, mesh, seed=config.seed)
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
 
 
-def load_model(source: ModelSource, mesh: jax.sharding.Mesh) -> tuple[Transformer, Params]:
-    """The checkpoint that `source` names, without its tokenizer; errors as in `load_policy`."""
+def load_model(source: ModelSource, mesh: jax.sharding.Mesh, *, seed: int = 0) -> tuple[Transformer, Params]:
+    """The checkpoint that `source` names, without its tokenizer; errors as in `load_policy`.
+
+    With adapters where `source` asks for them: those of its folder, or new ones, drawn from `seed`.
+    """
     path = _path(source)
-    model = Transformer(source.applied_to(load_config(path)))
-    return model, load_params(path, model, parameter_shardings(mesh, model.logical_axes(), model.abstract_params()))
+    config = source.applied_to(load_config(path))
+    if source.adapters is not None:  # read before the base, which may take minutes
+        theirs = load_lora_config(source.adapters, config)
+        config = dataclasses.replace(config, lora=config.lora or theirs)
+    model = Transformer(config)
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    params = load_params(path, model, shardings)
+    if source.adapters is not None:
+        return model, load_adapters(source.adapters, model, params, shardings)
+    if config.lora is not None:
+        params = add_adapters(params, model, jax.random.key(seed), shardings)
+    return model, params
 
 
 def _path(source: ModelSource) -> str:
@@ -339,6 +354,8 @@ def finish(
 ) -> None:
     """Exports the trained model, draws the curves, and says what came out and where it is.
 
+    Adapters are merged into the model, and exported by themselves, too.
+
     Args:
         config: settings.
         policy: the model, without parameters.
@@ -356,6 +373,9 @@ def finish(
         generation_config=policy.generation_config,
         overwrite=True,
     )
+    adapted, adapters = policy.model.config.lora is not None, folder / "adapters"
+    if adapted:
+        save_adapters(adapters, policy.model, result.params, base_name=config.model.path, overwrite=True)
     if not is_main_process():
         return
     rows = [("steps", f"{result.step}" + (f" of {config.training.steps} ({result.stopped})" if result.stopped else ""))]
@@ -369,6 +389,7 @@ def finish(
         plot_curves(folder / METRICS_FILE, folder / "curves.png", shown, title=config.name)
         rows.append(("curves", str(folder / "curves.png")))
     rows += [("metrics", str(folder / METRICS_FILE)), ("model", f"{folder / 'model'} (transformers loads it)")]
+    rows += [("adapters", f"{adapters} (PEFT loads it)")] if adapted else []
     Report(result.step).summary(config.name, rows, next_steps=next_steps)
 
 

@@ -15,7 +15,7 @@ from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.rows import Overlong, RowFormat
-from jaxrl_llm.models.config import DType, ModelConfig, Remat
+from jaxrl_llm.models.config import DType, LoraConfig, ModelConfig, Remat
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
@@ -40,6 +40,10 @@ class ModelSource:
     """What the backward pass computes again: full needs the least memory, none is the fastest."""
     scan_layers: bool = True
     """Compile the layers as one loop. Unrolled, a small model on a CPU is faster, and takes longer to compile."""
+    lora: LoraConfig = LoraConfig(rank=0)
+    """Train low-rank adapters beside the weights, in place of these: --model.lora.rank=16."""
+    adapters: str | None = None
+    """Folder of adapters in PEFT's format to begin with; rank, alpha and targets are then theirs."""
 
     def applied_to(self, config: ModelConfig) -> ModelConfig:
         """The configuration of a checkpoint, computed as these settings say."""
@@ -49,6 +53,7 @@ class ModelSource:
             param_dtype=self.param_dtype,
             remat=self.remat,
             scan_layers=self.scan_layers,
+            lora=self.lora if self.lora.rank else None,
         )
 
 

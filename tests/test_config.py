@@ -11,6 +11,7 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineExperiment, flatten
+from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
@@ -66,6 +67,8 @@ def test_what_a_resumed_run_may_change(changed: Experiment) -> None:
         (dataclasses.replace(CONFIG, reward_weights=None), "reward_weights"),
         (other(PolicyGradient(advantage=GroupAdvantage(scale="none"))), "algorithm.advantage.scale"),
         (other(ModelSource(path="other")), "model.path"),
+        (other(ModelSource(lora=LoraConfig(rank=4))), "model.lora.rank"),
+        (other(ModelSource(adapters="folder")), "model.adapters"),
         (other(DataConfig(max_prompt_length=7)), "data.max_prompt_length"),
         (other(SamplingConfig(temperature=0.5)), "sampling.temperature"),
         (other(UpdateConfig(epochs=2)), "update.epochs"),

@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +17,17 @@ import jax
 import tyro
 from safetensors import SafetensorError
 
+from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import PRESETS
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, flatten
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import RowSource, nearest_name, open_source
+from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.peft import load_adapters, load_lora_config, save_adapters
 from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params, save_pretrained
+from jaxrl_llm.models.score_pretrained import save_score_model
 from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
@@ -34,6 +37,7 @@ from jaxrl_llm.training.damage import DamagedRunError
 from jaxrl_llm.training.distributed import ClusterConfig, from_main_process, initialize, is_main_process
 from jaxrl_llm.training.episodes import RewardError
 from jaxrl_llm.training.formatting import duration
+from jaxrl_llm.training.judging import Judge
 from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
 from jaxrl_llm.training.offline import OfflineTrainer
 from jaxrl_llm.training.report import Report
@@ -50,7 +54,8 @@ Panels = tuple[tuple[str, ...], ...]
 class Policy:
     """A model with all that belongs to it."""
 
-    model: Transformer
+    model: Any
+    """A `Transformer`; where rows train one, a `ScoreModel`."""
     params: Params
     tokenizer: Any
     stop_tokens: tuple[int, ...]
@@ -222,7 +227,7 @@ def load_prompts(
         ValueError: none are given, or they cannot be used; says which and why.
         FileNotFoundError: a file is missing.
     """
-    rewards = RewardSum(config.rewards, config.reward_weights)
+    rewards = _reward_sum(config)
 
     def load(source: str | RowSource, what: str, limit: int | None) -> PromptDataset:
         rows = open_source(source)
@@ -235,7 +240,8 @@ def load_prompts(
                 overlong=config.data.overlong,
                 max_rows=limit,
             )
-            rewards.check_columns(prompts.column_names)
+            if rewards is not None:
+                rewards.check_columns(prompts.column_names)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
         return prompts
@@ -259,6 +265,11 @@ def load_prompts(
     return train, held_out
 
 
+def _reward_sum(config: Experiment) -> RewardSum | None:
+    """The reward functions of an experiment, if it has any."""
+    return RewardSum(config.rewards, config.reward_weights) if config.rewards else None
+
+
 def make_trainer(
     config: Experiment,
     policy: Policy,
@@ -267,6 +278,10 @@ def make_trainer(
     train_rows: RowSource | None = None,
     eval_rows: RowSource | None = None,
     prompts: tuple[PromptDataset, PromptDataset | None] | None = None,
+    device_rewards: Sequence[DeviceReward] = (),
+    eval_rewards: RewardSum | None = None,
+    judge: Judge | None = None,
+    critic_params: Params | None = None,
 ) -> Trainer:
     """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
 
@@ -277,6 +292,10 @@ def make_trainer(
         train_rows: prompts, in place of `config.data.train`.
         eval_rows: held-out prompts, in place of `config.data.eval`.
         prompts: what `load_prompts` returned, if it was called before.
+        device_rewards: as `Trainer`; with them, `config.rewards` may be empty.
+        eval_rewards: as `Trainer`.
+        judge: as `Trainer`.
+        critic_params: as `Trainer`.
     """
     train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
     trainer = Trainer(
@@ -286,8 +305,13 @@ def make_trainer(
         stop_tokens=policy.stop_tokens,
         dataset=train,
         eval_dataset=held_out,
-        rewards=RewardSum(config.rewards, config.reward_weights),
+        rewards=_reward_sum(config),
+        device_rewards=device_rewards,
+        eval_rewards=eval_rewards,
+        judge=judge,
+        critic_params=critic_params,
         algorithm=config.algorithm,
+        critic=config.critic,
         run_dir=config.run_dir or f"runs/{config.name}",
         mesh=mesh,
         training=config.training,
@@ -365,15 +389,19 @@ def finish(
         panels: what the picture shows, where it was recorded.
     """
     folder = Path(config.run_dir or "")
-    save_pretrained(
-        folder / "model",
-        policy.model,
-        result.params,
-        tokenizer=policy.tokenizer,
-        generation_config=policy.generation_config,
-        overwrite=True,
-    )
-    adapted, adapters = policy.model.config.lora is not None, folder / "adapters"
+    scores = isinstance(policy.model, ScoreModel)
+    if scores:
+        save_score_model(folder / "model", policy.model, result.params, tokenizer=policy.tokenizer, overwrite=True)
+    else:
+        save_pretrained(
+            folder / "model",
+            policy.model,
+            result.params,
+            tokenizer=policy.tokenizer,
+            generation_config=policy.generation_config,
+            overwrite=True,
+        )
+    adapted, adapters = policy.model.config.lora is not None and not scores, folder / "adapters"
     if adapted:
         save_adapters(adapters, policy.model, result.params, base_name=config.model.path, overwrite=True)
     if not is_main_process():

@@ -23,7 +23,7 @@ from jaxrl_llm.training.distributed import ClusterConfig
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig, OfflineUpdateConfig
-from jaxrl_llm.training.trainer import TrainingConfig
+from jaxrl_llm.training.trainer import CriticSource, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,8 @@ class Experiment(RunConfig):
     """Weight of each reward function; all 1 unless given."""
     algorithm: PolicyGradient = PolicyGradient()
     """The objective."""
+    critic: CriticSource = CriticSource()
+    """The value function of an algorithm that is made of one (PPO)."""
     data: DataConfig = DataConfig()
     """Prompts."""
     sampling: SamplingConfig = SamplingConfig()

@@ -1,0 +1,243 @@
+"""What algorithms ask of the trainer beside rewards: critics, greedy baselines, judges, mixed groups, the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.algorithms import presets
+from jaxrl_llm.algorithms.iteration import DeviceReward
+from jaxrl_llm.algorithms.update import UpdateConfig
+from jaxrl_llm.cli import make_trainer
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.metrics import comparable_metrics
+from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.training.trainer import CriticSource, Trainer
+from jaxrl_llm.types import Rollout
+
+ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def make(tiny: ModuleType, tmp_path: Path):
+    """Makes a trainer of two steps without evaluation; keyword arguments change fields of its records."""
+
+    def make(folder: str = "run", *, parts: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+        config = dataclasses.replace(
+            tiny.CONFIG, update=UpdateConfig(), evaluation=EvaluationConfig(), run_dir=str(tmp_path / folder)
+        )
+        training = dataclasses.replace(
+            config.training, **{"steps": 2, "checkpoint_every": 0} | changes.pop("training", {})
+        )
+        config = dataclasses.replace(config, training=training, **changes)
+        policy = tiny.make_policy(ONE_DEVICE)
+        rows = {"train_rows": tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS}
+        return make_trainer(config, policy, ONE_DEVICE, **rows, **parts or {})
+
+    return make
+
+
+def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
+    return comparable_metrics(trainer.run_dir / "metrics.jsonl")
+
+
+def assert_same_params(one: Trainer, other: Trainer) -> None:
+    for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(other.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---- Critics and baselines ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares_trunk", [False, True])
+def test_ppo_in_two_programs(make, shares_trunk: bool) -> None:
+    trainer = make(algorithm=presets.ppo(), critic=CriticSource(shares_trunk=shares_trunk))
+    trainer.run()
+    assert trainer.compilations.counts == {"sample": 1, "update_step": 1}
+    assert (trainer.state.critic is None) == shares_trunk
+    last = metrics_of(trainer)[-1]
+    assert {"value/explained_variance", "objective/kl", "reward"} <= last.keys()
+    assert ("vf/loss" in last) != shares_trunk
+
+
+def test_ppo_resumes_exactly_with_its_critic_and_its_coefficient(make) -> None:
+    advantage = dataclasses.replace(presets.ppo().advantage, kl_target=0.1, kl_horizon=20.0)
+    algorithm = dataclasses.replace(presets.ppo(), advantage=advantage)
+    whole = make("whole", algorithm=algorithm, training={"steps": 2, "checkpoint_every": 1})
+    whole.run()
+    make("cut", algorithm=algorithm, training={"steps": 1, "checkpoint_every": 1}).run()
+    resumed = make("cut", algorithm=algorithm, training={"steps": 2, "checkpoint_every": 1}, resume=True)
+    resumed.run()
+    assert_same_params(whole, resumed)
+    np.testing.assert_array_equal(whole.state.memory, resumed.state.memory)
+    assert metrics_of(whole)[-1] == metrics_of(resumed)[-1]
+    assert float(whole.state.memory) != advantage.kl_coef
+
+
+def test_the_greedy_completion_is_the_baseline_of_remax(make, tiny: ModuleType) -> None:
+    trainer = make(algorithm=presets.remax(), training={"steps": 1})
+    seen: list[Any] = []
+    update = trainer.update
+    trainer.update = lambda state, rollout, rewards, reference: (
+        seen.append((rollout, rewards)) or update(state, rollout, rewards, reference)
+    )
+    trainer.run()
+    (rollout, rewards) = seen[0]
+    assert rollout.completion.shape[:2] == rewards.shape == (4, 5)  # four samples, and the greedy one
+    assert metrics_of(trainer)[-1]["reward"] == pytest.approx(rewards[:, :-1].mean(), rel=1e-6)
+    assert trainer.compilations.counts == {"sample": 1, "update_step": 1}
+
+
+def test_one_sample_a_prompt_is_enough_where_nothing_is_compared(make) -> None:
+    make(algorithm=presets.remax(), training={"samples_per_prompt": 1}).run()
+    with pytest.raises(ValueError, match=r"samples_per_prompt=1 cannot learn: GroupAdvantage compares a sample with"):
+        make("other", training={"samples_per_prompt": 1})
+
+
+# ---- Judges, reward functions one by one ---------------------------------------------------------------
+
+
+class LongerIsBetter:
+    """Prefers the longer completion, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, **given: Any) -> list[bool]:
+        self.asked.append(given)
+        return [len(a) > len(b) for a, b in zip(given["first"], given["second"], strict=True)]
+
+
+def test_brpo_asks_a_judge_in_both_orders(make) -> None:
+    judge = LongerIsBetter()
+    trainer = make(algorithm=presets.brpo(), parts={"judge": judge}, training={"steps": 1})
+    trainer.run()
+    one, other = judge.asked
+    assert one["first"] == other["second"] and one["second"] == other["first"]
+    assert one["columns"]["answer"] == [row for row in one["columns"]["answer"][::4] for _ in range(4)]
+    for p in range(4):  # all of a group are compared with one of its own
+        (reference,) = set(one["second"][4 * p : 4 * p + 4])
+        assert reference in one["first"][4 * p : 4 * p + 4]
+
+
+def test_a_judge_that_is_missing_or_not_read_is_told_at_once(make) -> None:
+    with pytest.raises(ValueError, match="BRPOAdvantage reads a judge's verdicts: pass judge="):
+        make(algorithm=presets.brpo())
+    with pytest.raises(ValueError, match="GroupAdvantage reads no verdicts"):
+        make(parts={"judge": LongerIsBetter()})
+
+
+def test_gdpo_reads_the_reward_functions_one_by_one(make, tiny: ModuleType) -> None:
+    def length(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    rewards = (tiny.shared_characters, length)
+    trainer = make(algorithm=presets.gdpo(), rewards=rewards)
+    trainer.run()
+    other = make("other", algorithm=presets.lite_ppo(), rewards=rewards)
+    other.run()
+    assert metrics_of(trainer)[0]["reward"] == metrics_of(other)[0]["reward"]
+    assert metrics_of(trainer)[0]["grad_norm"] != metrics_of(other)[0]["grad_norm"]
+
+
+# ---- Dynamic sampling ----------------------------------------------------------------------------------
+
+
+def mostly_equal(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+    """Groups differ only where the prompt's first digit is below 5."""
+    return [float(len(text)) * (prompt[0] < "5") for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def test_dynamic_sampling_fills_a_step_with_groups_that_differ(make) -> None:
+    plain = make("plain", rewards=(mostly_equal,), training={"steps": 4})
+    plain.run()
+    assert max(line["frac_reward_zero_std"] for line in metrics_of(plain)) > 0
+    filled = make("filled", rewards=(mostly_equal,), training={"steps": 4, "dynamic_sampling": 8})
+    filled.run()
+    lines = metrics_of(filled)
+    assert all(line["frac_reward_zero_std"] == 0 for line in lines)
+    assert max(line["dynamic_sampling/rounds"] for line in lines) > 1
+    assert min(line["dynamic_sampling/kept"] for line in lines) < 1
+    assert filled.compilations.counts == {"sample": 1, "update_step": 1}
+
+
+def test_dynamic_sampling_gives_up_after_its_rounds(make) -> None:
+    def constant(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    trainer = make(rewards=(constant,), training={"dynamic_sampling": 2})
+    trainer.run()
+    assert metrics_of(trainer)[-1]["frac_reward_zero_std"] == 1
+    assert metrics_of(trainer)[-1]["dynamic_sampling/rounds"] == 2
+
+
+# ---- Rewards on the device -----------------------------------------------------------------------------
+
+
+def spread(params: Any, rollout: Rollout) -> jax.Array:
+    """Different tokens of a completion, per token of the longest."""
+    mask = rollout.mask
+    seen = jnp.any((rollout.completion[..., None] == jnp.arange(16)) & mask[..., None], axis=2)
+    return params["scale"] * jnp.sum(seen, axis=-1) / mask.shape[-1]
+
+
+def each_token(params: Any, rollout: Rollout) -> jax.Array:
+    """A reward for each token that is no 0; at the padding, whatever."""
+    return jnp.where(rollout.mask, (rollout.completion > 0) * 1.0, jnp.nan)
+
+
+SPREAD = DeviceReward("spread", spread, {"scale": np.float32(2.0)})
+
+
+def test_the_fused_iteration_is_one_program_and_the_same_run(make, tiny: ModuleType) -> None:
+    def nothing(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    fused = make("fused", rewards=(), parts={"device_rewards": (SPREAD,)})
+    fused.run()
+    assert fused.compilations.counts == {"iteration": 1}
+    apart = make("apart", rewards=(nothing,), parts={"device_rewards": (SPREAD,)})
+    apart.run()
+    assert apart.compilations.counts == {"sample": 1, "scores": 1, "update_step": 1}
+    for one, other in zip(metrics_of(fused), metrics_of(apart), strict=True):
+        assert {k: v for k, v in other.items() if "nothing" not in k} == pytest.approx(one, rel=1e-5, abs=1e-6)
+    for a, b in zip(jax.tree.leaves(fused.state.params), jax.tree.leaves(apart.state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert metrics_of(fused)[0]["rewards/spread/mean"] > 0
+
+
+def test_rewards_of_tokens_and_of_completions_add_up(make, tiny: ModuleType) -> None:
+    rewards = (SPREAD, DeviceReward("each_token", each_token, weight=0.5))
+    trainer = make(algorithm=presets.ppo(), parts={"device_rewards": rewards}, training={"steps": 1})
+    trainer.run()
+    line = metrics_of(trainer)[-1]
+    parts = line["rewards/shared_characters/mean"] + line["rewards/spread/mean"] + 0.5 * line["rewards/each_token/mean"]
+    assert line["reward"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_an_evaluation_of_a_fused_run_has_rewards_of_its_own(make, tiny: ModuleType) -> None:
+    evaluation = EvaluationConfig(every=2)
+    with pytest.raises(ValueError, match="all rewards are JAX functions: pass eval_rewards"):
+        make(rewards=(), parts={"device_rewards": (SPREAD,)}, evaluation=evaluation)
+    gold = RewardSum((tiny.shared_characters,))
+    trainer = make("gold", rewards=(), parts={"device_rewards": (SPREAD,), "eval_rewards": gold}, evaluation=evaluation)
+    assert "eval/rewards/shared_characters" in trainer.run().last_evaluation
+
+
+def test_what_gives_no_reward_is_told_at_once(make) -> None:
+    with pytest.raises(ValueError, match="there is no reward"):
+        make(rewards=())
+    with pytest.raises(ValueError, match=r"several device rewards are named \['spread'\]"):
+        make(parts={"device_rewards": (SPREAD, SPREAD)})
+    with pytest.raises(ValueError, match="GDPOAdvantage reads what reward functions say"):
+        make(rewards=(), algorithm=presets.gdpo(), parts={"device_rewards": (SPREAD,)})
+    with pytest.raises(ValueError, match="dynamic_sampling=2 looks at rewards on the host"):
+        make(rewards=(), parts={"device_rewards": (SPREAD,)}, training={"dynamic_sampling": 2})

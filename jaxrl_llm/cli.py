@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import PRESETS
+from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, flatten
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import RowSource, nearest_name, open_source
@@ -282,6 +283,7 @@ def make_trainer(
     eval_rewards: RewardSum | None = None,
     judge: Judge | None = None,
     critic_params: Params | None = None,
+    trust_region: TrustRegionConfig | None = None,
 ) -> Trainer:
     """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
 
@@ -296,6 +298,7 @@ def make_trainer(
         eval_rewards: as `Trainer`.
         judge: as `Trainer`.
         critic_params: as `Trainer`.
+        trust_region: as `Trainer`.
     """
     train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
     trainer = Trainer(
@@ -310,6 +313,7 @@ def make_trainer(
         eval_rewards=eval_rewards,
         judge=judge,
         critic_params=critic_params,
+        trust_region=trust_region,
         algorithm=config.algorithm,
         critic=config.critic,
         run_dir=config.run_dir or f"runs/{config.name}",

@@ -231,10 +231,8 @@ def make_update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         feedback = rewards if isinstance(rewards, Feedback) else Feedback(rewards)
-        if algorithm.needs_greedy and feedback.greedy is None:
-            rollout, feedback = _without_greedy(rollout, feedback)
         signals, batch, metrics = _read(algorithm, rollout, feedback)
-        prompts, group = rollout.completion_lengths.shape
+        prompts, group = batch.mask.shape[:2]
         split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
         epochs_key, seeds_key = (
             jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), use)
@@ -356,6 +354,8 @@ def _vocabulary_chunk(tokens: int) -> int | None:
 
 def _read(algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback) -> tuple[Signals, LearnerBatch, Metrics]:
     """What the estimator and the losses read of a rollout, as yet without any score, and the rollout's metrics."""
+    if algorithm.needs_greedy and feedback.greedy is None:
+        rollout, feedback = _without_greedy(rollout, feedback)
     shape, rewards = rollout.completion_lengths.shape, feedback.rewards
     by_token = rewards.ndim == 3
     if rewards.shape != (rollout.completion.shape if by_token else shape):

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxrl_llm.algorithms.critic import Critic
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.signals import Feedback
+from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
 from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
@@ -107,6 +109,7 @@ class Trainer:
         eval_rewards: reward functions of the evaluation; `None`: `rewards`.
         judge: for algorithms that read verdicts (BRPO): see `jaxrl_llm.training.judging`.
         critic: for algorithms that are made of one (PPO).
+        trust_region: TRPO's step in place of the optimizer's.
         critic_params: parameters of a `ScoreModel` from which a critic of its own starts; `None`: the policy's, with a
             new head.
         training, update, optimizer, sampling, evaluation: see the records.
@@ -139,6 +142,7 @@ class Trainer:
         judge: Judge | None = None,
         critic: CriticSource | None = None,
         critic_params: Params | None = None,
+        trust_region: TrustRegionConfig | None = None,
         training: TrainingConfig | None = None,
         update: UpdateConfig | None = None,
         optimizer: OptimizerConfig | None = None,
@@ -166,6 +170,11 @@ class Trainer:
             raise ValueError(
                 f"training.samples_per_prompt={group} cannot learn: {type(algorithm.advantage).__name__} compares a "
                 "sample with the others of its prompt; pass --training.samples-per-prompt=2 or more"
+            )
+        if trust_region is not None and plan.optimizer_steps > 1:
+            raise ValueError(
+                f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
+                "region makes one step of a batch; pass 1"
             )
         self._check_rewards()
         self.saved = find_run(run_dir, self.description, resume=resume)
@@ -204,7 +213,9 @@ class Trainer:
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
-        self._prepare_updates(params, plan, optimizer, sampling, seed, critic or CriticSource(), critic_params)
+        self._prepare_updates(
+            params, plan, optimizer, sampling, seed, critic or CriticSource(), critic_params, trust_region
+        )
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
 
@@ -236,21 +247,19 @@ class Trainer:
         seed: int,
         source: CriticSource,
         critic_params: Params | None,
+        trust_region: TrustRegionConfig | None,
     ) -> None:
         """The programs, still to be compiled, and what they work on: the state, and the reference if it has one."""
         algorithm, total = self.algorithm, self.config.steps * plan.optimizer_steps
         schedule = make_schedule(config, total)
-        optimizer = make_optimizer(config, schedule)
+        optimizer = make_optimizer(config, schedule) if trust_region is None else optax.identity()
         critic = self._make_critic(source, total) if algorithm.needs_critic else None
-        step = make_update_step(
-            self.model,
-            optimizer,
-            algorithm,
-            plan,
-            critic=critic,
-            temperature=sampling.temperature,
-            truncated=sampling.truncates,
-        )
+        drawn = {"temperature": sampling.temperature, "truncated": sampling.truncates}
+        if trust_region is None:
+            step = make_update_step(self.model, optimizer, algorithm, plan, critic=critic, **drawn)
+        else:
+            pieces = plan.micro_batches
+            step = make_trust_region_step(self.model, algorithm, trust_region, micro_batches=pieces, **drawn)
         self.abstract_state = abstract_train_state(self.model, optimizer, self.mesh, algorithm=algorithm, critic=critic)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         whole = replicated(self.mesh)

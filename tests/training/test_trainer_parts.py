@@ -14,6 +14,8 @@ import pytest
 
 from jaxrl_llm.algorithms import presets
 from jaxrl_llm.algorithms.iteration import DeviceReward
+from jaxrl_llm.algorithms.surrogates import Clipped
+from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.cli import make_trainer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -241,3 +243,17 @@ def test_what_gives_no_reward_is_told_at_once(make) -> None:
         make(rewards=(), algorithm=presets.gdpo(), parts={"device_rewards": (SPREAD,)})
     with pytest.raises(ValueError, match="dynamic_sampling=2 looks at rewards on the host"):
         make(rewards=(), parts={"device_rewards": (SPREAD,)}, training={"dynamic_sampling": 2})
+
+
+# ---- A trust region ------------------------------------------------------------------------------------
+
+
+def test_a_trust_region_takes_the_place_of_the_optimizer(make) -> None:
+    algorithm = dataclasses.replace(presets.dapo(), surrogate=Clipped(clip_low=None, clip_high=None))
+    region = TrustRegionConfig(max_kl=0.005, cg_iterations=4)
+    trainer = make(algorithm=algorithm, parts={"trust_region": region})
+    trainer.run()
+    assert trainer.compilations.counts == {"sample": 1, "trust_region_step": 1}
+    assert all(line["trpo/kl"] <= 0.005 * (1 + 1e-5) for line in metrics_of(trainer))
+    with pytest.raises(ValueError, match=r"update.minibatches=2 would have no effect: a trust region"):
+        make("other", parts={"trust_region": region}, update=UpdateConfig(minibatches=2))

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on the solutions of grade-school mathematics (GSM8K, Cobbe et al. 2021).
 
-On a CPU, small settings (SmolLM2-135M-Instruct, two cores):
+On a CPU, small settings (SmolLM2-135M-Instruct, two cores, up to a minute a step, 11 GB of memory):
 
-    python experiments/sft_gsm8k.py --model.path=SmolLM2-135M-Instruct.gguf \\
+    python experiments/sft_gsm8k.py --model.path=SmolLM2-135M-Instruct \\
         --data.train=gsm8k_train.jsonl --data.eval=gsm8k_test.jsonl
 
 On a pod, the same line on every host (tpu_scripts/launch.sh adds --distributed):
@@ -11,7 +11,11 @@ On a pod, the same line on every host (tpu_scripts/launch.sh adds --distributed)
         --data.train=hf:openai/gsm8k,config=main,split=train --data.eval=hf:openai/gsm8k,config=main,split=test \\
         --training.rows-per-step=128 --training.steps=175 --mesh.fsdp=-1
 
-The data are JSON lines with the columns question and answer, as published. Any setting is a flag:
+The data are JSON lines with the columns question and answer, as published.
+Expected on the CPU: the loss on held-out solutions falls from 1.46 to 1.18 in 6 steps and to 1.07 in 12, which took
+11 minutes on two cores that were shared with other work (--training.steps=12 --evaluation.every=6
+--evaluation.max-rows=32). Solutions longer than the limits are dropped, 863 of 7473.
+Any setting is a flag:
 --objective.kind=dft --optimizer.learning-rate=1e-5; see --help.
 """
 

@@ -133,7 +133,8 @@ def make_reference_pass(model: Transformer, micro_batches: int) -> Callable[[Par
     scores, plan = make_scorer(model), UpdateConfig(micro_batches=micro_batches)
 
     def logprobs(params: Params, rows: Any) -> jax.Array:
-        split = plan.group_split(*rows.mask.shape[:2], row_shards())
+        prompts, group = rows.mask.shape[:2]
+        split = plan.group_split(prompts, group, row_shards())
         parts = deal(split_groups(rows, split), micro_batches)
         dealt = jax.lax.map(lambda part: scores(params, part).logprobs, parts)
         return jnp.where(rows.mask, collect(dealt).reshape(rows.mask.shape), 0.0)

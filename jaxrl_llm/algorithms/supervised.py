@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.update import make_scorer
+from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
 from jaxrl_llm.models.transformer import Params, Transformer
@@ -30,9 +32,24 @@ class Demonstrations(NamedTuple):
     """`[P, G, Tc]` bool: the tokens that are trained. Those between them are read, such as a user's turns."""
 
 
+class PackedDemonstrations(NamedTuple):
+    """Rows that hold several demonstrations each, one after another, prompts included; G = 1."""
+
+    prompt: Any
+    """`[P, 1]` int32: not read."""
+    prompt_lengths: Any
+    """`[P]` int32: ones."""
+    completion: Any
+    """`[P, 1, T]` int32: prompt and completion of the first demonstration, of the second one, …, padding."""
+    mask: Any
+    """`[P, 1, T]` bool: the tokens that are trained; never the first one of a demonstration."""
+    segment_ids: Any
+    """`[P, 1, T]` int32: the number of the demonstration in its row; of the padding, −1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SupervisedObjective:
-    """Makes the masked tokens likely: an `Objective` of `Demonstrations`.
+    """Makes the masked tokens likely: an `Objective` of `Demonstrations` and of `PackedDemonstrations`.
 
     Metrics, means over masked tokens: `nll`, `entropy` of the model, and for `dft` `token_prob/mean`.
     """
@@ -61,11 +78,25 @@ class SupervisedObjective:
 
     def normalizer(self, rows: Any) -> jax.Array:
         """Number of masked tokens, or of completions that have some."""
-        return aggregation_normalizer(rows.mask, mode=self.aggregation)
+        return aggregation_normalizer(rows.mask, mode=self.aggregation, segment_ids=_segments(rows))
 
     def loss(self, model: Transformer, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        scores = make_scorer(model)(params, rows)
+        segments = _segments(rows)
+        scores = make_scorer(model)(params, rows) if segments is None else _packed_scores(model, params, rows)
         loss = {"nll": sft_loss, "dft": dft_loss}[self.kind]
-        value, metrics = loss(scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer)
+        value, metrics = loss(
+            scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer, segment_ids=segments
+        )
         return value, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), rows.mask)}
+
+
+def _segments(rows: Any) -> jax.Array | None:
+    return getattr(rows, "segment_ids", None)
+
+
+def _packed_scores(model: Transformer, params: Params, rows: PackedDemonstrations) -> TokenScores:
+    """Scores `[P, 1, T]` of packed tokens; those of the first token of a demonstration mean nothing."""
+    states, _ = model.causal(params, rows.completion[:, 0], segment_ids=rows.segment_ids[:, 0])
+    before = jnp.roll(states, 1, axis=1)  # what has read all tokens before one predicts it
+    return make_scorer(model).of_hidden(params, before[:, None], rows.completion)

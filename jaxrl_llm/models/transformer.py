@@ -312,7 +312,9 @@ class Transformer:
 
     # ---------------------------------------------------------------- forward passes
 
-    def causal(self, params: Params, tokens: jax.Array, *, collect: bool = False) -> tuple[jax.Array, KeyValue | None]:
+    def causal(
+        self, params: Params, tokens: jax.Array, *, segment_ids: jax.Array | None = None, collect: bool = False
+    ) -> tuple[jax.Array, KeyValue | None]:
         """Plain causal pass over right-padded rows.
 
         Padding lies after every real token, so that causality alone hides it; its own states are meaningless.
@@ -320,15 +322,22 @@ class Transformer:
         Args:
             params: parameters.
             tokens: `[B, T]`.
+            segment_ids: `[B, T]` int where rows hold several packed sequences, each a run of equal ids: they do not
+                see each other, and the positions of each begin at 0.
             collect: also return the keys and values of all layers, stacked on axis 0.
 
         Returns:
             Normed hidden states `[B, T, D]`, and the keys and values or `None`.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        places = positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segment_ids is not None:
+            begins = segment_ids != jnp.roll(segment_ids, 1, axis=1)
+            positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
         def make_attention(window: jax.Array | None) -> Attend:
-            mask = causal_mask(positions, positions, window)
+            mask = causal_mask(places, places, window)
+            if segment_ids is not None:
+                mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
             return lambda query, key, value: attend(
                 query, KeyValue.of(key, value), mask, softcap=self.config.attention_softcap
             )

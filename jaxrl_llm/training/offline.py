@@ -203,7 +203,7 @@ class OfflineTrainer:
         whole = replicated(self.mesh)
         self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
         self._evaluate = jax.jit(make_offline_evaluation(self.model, self.objective), out_shardings=whole)
-        self._normalizer = jax.jit(self.objective.normalizer)
+        self._normalizer = jax.jit(self.objective.normalizer, out_shardings=whole)
         self._merged = jax.jit(_merged, out_shardings=whole)
         self._reference_pass = jax.jit(make_reference_pass(self.model, micro_batches=1), out_shardings=whole)
         self._tables: dict[int, np.ndarray] = {}

@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl_llm.data.demonstrations import DemonstrationDataset, DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.rows import RowFormat, RowLoader, batches_in_order
 from jaxrl_llm.data.tokenizers import CharTokenizer
 
@@ -284,3 +285,42 @@ def test_the_last_batch_in_order_is_filled_up_with_nothing() -> None:
     assert second.valid.tolist() == [True, False]
     assert second.rows.mask.any(axis=(1, 2)).tolist() == [True, False]
     assert first.rows.mask.sum() == 5
+
+
+# ---- Packing ------------------------------------------------------------------------------------------
+
+
+def packed(rows: list[Any], length: int, **limits: int) -> PackedDataset:
+    dataset = DemonstrationFormat(packed_length=length).dataset(rows, TEXT, **{**WIDE, **limits})
+    assert isinstance(dataset, PackedDataset)
+    return dataset
+
+
+def test_packed_rows_by_hand() -> None:
+    """Lengths 6, 7, 2 into rows of 9: the longest first, each into the first row with room."""
+    dataset = packed(ROWS, 9)
+    assert dataset.members == [[1, 2], [0]] and len(dataset) == 2
+    rows = dataset.batch([0, 1])
+    assert rows.completion.tolist() == [[[17, 10, 17, 11, 13, 12, 1, 2, 1]], [[13, 10, 13, 11, 14, 1, 0, 0, 0]]]
+    assert rows.mask.astype(int).tolist() == [[[0, 0, 0, 0, 1, 1, 1, 0, 1]], [[0, 0, 0, 0, 1, 1, 0, 0, 0]]]
+    assert rows.segment_ids.tolist() == [[[0] * 7 + [1] * 2], [[0] * 6 + [-1] * 3]]
+    assert rows.prompt.shape == (2, 1) and rows.prompt_lengths.tolist() == [1, 1]
+
+
+def test_packing_loses_and_repeats_nothing() -> None:
+    rows = [{"prompt": "a" * (1 + n % 7), "completion": "b" * (n % 5)} for n in range(40)]
+    dataset = packed(rows, 16)
+    assert sorted(item for row in dataset.members for item in row) == list(range(40))
+    served = dataset.batch(range(len(dataset)))
+    assert served.mask.sum() == sum(len(row["completion"]) + 1 for row in rows)
+    assert (served.segment_ids >= 0).sum() == sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in rows)
+    assert (served.segment_ids >= 0).mean() > 0.9
+    assert dataset.members == packed(rows, 16).members
+    assert dataset.fingerprint != packed(rows, 17).fingerprint
+
+
+def test_what_does_not_fit_into_a_packed_row() -> None:
+    with pytest.raises(ValueError, match="row 1: prompt and completion have 7 tokens, more than packed_length=6"):
+        packed(ROWS, 6)
+    with pytest.raises(ValueError, match="packed_length=1 must be at least 2"):
+        DemonstrationFormat(packed_length=1)

@@ -18,6 +18,7 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.algorithms.update import make_scorer
 from jaxrl_llm.data.demonstrations import DemonstrationDataset
+from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.losses.aggregate import aggregate, aggregation_normalizer
 from jaxrl_llm.masking import fill_masked
@@ -176,6 +177,19 @@ def test_held_out_loss_falls(make) -> None:
     assert result.first_evaluation["eval/loss"] == pytest.approx(np.log(16), rel=0.1)
     assert result.last_evaluation["eval/loss"] < 1.2
     assert (result.step, result.stopped) == (60, None)
+
+
+def test_packed_rows_have_the_loss_of_unpacked_ones(make, model_and_params) -> None:
+    once = {"training": {"steps": 1, "checkpoint_every": 0}, "evaluation": {"every": 1, "batch_size": None}}
+    plain, packed = (
+        make("plain", eval_dataset=sums(TRAIN), **once),
+        make("packed", dataset=PackedDataset(sums(TRAIN), 15), eval_dataset=PackedDataset(sums(TRAIN), 15), **once),
+    )
+    assert len(packed.dataset) < 20
+    plain.run()
+    packed.run()
+    assert metrics_of(packed)[0] == pytest.approx(metrics_of(plain)[0], rel=1e-5)
+    assert metrics_of(packed)[2]["eval/loss"] < metrics_of(packed)[0]["eval/loss"]
 
 
 def test_given_parameters_are_neither_changed_nor_consumed(whole, model_and_params, tiny: ModuleType) -> None:

@@ -172,7 +172,7 @@ def test_grpo_learns_with_adapters(tiny_config, fresh):
     update = jax.jit(make_update_step(model, optimizer, grpo()), donate_argnums=0)
 
     def reward(rollout: Rollout) -> np.ndarray:
-        return np.float32(np.asarray(rollout.completion[..., 0]) == WANTED)
+        return (np.asarray(rollout.completion[..., 0]) == WANTED).astype(np.float32)
 
     numbers, rewards = np.random.default_rng(0), []
     for step in range(steps):

@@ -110,7 +110,7 @@ def test_gradient_of_the_adapters_is_that_of_the_weight_projected(model, params,
     direction = np.random.default_rng(2).normal(size=(2, 7, 64)).astype(np.float32)
 
     def value(params: Params, model: Transformer) -> jax.Array:
-        return jnp.mean(direction * jax.nn.log_softmax(model.logits(params, TOKENS)))
+        return jnp.mean(direction * jax.nn.log_softmax(model.logits(params, jnp.asarray(TOKENS))))
 
     grad = jax.jit(jax.grad(value), static_argnums=1)
     ours = grad(params, model)["layers"]

@@ -1,0 +1,45 @@
+"""The worked example of CONTRIBUTING.md is an algorithm that trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.update import make_train_state, make_update_step
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.types import Rollout
+
+
+def test_the_worked_example_makes_an_update(tiny_config, lively_params) -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    algorithm = names["median_grpo"]()
+    assert isinstance(algorithm, PolicyGradient)
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (2, 3, 4)).astype(np.int32)
+    logprobs = -rng.random(tokens.shape).astype(np.float32)
+    rollout = Rollout(
+        prompt=tokens[:, 0],
+        prompt_lengths=np.full(2, 4, np.int32),
+        completion=tokens,
+        completion_lengths=np.full((2, 3), 4, np.int32),
+        finished=np.ones((2, 3), bool),
+        logprobs=logprobs,
+        sampler_logprobs=logprobs,
+    )
+    model, optimizer = Transformer(tiny_config()), optax.sgd(1.0)
+    state = make_train_state(lively_params(model), optimizer, 0)
+    step = jax.jit(make_update_step(model, optimizer, algorithm))
+    _, moved = step(state, rollout, np.array([[0, 1, 5], [2, 2, 0]], np.float32))
+    assert float(moved["grad_norm"]) > 0
+    _, still = step(state, rollout, np.ones((2, 3), np.float32))
+    assert float(still["grad_norm"]) == 0

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm.advantages.process import StepRewardKind, dense_step_rewards, find_step_ends, steps_to_tokens
 from jaxrl_llm.advantages.selection import StepAggregation, aggregate_step_scores
@@ -27,15 +28,15 @@ from jaxrl_llm.records import Metrics
 class LabelledSteps(NamedTuple):
     """Prompts, each with G solutions whose steps have labels."""
 
-    prompt: jax.Array
+    prompt: jax.Array | np.ndarray
     """`[P, Tp]` int32, right-padded."""
-    prompt_lengths: jax.Array
+    prompt_lengths: jax.Array | np.ndarray
     """`[P]` int32."""
-    completion: jax.Array
+    completion: jax.Array | np.ndarray
     """`[P, G, Tc]` int32, right-padded."""
-    mask: jax.Array
+    mask: jax.Array | np.ndarray
     """`[P, G, Tc]` bool: the last tokens of those steps that have a label."""
-    labels: jax.Array
+    labels: jax.Array | np.ndarray
     """`[P, G, Tc]` float32 at these: 0 to 1, the number of a class, or ratings −1, 0, 1; see the objective."""
 
 

@@ -142,10 +142,10 @@ def in_pieces(read: Callable[[Params, Answers], jax.Array], micro_batches: int) 
 
     def all_pieces(params: Params, rows: Any) -> jax.Array:
         answers = Answers.of(rows)
-        shape = answers.mask.shape[:2]
-        parts = deal(split_groups(answers, plan.group_split(*shape, row_shards())), micro_batches)
+        prompts, group = answers.mask.shape[:2]
+        parts = deal(split_groups(answers, plan.group_split(prompts, group, row_shards())), micro_batches)
         every = collect(jax.lax.map(lambda part: read(params, part), parts))
-        return every.reshape(*shape, *every.shape[2:])
+        return every.reshape(prompts, group, *every.shape[2:])
 
     return all_pieces
 

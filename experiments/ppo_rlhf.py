@@ -9,9 +9,9 @@ reward model are on the device, and an iteration (sample → score → update) i
 is right; that is the gold reward, which is only measured (eval/accuracy), on sums that no stage was trained on.
 
 Hardware: two CPU cores. Time: under six minutes, compilation included.
-Expected (seed 0): the reward model is right in 0.962 of held-out pairs. PPO raises its score from 0.10 to 0.64 (in units of
-the scores' spread, means of ten steps) and accuracy on held-out sums, the gold reward, from 0.442 to 0.714. The KL of a
-completion stays near its target of 1 nat: 1.14, 1.11, 1.02, 1.01, 0.96, 0.96 (means of 50 steps each).
+Expected (seed 0): the reward model is right in 0.962 of held-out pairs. PPO raises its score from 0.10 to 0.64 (means
+of ten steps, in units of the scores' spread) and accuracy on held-out sums, the gold reward, from 0.442 to 0.714. The
+KL of a completion stays near its target of 1 nat: 1.14, 1.11, 1.02, 1.01, 0.96, 0.96 (means of 50 steps each).
 Any setting is a flag: --reward-model.steps=2000 --algorithm.advantage.kl-target=0.5 --critic.shares-trunk; see --help.
 """
 
@@ -127,7 +127,10 @@ def train_reward_model(
     adam = OptimizerConfig(learning_rate=stage.learning_rate, schedule="linear", b2=0.98)
     optimizer = make_optimizer(adam, make_schedule(adam, stage.steps))
     format_ = PreferenceFormat()
-    limits = {"max_prompt_length": config.data.max_prompt_length, "max_completion_length": config.sampling.max_tokens}
+    limits: Any = {
+        "max_prompt_length": config.data.max_prompt_length,
+        "max_completion_length": config.sampling.max_tokens,
+    }
     shown = format_.dataset(pairs(training, stage.wrong_answers, config.seed), policy.tokenizer, **limits)
     others = format_.dataset(pairs(held_out, 1, config.seed + 1), policy.tokenizer, **limits)
     order = np.random.default_rng(config.seed)

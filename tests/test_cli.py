@@ -97,7 +97,8 @@ def test_an_impossible_value_is_refused_with_its_flag(
 
 def test_flags_change_what_they_name(config: Experiment) -> None:
     args = "--algorithm.surrogate.clip-high=0.28 --mesh.fsdp=-1 --reward-weights 0.5 --wandb.project=p"
-    args += " --data.format.system=s --algorithm.surrogate.clip-low=None --resume --model.dtype=bfloat16 --evaluation.max-prompts=7"
+    args += " --data.format.system=s --algorithm.surrogate.clip-low=None --resume"
+    args += " --model.dtype=bfloat16 --evaluation.max-prompts=7"
     parsed = cli.parse(config, args.split())
     assert parsed.algorithm.surrogate == Clipped(clip_low=None, clip_high=0.28)
     assert (parsed.reward_weights, parsed.wandb.project, parsed.resume) == ((0.5,), "p", True)

@@ -304,7 +304,7 @@ class EntropyAdvantage(Advantage):
             norm=one_of(self.norm, EntropyNorm),
         )
 
-    def _arguments(self, signals: Signals) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    def _arguments(self, signals: Signals) -> tuple[Any, jax.Array, jax.Array]:
         return signals.entropy, signals.rewards >= self.success_reward, signals.mask
 
 

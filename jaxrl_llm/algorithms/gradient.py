@@ -14,14 +14,14 @@ from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import constrain
 
-Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
+Loss = Callable[[Params, Any, Any], tuple[jax.Array, Metrics]]
 """(parameters, rows, normalizer) → the rows' part of the loss, and its metrics."""
 Carry = tuple[Params, optax.OptState]
 
 
 def make_gradient_step(
     loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int
-) -> Callable[[Carry, Any, jax.Array], tuple[Carry, Metrics]]:
+) -> Callable[[Carry, Any, Any], tuple[Carry, Metrics]]:
     """The function `((params, opt_state), rows, normalizer) -> ((params, opt_state), metrics)`.
 
     With the denominator of all rows given to every micro-batch, losses and gradients of the micro-batches add
@@ -34,18 +34,14 @@ def make_gradient_step(
     good: the step is skipped. Metrics: `loss`, `grad_norm` (as they are), `frac_steps_skipped`, and those of `loss`.
     """
 
-    def gradient_of(
-        params: Params, frozen: Params, rows: Any, normalizer: jax.Array
-    ) -> tuple[Params, jax.Array, Metrics]:
+    def gradient_of(params: Params, frozen: Params, rows: Any, normalizer: Any) -> tuple[Params, jax.Array, Metrics]:
         def of_trainable(part: Params) -> tuple[jax.Array, Metrics]:
             return loss(join(part, frozen), rows, normalizer)
 
         (value, metrics), gradient = jax.value_and_grad(of_trainable, has_aux=True)(params)
         return widen(gradient), value, metrics
 
-    def accumulated(
-        params: Params, frozen: Params, rows: Any, normalizer: jax.Array
-    ) -> tuple[Params, jax.Array, Metrics]:
+    def accumulated(params: Params, frozen: Params, rows: Any, normalizer: Any) -> tuple[Params, jax.Array, Metrics]:
         def micro_step(total: Params, part: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
             gradient, value, metrics = gradient_of(params, frozen, part, normalizer)
             return jax.tree.map(jnp.add, total, gradient), (value, metrics)
@@ -54,7 +50,7 @@ def make_gradient_step(
         gradient, (values, stacked) = jax.lax.scan(micro_step, zeros, deal(rows, micro_batches))
         return gradient, jnp.sum(values), {name: record.reduce() for name, record in stacked.items()}
 
-    def gradient_step(carry: Carry, rows: Any, normalizer: jax.Array) -> tuple[Carry, Metrics]:
+    def gradient_step(carry: Carry, rows: Any, normalizer: Any) -> tuple[Carry, Metrics]:
         (params, frozen), before = split_trainable(carry[0]), carry[1]
         if micro_batches == 1:
             gradient, value, metrics = gradient_of(params, frozen, spread(rows), normalizer)

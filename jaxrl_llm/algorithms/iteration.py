@@ -55,7 +55,7 @@ def make_device_scores(rewards: Sequence[DeviceReward]) -> Callable[[Sequence[An
             if values.shape not in (rollout.completion_lengths.shape, rollout.completion.shape):
                 raise ValueError(
                     f"the device reward {reward.name!r} gave {values.shape} for completions "
-                    f"{rollout.completion.shape}: it must give one number for each completion, or for each of its tokens"
+                    f"{rollout.completion.shape}: it must give a number for each completion, or for each of its tokens"
                 )
         by_token = any(values.ndim == 3 for values in given)
         parts = [

@@ -15,7 +15,7 @@ import optax
 from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, spread
 from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
 from jaxrl_llm.models.lora import reference_of
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import TrainState
@@ -43,7 +43,7 @@ class Objective(Protocol):
         """The denominators, a tree of scalars, that all micro-batches of one step share."""
         ...
 
-    def loss(self, model: Transformer, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+    def loss(self, model: Any, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
         ...
 
@@ -61,7 +61,7 @@ OfflineStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_offline_step(
-    model: Transformer,
+    model: Any,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     *,
@@ -72,7 +72,7 @@ def make_offline_step(
     Compile and call it under `jax.set_mesh`, where there is a mesh: it splits rows over that.
 
     Args:
-        model: the model.
+        model: a `Transformer`, or what the objective reads in its place (`ScoreModel`).
         optimizer: an optax transformation.
         objective: what it is trained towards.
         micro_batches: pieces in which the gradient is accumulated.
@@ -103,7 +103,7 @@ def make_offline_step(
     return offline_step
 
 
-def make_offline_evaluation(model: Transformer, objective: Objective) -> Callable[..., tuple[jax.Array, Metrics]]:
+def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The pure function `(params, rows, reference=None, normalizer=None) -> (loss, records)`: nothing is trained.
 
     Rows whose mask is empty count for nothing, so that a last batch may be filled up with them. Records of several
@@ -125,7 +125,7 @@ def make_offline_evaluation(model: Transformer, objective: Objective) -> Callabl
     return evaluation
 
 
-def make_reference_pass(model: Transformer, micro_batches: int) -> Callable[[Params, Any], jax.Array]:
+def make_reference_pass(model: Any, micro_batches: int) -> Callable[[Params, Any], jax.Array]:
     """The pure function from parameters and rows to the log-probs `[P, G, Tc]` of all their tokens.
 
     To be compiled by itself where a reference is computed once ahead of training; part of the step otherwise.

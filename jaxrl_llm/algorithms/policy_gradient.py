@@ -256,6 +256,7 @@ class PolicyGradient:
         loss, own = self.surrogate(tokens, reduction)
         metrics |= own
         if self.kl_coef:
+            assert batch.ref_logprobs is not None  # it says that it needs them
             kl, own = kl_loss(
                 scores.logprobs,
                 batch.ref_logprobs,
@@ -280,7 +281,8 @@ class PolicyGradient:
             batch: the rows.
             normalizer: number of tokens of all rows of the optimizer step.
         """
-        loss, metrics = value_loss(
+        assert batch.returns is not None and batch.value_mask is not None  # advantages of a critic bring them
+        return value_loss(
             values,
             batch.values,
             batch.returns,
@@ -289,4 +291,3 @@ class PolicyGradient:
             kind=self.value.kind,
             normalizer=normalizer,
         )
-        return loss, metrics

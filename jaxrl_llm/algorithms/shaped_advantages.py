@@ -14,7 +14,7 @@ from jaxrl_llm.algorithms.advantages import PREFIX
 from jaxrl_llm.algorithms.checks import check_fields, not_negative, one_of, positive, share
 from jaxrl_llm.algorithms.signals import Advantage, Credit, Need, Signals
 from jaxrl_llm.masking import masked_sum, whiten
-from jaxrl_llm.records import Mean
+from jaxrl_llm.records import Mean, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ReMaxAdvantage(ShapedAdvantage):
     @property
     def needs(self) -> frozenset[Need]:
         """A greedy completion of each prompt as well."""
-        return super().needs | {"greedy"}
+        return super().needs | frozenset[Need]({"greedy"})
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G, Tc]`."""
@@ -218,7 +218,7 @@ class GAEAdvantage(ShapedAdvantage):
     @property
     def needs(self) -> frozenset[Need]:
         """Values as well."""
-        return super().needs | {"values"}
+        return super().needs | frozenset[Need]({"values"})
 
     def start(self) -> Any:
         """The coefficient of the first batch, where it is adapted."""
@@ -237,7 +237,7 @@ class GAEAdvantage(ShapedAdvantage):
         assert signals.values is not None
         estimate = functions.gae(rewards, signals.values, signals.mask, gamma=self.gamma, lam=self.lam)
         advantages = whiten(estimate.advantages, signals.mask) if self.whiten else estimate.advantages
-        metrics = {}
+        metrics: Metrics = {}
         if self.kl_coef:
             metrics = {"objective/kl": Mean.of(_sequence_kl(signals)), "objective/kl_coef": Mean.of(kl_coef)}
         return Credit(advantages, returns=estimate.returns, metrics=metrics)

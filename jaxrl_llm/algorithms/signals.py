@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxrl_llm.records import Metrics
 
@@ -14,20 +15,24 @@ old policy, values of a critic, the reward of a greedy completion, the reward fu
 """
 
 
+Rewards = jax.Array | np.ndarray
+"""Arrays, on the device or on the host."""
+
+
 class Feedback(NamedTuple):
     """Rewards of a rollout, and what else was said of it. Only `rewards` is always there."""
 
-    rewards: jax.Array
+    rewards: Rewards
     """`[P, G]` float32, or `[P, G, Tc]`: rewards of tokens, such as a process reward model gives."""
-    greedy: jax.Array | None = None
+    greedy: Any = None
     """`[P]`: reward of the greedy completion of each prompt (ReMax)."""
-    by_function: jax.Array | None = None
+    by_function: Any = None
     """`[P, G, K]`: the K reward functions one by one (GDPO)."""
-    is_reference: jax.Array | None = None
+    is_reference: Any = None
     """`[P, G]` bool: the sample of each group that a judge compared the others with (BRPO)."""
-    preferred: jax.Array | None = None
+    preferred: Any = None
     """`[P, G]` bool: it preferred the sample to the reference."""
-    preferred_swapped: jax.Array | None = None
+    preferred_swapped: Any = None
     """The same with the two shown in the other order, or `None`."""
 
 
@@ -43,10 +48,10 @@ class Signals(NamedTuple):
     finished: jax.Array
     """`[P, G]` bool: ended by a stop token."""
     feedback: Feedback
-    old_logprobs: jax.Array | None = None
-    ref_logprobs: jax.Array | None = None
-    entropy: jax.Array | None = None
-    values: jax.Array | None = None
+    old_logprobs: Any = None
+    ref_logprobs: Any = None
+    entropy: Any = None
+    values: Any = None
     """`[P, G, Tc]` each, of the policy, the reference and the critic before this batch's first update."""
 
 

@@ -25,10 +25,10 @@ from jaxrl_llm.algorithms.signals import Feedback
 from jaxrl_llm.algorithms.update import (
     UpdateConfig,
     UpdateStep,
-    _credited,
-    _read,
-    _sampling_gap,
+    credited,
     make_scorer,
+    read_rollout,
+    sampling_gap,
     split_groups,
 )
 from jaxrl_llm.logprobs import TokenScores
@@ -166,7 +166,7 @@ def make_trust_region_step(
         state: TrainState, rollout: Rollout, feedback: Feedback, reference: Params | None
     ) -> tuple[LearnerBatch, TokenScores, Any, Metrics]:
         """The batch with its advantages and old log-probs, the old policy's scores, the new memory, and metrics."""
-        signals, batch, metrics = _read(algorithm, rollout, feedback)
+        signals, batch, metrics = read_rollout(algorithm, rollout, feedback)
         batch = batch._replace(seeds=jax.random.bits(_key(state, 2), batch.prompt.shape[:1]))
         parts = pieces(batch)
 
@@ -182,11 +182,11 @@ def make_trust_region_step(
             signals = signals._replace(ref_logprobs=ref_logprobs)
             batch = batch._replace(ref_logprobs=ref_logprobs)
         old = pass_over(state.params)
-        metrics |= _sampling_gap(old.logprobs, batch, temperature=temperature, truncated=truncated)
+        metrics |= sampling_gap(old.logprobs, batch, temperature=temperature, truncated=truncated)
         signals = signals._replace(old_logprobs=old.logprobs, entropy=old.entropy)
         credit = algorithm.advantage(signals, state.memory)
         memory = algorithm.advantage.remember(signals, state.memory)
-        batch = _credited(batch, credit)._replace(old_logprobs=old.logprobs)
+        batch = credited(batch, credit)._replace(old_logprobs=old.logprobs)
         return batch, old, memory, metrics | credit.metrics
 
     def trust_region_step(

@@ -203,7 +203,7 @@ def make_update_step(
             f"update.micro_batches={plan.micro_batches}: pass 1"
         )
     scores = make_scorer(policy, temperature=temperature)
-    gap = functools.partial(_sampling_gap, temperature=temperature, truncated=truncated)
+    gap = functools.partial(sampling_gap, temperature=temperature, truncated=truncated)
     shared = critic if critic is not None and critic.shares_trunk else None
 
     def loss(params: Params, batch: LearnerBatch, normalizers: _Normalizers) -> tuple[jax.Array, Metrics]:
@@ -224,14 +224,14 @@ def make_update_step(
 
     gradient_step = make_gradient_step(loss, optimizer, plan.micro_batches)
     critic_step = None
-    if critic is not None and not critic.shares_trunk:
+    if critic is not None and critic.optimizer is not None:
         critic_step = make_gradient_step(critic_loss, critic.optimizer, plan.micro_batches)
 
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         feedback = rewards if isinstance(rewards, Feedback) else Feedback(rewards)
-        signals, batch, metrics = _read(algorithm, rollout, feedback)
+        signals, batch, metrics = read_rollout(algorithm, rollout, feedback)
         prompts, group = batch.mask.shape[:2]
         split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
         epochs_key, seeds_key = (
@@ -268,7 +268,7 @@ def make_update_step(
 
         credit = algorithm.advantage(signals, state.memory)
         memory = algorithm.advantage.remember(signals, state.memory)
-        batch, metrics = _credited(batch, credit), metrics | credit.metrics
+        batch, metrics = credited(batch, credit), metrics | credit.metrics
 
         def minibatch_step(carry: _Carry, rows: LearnerBatch) -> tuple[_Carry, Metrics]:
             trained_values = rows.mask if rows.value_mask is None else rows.value_mask
@@ -278,6 +278,7 @@ def make_update_step(
             policy_carry, trained = gradient_step(carry.policy, dealt, normalizers)
             if critic_step is None:
                 return carry._replace(policy=policy_carry), trained
+            assert carry.critic is not None  # a critic with a step of its own has a state of its own
             critic_carry, own = critic_step(carry.critic, dealt, tokens)
             own = {f"vf/{name}" if name in _OF_A_STEP else name: record for name, record in own.items()}
             return _Carry(policy_carry, critic_carry), trained | own
@@ -352,11 +353,13 @@ def _vocabulary_chunk(tokens: int) -> int | None:
     return None if on_cpu() else max(MIN_CHUNK, ACCELERATOR_CHUNK_LOGITS * row_shards() // max(1, tokens))
 
 
-def _read(algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback) -> tuple[Signals, LearnerBatch, Metrics]:
+def read_rollout(
+    algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback
+) -> tuple[Signals, LearnerBatch, Metrics]:
     """What the estimator and the losses read of a rollout, as yet without any score, and the rollout's metrics."""
     if algorithm.needs_greedy and feedback.greedy is None:
         rollout, feedback = _without_greedy(rollout, feedback)
-    shape, rewards = rollout.completion_lengths.shape, feedback.rewards
+    shape, rewards = rollout.completion_lengths.shape, jnp.asarray(feedback.rewards)
     by_token = rewards.ndim == 3
     if rewards.shape != (rollout.completion.shape if by_token else shape):
         raise ValueError(
@@ -399,11 +402,11 @@ def _without_greedy(rollout: Rollout, feedback: Feedback) -> tuple[Rollout, Feed
             f"rewards has shape {feedback.rewards.shape}, but of {rollout.completion_lengths.shape} samples "
             "the last of each group is the greedy baseline: pass one reward for each of two samples or more"
         )
-    rest = {n: v if v is None else v[:, :-1] for n, v in feedback._asdict().items() if n != "greedy"}
-    return rollout.samples(None, -1), Feedback(**rest, greedy=feedback.rewards[:, -1])
+    rest = jax.tree.map(lambda x: x[:, :-1], feedback)
+    return rollout.samples(None, -1), rest._replace(greedy=feedback.rewards[:, -1])
 
 
-def _credited(batch: LearnerBatch, credit: Credit) -> LearnerBatch:
+def credited(batch: LearnerBatch, credit: Credit) -> LearnerBatch:
     """Rows with their advantages, and with the critic's targets where there are any."""
     if credit.returns is not None:
         batch = batch._replace(returns=credit.returns, value_mask=batch.mask)
@@ -455,7 +458,7 @@ def split_groups(batch: Any, split: int) -> Any:
 # ---- Metrics of a batch --------------------------------------------------------------------------
 
 
-def _sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float, truncated: bool) -> Metrics:
+def sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float, truncated: bool) -> Metrics:
     """How far the learner's log-probs are from the sampler's of the same distribution, per token.
 
     The learner scores at the sampling temperature and without truncation. That is what the sampler drew from, unless

@@ -74,13 +74,14 @@ class Episodes:
     def joined(cls, parts: list[Episodes]) -> Episodes:
         """The prompts of several batches, one batch after the other."""
         first = parts[0]
+        by_token = [part.token_rewards for part in parts if part.token_rewards is not None]
         return cls(
             np.concatenate([part.rewards for part in parts]),
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in first.by_name},
             [prompt for part in parts for prompt in part.prompts],
             [ids for part in parts for ids in part.completion_ids],
             {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
-            None if first.token_rewards is None else np.concatenate([part.token_rewards for part in parts]),
+            np.concatenate(by_token) if by_token else None,
         )
 
     def reward_metrics(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.advantages import draw_reference
@@ -50,7 +51,7 @@ def compare(judge: Judge, episodes: Episodes, tokenizer: Any, key: np.ndarray, s
         RewardError: it did not give one verdict a pair.
     """
     prompts, group = episodes.rewards.shape
-    drawn = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 3)
+    drawn = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), step), 3)
     is_reference = np.asarray(draw_reference(drawn, np.ones((prompts, group), bool)))
     texts = [_completion(ids, episodes.prompts[n // group], tokenizer) for n, ids in enumerate(episodes.completion_ids)]
     of_prompt = np.arange(prompts * group) // group

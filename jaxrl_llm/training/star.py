@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -232,7 +233,7 @@ class StarTrainer:
     def learning_rate(self, step: int) -> float:
         """The rate of the last optimizer step of an iteration."""
         steps = training_steps(step, start=self.star.start_steps, growth=self.star.growth)
-        return float(self._schedule(steps - 1))
+        return float(np.asarray(self._schedule(steps - 1)))
 
     def run(self) -> TrainingResult:
         """Iterates to the last one, or until SIGTERM or Ctrl-C; then saves and returns.
@@ -294,7 +295,7 @@ class StarTrainer:
 
     def _sample(self, prompts: PromptDataset, items: Sequence[int], noise: tuple[int, int]) -> list[Record]:
         """Rationales of some prompts, scored; in batches of one shape, the last one filled up."""
-        key = jax.random.wrap_key_data(np.asarray(self.state.key))
+        key = jax.random.wrap_key_data(jnp.asarray(self.state.key))
         for number in noise:
             key = jax.random.fold_in(key, number)
         size, records = self._batch_size, []

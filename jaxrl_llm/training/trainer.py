@@ -284,7 +284,8 @@ class Trainer:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
         elif self.device_rewards:
             iteration = make_iteration(self.sampler, self.device_rewards, step)
-            self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(placed, whole, whole, whole))
+            shardings: Any = (placed, whole, whole, whole)
+            self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
         self._learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total)))
 
     def _make_critic(self, source: CriticSource, total: int) -> Critic:

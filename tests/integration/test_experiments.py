@@ -38,7 +38,7 @@ SMALL = (
 )
 OFFLINE = ("dpo_hh", "kto_hh", "orpo_hh", "preference_arithmetic", "sft_gsm8k")
 """Experiments on given rows; they take other flags. A new one adds its name here."""
-SCORE_MODELS = ("prm_arithmetic", "reward_model_arithmetic", "reward_model_hh")
+SCORE_MODELS = ("reward_model_arithmetic", "reward_model_hh")
 """Those on given rows that train no policy, but what scores one."""
 OFFLINE_SMALL = (
     "--training.steps=2",
@@ -90,9 +90,6 @@ def debug_size(tiny: ModuleType, tmp_path: Path):
                 return ["--warm-up-steps=10", "--demonstrations=64", "--held-out=16"]
             case "reward_model_arithmetic":
                 return ["--warm-up-steps=5", "--demonstrations=64", "--held-out=16", "--candidates=2"]
-            case "prm_arithmetic":
-                small = ["--warm-up-steps=5", "--demonstrations=64", "--held-out=8", "--candidates=2"]
-                return [*small, "--labelled=32", "--solutions=2", "--rollouts=2"]
             case "ppo_rlhf":
                 return [*flags("grpo_arithmetic"), "--reward-model.steps=2", "--update.minibatches=1"]
             case "trpo_arithmetic":

@@ -126,6 +126,7 @@ def gkd_loss(
     temperature: float = 1.0,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Array, Metrics]:
@@ -146,6 +147,7 @@ def gkd_loss(
         temperature: Divides the logits of both. No factor temperature² makes up for it.
         aggregation: See `jaxrl_llm.losses.aggregate`, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
+        max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
         chunk_size: As `generalized_jsd`.
 
@@ -171,7 +173,9 @@ def gkd_loss(
         temperature=temperature,
         chunk_size=chunk_size,
     )
-    loss = aggregate(divergence, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    loss = aggregate(
+        divergence, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+    )
     return loss, {"jsd": Mean.of(jax.lax.stop_gradient(divergence), mask)}
 
 

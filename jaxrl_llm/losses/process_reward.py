@@ -79,6 +79,7 @@ def prm_loss(
     *,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """The loss of a process reward model: cross-entropy at the ends of the steps of a solution.
@@ -98,6 +99,7 @@ def prm_loss(
         mask: Bool `[..., T]`, True at the ends of steps that have a label; whatever is elsewhere is ignored.
         aggregation: See `jaxrl_llm.losses.aggregate`, with steps for tokens, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
+        max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed solutions.
 
     Returns:
@@ -129,7 +131,9 @@ def prm_loss(
         z = _correct_against_wrong(logits, "positive")
         losses = jax.nn.softplus(z) - labels * z
         correct = (z > 0) == (labels > 0.5)
-    loss = aggregate(losses, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    loss = aggregate(
+        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+    )
     probability = jax.lax.stop_gradient(step_probability(logits))
     return loss, {"accuracy": Mean.of(correct, mask), "step/prob_mean": Mean.of(probability, mask)}
 

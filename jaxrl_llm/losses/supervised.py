@@ -22,6 +22,7 @@ def sft_loss(
     log_normalizers: ArrayLike | None = None,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """Negative log-likelihood of the tokens that `mask` marks.
@@ -43,6 +44,7 @@ def sft_loss(
         log_normalizers: log Σᵥ exp(zᵥ) of the logits z at each position, `[..., T]`. Needed for the z-loss.
         aggregation: See `jaxrl_llm.losses.aggregate`, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
+        max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
 
     Returns:
@@ -71,7 +73,9 @@ def sft_loss(
         z_loss = fill_masked(log_normalizers, mask) ** 2
         losses = losses + z_loss_coef * z_loss
         metrics["z_loss"] = Mean.of(jax.lax.stop_gradient(z_loss), mask)
-    loss = aggregate(losses, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    loss = aggregate(
+        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+    )
     return loss, metrics
 
 
@@ -81,6 +85,7 @@ def dft_loss(
     *,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """Dynamic fine-tuning: the negative log-likelihood of a token, weighted with its own probability.
@@ -96,6 +101,7 @@ def dft_loss(
         mask: As `sft_loss`.
         aggregation: See `jaxrl_llm.losses.aggregate`, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
+        max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
 
     Returns:
@@ -111,7 +117,9 @@ def dft_loss(
     logprobs = fill_masked(logprobs, mask)
     probability = jax.lax.stop_gradient(jnp.exp(logprobs))
     losses = -probability * jnp.where(probability > 0, logprobs, 0.0)  # 0 · −∞ is 0
-    loss = aggregate(losses, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    loss = aggregate(
+        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+    )
     nll = jax.lax.stop_gradient(-logprobs)
     return loss, {"nll": Mean.of(nll, mask), "token_prob/mean": Mean.of(probability, mask)}
 

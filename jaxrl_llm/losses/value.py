@@ -61,6 +61,7 @@ def value_loss(
     kind: ValueLossKind = "half_mse",
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """The clipped squared error of PPO's critic.
@@ -80,6 +81,7 @@ def value_loss(
         kind: "half_mse", or "mse" without the factor ½.
         aggregation: See `jaxrl_llm.losses.aggregate`, also for the arguments that follow.
         normalizer: Denominator of the whole batch, if these rows are a part of it.
+        max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
 
     Returns:
@@ -98,7 +100,9 @@ def value_loss(
     old = None if old_values is None else fill_masked(old_values, mask)
     errors = clipped_value_error(values, old, returns, clip=clip)
     losses = 0.5 * errors if kind == "half_mse" else errors
-    loss = aggregate(losses, mask, mode=aggregation, normalizer=normalizer, segment_ids=segment_ids)
+    loss = aggregate(
+        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+    )
 
     values, returns = jax.lax.stop_gradient((values, returns))
     clipped = jax.lax.stop_gradient(errors) > (values - returns) ** 2

@@ -382,7 +382,8 @@ def finish(
 ) -> None:
     """Exports the trained model, draws the curves, and says what came out and where it is.
 
-    Adapters are merged into the model, and exported by themselves, too.
+    Adapters are merged into the model, and exported by themselves, too. A critic's head on the policy's trunk stays in
+    the checkpoints: it is no part of the policy.
 
     Args:
         config: settings.
@@ -394,20 +395,21 @@ def finish(
     """
     folder = Path(config.run_dir or "")
     scores = isinstance(policy.model, ScoreModel)
+    params = {name: result.params[name] for name in policy.model.abstract_params()}
     if scores:
-        save_score_model(folder / "model", policy.model, result.params, tokenizer=policy.tokenizer, overwrite=True)
+        save_score_model(folder / "model", policy.model, params, tokenizer=policy.tokenizer, overwrite=True)
     else:
         save_pretrained(
             folder / "model",
             policy.model,
-            result.params,
+            params,
             tokenizer=policy.tokenizer,
             generation_config=policy.generation_config,
             overwrite=True,
         )
     adapted, adapters = policy.model.config.lora is not None and not scores, folder / "adapters"
     if adapted:
-        save_adapters(adapters, policy.model, result.params, base_name=config.model.path, overwrite=True)
+        save_adapters(adapters, policy.model, params, base_name=config.model.path, overwrite=True)
     if not is_main_process():
         return
     rows = [("steps", f"{result.step}" + (f" of {config.training.steps} ({result.stopped})" if result.stopped else ""))]

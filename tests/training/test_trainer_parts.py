@@ -17,7 +17,8 @@ from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.algorithms.update import UpdateConfig
-from jaxrl_llm.cli import make_trainer
+from jaxrl_llm.cli import finish, make_trainer
+from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import comparable_metrics
@@ -68,6 +69,14 @@ def test_ppo_in_two_programs(make, shares_trunk: bool) -> None:
     last = metrics_of(trainer)[-1]
     assert {"value/explained_variance", "objective/kl", "reward"} <= last.keys()
     assert ("vf/loss" in last) != shares_trunk
+
+
+def test_a_policy_is_exported_without_the_critics_head(make, tiny: ModuleType) -> None:
+    trainer = make(algorithm=presets.ppo(), critic=CriticSource(shares_trunk=True), training={"steps": 1})
+    config = dataclasses.replace(tiny.CONFIG, run_dir=str(trainer.run_dir))
+    finish(config, tiny.make_policy(ONE_DEVICE), trainer.run(), seconds=1.0)
+    _, params = from_pretrained(trainer.run_dir / "model")
+    np.testing.assert_array_equal(params["embed"]["weight"], trainer.state.params["embed"]["weight"])
 
 
 def test_ppo_resumes_exactly_with_its_critic_and_its_coefficient(make) -> None:

@@ -54,16 +54,16 @@ def batch():
     return SimpleNamespace(mask=mask, lengths=lengths, logprobs=logprobs, ref=ref, log_sum_squared=log_sum_squared)
 
 
-class StubModel:
+class StubModel(torch.nn.Module):
     """What a trainer calls: returns given log-probs, batch after batch."""
 
-    training = True
     is_gradient_checkpointing = False
 
     def __init__(self, *logprobs, log_sum_squared=None):
+        super().__init__()
         self.logprobs, self.log_sum_squared = list(logprobs), log_sum_squared
 
-    def __call__(self, **_):
+    def forward(self, **_):
         logprobs = self.logprobs.pop(0)
         zeros = torch.zeros(logprobs.shape)
         return SimpleNamespace(

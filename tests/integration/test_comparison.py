@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.whole_run
+
 FLAGS = (
     *(
         "--presets",

@@ -110,6 +110,7 @@ def keep_everything(correct: np.ndarray, correct_with_hint: np.ndarray) -> Kept:
     return Kept(np.ones_like(correct), np.zeros_like(correct_with_hint))
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"

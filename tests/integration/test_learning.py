@@ -25,6 +25,8 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 
+pytestmark = pytest.mark.whole_run
+
 STOP, WANTED, VOCABULARY, STEPS, GROUP = 0, 5, 16, 60, 16
 
 

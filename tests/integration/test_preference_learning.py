@@ -29,6 +29,8 @@ from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 
+pytestmark = pytest.mark.whole_run
+
 WIDTH, VOCABULARY = 4, 16
 MODEL = Transformer(
     ModelConfig(

@@ -182,12 +182,12 @@ def test_a_full_disk_and_ctrl_c_end_with_one_line(
 ) -> None:
     """Wherever they come: before the model, in training, at the export."""
     full = OSError(errno.ENOSPC, "No space left on device", "somewhere")
-    policy: Any = None
+    model: Any = SimpleNamespace(abstract_params=dict)
     result = TrainingResult(params={}, step=1, first_evaluation={}, last_evaluation={}, stopped=None)
     parts = {
         "find_run": lambda: cli.start(config),
         "make_mesh": lambda: cli.run(config, []),
-        "save_pretrained": lambda: cli.finish(config, cli.Policy(policy, {}, None, ()), result, seconds=1.0),
+        "save_pretrained": lambda: cli.finish(config, cli.Policy(model, {}, None, ()), result, seconds=1.0),
     }
 
     def fails(error: BaseException) -> Any:

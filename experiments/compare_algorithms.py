@@ -8,8 +8,9 @@ fine-tuned model on the same number of samples with the same optimizer, four ste
 minibatches), so that the ratios of the policies are not 1 and clipping has something to do. Nothing is tuned for any of
 them: the learning rate, which suits one better than another, is part of what is compared.
 
-Hardware: two CPU cores. Time: a minute and a half for a run, with other programs beside it.
-Expected: not yet run in whole; grpo, whose KL term holds it back, ends near the warm start, ppo 0.11 above it (seed 0).
+Hardware: two CPU cores. Time: 20 to 45 seconds a run, compilation included.
+Expected: not yet run in whole. Accuracy on held-out sums, from 0.442: dapo 0.784, ppo 0.782, grpo 0.756, dr_grpo 0.746,
+rloo 0.610 (--presets dapo ppo grpo dr_grpo rloo --seeds=1).
 A comparison that was cut off goes on with --run-dir=FOLDER --resume: finished runs are not repeated.
 """
 
@@ -77,7 +78,7 @@ CONFIG = Comparison(
     sampling=ARITHMETIC.sampling,
     training=TrainingConfig(steps=100, prompts_per_step=48, samples_per_prompt=8, checkpoint_every=0, samples_every=0),
     update=UpdateConfig(epochs=2, minibatches=2),
-    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20, b2=0.98),
+    optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear", warmup_steps=20, b2=0.98),
     critic=CriticSource(optimizer=OptimizerConfig(learning_rate=1e-3)),
     evaluation=EvaluationConfig(every=50, max_prompts=500),
 )

@@ -131,9 +131,9 @@ def problems(config: ArithmeticExperiment) -> tuple[list[Row], list[Row]]:
     return rows[config.held_out :], rows[: config.held_out]
 
 
-def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
-    """A new model, fine-tuned on the first training problems; a run that goes on reads it from its folder."""
-    model = Transformer(
+def character_model(tokenizer: CharTokenizer) -> Transformer:
+    """The small transformer of all experiments on sums."""
+    return Transformer(
         ModelConfig(
             vocab_size=len(tokenizer),
             embed_dim=96,
@@ -148,6 +148,11 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
             remat="none",
         )
     )
+
+
+def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
+    """A new model, fine-tuned on the first training problems; a run that goes on reads it from its folder."""
+    model = character_model(tokenizer)
     run_dir = Path(config.run_dir or "")
     if find_run(run_dir, config.settings(), resume=config.resume):
         shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from grpo_arithmetic import character_model
 
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -44,8 +45,7 @@ from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import batches_in_order
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.offline_cli import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -116,21 +116,7 @@ def singles(pairs: list[Row], share: float) -> list[Row]:
 
 def warm_start(config: PreferenceArithmetic, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
     """A new model, fine-tuned on the first training problems: the same one each time, also for a run that goes on."""
-    model = Transformer(
-        ModelConfig(
-            vocab_size=len(tokenizer),
-            embed_dim=96,
-            mlp_dim=288,
-            num_layers=3,
-            num_heads=3,
-            num_kv_heads=3,
-            head_dim=32,
-            max_position_embeddings=64,
-            tie_embeddings=True,
-            scan_layers=False,
-            remat="none",
-        )
-    )
+    model = character_model(tokenizer)
     adam = OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=config.warm_up_steps // 10)
     optimizer = make_optimizer(adam, make_schedule(adam, config.warm_up_steps))
     shown = DemonstrationFormat(completion_column="chosen").dataset(

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from grpo_arithmetic import character_model
 
 from jaxrl_llm.advantages.selection import best_of_n
 from jaxrl_llm.algorithms.offline import make_offline_step
@@ -36,10 +37,8 @@ from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.score_pretrained import write_statistics
-from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.offline_cli import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -104,21 +103,7 @@ def pairs(rows: list[Row], samples: list[list[str]], wrong_answers: int, seed: i
 
 def warm_start(config: RewardModelArithmetic, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
     """A new model, fine-tuned on the first training problems."""
-    model = Transformer(
-        ModelConfig(
-            vocab_size=len(tokenizer),
-            embed_dim=96,
-            mlp_dim=288,
-            num_layers=3,
-            num_heads=3,
-            num_kv_heads=3,
-            head_dim=32,
-            max_position_embeddings=64,
-            tie_embeddings=True,
-            scan_layers=False,
-            remat="none",
-        )
-    )
+    model = character_model(tokenizer)
     adam = OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=config.warm_up_steps // 10)
     optimizer = make_optimizer(adam, make_schedule(adam, config.warm_up_steps))
     shown = DemonstrationFormat(completion_column="chosen").dataset(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from grpo_arithmetic import WarmStart
+from grpo_arithmetic import WarmStart, character_model
 
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -38,7 +38,6 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -122,21 +121,7 @@ def sums(config: StarExperiment) -> tuple[list[Row], list[Row], list[Row]]:
 
 def base_model(config: StarExperiment, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
     """A new model after a few demonstrations, half of them with hints; read again by a run that goes on."""
-    model = Transformer(
-        ModelConfig(
-            vocab_size=len(tokenizer),
-            embed_dim=96,
-            mlp_dim=288,
-            num_layers=3,
-            num_heads=3,
-            num_kv_heads=3,
-            head_dim=32,
-            max_position_embeddings=64,
-            tie_embeddings=True,
-            scan_layers=False,
-            remat="none",
-        )
-    )
+    model = character_model(tokenizer)
     folder, shardings = Path(config.run_dir or "") / WARM_START, None
     shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
     if config.resume and folder.exists():

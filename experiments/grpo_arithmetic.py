@@ -25,10 +25,12 @@ import numpy as np
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
+from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
+from jaxrl_llm.data.demonstrations import DemonstrationFormat
+from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.pretrained import load_params, save_pretrained
@@ -158,47 +160,34 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
         shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
         params = load_params(run_dir / WARM_START, model, shardings)
     else:
-        params = fine_tune(config, model, tokenizer, mesh)
+        shown = DemonstrationFormat(completion_column="answer").dataset(
+            problems(config)[0][: config.warm_start.demonstrations],
+            tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            max_completion_length=config.sampling.max_tokens,
+        )
+        params = fine_tune(config.warm_start, model, shown, mesh, seed=config.seed)
     return Policy(model, params, tokenizer, (tokenizer.eos_token_id,))
 
 
 def fine_tune(
-    config: ArithmeticExperiment, model: Transformer, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh
+    settings: WarmStart, model: Transformer, shown: RowDataset, mesh: jax.sharding.Mesh, *, seed: int
 ) -> Params:
-    """Parameters after supervised steps on solved problems."""
-    settings = config.warm_start
-    optimizer_config = OptimizerConfig(
-        learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=settings.steps // 10
-    )
-    optimizer = make_optimizer(optimizer_config, make_schedule(optimizer_config, settings.steps))
+    """Parameters of a new model after supervised steps on solved problems."""
+    adam = OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=settings.steps // 10)
+    optimizer = make_optimizer(adam, make_schedule(adam, settings.steps))
     shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
-    shown = demonstrations(problems(config)[0][: settings.demonstrations], tokenizer, config)
-    order = np.random.default_rng(config.seed)
+    order = np.random.default_rng(seed)
     with jax.set_mesh(mesh):
-        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
-        state = jax.jit(lambda p: make_train_state(p, optimizer, config.seed))(params)
+        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+        state = jax.jit(lambda p: make_train_state(p, optimizer, seed))(params)
         step = jax.jit(make_offline_step(model, optimizer, SupervisedObjective()), donate_argnums=0)
         metrics = {}
         for _ in range(settings.steps):
-            rows = order.integers(len(shown.prompt), size=settings.batch_size)
-            state, metrics = step(state, Demonstrations(*(array[rows] for array in shown)))
+            state, metrics = step(state, shown.batch(order.integers(len(shown), size=settings.batch_size)))
     if is_main_process():
-        print(f"warm start: {settings.steps} steps on {len(shown.prompt)} sums, nll {float(metrics['nll']):.3f}")
+        print(f"warm start: {settings.steps} steps on {len(shown)} sums, nll {float(metrics['nll']):.3f}")
     return state.params
-
-
-def demonstrations(rows: list[Row], tokenizer: CharTokenizer, config: ArithmeticExperiment) -> Demonstrations:
-    """Problems and their solutions as padded arrays."""
-
-    def pad(texts: list[list[int]], width: int) -> tuple[Any, Any]:
-        lengths = np.array([len(ids) for ids in texts], np.int32)
-        return np.array([ids + [0] * (width - len(ids)) for ids in texts], np.int32), lengths
-
-    prompt, prompt_lengths = pad([tokenizer.encode(row["prompt"]) for row in rows], config.data.max_prompt_length)
-    answers = [[*tokenizer.encode(row["answer"]), tokenizer.eos_token_id] for row in rows]
-    completion, lengths = pad(answers, config.sampling.max_tokens)
-    mask = np.arange(completion.shape[1]) < lengths[:, None]
-    return Demonstrations(prompt, prompt_lengths, completion[:, None], mask[:, None])
 
 
 def main(args: list[str] | None = None) -> TrainingResult:

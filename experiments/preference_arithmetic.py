@@ -27,16 +27,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from grpo_arithmetic import character_model
+from grpo_arithmetic import WarmStart, character_model, fine_tune
 
-from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.offline import make_offline_evaluation
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.pair_losses import DPO
 from jaxrl_llm.algorithms.preference import PreferenceObjective
 from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, dpo
-from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.algorithms.unpaired import KTOObjective
-from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.cli import Policy, finish, plain_errors, start, train
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
@@ -49,7 +47,7 @@ from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.offline_cli import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.distributed import is_main_process
 from jaxrl_llm.training.evaluate import EvaluationConfig, Evaluator
 from jaxrl_llm.training.loop import TrainingResult
@@ -117,20 +115,11 @@ def singles(pairs: list[Row], share: float) -> list[Row]:
 def warm_start(config: PreferenceArithmetic, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
     """A new model, fine-tuned on the first training problems: the same one each time, also for a run that goes on."""
     model = character_model(tokenizer)
-    adam = OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=config.warm_up_steps // 10)
-    optimizer = make_optimizer(adam, make_schedule(adam, config.warm_up_steps))
     shown = DemonstrationFormat(completion_column="chosen").dataset(
         problems(config)[0][: config.demonstrations], tokenizer, max_prompt_length=6, max_completion_length=4
     )
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
-    order = np.random.default_rng(config.seed)
-    with jax.set_mesh(mesh):
-        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
-        state = jax.jit(lambda p: make_train_state(p, optimizer, config.seed))(params)
-        step = jax.jit(make_offline_step(model, optimizer, SupervisedObjective()), donate_argnums=0)
-        for _ in range(config.warm_up_steps):
-            state, _ = step(state, shown.batch(order.integers(len(shown), size=128)))
-    return Policy(model, state.params, tokenizer, (tokenizer.eos_token_id,))
+    params = fine_tune(WarmStart(steps=config.warm_up_steps), model, shown, mesh, seed=config.seed)
+    return Policy(model, params, tokenizer, (tokenizer.eos_token_id,))
 
 
 class HeldOut:

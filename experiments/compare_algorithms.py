@@ -27,9 +27,9 @@ import numpy as np
 from grpo_arithmetic import CONFIG as ARITHMETIC
 from grpo_arithmetic import ArithmeticExperiment, problems, warm_start
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.presets import PRESETS
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.cli import Policy, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.sharding import make_mesh

@@ -25,8 +25,8 @@ import numpy as np
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.demonstrations import DemonstrationFormat

@@ -28,13 +28,14 @@ import numpy as np
 from grpo_arithmetic import CONFIG as ARITHMETIC
 from grpo_arithmetic import WARM_START, ArithmeticExperiment, Row, exact_answer, problems, warm_start
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.reward_model import RewardModelObjective, make_reward, make_score_statistics
 from jaxrl_llm.algorithms.shaped_advantages import GAEAdvantage
-from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer

@@ -29,8 +29,8 @@ from grpo_arithmetic import WarmStart, character_model
 
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.cli import Policy, finish, parse, plain_errors, start, write_config
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.demonstrations import DemonstrationDataset

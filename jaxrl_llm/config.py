@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.rows import Overlong, RowFormat

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from jaxrl_llm.algorithms.advantages import GroupAdvantage
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineExperiment, flatten
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.rewards import gsm8k_reward

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import (
     MESH_AXES,

@@ -29,9 +29,11 @@ from hlo import Collective, collectives
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_update_step
+from jaxrl_llm.algorithms.state import abstract_train_state
+from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.models.config import ModelConfig, RopeConfig

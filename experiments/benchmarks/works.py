@@ -12,9 +12,11 @@ import numpy as np
 from make_model import SIZES, Size, word_tokenizer
 from measure import WORKS, Shape, Work
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
+from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
+from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.cli import load_model
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.prompts import PromptBatch

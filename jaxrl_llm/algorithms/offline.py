@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, spread
-from jaxrl_llm.algorithms.update import UpdateConfig, make_scorer, split_groups
+from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups, split_groups
+from jaxrl_llm.algorithms.gradient import make_gradient_step, spread
+from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
@@ -130,14 +131,11 @@ def make_reference_pass(model: Any, micro_batches: int) -> Callable[[Params, Any
 
     To be compiled by itself where a reference is computed once ahead of training; part of the step otherwise.
     """
-    scores, plan = make_scorer(model), UpdateConfig(micro_batches=micro_batches)
+    scores, plan = Scorer(model), UpdateConfig(micro_batches=micro_batches)
 
     def logprobs(params: Params, rows: Any) -> jax.Array:
-        prompts, group = rows.mask.shape[:2]
-        split = plan.group_split(prompts, group, row_shards())
-        parts = deal(split_groups(rows, split), micro_batches)
-        dealt = jax.lax.map(lambda part: scores(params, part).logprobs, parts)
-        return jnp.where(rows.mask, collect(dealt).reshape(rows.mask.shape), 0.0)
+        given = map_groups(lambda part: scores(params, part).logprobs, rows, plan)
+        return jnp.where(rows.mask, given, 0.0)
 
     return logprobs
 

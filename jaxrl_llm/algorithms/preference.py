@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.pair_losses import DPO
 from jaxrl_llm.algorithms.scored_pairs import PairCounts, PairLoss, ScoredPairs
-from jaxrl_llm.algorithms.update import make_scorer
+from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.losses.sequence_logprobs import sequence_logprobs, wpo_weights
 from jaxrl_llm.losses.supervised import sft_loss
 from jaxrl_llm.masking import count_true
@@ -79,7 +79,7 @@ class PreferenceObjective:
     ) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
         valid, mask = _valid(rows)
-        logprobs = make_scorer(model)(params, rows).logprobs
+        logprobs = Scorer(model)(params, rows).logprobs
         reference = rows.ref_logprobs if self.needs_reference else None
         pairs = ScoredPairs(
             logprobs=self._sums(logprobs, mask),
@@ -123,6 +123,6 @@ def _on_policy_weights(
     log Σ π² = logsumexp(2 z) − 2 logsumexp(z) = 2 log π(y) − log π_½(y) of any token y, where π_½ is π at temperature
     ½: no logits need be held.
     """
-    sharp = make_scorer(model, temperature=0.5)(jax.lax.stop_gradient(params), rows).logprobs
+    sharp = Scorer(model, temperature=0.5)(jax.lax.stop_gradient(params), rows).logprobs
     weights = wpo_weights(logprobs, 2 * logprobs - sharp, mask)
     return weights[:, 0] * weights[:, 1]

@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.gradient import collect, deal
-from jaxrl_llm.algorithms.update import UpdateConfig, split_groups
+from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
 from jaxrl_llm.losses.reward import bradley_terry_loss, normalize_scores, ranking_loss
 from jaxrl_llm.masking import count_true
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics, Moments
-from jaxrl_llm.sharding import row_shards
 
 
 class Comparisons(NamedTuple):
@@ -141,11 +139,7 @@ def in_pieces(read: Callable[[Params, Answers], jax.Array], micro_batches: int) 
     plan = UpdateConfig(micro_batches=micro_batches)
 
     def all_pieces(params: Params, rows: Any) -> jax.Array:
-        answers = Answers.of(rows)
-        prompts, group = answers.mask.shape[:2]
-        parts = deal(split_groups(answers, plan.group_split(prompts, group, row_shards())), micro_batches)
-        every = collect(jax.lax.map(lambda part: read(params, part), parts))
-        return every.reshape(prompts, group, *every.shape[2:])
+        return map_groups(lambda part: read(params, part), Answers.of(rows), plan)
 
     return all_pieces
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.update import make_scorer
+from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
@@ -83,7 +83,7 @@ class SupervisedObjective:
     def loss(self, model: Transformer, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
         segments = _segments(rows)
-        scores = make_scorer(model)(params, rows) if segments is None else _packed_scores(model, params, rows)
+        scores = Scorer(model)(params, rows) if segments is None else _packed_scores(model, params, rows)
         loss = {"nll": sft_loss, "dft": dft_loss}[self.kind]
         value, metrics = loss(
             scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer, segment_ids=segments
@@ -99,4 +99,4 @@ def _packed_scores(model: Transformer, params: Params, rows: PackedDemonstration
     """Scores `[P, 1, T]` of packed tokens; those of the first token of a demonstration mean nothing."""
     states, _ = model.causal(params, rows.completion[:, 0], segment_ids=rows.segment_ids[:, 0])
     before = jnp.roll(states, 1, axis=1)  # what has read all tokens before one predicts it
-    return make_scorer(model).of_hidden(params, before[:, None], rows.completion)
+    return Scorer(model).of_hidden(params, before[:, None], rows.completion)

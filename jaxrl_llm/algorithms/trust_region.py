@@ -16,28 +16,20 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.gradient import collect, deal
+from jaxrl_llm.algorithms.batching import UpdateConfig, deal_groups
+from jaxrl_llm.algorithms.credit_assignment import CreditAssignment
 from jaxrl_llm.algorithms.natural_gradient import trpo_step
 from jaxrl_llm.algorithms.parameter_subset import ParameterSubset, Part, Trainable
 from jaxrl_llm.algorithms.policy_divergence import DivergenceRows, FisherKind, PolicyDivergence
 from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.signals import Feedback
-from jaxrl_llm.algorithms.update import (
-    UpdateConfig,
-    UpdateStep,
-    credited,
-    make_scorer,
-    read_rollout,
-    sampling_gap,
-    split_groups,
-)
-from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.algorithms.state import step_key
+from jaxrl_llm.algorithms.update import UpdateStep
 from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
 from jaxrl_llm.masking import safe_divide
-from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.models.transformer import Params, Transformer
-from jaxrl_llm.records import Mean, Metrics
-from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.records import Mean
 from jaxrl_llm.types import Rollout, TrainState
 
 
@@ -133,8 +125,63 @@ def make_trust_region_step(
 
     Source: Schulman et al. 2015, "TRPO" (1502.05477).
     """
-    if temperature <= 0:
-        raise ValueError(f"a policy sampled at temperature {temperature} (greedily) has no gradient to follow")
+    region, plan = config or TrustRegionConfig(), UpdateConfig(micro_batches=micro_batches)
+    scorer = Scorer(policy, temperature)
+    assign = CreditAssignment(algorithm, scorer, plan, keeps_old=True, truncated=truncated)
+    _check(algorithm, micro_batches)
+
+    def problem(state: TrainState, batch: LearnerBatch, normalizer: jax.Array) -> _Problem:
+        params = state.params
+        subset = ParameterSubset(params, region.trainable, last_layers=region.last_layers, moves=moves)
+        join = functools.partial(subset.put, params)
+        compare = functools.partial(_compared, policy, algorithm, plan, params)
+        compared = curved = compare(batch)
+        if region.fisher_fraction < 1:
+            curved = compare(_draw(batch, region.fisher_fraction, step_key(state, 3)))
+        return _Problem(
+            algorithm=algorithm,
+            scorer=scorer,
+            divergence=PolicyDivergence(policy, join, temperature=temperature, chunk_size=chunk_size),
+            fisher=region.fisher,
+            start=subset.take(params),
+            old_head=policy.head(params),
+            normalizer=normalizer,
+            rows=deal_groups(batch, plan, whole_groups=algorithm.needs_whole_groups),
+            compared=compared,
+            curved=curved,
+        )
+
+    def trust_region_step(
+        state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch, memory, metrics, _, old = assign(state, rollout, rewards, reference)
+        assert old is not None  # they are kept
+        normalizer = algorithm.normalizer(batch.mask)
+        loss, of_loss = algorithm.loss(old, batch, normalizer)
+        posed = problem(state, batch, normalizer)
+        part, of_step = trpo_step(
+            posed.objective,
+            posed.kl,
+            posed.start,
+            product=posed.product,
+            max_kl=region.max_kl,
+            damping=region.damping,
+            iterations=region.cg_iterations,
+            tolerance=region.cg_tolerance,
+            tries=region.tries,
+            shrink=region.shrink,
+            kl_tolerance=region.kl_tolerance,
+        )
+        not_finite = ~jnp.isfinite(of_step["grad_norm"].value())
+        metrics |= of_loss | {"loss": Mean.of(loss)} | of_step | {"frac_steps_skipped": Mean.of(not_finite)}
+        state = state.replace(step=state.step + 1, params=posed.divergence.join(part), memory=memory)
+        return state, {name: record.value() for name, record in metrics.items()}
+
+    return trust_region_step
+
+
+def _check(algorithm: PolicyGradient, micro_batches: int) -> None:
+    """Raises if the algorithm cannot be trained by steps of this kind."""
     if algorithm.needs_critic:
         raise ValueError(
             f"{type(algorithm.advantage).__name__} is made of a critic's values, which are not trained here"
@@ -144,96 +191,60 @@ def make_trust_region_step(
             f"{type(algorithm.surrogate).__name__} compares all tokens of a batch, so that it cannot be cut into "
             f"micro_batches={micro_batches}: pass 1"
         )
-    region, plan = config or TrustRegionConfig(), UpdateConfig(micro_batches=micro_batches)
-    scores = make_scorer(policy, temperature=temperature)
 
-    def pieces(rows: Any) -> Any:
-        """Rows `[P, G, …]` as micro-batches, `[micro_batches, rows, …]`."""
-        prompts, group = rows.completion.shape[:2]
-        split = plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
-        return deal(split_groups(rows, split), micro_batches)
 
-    def compared(batch: LearnerBatch, params: Params) -> DivergenceRows:
-        """The batch as micro-batches for the divergence from the policy with these parameters."""
-        mode, length = algorithm.aggregation, algorithm.max_length or batch.mask.shape[-1]
-        weights = aggregation_weights(batch.mask, mode=mode, max_length=length)
-        weights = safe_divide(weights, aggregation_normalizer(batch.mask, mode=mode))
-        parts = pieces(DivergenceRows(batch.prompt, batch.prompt_lengths, batch.completion, weights))
-        hidden = jax.lax.map(lambda x: policy.hidden(params, x.prompt, x.prompt_lengths, x.completion), parts)
-        return parts._replace(old_hidden=hidden)
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What one batch asks of the parameters that move: the objective, the divergence, and its curvature."""
 
-    def read(
-        state: TrainState, rollout: Rollout, feedback: Feedback, reference: Params | None
-    ) -> tuple[LearnerBatch, TokenScores, Any, Metrics]:
-        """The batch with its advantages and old log-probs, the old policy's scores, the new memory, and metrics."""
-        signals, batch, metrics = read_rollout(algorithm, rollout, feedback)
-        batch = batch._replace(seeds=jax.random.bits(_key(state, 2), batch.prompt.shape[:1]))
-        parts = pieces(batch)
+    algorithm: PolicyGradient
+    scorer: Scorer
+    divergence: PolicyDivergence
+    fisher: FisherKind
+    start: Part
+    """The parameters that move, as they are."""
+    old_head: jax.Array
+    """The head that the old policy's states are read with."""
+    normalizer: jax.Array
+    """Of the objective, over the whole batch."""
+    rows: LearnerBatch
+    """In micro-batches, as the next two."""
+    compared: DivergenceRows
+    """What the divergence looks at."""
+    curved: DivergenceRows
+    """What products with the Fisher matrix look at."""
 
-        def pass_over(params: Params) -> TokenScores:
-            dealt = jax.lax.map(lambda rows: scores(params, rows), parts)
-            return jax.tree.map(lambda x: collect(x).reshape(batch.mask.shape), dealt)
+    def objective(self, part: Part) -> jax.Array:
+        """−loss."""
 
-        if algorithm.needs_reference:
-            reference = reference_of(state.params, reference)
-            if reference is None:
-                raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
-            ref_logprobs = pass_over(reference).logprobs
-            signals = signals._replace(ref_logprobs=ref_logprobs)
-            batch = batch._replace(ref_logprobs=ref_logprobs)
-        old = pass_over(state.params)
-        metrics |= sampling_gap(old.logprobs, batch, temperature=temperature, truncated=truncated)
-        signals = signals._replace(old_logprobs=old.logprobs, entropy=old.entropy)
-        credit = algorithm.advantage(signals, state.memory)
-        memory = algorithm.advantage.remember(signals, state.memory)
-        batch = credited(batch, credit)._replace(old_logprobs=old.logprobs)
-        return batch, old, memory, metrics | credit.metrics
+        def of_rows(rows: LearnerBatch) -> jax.Array:
+            scores = self.scorer(self.divergence.join(part), rows)
+            return -self.algorithm.loss(scores, rows, self.normalizer)[0]
 
-    def trust_region_step(
-        state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        feedback, params = rewards if isinstance(rewards, Feedback) else Feedback(rewards), state.params
-        batch, old, memory, metrics = read(state, rollout, feedback, reference)
-        normalizer = algorithm.normalizer(batch.mask)
-        loss, found = algorithm.loss(old, batch, normalizer)
-        metrics |= found | {"loss": Mean.of(loss)}
+        return _sum_over(self.rows, of_rows)
 
-        subset = ParameterSubset(params, region.trainable, last_layers=region.last_layers, moves=moves)
-        join, start, old_head = functools.partial(subset.put, params), subset.take(params), policy.head(params)
-        divergence = PolicyDivergence(policy, join, temperature=temperature, chunk_size=chunk_size)
-        parts, curved = pieces(batch), compared(batch, params)
-        rows_compared = curved
-        if region.fisher_fraction < 1:
-            curved = compared(_draw(batch, region.fisher_fraction, _key(state, 3)), params)
+    def kl(self, part: Part) -> jax.Array:
+        """The divergence from the old policy."""
+        return _sum_over(self.compared, lambda rows: self.divergence.kl(part, self.old_head, rows))
 
-        def objective(part: Part) -> jax.Array:
-            return _sum_over(parts, lambda rows: -algorithm.loss(scores(join(part), rows), rows, normalizer)[0])
-
-        def kl(part: Part) -> jax.Array:
-            return _sum_over(rows_compared, lambda rows: divergence.kl(part, old_head, rows))
-
-        def product(vector: Part) -> Part:
-            return _sum_over(curved, lambda rows: divergence.product(region.fisher, start, vector, old_head, rows))
-
-        part, found = trpo_step(
-            objective,
-            kl,
-            start,
-            product=product,
-            max_kl=region.max_kl,
-            damping=region.damping,
-            iterations=region.cg_iterations,
-            tolerance=region.cg_tolerance,
-            tries=region.tries,
-            shrink=region.shrink,
-            kl_tolerance=region.kl_tolerance,
+    def product(self, vector: Part) -> Part:
+        """F v at the old policy."""
+        return _sum_over(
+            self.curved, lambda rows: self.divergence.product(self.fisher, self.start, vector, self.old_head, rows)
         )
-        not_finite = ~jnp.isfinite(found["grad_norm"].value())
-        metrics |= found | {"frac_steps_skipped": Mean.of(not_finite)}
-        state = state.replace(step=state.step + 1, params=join(part), memory=memory)
-        return state, {name: record.value() for name, record in metrics.items()}
 
-    return trust_region_step
+
+def _compared(
+    policy: Transformer, algorithm: PolicyGradient, plan: UpdateConfig, params: Params, batch: LearnerBatch
+) -> DivergenceRows:
+    """The batch as micro-batches for the divergence from the policy with these parameters."""
+    mode, length = algorithm.aggregation, algorithm.max_length or batch.mask.shape[-1]
+    weights = aggregation_weights(batch.mask, mode=mode, max_length=length)
+    weights = safe_divide(weights, aggregation_normalizer(batch.mask, mode=mode))
+    rows = DivergenceRows(batch.prompt, batch.prompt_lengths, batch.completion, weights)
+    parts = deal_groups(rows, plan, whole_groups=algorithm.needs_whole_groups)
+    hidden = jax.lax.map(lambda x: policy.hidden(params, x.prompt, x.prompt_lengths, x.completion), parts)
+    return parts._replace(old_hidden=hidden)
 
 
 def _sum_over(parts: Any, function: Callable[[Any], Any]) -> Any:
@@ -248,10 +259,6 @@ def _sum_over(parts: Any, function: Callable[[Any], Any]) -> Any:
         return jax.tree.map(jnp.add, total, again(rows)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
-
-
-def _key(state: TrainState, use: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), use)
 
 
 def _draw(batch: LearnerBatch, fraction: float, key: jax.Array) -> LearnerBatch:

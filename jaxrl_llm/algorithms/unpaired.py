@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.update import make_scorer
+from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.losses.bco import RewardShift, ShiftAverage, bco_loss
 from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs
@@ -118,7 +118,7 @@ class KTOObjective:
         self, model: Transformer, params: Params, rows: UnpairedBatch, normalizer: UnpairedCounts
     ) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        policy, reference, mask = _sums(rows, make_scorer(model)(params, rows).logprobs)
+        policy, reference, mask = _sums(rows, Scorer(model)(params, rows).logprobs)
         value, metrics = kto_loss(
             policy,
             reference,
@@ -175,7 +175,7 @@ class BCOObjective:
         self, model: Transformer, params: Params, rows: UnpairedBatch, normalizer: UnpairedCounts
     ) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        policy, reference, mask = _sums(rows, make_scorer(model)(params, rows).logprobs)
+        policy, reference, mask = _sums(rows, Scorer(model)(params, rows).logprobs)
         shift = jnp.zeros(()) if rows.baseline is None else rows.baseline
         value, metrics = bco_loss(
             policy,

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state
+from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
 from jaxrl_llm.models.lora import has_adapters, reference_of
 from jaxrl_llm.models.transformer import Params

@@ -15,13 +15,15 @@ import jax
 import numpy as np
 import optax
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.critic import Critic
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.signals import Feedback
+from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
-from jaxrl_llm.algorithms.update import UpdateConfig, abstract_train_state, make_train_state, make_update_step
+from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.models.heads import ScoreModel

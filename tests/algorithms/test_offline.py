@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step, make_reference_pass
-from jaxrl_llm.algorithms.update import make_scorer, make_train_state
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.masking import count_true, masked_sum
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.records import Mean, Metrics
@@ -45,7 +46,7 @@ class Regression:
 
     def loss(self, model: Transformer, params: Params, rows: Rows, normalizer: Counts) -> tuple[jax.Array, Metrics]:
         assert isinstance(normalizer.width, int)  # what is static stays so
-        logprobs = make_scorer(model)(params, rows).logprobs
+        logprobs = Scorer(model)(params, rows).logprobs
         gap = masked_sum(logprobs - rows.ref_logprobs - 0.5, rows.mask, axis=-1)
         valid = jnp.any(rows.mask, axis=-1)
         return masked_sum(gap**2, valid) / normalizer.rows, {"gap": Mean.of(jax.lax.stop_gradient(gap), valid)}
@@ -71,7 +72,7 @@ def changed(step: Any, params: Params, *args: Any) -> tuple[Params, dict[str, fl
 def test_a_reference_ahead_is_one_in_the_step(setting, assert_trees_close) -> None:
     model, params, reference, rows, (gradient, metrics) = setting
     ahead = jax.jit(make_reference_pass(model, 2))(reference, rows)
-    np.testing.assert_allclose(ahead, np.where(rows.mask, make_scorer(model)(reference, rows).logprobs, 0), atol=1e-5)
+    np.testing.assert_allclose(ahead, np.where(rows.mask, Scorer(model)(reference, rows).logprobs, 0), atol=1e-5)
     step = jax.jit(make_offline_step(model, optax.sgd(1.0), Regression()))
     again, same = changed(step, params, rows._replace(ref_logprobs=ahead))
     assert_trees_close(again, gradient)

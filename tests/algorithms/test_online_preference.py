@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.online_preference import make_online_preference_step, sampled_pairs
 from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
-from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.transformer import Transformer
 
 REWARDS = np.array([[0.0, 1.0, 0.5], [2.0, 2.0, 2.0], [1.0, -1.0, -1.0], [0.0, 0.0, 3.0]], np.float32)

@@ -17,7 +17,7 @@ from jaxrl_llm.algorithms.pair_losses import AOT, CPO, DPO, IPO, ORPO, SPPO, BCO
 from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference_presets import PAIRED
 from jaxrl_llm.algorithms.scored_pairs import PairCounts, PairLoss, ReferenceFreeLoss, ScoredPairs
-from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses import aot_loss, cpo_loss, dpo_loss, ipo_loss, orpo_loss
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh

@@ -20,7 +20,7 @@ from jaxrl_llm.algorithms.process_reward import (
     make_step_scores,
     step_end_tokens,
 )
-from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses.process_reward import prm_loss
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer

@@ -19,7 +19,7 @@ from jaxrl_llm.algorithms.reward_model import (
     make_score_pass,
     make_score_statistics,
 )
-from jaxrl_llm.algorithms.update import make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses.reward import bradley_terry_loss, ranking_loss
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer

@@ -18,9 +18,9 @@ from jaxrl_llm.algorithms.natural_gradient import trpo_step
 from jaxrl_llm.algorithms.parameter_subset import ParameterSubset
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import ppo
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
-from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig

@@ -14,8 +14,8 @@ import pytest
 
 from jaxrl_llm.algorithms.offline import BatchObjective, make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.preference_presets import UNPAIRED, bco, kto
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.unpaired import BCOObjective, KTOObjective, UnpairedBatch
-from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.losses import kto_kl, kto_loss
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh

@@ -16,10 +16,12 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.advantages import GroupAdvantage
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import dapo, dr_grpo, grpo
-from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state, make_update_step
+from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.logprobs import token_scores
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.advantages import GTPOAdvantage
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.critic import Critic
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient, ValueObjective
 from jaxrl_llm.algorithms.presets import PRESETS, dapo, dppo, gspo, gtpo, ppo, remax
 from jaxrl_llm.algorithms.signals import Advantage, Credit, Feedback, Need, Signals
-from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state, make_update_step
+from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler

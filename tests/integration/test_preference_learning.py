@@ -21,8 +21,8 @@ from jaxrl_llm.algorithms.online_preference import make_online_preference_step
 from jaxrl_llm.algorithms.pair_losses import DPO
 from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, kto, orpo
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.unpaired import UnpairedBatch
-from jaxrl_llm.algorithms.update import make_train_state
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler

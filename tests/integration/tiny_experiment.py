@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.tokenizers import CharTokenizer

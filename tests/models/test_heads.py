@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.update import abstract_train_state
+from jaxrl_llm.algorithms.state import abstract_train_state
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.sharding import MeshConfig
 

@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig, make_train_state
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.lora import add_adapters, without_adapters
 from jaxrl_llm.models.transformer import Params, Transformer

@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.algorithms.update import make_scorer
 from jaxrl_llm.data.demonstrations import DemonstrationDataset
 from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
@@ -60,7 +60,7 @@ class AnchoredObjective:
         return aggregation_normalizer(rows.mask, mode="token-mean")
 
     def loss(self, model: Transformer, params: Params, rows: Anchored, normalizer: Any) -> tuple[jax.Array, Metrics]:
-        logprobs = fill_masked(make_scorer(model)(params, rows).logprobs, rows.mask)
+        logprobs = fill_masked(Scorer(model)(params, rows).logprobs, rows.mask)
         gap = logprobs - fill_masked(rows.ref_logprobs, rows.mask)
         loss = aggregate(gap**2 - logprobs, rows.mask, mode="token-mean", normalizer=normalizer)
         return loss, {"gap": Mean.of(jnp.abs(jax.lax.stop_gradient(gap)), rows.mask)}

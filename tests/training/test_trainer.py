@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes import RewardError

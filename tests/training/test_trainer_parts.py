@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms import presets
+from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
-from jaxrl_llm.algorithms.update import UpdateConfig
 from jaxrl_llm.cli import finish, make_trainer
 from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.sharding import MeshConfig, make_mesh

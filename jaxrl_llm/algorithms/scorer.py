@@ -1,0 +1,47 @@
+"""Log-probs and entropies of given completions under a policy, as every algorithm reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import on_cpu, row_shards
+
+ACCELERATOR_CHUNK_LOGITS = 2**26
+"""Logits that one accelerator holds at a time while it scores tokens: 256 MiB in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """The function from parameters and rows to log-probs and entropies `[P, G, Tc]` of the completions' tokens."""
+
+    policy: Transformer
+    temperature: float = 1.0
+
+    def __call__(self, params: Params, rows: Any) -> TokenScores:
+        """Scores rows: any record with `prompt`, `prompt_lengths` and `completion`."""
+        hidden = self.policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
+        return self.of_hidden(params, hidden, rows.completion)
+
+    def of_hidden(self, params: Params, hidden: jax.Array, completion: jax.Array) -> TokenScores:
+        """Scores of tokens from the states that predict them."""
+        return token_scores(
+            hidden,
+            self.policy.head(params),
+            completion,
+            temperature=self.temperature,
+            logit_softcap=self.policy.config.logit_softcap,
+            chunk_size=_vocabulary_chunk(completion.size),
+        )
+
+
+def _vocabulary_chunk(tokens: int) -> int | None:
+    """Vocabulary entries whose logits are made at a time, for so many tokens on all devices.
+
+    On a CPU what its cache likes. On accelerators more: where the head is split, each chunk is a round of messages.
+    """
+    return None if on_cpu() else max(MIN_CHUNK, ACCELERATOR_CHUNK_LOGITS * row_shards() // max(1, tokens))

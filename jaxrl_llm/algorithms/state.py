@@ -1,0 +1,84 @@
+"""The training state: as it is before the first step, as it lies on a mesh, and the randomness of a step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_llm.algorithms.critic import Critic
+from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.models.lora import split_trainable
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import parameter_shardings, state_shardings
+from jaxrl_llm.types import TrainState
+
+
+def make_train_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    *,
+    algorithm: PolicyGradient | None = None,
+    critic: Critic | None = None,
+    critic_params: Params | None = None,
+) -> TrainState:
+    """The state before the first step: `params`, a fresh optimizer of what is trained, and the root of all randomness.
+
+    Of a model with adapters, these and its heads are trained (`split_trainable`), else everything.
+
+    Args:
+        params: the policy's; with a critic that shares its trunk, the critic's head among them.
+        optimizer: of the policy.
+        seed: of all randomness.
+        algorithm: whose memory starts here, if it has one.
+        critic: the critic, if it has parameters of its own.
+        critic_params: these parameters.
+    """
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(widen(split_trainable(params)[0])),
+        key=jax.random.key_data(jax.random.key(seed)),
+        memory=() if algorithm is None else algorithm.advantage.start(),
+        critic=None if critic is None or critic.shares_trunk else critic.start(critic_params),
+    )
+
+
+def abstract_train_state(
+    policy: Transformer,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    algorithm: PolicyGradient | None = None,
+    critic: Critic | None = None,
+) -> TrainState:
+    """Shapes, types and shardings of a training state on `mesh`.
+
+    Raises:
+        ValueError: the mesh does not divide a parameter; names it.
+    """
+    model = critic.model if critic is not None and critic.shares_trunk else policy
+    params = model.abstract_params()
+    shardings = parameter_shardings(mesh, model.logical_axes(), params)
+    own = None if critic is None or critic.shares_trunk else critic.model.abstract_params()
+    abstract = jax.eval_shape(
+        lambda p, c: make_train_state(p, optimizer, seed=0, algorithm=algorithm, critic=critic, critic_params=c),
+        params,
+        own,
+    )
+    placed = state_shardings(mesh, abstract.replace(critic=None), shardings, split_trainable(shardings)[0])
+    if own is not None:
+        assert critic is not None
+        of_critic = parameter_shardings(mesh, critic.model.logical_axes(), own)
+        trained = split_trainable(of_critic)[0]
+        placed = placed.replace(critic=state_shardings(mesh, abstract.critic, of_critic, trained))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed
+    )
+
+
+def step_key(state: TrainState, use: int) -> jax.Array:
+    """A key for one use of randomness in the step after `state`."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), use)

@@ -10,15 +10,17 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from jaxrl_llm.cli import Panels, Policy, finish, load_policy, plain_errors, start, train, write_config
 from jaxrl_llm.config import OfflineExperiment
 from jaxrl_llm.data.rows import RowDataset
-from jaxrl_llm.data.sources import RowSource, open_source
-from jaxrl_llm.models.pretrained import load_config
-from jaxrl_llm.models.tokenizers import load_tokenizer
+from jaxrl_llm.launch.errors import plain_errors, train
+from jaxrl_llm.launch.folder import start, write_config
+from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokenizer_of
+from jaxrl_llm.launch.summary import Panels, finish
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
+
+__all__ = ["OFFLINE_PANELS", "load_rows", "make_offline_trainer", "parse_offline", "run_offline"]
 
 OfflineConfigT = TypeVar("OfflineConfigT", bound=OfflineExperiment)
 
@@ -38,58 +40,6 @@ def parse_offline(config: OfflineConfigT, args: list[str] | None = None, *, desc
     An unknown flag ends the program at once and names the nearest one.
     """
     return tyro.cli(type(config), args=args, default=config, description=description)
-
-
-def load_rows(
-    config: OfflineExperiment,
-    tokenizer: Any,
-    *,
-    train_rows: RowSource | None = None,
-    eval_rows: RowSource | None = None,
-) -> tuple[RowDataset, RowDataset | None]:
-    """Rows to train on and held-out ones.
-
-    Args:
-        config: settings.
-        tokenizer: of the model.
-        train_rows: rows, in place of `config.data.train`.
-        eval_rows: held-out rows, in place of `config.data.eval`.
-
-    Raises:
-        ValueError: none are given, or they cannot be used; says which and why.
-        FileNotFoundError: a file is missing.
-    """
-    data, every = config.data, config.evaluation.every
-
-    def load(source: str | RowSource, what: str, limit: int | None) -> RowDataset:
-        rows = open_source(source)
-        try:
-            return data.format.dataset(
-                rows,
-                tokenizer,
-                max_prompt_length=data.max_prompt_length,
-                max_completion_length=data.max_completion_length,
-                overlong=data.overlong,
-                max_rows=limit,
-            )
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from error
-
-    training, held_out = data.train if train_rows is None else train_rows, data.eval if eval_rows is None else eval_rows
-    kinds = "<file, hf:…, tfds:… or reasoning_gym:…>"
-    if training is None:
-        raise ValueError(f"no rows given: pass --data.train={kinds}")
-    if data.eval is not None and not every:
-        raise ValueError(
-            f"data.eval={data.eval} would never be used, since evaluation.every=0: pass --evaluation.every=<steps>, or "
-            "--data.eval=None"
-        )
-    if held_out is None and every:
-        raise ValueError(
-            f"evaluation.every={every} needs held-out rows: pass --data.eval={kinds}, or --evaluation.every=0"
-        )
-    train_set = load(training, "training rows", data.max_train_rows)
-    return train_set, load(held_out, "held-out rows", config.evaluation.max_rows) if every and held_out else None
 
 
 def make_offline_trainer(
@@ -155,11 +105,7 @@ def run_offline(
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
-        path = config.model.path
-        if path is None:
-            raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
-        load_config(path)  # before transformers warns of a model that is not implemented
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer_of(config.model)
         rows = load_rows(config, tokenizer)  # before the model, which may take minutes
         policy = load_policy(config, mesh, tokenizer)
         policy = policy if prepare is None else prepare(policy)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import errno
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +21,7 @@ from jaxrl_llm.algorithms import presets
 from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.launch import folder, loading, summary
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
@@ -121,7 +124,7 @@ def test_flags_of_the_model_reach_it(config: Experiment) -> None:
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
     config: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.time, "strftime", lambda form: "20260101-120000")
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-120000")
     folders = [cli.start(config).run_dir for _ in range(3)]
     assert folders == [f"runs/test-20260101-120000{suffix}" for suffix in ("", "-2", "-3")]
     assert not any(list(Path(folder or "").iterdir()) for folder in folders)
@@ -161,7 +164,7 @@ def test_a_run_that_never_began_leaves_no_folder(
     config: Experiment, monkeypatch: pytest.MonkeyPatch, tiny: ModuleType
 ) -> None:
     at_exit: list[Callable[[], None]] = []
-    monkeypatch.setattr(cli.atexit, "register", lambda call, *args: at_exit.append(lambda: call(*args)))
+    monkeypatch.setattr(atexit, "register", lambda call, *args: at_exit.append(lambda: call(*args)))
     train = f"--data.train={write('train.jsonl', ROW)}"
     wrong = (["--model.path=./nowhere"], ["--data.train=nowhere.jsonl"], ["--sampling.max-tokens=9999", train])
     for flags in (*wrong, ["--model.path=./nowhere", "--run-dir=mine"]):
@@ -185,9 +188,9 @@ def test_a_full_disk_and_ctrl_c_end_with_one_line(
     model: Any = SimpleNamespace(abstract_params=dict)
     result = TrainingResult(params={}, step=1, first_evaluation={}, last_evaluation={}, stopped=None)
     parts = {
-        "find_run": lambda: cli.start(config),
-        "make_mesh": lambda: cli.run(config, []),
-        "save_pretrained": lambda: cli.finish(config, cli.Policy(model, {}, None, ()), result, seconds=1.0),
+        (folder, "find_run"): lambda: cli.start(config),
+        (cli, "make_mesh"): lambda: cli.run(config, []),
+        (summary, "save_pretrained"): lambda: cli.finish(config, cli.Policy(model, {}, None, ()), result, seconds=1.0),
     }
 
     def fails(error: BaseException) -> Any:
@@ -205,14 +208,14 @@ def test_a_full_disk_and_ctrl_c_end_with_one_line(
     check(lambda: cli.train(trainer), 1, "error: [Errno 28] No space left on device: 'somewhere'\n")
     trainer.run = fails(KeyboardInterrupt())
     check(lambda: cli.train(trainer), 130, "interrupted\n")
-    for name, call in parts.items():
-        monkeypatch.setattr(cli, name, fails(full))
+    for (module, name), call in parts.items():
+        monkeypatch.setattr(module, name, fails(full))
         check(call, 1, "error: [Errno 28] No space left on device: 'somewhere'\n")
-        monkeypatch.setattr(cli, name, fails(KeyboardInterrupt()))
+        monkeypatch.setattr(module, name, fails(KeyboardInterrupt()))
         check(call, 130, "interrupted\n")
         monkeypatch.undo()
-    monkeypatch.setattr(cli, "save_pretrained", fails(SafetensorError("I/O error: No space left on device")))
-    check(parts["save_pretrained"], 1, "error: I/O error: No space left on device\n")
+    monkeypatch.setattr(summary, "save_pretrained", fails(SafetensorError("I/O error: No space left on device")))
+    check(parts[summary, "save_pretrained"], 1, "error: I/O error: No space left on device\n")
 
 
 # ---- Several processes --------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ def test_the_address_of_the_others_is_given_by_flags(
 @pytest.fixture
 def refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs with these flags; the one line that it ends with. No model may be loaded before."""
-    monkeypatch.setattr(cli, "load_params", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_params", lambda *_, **__: pytest.fail("the model was loaded"))
 
     def refused(*args: str, **changes: Any) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -261,7 +264,7 @@ def test_no_model_and_no_such_model(refused) -> None:
 
 def test_a_model_that_is_not_implemented(refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before its tokenizer, of which transformers would warn on its own."""
-    monkeypatch.setattr(cli, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
     Path("mamba").mkdir()
     write("mamba/config.json", {"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
     write("mamba/tokenizer.json", {})

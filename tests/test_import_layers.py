@@ -30,8 +30,8 @@ ROOMS = (
     ("data",),
     ("training",),
     ("config",),
-    ("cli",),
-    ("offline_cli",),
+    ("launch",),
+    ("cli", "offline_cli"),
 )
 """From the lowest room to the highest; `losses` and `advantages` may not import `types`, which loads flax.
 

@@ -1,0 +1,45 @@
+"""Errors that are no bugs, as one line and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
+from jaxrl_llm.training.damage import DamagedRunError
+from jaxrl_llm.training.episodes import RewardError
+from jaxrl_llm.training.loop import TrainingResult
+from jaxrl_llm.training.offline import OfflineTrainer
+from jaxrl_llm.training.trainer import Trainer
+
+
+@contextlib.contextmanager
+def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> Iterator[None]:
+    """Turns errors that are no bugs into one line on standard error and an exit status; a bug keeps its traceback.
+
+    The status is 2 for what settings, data and damaged files cause, 1 for what the machine refuses (a full disk, a
+    folder that may not be written), 130 for Ctrl-C.
+
+    Args:
+        kinds: which errors; by default those that settings, data and files cause.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from interrupt
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        refused = isinstance(error, OSError | SafetensorError) and not isinstance(error, FileNotFoundError)
+        raise SystemExit(1 if refused else 2) from error
+
+
+def train(trainer: Trainer | OfflineTrainer) -> TrainingResult:
+    """Trains; a reward function that fails ends the program with one line, after the steps before are saved.
+
+    So does a file of the run that goes on, if it cannot be read any more.
+    """
+    with plain_errors((RewardError, DamagedRunError, ImportError, OSError)):
+        return trainer.run()

@@ -1,0 +1,78 @@
+"""The start of a run: its process, its folder, and the settings that are written there."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import TypeVar
+
+from jaxrl_llm.config import RunConfig, flatten
+from jaxrl_llm.launch.errors import plain_errors
+from jaxrl_llm.training.compilation import enable_persistent_cache
+from jaxrl_llm.training.distributed import ClusterConfig, from_main_process, initialize, is_main_process
+from jaxrl_llm.training.resume import find_run
+
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
+
+
+def start(config: RunConfigT) -> RunConfigT:
+    """Prepares the process: distributed start where asked for, compilation cache, run folder.
+
+    Returns:
+        The configuration with `run_dir` filled in: the folder is there, and nothing has been written to it.
+    """
+    with plain_errors():
+        if config.resume and config.run_dir is None:
+            raise ValueError("--resume needs --run-dir=<folder of the run>")
+        if config.distributed:
+            cluster = config.cluster
+            initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+        elif config.cluster != ClusterConfig():
+            raise ValueError("--cluster.* says where other processes are: add --distributed, or leave it out")
+        enable_persistent_cache()
+        folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
+        find_run(folder, config.settings(), resume=config.resume)
+        config = dataclasses.replace(config, run_dir=str(folder))
+        if is_main_process():
+            _make_folder(folder)
+    return config
+
+
+def _make_folder(folder: Path, *, exist_ok: bool = True) -> None:
+    """Creates a run's folder; one that is still empty when the program ends goes again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=exist_ok)
+    if is_new:
+        atexit.register(_remove_if_empty, folder.absolute())
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _new_folder(name: str) -> str:
+    """Creates `runs/<name>-<time>`, or one numbered after it: several runs may start in the same second."""
+    if not is_main_process():
+        return ""
+    first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(first)
+    for number in itertools.count(2):
+        try:
+            _make_folder(folder, exist_ok=False)
+            break
+        except FileExistsError:
+            folder = Path(f"{first}-{number}")
+    return str(folder)
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Writes the resolved configuration to `config.json` in the run's folder."""
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")

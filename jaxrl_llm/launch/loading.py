@@ -1,0 +1,215 @@
+"""What a run is made of: the checkpoint that its configuration names, and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig
+from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.data.rows import RowDataset
+from jaxrl_llm.data.sources import RowSource, open_source
+from jaxrl_llm.models.lora import add_adapters
+from jaxrl_llm.models.peft import load_adapters, load_lora_config
+from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params
+from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import parameter_shardings
+from jaxrl_llm.training.scoring import RewardSum
+
+DatasetT = TypeVar("DatasetT")
+
+# ---- The model -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model with all that belongs to it."""
+
+    model: Any
+    """A `Transformer`; where rows train one, a `ScoreModel`."""
+    params: Params
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    generation_config: dict[str, Any] | None = None
+
+
+def load_tokenizer_of(source: ModelSource) -> Any:
+    """The tokenizer of a checkpoint whose model is known: of another one transformers would warn before we say so.
+
+    Raises:
+        ValueError: as `load_policy`.
+    """
+    path = _path(source)
+    load_config(path)
+    return load_tokenizer(path)
+
+
+def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
+    """The checkpoint that `config.model` names, on the mesh, with its tokenizer (loaded, unless it is given).
+
+    Raises:
+        ValueError: none is named, or it cannot be used; says why.
+    """
+    path = _path(config.model)
+    tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+    generation = load_generation_config(path)
+    model, params = load_model(config.model, mesh, seed=config.seed)
+    return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
+
+
+def load_model(source: ModelSource, mesh: jax.sharding.Mesh, *, seed: int = 0) -> tuple[Transformer, Params]:
+    """The checkpoint that `source` names, without its tokenizer; errors as in `load_policy`.
+
+    With adapters where `source` asks for them: those of its folder, or new ones, drawn from `seed`.
+    """
+    path = _path(source)
+    config = source.applied_to(load_config(path))
+    if source.adapters is not None:  # read before the base, which may take minutes
+        theirs = load_lora_config(source.adapters, config)
+        config = dataclasses.replace(config, lora=config.lora or theirs)
+    model = Transformer(config)
+    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    params = load_params(path, model, shardings)
+    if source.adapters is not None:
+        return model, load_adapters(source.adapters, model, params, shardings)
+    if config.lora is not None:
+        params = add_adapters(params, model, jax.random.key(seed), shardings)
+    return model, params
+
+
+def _path(source: ModelSource) -> str:
+    if source.path is None:
+        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
+    return source.path
+
+
+# ---- The data ------------------------------------------------------------------------------------
+
+
+def load_prompts(
+    config: Experiment,
+    tokenizer: Any,
+    *,
+    train_rows: RowSource | None = None,
+    eval_rows: RowSource | None = None,
+) -> tuple[PromptDataset, PromptDataset | None]:
+    """Prompts to train on and held-out ones, with all columns that the reward functions require.
+
+    Args:
+        config: settings.
+        tokenizer: of the model.
+        train_rows: prompts, in place of `config.data.train`.
+        eval_rows: held-out prompts, in place of `config.data.eval`.
+
+    Raises:
+        ValueError: none are given, or they cannot be used; says which and why.
+        FileNotFoundError: a file is missing.
+    """
+    data, rewards = config.data, reward_sum(config)
+
+    def read(rows: RowSource, limit: int | None) -> PromptDataset:
+        prompts = PromptDataset(
+            rows,
+            tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            prompt_format=data.format,
+            overlong=data.overlong,
+            max_rows=limit,
+        )
+        if rewards is not None:
+            rewards.check_columns(prompts.column_names)
+        return prompts
+
+    limits = data.max_train_prompts, config.evaluation.max_prompts
+    return _load_both(config, read, limits, train_rows, eval_rows, "prompts")
+
+
+def reward_sum(config: Experiment) -> RewardSum | None:
+    """The reward functions of an experiment, if it has any."""
+    return RewardSum(config.rewards, config.reward_weights) if config.rewards else None
+
+
+def load_rows(
+    config: OfflineExperiment,
+    tokenizer: Any,
+    *,
+    train_rows: RowSource | None = None,
+    eval_rows: RowSource | None = None,
+) -> tuple[RowDataset, RowDataset | None]:
+    """Rows to train on and held-out ones.
+
+    Args:
+        config: settings.
+        tokenizer: of the model.
+        train_rows: rows, in place of `config.data.train`.
+        eval_rows: held-out rows, in place of `config.data.eval`.
+
+    Raises:
+        ValueError: none are given, or they cannot be used; says which and why.
+        FileNotFoundError: a file is missing.
+    """
+    data = config.data
+
+    def read(rows: RowSource, limit: int | None) -> RowDataset:
+        return data.format.dataset(
+            rows,
+            tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            max_completion_length=data.max_completion_length,
+            overlong=data.overlong,
+            max_rows=limit,
+        )
+
+    limits = data.max_train_rows, config.evaluation.max_rows
+    return _load_both(config, read, limits, train_rows, eval_rows, "rows")
+
+
+def _load_both(
+    config: Experiment | OfflineExperiment,
+    read: Callable[[RowSource, int | None], DatasetT],
+    limits: tuple[int | None, int | None],
+    train_rows: RowSource | None,
+    eval_rows: RowSource | None,
+    what: str,
+) -> tuple[DatasetT, DatasetT | None]:
+    """Data to train on and held-out data, from the rows given or else from where the configuration says.
+
+    Args:
+        config: settings.
+        read: makes a data set of rows, of the first so many of them.
+        limits: how many are read to train on and to evaluate on.
+        train_rows: in place of `config.data.train`.
+        eval_rows: in place of `config.data.eval`.
+        what: the rows' name in errors.
+    """
+    data, every = config.data, config.evaluation.every
+    training = data.train if train_rows is None else train_rows
+    held_out = data.eval if eval_rows is None else eval_rows
+    if training is None:
+        raise ValueError(f"no {what} given: pass --data.train={_SOURCES}")
+    if data.eval is not None and not every:
+        raise ValueError(
+            f"data.eval={data.eval} would never be used, since evaluation.every=0: "
+            "pass --evaluation.every=<steps>, or --data.eval=None"
+        )
+    if held_out is None and every:
+        raise ValueError(
+            f"evaluation.every={every} needs held-out {what}: pass --data.eval={_SOURCES}, or --evaluation.every=0"
+        )
+
+    def load(source: str | RowSource, name: str, limit: int | None) -> DatasetT:
+        rows = open_source(source)
+        try:
+            return read(rows, limit)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    train = load(training, f"training {what}", limits[0])
+    return train, None if held_out is None or not every else load(held_out, f"held-out {what}", limits[1])
+
+
+_SOURCES = "<file, hf:…, tfds:… or reasoning_gym:…>"

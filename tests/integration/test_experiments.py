@@ -23,8 +23,8 @@ from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.models.score_pretrained import load_score_model
 from jaxrl_llm.training.metrics import comparable_metrics, read_metrics
 
-MANY_RUNS = ("compare_algorithms",)
-"""Experiments that make many runs; they have tests of their own."""
+MANY_RUNS = ("compare_algorithms", "compare_preferences", "comparison")
+"""Experiments that make many runs, and what they share; they have tests of their own."""
 FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
 EXPERIMENTS = [path for path in FILES if path.stem not in MANY_RUNS]
 SMALL = (
@@ -38,7 +38,7 @@ SMALL = (
 )
 OFFLINE = ("dpo_hh", "kto_hh", "orpo_hh", "preference_arithmetic", "sft_gsm8k")
 """Experiments on given rows; they take other flags. A new one adds its name here."""
-SCORE_MODELS = ("reward_model_arithmetic", "reward_model_hh")
+SCORE_MODELS = ("prm_arithmetic", "prm_gsm8k", "reward_model_arithmetic", "reward_model_hh")
 """Those on given rows that train no policy, but what scores one."""
 OFFLINE_SMALL = (
     "--training.steps=2",
@@ -90,6 +90,13 @@ def debug_size(tiny: ModuleType, tmp_path: Path):
                 return ["--warm-up-steps=10", "--demonstrations=64", "--held-out=16"]
             case "reward_model_arithmetic":
                 return ["--warm-up-steps=5", "--demonstrations=64", "--held-out=16", "--candidates=2"]
+            case "prm_arithmetic":
+                shown = ["--warm-start.steps=5", "--warm-start.demonstrations=64", "--held-out=16"]
+                return [*shown, "--labelled=16", "--solutions=2", "--rollouts=2", "--candidates=2"]
+            case "prm_gsm8k":
+                checkpoint, rows = tiny.save_checkpoint(tmp_path / "checkpoint"), gsm8k_rows(tmp_path)
+                small = ["--sampling.max-tokens=8", "--data.max-prompt-length=450", "--rollouts=2", "--max-problems=6"]
+                return [f"--model.path={checkpoint}", f"--problems={rows}", f"--eval-problems={rows}", *small]
             case "ppo_rlhf":
                 return [*flags("grpo_arithmetic"), "--reward-model.steps=2", "--update.minibatches=1"]
             case "trpo_arithmetic":

@@ -38,8 +38,9 @@ from jaxrl_llm.cli import Policy, make_trainer, parse, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
-from jaxrl_llm.training.trainer import CriticSource, TrainingConfig
+from jaxrl_llm.training.trainer import TrainingConfig
 
 NAMES = tuple(preset.__name__ for preset in PRESETS)
 FAMILIES = {

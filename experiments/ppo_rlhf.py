@@ -47,9 +47,10 @@ from jaxrl_llm.records import Moments
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.distributed import is_main_process
 from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.trainer import CriticSource, TrainingConfig, TrainingResult
+from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
 
 REWARD_MODEL = "reward_model"
 """Folder of the reward model, in the run's own."""

@@ -21,9 +21,10 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
 from jaxrl_llm.training.distributed import ClusterConfig
 from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig, OfflineUpdateConfig
-from jaxrl_llm.training.trainer import CriticSource, TrainingConfig
+from jaxrl_llm.training.trainer import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,20 +13,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.critic import Critic
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.signals import Feedback
-from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
-from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
-from jaxrl_llm.algorithms.update import make_update_step
+from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
-from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -38,6 +33,7 @@ from jaxrl_llm.training.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.evaluate import EvaluationConfig, Evaluator
 from jaxrl_llm.training.frozen import check_frozen
 from jaxrl_llm.training.judging import Judge, compare
+from jaxrl_llm.training.learner import CriticSource, Learner, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.resume import find_run
@@ -73,18 +69,6 @@ class TrainingConfig:
         for field in ("checkpoint_every", "samples_every", "dynamic_sampling"):
             if getattr(self, field) < 0:
                 raise ValueError(f"training.{field}={getattr(self, field)} must not be negative")
-
-
-@dataclasses.dataclass(frozen=True)
-class CriticSource:
-    """The critic of an algorithm that is made of one (PPO)."""
-
-    shares_trunk: bool = False
-    """A head on the policy's last state, trained by one joint loss; else a transformer of its own."""
-    stop_gradient: bool = False
-    """With a shared trunk, let only the head learn from the values."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
-    """Of a critic of its own."""
 
 
 EVALUATION_KEY = np.uint32(0x5EED)
@@ -156,28 +140,16 @@ class Trainer:
         title: str = "",
         wandb: WandbConfig | None = None,
     ):
-        self.config = training or TrainingConfig()
+        self.config, self.evaluation = training or TrainingConfig(), evaluation or EvaluationConfig()
         plan, sampling = update or UpdateConfig(), sampling or SamplingConfig()
-        self.evaluation, optimizer = evaluation or EvaluationConfig(), optimizer or OptimizerConfig()
         prompts, group = self.config.prompts_per_step, self.config.samples_per_prompt
-        self.model, self.mesh, self.tokenizer, self.rewards = model, mesh, tokenizer, rewards
+        self.model, self.mesh, self.tokenizer, self.algorithm = model, mesh, tokenizer, algorithm
+        self.rewards, self.device_rewards, self.judge = rewards, tuple(device_rewards), judge
         self.run_dir, self.title = Path(run_dir), title
         self.description, self.wandb = description or {}, wandb
 
-        self.algorithm, self.judge, self.device_rewards = algorithm, judge, tuple(device_rewards)
-        scored_by = eval_rewards or rewards
-
         # All that can be wrong is found before anything is compiled.
-        if group < algorithm.advantage.smallest_group:  # a group of equal rewards has advantages of 0
-            raise ValueError(
-                f"training.samples_per_prompt={group} cannot learn: {type(algorithm.advantage).__name__} compares a "
-                "sample with the others of its prompt; pass --training.samples-per-prompt=2 or more"
-            )
-        if trust_region is not None and plan.optimizer_steps > 1:
-            raise ValueError(
-                f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
-                "region makes one step of a batch; pass 1"
-            )
+        self._check_step(plan, trust_region)
         self._check_rewards()
         self.saved = find_run(run_dir, self.description, resume=resume)
         if rewards is not None:
@@ -192,34 +164,41 @@ class Trainer:
         self.sampler.check_length(dataset.longest)
         self.evaluator = None
         if self.evaluation.every:
-            if eval_dataset is None:
-                raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out prompts")
-            if scored_by is None:
-                raise ValueError(
-                    f"evaluation.every={self.evaluation.every}, but all rewards are JAX functions: pass eval_rewards"
-                )
-            self.evaluator = Evaluator(
-                model,
-                eval_dataset,
-                tokenizer,
-                scored_by,
-                self.evaluation,
-                sampling=sampling,
-                stop_tokens=stop_tokens,
-                mesh=mesh,
-                rows=prompts * group,
-            )
+            self.evaluator = self._make_evaluator(eval_dataset, eval_rewards or rewards, sampling, stop_tokens)
+        learner = make_learner(
+            model,
+            algorithm,
+            iterations=self.config.steps,
+            plan=plan,
+            optimizer=optimizer or OptimizerConfig(),
+            sampling=sampling,
+            critic=critic or CriticSource(),
+            trust_region=trust_region,
+        )
         self._optimizer_steps = plan.optimizer_steps
         self.what_a_step_is = (
             f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
-        self._prepare_updates(
-            params, plan, optimizer, sampling, seed, critic or CriticSource(), critic_params, trust_region
-        )
+        self._start(learner, params, critic_params, seed)
+        self._make_programs(learner)
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
+
+    def _check_step(self, plan: UpdateConfig, trust_region: TrustRegionConfig | None) -> None:
+        """Raises if a step of this size cannot learn, or not in this way."""
+        group, advantage = self.config.samples_per_prompt, self.algorithm.advantage
+        if group < advantage.smallest_group:  # a group of equal rewards has advantages of 0
+            raise ValueError(
+                f"training.samples_per_prompt={group} cannot learn: {type(advantage).__name__} compares a "
+                "sample with the others of its prompt; pass --training.samples-per-prompt=2 or more"
+            )
+        if trust_region is not None and plan.optimizer_steps > 1:
+            raise ValueError(
+                f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
+                "region makes one step of a batch; pass 1"
+            )
 
     def _check_rewards(self) -> None:
         """Raises if what is rewarded and what the algorithm reads do not fit together."""
@@ -240,61 +219,58 @@ class Trainer:
                 "pass rewards=, or 0"
             )
 
-    def _prepare_updates(
+    def _make_evaluator(
         self,
-        params: Params,
-        plan: UpdateConfig,
-        config: OptimizerConfig,
+        dataset: PromptDataset | None,
+        rewards: RewardSum | None,
         sampling: SamplingConfig,
-        seed: int,
-        source: CriticSource,
-        critic_params: Params | None,
-        trust_region: TrustRegionConfig | None,
-    ) -> None:
-        """The programs, still to be compiled, and what they work on: the state, and the reference if it has one."""
-        algorithm, total = self.algorithm, self.config.steps * plan.optimizer_steps
-        schedule = make_schedule(config, total)
-        optimizer = make_optimizer(config, schedule) if trust_region is None else optax.identity()
-        critic = self._make_critic(source, total) if algorithm.needs_critic else None
-        drawn = {"temperature": sampling.temperature, "truncated": sampling.truncates}
-        if trust_region is None:
-            step = make_update_step(self.model, optimizer, algorithm, plan, critic=critic, **drawn)
-        else:
-            pieces = plan.micro_batches
-            step = make_trust_region_step(self.model, algorithm, trust_region, micro_batches=pieces, **drawn)
-        self.abstract_state = abstract_train_state(self.model, optimizer, self.mesh, algorithm=algorithm, critic=critic)
+        stop_tokens: tuple[int, ...],
+    ) -> Evaluator:
+        if dataset is None:
+            raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out prompts")
+        if rewards is None:
+            raise ValueError(
+                f"evaluation.every={self.evaluation.every}, but all rewards are JAX functions: pass eval_rewards"
+            )
+        return Evaluator(
+            self.model,
+            dataset,
+            self.tokenizer,
+            rewards,
+            self.evaluation,
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            mesh=self.mesh,
+            rows=self.config.prompts_per_step * self.config.samples_per_prompt,
+        )
+
+    def _start(self, learner: Learner, params: Params, critic_params: Params | None, seed: int) -> None:
+        """What the programs work on: the state, and the reference if there is one."""
+        self.abstract_state = learner.abstract_state(self.mesh)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        whole = replicated(self.mesh)
-
-        def start(params: Params, own: Params | None) -> TrainState:
-            if critic is not None and critic.shares_trunk:
-                params = critic.model.from_trunk(params)
-            elif critic is not None and own is None:
-                own = critic.model.from_trunk(params)
-            return make_train_state(params, optimizer, seed, algorithm=algorithm, critic=critic, critic_params=own)
-
+        start = jax.jit(learner.start, static_argnames="seed", out_shardings=placed)
         with jax.set_mesh(self.mesh):
             # a copy of the parameters: updates overwrite it
-            self.state: TrainState = jax.jit(start, out_shardings=placed)(params, critic_params)
+            self.state: TrainState = start(params, critic_params, seed=seed)
             shardings = {name: placed.params[name] for name in params}
-            needed = algorithm.needs_reference and not has_adapters(params)  # without them, the policy is the base
+            # Without its adapters, a policy that has some is the base.
+            needed = self.algorithm.needs_reference and not has_adapters(params)
             self.reference = jax.device_put(params, shardings) if needed else None
         check_frozen(self.saved, self.state)
-        self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+
+    def _make_programs(self, learner: Learner) -> None:
+        """The programs, still to be compiled."""
+        placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.mesh)
+        self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole))
         self._score = self._iteration = None
         if self.device_rewards and self.rewards is not None:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
         elif self.device_rewards:
-            iteration = make_iteration(self.sampler, self.device_rewards, step)
+            iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
             shardings: Any = (placed, whole, whole, whole)
             self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
-        self._learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total)))
-
-    def _make_critic(self, source: CriticSource, total: int) -> Critic:
-        model = ScoreModel(self.model, lm_head=source.shares_trunk)
-        if source.shares_trunk:
-            return Critic(model, stop_gradient=source.stop_gradient)
-        return Critic(model, make_optimizer(source.optimizer, make_schedule(source.optimizer, total)))
+        every_step = np.arange(self.config.steps * self._optimizer_steps)
+        self._learning_rates = np.asarray(jax.jit(jax.vmap(learner.schedule))(every_step))
 
     def learning_rate(self, step: int) -> float:
         """The rate of the last optimizer step of an iteration."""

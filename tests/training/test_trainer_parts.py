@@ -21,9 +21,10 @@ from jaxrl_llm.cli import finish, make_trainer
 from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.metrics import comparable_metrics
 from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.trainer import CriticSource, Trainer
+from jaxrl_llm.training.trainer import Trainer
 from jaxrl_llm.types import Rollout
 
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])

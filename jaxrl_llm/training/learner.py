@@ -1,0 +1,104 @@
+"""What an on-policy run learns with: the update step, the state that it changes, and what both are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.critic import Critic
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
+from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
+from jaxrl_llm.algorithms.update import UpdateStep, make_update_step
+from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticSource:
+    """The critic of an algorithm that is made of one (PPO)."""
+
+    shares_trunk: bool = False
+    """A head on the policy's last state, trained by one joint loss; else a transformer of its own."""
+    stop_gradient: bool = False
+    """With a shared trunk, let only the head learn from the values."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    """Of a critic of its own."""
+
+    def critic_of(self, policy: Transformer, optimizer_steps: int) -> Critic:
+        """The critic of a policy that is trained for so many optimizer steps."""
+        model = ScoreModel(policy, lm_head=self.shares_trunk)
+        if self.shares_trunk:
+            return Critic(model, stop_gradient=self.stop_gradient)
+        return Critic(model, make_optimizer(self.optimizer, make_schedule(self.optimizer, optimizer_steps)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared as what it is: a step is a function
+class Learner:
+    """An update step with its parts, and the state that it starts from."""
+
+    policy: Transformer
+    algorithm: PolicyGradient
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    """The optimizer's learning rate, by its own steps."""
+    critic: Critic | None
+    step: UpdateStep
+    """Pure, still to be compiled."""
+
+    def start(self, params: Params, critic_params: Params | None, seed: int) -> TrainState:
+        """The state before the first step; a critic without parameters starts from the policy's, with a new head."""
+        critic = self.critic
+        if critic is not None and critic.shares_trunk:
+            params = critic.model.from_trunk(params)
+        elif critic is not None and critic_params is None:
+            critic_params = critic.model.from_trunk(params)
+        return make_train_state(
+            params, self.optimizer, seed, algorithm=self.algorithm, critic=critic, critic_params=critic_params
+        )
+
+    def abstract_state(self, mesh: jax.sharding.Mesh) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        return abstract_train_state(self.policy, self.optimizer, mesh, algorithm=self.algorithm, critic=self.critic)
+
+
+def make_learner(
+    policy: Transformer,
+    algorithm: PolicyGradient,
+    *,
+    iterations: int,
+    plan: UpdateConfig,
+    optimizer: OptimizerConfig,
+    sampling: SamplingConfig,
+    critic: CriticSource,
+    trust_region: TrustRegionConfig | None,
+) -> Learner:
+    """The learner of a run of so many iterations.
+
+    Args:
+        policy: the model.
+        algorithm: the objective.
+        iterations: length of the run.
+        plan: epochs, minibatches, micro-batches.
+        optimizer: of the policy; not used with a trust region.
+        sampling: how rollouts are drawn.
+        critic: the value function, if the algorithm is made of one.
+        trust_region: TRPO's step in place of the optimizer's.
+    """
+    total = iterations * plan.optimizer_steps
+    schedule = make_schedule(optimizer, total)
+    value_function = critic.critic_of(policy, total) if algorithm.needs_critic else None
+    drawn = {"temperature": sampling.temperature, "truncated": sampling.truncates}
+    if trust_region is None:
+        rule = make_optimizer(optimizer, schedule)
+        step = make_update_step(policy, rule, algorithm, plan, critic=value_function, **drawn)
+    else:
+        rule = optax.identity()
+        step = make_trust_region_step(policy, algorithm, trust_region, micro_batches=plan.micro_batches, **drawn)
+    return Learner(policy, algorithm, rule, schedule, value_function, step)

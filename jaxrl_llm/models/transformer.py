@@ -1,4 +1,4 @@
-"""The decoder-only transformer: Flax NNX definitions of a block, run by `jax.lax.scan` over stacked layers.
+"""The decoder-only transformer: its blocks, run by `jax.lax.scan` over stacked layers.
 
 Parameters are a plain nested dict of arrays, the leaves under `layers` stacked on a leading axis; every
 function is pure in them. Weights are `[out, in]`.
@@ -16,18 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
-from jaxrl_llm.models.config import LoraTarget, ModelConfig
+from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
+from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.lora import has_adapters
-from jaxrl_llm.models.rope import Rotation, rotate, rotation
+from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.sharding import constrain
 
 Params = dict[str, Any]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens → mixed values `[..., N, H]`."""
-Projected = tuple[jax.Array, jax.Array]
-"""Keys (rotated) and values of some tokens, both `[..., K, H]`."""
-
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def unstack(stacked: Any) -> list[Any]:
@@ -35,159 +30,6 @@ def unstack(stacked: Any) -> list[Any]:
     leaves, structure = jax.tree.flatten(stacked)
     cut = [[part[0] for part in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
     return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)]
-
-
-@jax.custom_vjp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x·Wᵀ, whose backward pass transposes the narrower operand of the weight's gradient.
-
-    XLA's CPU products want their left operand transposed for it, and fuse that with the pointwise arithmetic that
-    makes the operand: on the wide side of an MLP this is the activation's derivative, element by element in the
-    wrong order, a fifth of an update's time.
-    """
-    return jnp.einsum("...i,oi->...o", x, weight)
-
-
-def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, weight), (x, weight)
-
-
-def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    to_x = jnp.einsum("...o,oi->...i", gradient, weight)
-    if weight.shape[0] < weight.shape[1]:
-        return to_x, jnp.einsum("...o,...i->oi", gradient, x)
-    return to_x, jnp.einsum("...i,...o->io", x, gradient).T
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-class Linear(nnx.Module):
-    """y = x·Wᵀ + b, and (alpha / rank)·(x·Aᵀ)·Bᵀ where it has an adapter, computed in the type of x."""
-
-    def __init__(
-        self,
-        out: int,
-        inner: int,
-        axes: tuple[str, str],
-        bias: bool,
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-        *,
-        name: LoraTarget | None = None,
-    ):
-        """Weight `[out, inner]` from N(0, 0.02²), bias zero; `axes` are the logical names of both.
-
-        Where `config.lora` targets `name`: A `[rank, inner]` uniform in ±1/√inner, as PEFT draws it, and B
-        `[out, rank]` zero, so that the output is that of the weight alone.
-        """
-        dtype = jnp.dtype(config.param_dtype)
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
-        lora = config.lora if config.lora is not None and name in config.lora.targets else None
-        self.scale = 0.0 if lora is None else lora.scale
-        if lora is None:
-            self.lora_a = self.lora_b = None
-        else:
-            bound = inner**-0.5
-            a = jax.random.uniform(rngs.lora(), (lora.rank, inner), jnp.float32, -bound, bound)
-            self.lora_a = nnx.Param(a, axes=("lora_rank", axes[1]))
-            self.lora_b = nnx.Param(jnp.zeros((out, lora.rank), jnp.float32), axes=(axes[0], "lora_rank"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[..., inner]` to `[..., out]`."""
-        y = _product(x, self.weight[...].astype(x.dtype))
-        if self.lora_a is not None and self.lora_b is not None:
-            low = _product(x, self.lora_a[...].astype(x.dtype))
-            y = y + self.scale * _product(low, self.lora_b[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + ε) · scale, in float32 (Zhang & Sennrich 2019)."""
-
-    def __init__(self, width: int, config: ModelConfig):
-        """Scale `[width]` of ones."""
-        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)), axes=("norm",))
-        self.eps = config.norm_eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (self.scale[...].astype(jnp.float32) * wide).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Projections of grouped-query attention; the attention itself is passed in."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Query, key, value and output projections, and norms on queries and keys where configured."""
-        d, h = config.embed_dim, config.head_dim
-        n, k = config.num_heads * h, config.num_kv_heads * h
-        self.query = Linear(n, d, ("heads", "embed"), config.attention_bias, config, rngs, name="query")
-        self.key = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs, name="key")
-        self.value = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs, name="value")
-        self.output = Linear(d, n, ("embed", "heads"), config.output_bias, config, rngs, name="output")
-        self.query_norm = RMSNorm(h, config) if config.qk_norm else None
-        self.key_norm = RMSNorm(h, config) if config.qk_norm else None
-        self.head_dim = h
-
-    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps `[..., D]` to `[..., D]`, and returns the keys and values `[..., K, H]` it made."""
-        query, key, value = (
-            projection(x).reshape(*x.shape[:-1], -1, self.head_dim) for projection in (self.query, self.key, self.value)
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        key = rotate(key, turn)
-        mixed = attention(rotate(query, turn), key, value)
-        return self.output(mixed.reshape(*x.shape[:-1], -1)), (key, value)
-
-
-class MLP(nnx.Module):
-    """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """The three projections."""
-        d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
-        self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="gate")
-        self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
-        self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
-        self.activation = _ACTIVATIONS[config.activation]
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[..., D]` to `[..., D]`."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """Pre-norm residual block: attention, then MLP."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Parameters of one layer."""
-        self.attention_norm = RMSNorm(config.embed_dim, config)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, config)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values."""
-        mixed, projected = self.attention(self.attention_norm(x), turn, attention)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), projected
-
-
-class Frame(nnx.Module):
-    """Parameters outside the layers: embedding, last norm, LM head (absent when tied)."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Embedding and head `[V, D]`."""
-        v, d = config.vocab_size, config.embed_dim
-        self.embed = Linear(v, d, ("vocab", "embed"), False, config, rngs)
-        self.final_norm = RMSNorm(d, config)
-        self.lm_head = None if config.tie_embeddings else Linear(v, d, ("vocab", "embed"), False, config, rngs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,6 +288,9 @@ class EntropyAdvantage(Advantage):
     """Whether failures are shaped, too."""
     norm: EntropyNorm = "separate"
     """Whether successes and failures are normalised apart or together."""
+    mixed_groups_only: bool = True
+    """Whether a group of successes alone, or of failures alone, has no advantages: DAPO's dynamic sampling, on which
+    the paper builds, leaves such groups out, and normalised they would reward entropy and nothing else."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -307,6 +310,13 @@ class EntropyAdvantage(Advantage):
     def _arguments(self, signals: Signals) -> tuple[Any, jax.Array, jax.Array]:
         return signals.entropy, signals.rewards >= self.success_reward, signals.mask
 
+    def _credit(self, advantages: jax.Array, signals: Signals) -> Credit:
+        if self.mixed_groups_only:
+            won = signals.rewards >= self.success_reward
+            mixed = jnp.any(won, axis=1) & ~jnp.all(won, axis=1)
+            advantages = jnp.where(mixed.reshape(-1, *(1,) * (advantages.ndim - 1)), advantages, 0.0)
+        return Credit(advantages)
+
 
 @dataclasses.dataclass(frozen=True)
 class GTPOAdvantage(EntropyAdvantage):
@@ -314,15 +324,14 @@ class GTPOAdvantage(EntropyAdvantage):
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G, Tc]`."""
-        return Credit(
-            functions.gtpo_advantages(
-                *self._arguments(signals),
-                success_weight=self.success_weight,
-                entropy_weight=self.entropy_weight,
-                shape_failures=self.shape_failures,
-                norm=self.norm,
-            )
+        advantages = functions.gtpo_advantages(
+            *self._arguments(signals),
+            success_weight=self.success_weight,
+            entropy_weight=self.entropy_weight,
+            shape_failures=self.shape_failures,
+            norm=self.norm,
         )
+        return self._credit(advantages, signals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,12 +342,11 @@ class GRPOSAdvantage(EntropyAdvantage):
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
-        return Credit(
-            functions.grpo_s_advantages(
-                *self._arguments(signals),
-                success_weight=self.success_weight,
-                entropy_weight=self.entropy_weight,
-                shape_failures=self.shape_failures,
-                norm=self.norm,
-            )
+        advantages = functions.grpo_s_advantages(
+            *self._arguments(signals),
+            success_weight=self.success_weight,
+            entropy_weight=self.entropy_weight,
+            shape_failures=self.shape_failures,
+            norm=self.norm,
         )
+        return self._credit(advantages, signals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,7 @@ SIGNALS = make_signals()
 LENGTHS = jnp.sum(SIGNALS.mask, axis=-1)
 KL = {"old_logprobs": SIGNALS.old_logprobs, "ref_logprobs": SIGNALS.ref_logprobs}
 BY_TOKEN = (SIGNALS.entropy, SIGNALS.rewards >= 1, SIGNALS.mask)
+MIXED = np.ptp(SIGNALS.rewards, axis=1, keepdims=True) > 0
 
 
 def expected_of_ppo() -> jax.Array:
@@ -87,8 +89,8 @@ ADVANTAGES: dict[str, Callable[[], Any]] = {
     "ppo": expected_of_ppo,
     "dr_grpo": lambda: group(scale="none"),
     "lite_ppo": lambda: group(scale="batch"),
-    "gtpo": lambda: advantages.gtpo_advantages(*BY_TOKEN),
-    "grpo_s": lambda: advantages.grpo_s_advantages(*BY_TOKEN),
+    "gtpo": lambda: advantages.gtpo_advantages(*BY_TOKEN) * MIXED[..., None],
+    "grpo_s": lambda: advantages.grpo_s_advantages(*BY_TOKEN) * MIXED,
     "gpg": lambda: advantages.gpg_advantages(SIGNALS.rewards),
     "opo": lambda: advantages.opo_advantages(SIGNALS.rewards, LENGTHS),
     "gfpo": lambda: advantages.gfpo_advantages(SIGNALS.rewards, -LENGTHS, keep=4).advantages,
@@ -240,3 +242,16 @@ def test_memories_move_after_their_use() -> None:
     first, second = (estimator(SIGNALS, memory).advantages for memory in (start, after))
     moved = np.where(SIGNALS.mask, float(SIGNALS.rewards.mean()), 0)
     np.testing.assert_allclose(first - second, moved, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", [presets.gtpo, presets.grpo_s])
+def test_entropy_shapes_only_groups_with_successes_and_failures(preset: Callable[[], PolicyGradient]) -> None:
+    rewards = SIGNALS.rewards.at[1].set(0.0).at[2].set(1.0)
+    uniform = SIGNALS._replace(rewards=rewards)
+    estimator = preset().advantage
+    advantages_of = np.asarray(estimator(uniform, ()).advantages)
+    np.testing.assert_array_equal(advantages_of[1:], 0)
+    np.testing.assert_array_equal(advantages_of[0], estimator(SIGNALS, ()).advantages[0])
+    assert np.abs(advantages_of[0]).max() > 0.1
+    every = dataclasses.replace(estimator, mixed_groups_only=False)
+    assert np.abs(np.asarray(every(uniform, ()).advantages[1])).max() > 0.1

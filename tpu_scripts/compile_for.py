@@ -37,6 +37,7 @@ from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.models.config import ModelConfig, RopeConfig
+from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.pretrained import load_config
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -157,7 +158,8 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     optimizer = make_optimizer(plan.optimizer, make_schedule(plan.optimizer, 1000))
     state = abstract_train_state(model, optimizer, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    reference = state.params if plan.algorithm.needs_reference else None
+    needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
+    reference = state.params if needed else None
 
     p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
     prompt, lengths = array(p, plan.prompt_tokens), array(p)

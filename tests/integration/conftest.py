@@ -1,0 +1,93 @@
+"""The loop of the tests that let a small policy learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.critic import Critic
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.algorithms.update import make_update_step
+from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.types import Rollout
+
+History = list[dict[str, float]]
+
+
+def _only_rewards(algorithm: PolicyGradient, rollout: Rollout, rewards: np.ndarray, numbers: Any) -> np.ndarray:
+    return rewards
+
+
+def _train(
+    algorithm: PolicyGradient,
+    model: Transformer,
+    *,
+    reward: Callable[[Rollout], np.ndarray],
+    feedback: Callable[..., Any] = _only_rewards,
+    shares_trunk: bool = False,
+    learning_rate: float = 4e-3,
+    plan: UpdateConfig | None = None,
+    steps: int = 60,
+    seed: int = 0,
+    params: Params | None = None,
+    prompts: np.ndarray | None = None,
+    group: int = 16,
+    max_tokens: int = 3,
+    stop_tokens: tuple[int, ...] = (0,),
+) -> History:
+    """The metrics of each step; `reward` is that of the samples drawn before it.
+
+    The prompts of every step are `prompts`, or eight random ones; `feedback` adds to the rewards what an algorithm
+    reads beside them; training starts at a copy of `params`, or at random ones.
+    """
+    settings = OptimizerConfig(learning_rate=learning_rate)
+    optimizer = make_optimizer(settings, make_schedule(settings, steps))
+    params = jax.jit(model.init)(jax.random.key(seed)) if params is None else jax.tree.map(jnp.copy, params)
+    critic, critic_params = None, None
+    if algorithm.needs_critic:
+        scorer = ScoreModel(model, lm_head=shares_trunk)
+        critic = Critic(scorer, None if shares_trunk else optimizer)
+        if shares_trunk:
+            params = scorer.from_trunk(params)
+        else:
+            critic_params = scorer.from_trunk(jax.tree.map(jnp.copy, params))
+    state = make_train_state(params, optimizer, seed, algorithm=algorithm, critic=critic, critic_params=critic_params)
+    reference = jax.tree.map(jnp.copy, params) if algorithm.needs_reference else None
+    sampler = Sampler(
+        model,
+        SamplingConfig(max_tokens=max_tokens),
+        group=group,
+        stop_tokens=stop_tokens,
+        mesh=make_mesh(devices=jax.devices()[:1]),
+        greedy=algorithm.needs_greedy,
+    )
+    update = jax.jit(make_update_step(model, optimizer, algorithm, plan, critic=critic), donate_argnums=0)
+    numbers, history = np.random.default_rng(seed), []
+    for step in range(steps):
+        if prompts is None:
+            drawn = numbers.integers(1, model.config.vocab_size, (8, 3)), numbers.integers(1, 4, 8)
+        else:
+            drawn = prompts, np.full(len(prompts), prompts.shape[1])
+        rollout = sampler(state.params, *drawn, state.key, step)
+        rewards = reward(rollout)
+        state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return history
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., History]:
+    """Trains a policy; see `_train`."""
+    return _train

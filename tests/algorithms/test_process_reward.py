@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.process_reward import (
     LabelledSteps,
     ProcessRewardObjective,
@@ -20,7 +18,7 @@ from jaxrl_llm.algorithms.process_reward import (
     make_step_scores,
     step_end_tokens,
 )
-from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.algorithms.search import Prefixes
 from jaxrl_llm.losses.process_reward import prm_loss
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
@@ -55,30 +53,21 @@ def of_outputs(params: Params, outputs: int) -> Params:
     return params | {"score_head": {"weight": head["weight"][:outputs], "bias": head["bias"][:outputs]}}
 
 
-def step_once(
-    model: ScoreModel, params: Params, rows: LabelledSteps, objective: ProcessRewardObjective, **settings: int
-) -> tuple[Params, dict[str, float]]:
-    """The gradient (the change under SGD with rate 1), and the metrics."""
-    optimizer = optax.sgd(1.0)
-    step = jax.jit(make_offline_step(model, optimizer, objective, **settings))
-    state, metrics = step(make_train_state(params, optimizer, 0), rows)
-    change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
-    return change, {name: float(value) for name, value in metrics.items()}
-
-
 RATINGS = ProcessRewardObjective(ratings=True)
 
 
 @pytest.fixture(scope="module")
-def whole(trunk, params, steps) -> tuple[Params, dict[str, float]]:
-    return step_once(ScoreModel(trunk, outputs=3, bias=True), params, steps, RATINGS)
+def whole(trunk, params, steps, step_of_score_model) -> tuple[Params, dict[str, float]]:
+    return step_of_score_model(ScoreModel(trunk, outputs=3, bias=True), params, steps, RATINGS)
 
 
-def test_micro_batches_and_mesh_do_not_change_the_gradient(trunk, params, steps, whole, assert_trees_close):
+def test_micro_batches_and_mesh_do_not_change_the_gradient(
+    trunk, params, steps, whole, assert_trees_close, step_of_score_model
+):
     model = ScoreModel(trunk, outputs=3, bias=True)
-    in_parts = step_once(model, params, steps, RATINGS, micro_batches=8)
+    in_parts = step_of_score_model(model, params, steps, RATINGS, micro_batches=8)
     with jax.set_mesh(make_mesh()):
-        on_devices = step_once(model, params, steps, RATINGS)
+        on_devices = step_of_score_model(model, params, steps, RATINGS)
     for gradient, metrics in (in_parts, on_devices):
         assert_trees_close(gradient, whole[0])
         assert metrics == pytest.approx(whole[1], rel=1e-4)
@@ -192,18 +181,20 @@ def counting(rng: np.random.Generator, size: int) -> LabelledSteps:
     return LabelledSteps(rng.integers(4, VOCABULARY, (size, 2)), np.full(size, 2), completion, mask, labels)
 
 
-def test_a_process_reward_model_learns_to_find_wrong_steps(tiny_config):
+def test_a_process_reward_model_learns_to_find_wrong_steps(tiny_config, learn_scores):
     """On unseen solutions, from no better than a coin to nearly all; compiled once."""
     model = ScoreModel(Transformer(tiny_config(vocab_size=VOCABULARY)), bias=True)
-    optimizer, rng, objective = optax.adam(5e-3), np.random.default_rng(0), ProcessRewardObjective()
+    rng = np.random.default_rng(0)
     held_out = counting(rng, 128)
-    step = jax.jit(make_offline_step(model, optimizer, objective), donate_argnums=0)
-    evaluate = jax.jit(make_offline_evaluation(model, objective))
-    state = jax.jit(lambda key: make_train_state(model.init(key), optimizer, 0))(jax.random.key(0))
-    before = float(evaluate(state.params, held_out)[1]["accuracy"].value())
-    for _ in range(150):
-        state, _ = step(state, counting(rng, 32))
-    after = float(evaluate(state.params, held_out)[1]["accuracy"].value())
-    assert step._cache_size() == evaluate._cache_size() == 1
+    before, after, params = learn_scores(
+        model, ProcessRewardObjective(), counting, held_out, learning_rate=5e-3, steps=150, rng=rng
+    )
     assert before < 0.7, before
     assert after > 0.9, (before, after)
+
+    # Where the scores of solutions are read is where the labels were, what ends a solution included.
+    mask, finished = np.ones(held_out.completion.shape, bool), np.ones((128, 1), bool)
+    solutions = Prefixes(held_out.prompt, held_out.prompt_lengths, held_out.completion, mask, finished)
+    found = jax.jit(make_step_scores(model, separators=(SEPARATOR,), max_steps=4))(params, solutions)
+    assert np.mean((found.scores[:, 0, :3] > 0.5) == held_out.labels[:, 0, 2::3]) == pytest.approx(after)
+    assert not found.mask[..., 3].any()

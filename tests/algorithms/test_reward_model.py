@@ -8,10 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.reward_model import (
     Comparisons,
     RewardModelObjective,
@@ -19,7 +17,6 @@ from jaxrl_llm.algorithms.reward_model import (
     make_score_pass,
     make_score_statistics,
 )
-from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses.reward import bradley_terry_loss, ranking_loss
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
@@ -53,23 +50,12 @@ def pairs(make_rollout: Callable[..., Rollout]) -> Comparisons:
     return rows
 
 
-def step_once(
-    model: ScoreModel, params: Params, rows: Comparisons, objective: RewardModelObjective, **settings: int
-) -> tuple[Params, dict[str, float]]:
-    """The gradient (the change under SGD with rate 1), and the metrics."""
-    optimizer = optax.sgd(1.0)
-    step = jax.jit(make_offline_step(model, optimizer, objective, **settings))
-    state, metrics = step(make_train_state(params, optimizer, 0), rows)
-    change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
-    return change, {name: float(value) for name, value in metrics.items()}
-
-
 OBJECTIVE = RewardModelObjective(center_coef=0.1)
 
 
 @pytest.fixture(scope="module")
-def whole(model, params, pairs) -> tuple[Params, dict[str, float]]:
-    return step_once(model, params, pairs, OBJECTIVE)
+def whole(model, params, pairs, step_of_score_model) -> tuple[Params, dict[str, float]]:
+    return step_of_score_model(model, params, pairs, OBJECTIVE)
 
 
 def test_loss_is_that_of_the_scores_of_complete_pairs(model, params, pairs, whole, assert_trees_close):
@@ -89,22 +75,22 @@ def test_loss_is_that_of_the_scores_of_complete_pairs(model, params, pairs, whol
     assert {name: whole[1][name] for name in metrics} == pytest.approx(jax.tree.map(float, metrics), rel=1e-4)
 
 
-def test_micro_batches_do_not_change_the_gradient(model, params, pairs, whole, assert_trees_close):
-    gradient, metrics = step_once(model, params, pairs, OBJECTIVE, micro_batches=4)
+def test_micro_batches_do_not_change_the_gradient(model, params, pairs, whole, assert_trees_close, step_of_score_model):
+    gradient, metrics = step_of_score_model(model, params, pairs, OBJECTIVE, micro_batches=4)
     assert_trees_close(gradient, whole[0])
     assert metrics == pytest.approx(whole[1], rel=1e-4)
 
 
-def test_mesh_does_not_change_the_gradient(model, params, pairs, whole, assert_trees_close):
+def test_mesh_does_not_change_the_gradient(model, params, pairs, whole, assert_trees_close, step_of_score_model):
     with jax.set_mesh(make_mesh()):
-        gradient, metrics = step_once(model, params, pairs, OBJECTIVE)
+        gradient, metrics = step_of_score_model(model, params, pairs, OBJECTIVE)
     assert_trees_close(gradient, whole[0])
     assert metrics == pytest.approx(whole[1], rel=1e-4)
 
 
-def test_pairs_are_never_torn(model, params, pairs):
+def test_pairs_are_never_torn(model, params, pairs, step_of_score_model):
     with pytest.raises(ValueError, match="without cutting groups"):
-        step_once(model, params, pairs, OBJECTIVE, micro_batches=16)
+        step_of_score_model(model, params, pairs, OBJECTIVE, micro_batches=16)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["ranks", "in_order"])
@@ -171,20 +157,15 @@ def preferred(rng: np.random.Generator, size: int) -> Comparisons:
     return Comparisons(rng.integers(0, VOCABULARY, (size, 3)), np.full(size, 3), completion, mask)
 
 
-def test_a_reward_model_learns_to_tell_unseen_answers_apart(tiny_config):
+def test_a_reward_model_learns_to_tell_unseen_answers_apart(tiny_config, learn_scores):
     """From no better than a coin to nearly all, compiled once."""
     model = ScoreModel(Transformer(tiny_config(vocab_size=VOCABULARY)))
-    optimizer, rng, objective = optax.adam(3e-3), np.random.default_rng(0), RewardModelObjective()
+    rng = np.random.default_rng(0)
     held_out = preferred(rng, 256)
-    step = jax.jit(make_offline_step(model, optimizer, objective), donate_argnums=0)
-    evaluate = jax.jit(make_offline_evaluation(model, objective))
-    state = jax.jit(lambda key: make_train_state(model.init(key), optimizer, 0))(jax.random.key(0))
-    before = float(evaluate(state.params, held_out)[1]["accuracy"].value())
-    for _ in range(80):
-        state, _ = step(state, preferred(rng, 32))
-    after = float(evaluate(state.params, held_out)[1]["accuracy"].value())
-    assert step._cache_size() == evaluate._cache_size() == 1
+    before, after, params = learn_scores(
+        model, RewardModelObjective(), preferred, held_out, learning_rate=3e-3, steps=80, rng=rng
+    )
     assert before < 0.7, before  # an untrained head may well order them the wrong way round
     assert after > 0.9, (before, after)
-    scores = np.asarray(jax.jit(make_score_pass(model))(state.params, held_out))
+    scores = np.asarray(jax.jit(make_score_pass(model))(params, held_out))
     assert jnp.mean(scores[:, 0] > scores[:, 1]) == pytest.approx(after)  # chosen is first

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ import optax
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.star import keep_rationales, training_steps
+from jaxrl_llm.algorithms.star import training_steps
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
-from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
+from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
 from jaxrl_llm.models.transformer import Params, Transformer
@@ -37,6 +36,8 @@ from jaxrl_llm.training.evaluate import EvaluationConfig, Evaluator
 from jaxrl_llm.training.frozen import check_frozen
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.metrics import WandbConfig
+from jaxrl_llm.training.phase_files import once, write_whole
+from jaxrl_llm.training.rationales import Rationales, Record, kept_rationales
 from jaxrl_llm.training.report import SampledCompletion
 from jaxrl_llm.training.resume import find_run
 from jaxrl_llm.training.scoring import RewardSum
@@ -44,9 +45,6 @@ from jaxrl_llm.types import TrainState
 
 ITERATIONS = "iterations"
 """Folder of what the phases left, in the run's own."""
-
-Record = dict[str, Any]
-"""A sample: `item` (of the data set), `ids`, `completion`, `reward`, `correct`; a kept one also `rationalized`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +242,7 @@ class StarTrainer:
             ValueError: no rationale was right.
         """
         if is_main_process():
-            _write(self.run_dir / ITERATIONS / "settings.json", json.dumps(self._settings, indent=2) + "\n")
+            write_whole(self.run_dir / ITERATIONS / "settings.json", json.dumps(self._settings, indent=2) + "\n")
         return run_stage(self)
 
     def evaluate(self, phase: Phase) -> Outcome:
@@ -263,16 +261,16 @@ class StarTrainer:
         names = ("generate", "rationalize", "filter")
         self.phases = (*("read" if done else name for name, done in zip(names, there, strict=True)), "train")
         with phase(self.phases[0]):
-            first = _once(files[0], lambda: self._sample(self.problems, items, (step, 0)))
+            first = once(files[0], lambda: self._sample(self.problems, items, (step, 0)))
         with phase(self.phases[1]):
             solved = {record["item"] for record in first if record["correct"]}
             unsolved = [item for item in items if item not in solved]
             hinted = []
             if self.hinted is not None and self.star.rationalize and unsolved:
                 again = self.hinted
-                hinted = _once(files[1], lambda: self._sample(again, unsolved, (step, 1)))
+                hinted = once(files[1], lambda: self._sample(again, unsolved, (step, 1)))
         with phase(self.phases[2]):
-            kept = _once(files[2], lambda: self._keep(first, hinted))
+            kept = once(files[2], lambda: self._keep(first, hinted))
         if not kept:
             raise ValueError(
                 f"iteration {step}: none of {len(items)} problems was solved, and there is nothing to train on; give "
@@ -320,31 +318,12 @@ class StarTrainer:
         return records
 
     def _keep(self, first: list[Record], hinted: list[Record]) -> list[Record]:
-        """The rationales that are trained on, by problem: right at the first try, or else with the hint."""
-        group = self.star.samples
-        correct = np.array([record["correct"] for record in first]).reshape(-1, group)
-        with_hint = np.zeros_like(correct)
-        second: dict[tuple[int, int], Record] = {}
-        for number, record in enumerate(hinted):
-            second[record["item"], number % group] = record
-            with_hint[record["item"], number % group] = record["correct"]
-        masks = keep_rationales(correct, with_hint)
-        kept, seen = [], set()
-        for item, sample in np.ndindex(correct.shape):
-            plain = bool(masks.first_try[item, sample])
-            if not plain and not masks.rationalized[item, sample]:
-                continue
-            record = first[item * group + sample] if plain else second[item, sample]
-            known = (item, tuple(record["ids"]))
-            if not (self.star.dedup and known in seen):
-                kept.append(record | {"rationalized": not plain})
-            seen.add(known)
-        return kept
+        return kept_rationales(first, hinted, samples=self.star.samples, dedup=self.star.dedup)
 
     def _train(self, kept: list[Record], step: int) -> dict[str, float]:
         """Fine-tunes the base model, or the last one, on what was kept; the mean metrics of its steps."""
         prompts = self.hinted if self.star.hint_in_train else None
-        rows = _Rationales(kept, self.problems, prompts, self.sampling.max_tokens)
+        rows = Rationales(kept, self.problems, prompts, self.sampling.max_tokens)
         loader = RowLoader(rows, batch_size=self.star.rows_per_step, seed=(self._seed + step) % 2**32)
         steps = training_steps(step, start=self.star.start_steps, growth=self.star.growth)
         state, metrics, tokens = self._begin(self._base if self.star.restart_from_base else self.state.params), [], 0
@@ -385,54 +364,3 @@ class _NoPosition:
 
     def get_state(self) -> dict[str, Any]:
         return {}
-
-
-class _Rationales:
-    """Kept rationales as rows of `SupervisedObjective`, each after the prompt that it is trained with."""
-
-    dropped = 0
-
-    def __init__(self, kept: list[Record], problems: PromptDataset, hinted: PromptDataset | None, width: int):
-        self._kept, self._problems, self._hinted, self._width = kept, problems, hinted, width
-        self.fingerprint = {"rationales": len(kept)}
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def batch(self, items: Sequence[int] | np.ndarray) -> Demonstrations:
-        records = [self._kept[item] for item in items]
-        numbers = [record["item"] for record in records]
-        served = self._problems.batch(numbers)
-        prompt, lengths = served.tokens, served.lengths
-        if self._hinted is not None:
-            shown, with_hint = np.array([record["rationalized"] for record in records]), self._hinted.batch(numbers)
-            prompt = np.where(shown[:, None], with_hint.tokens, prompt)
-            lengths = np.where(shown, with_hint.lengths, lengths)
-        completion = np.zeros((len(records), 1, self._width), np.int32)
-        for row, record in zip(completion, records, strict=True):
-            row[0, : len(record["ids"])] = record["ids"]
-        ends = np.array([len(record["ids"]) for record in records])
-        return Demonstrations(prompt, lengths, completion, np.arange(self._width) < ends[:, None, None])
-
-
-def _once(path: Path, make: Callable[[], list[Record]]) -> list[Record]:
-    """What the file holds or, if there is none yet, what `make` returns, written to it in one piece."""
-    if from_main_process(path.exists()):
-        return from_main_process(
-            [json.loads(line) for line in path.read_text().splitlines()] if is_main_process() else None
-        )
-    records = make()
-    if is_main_process():
-        _write(path, "".join(json.dumps(record) + "\n" for record in records))
-    return records
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -124,7 +124,7 @@ def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: 
     small, measured = (OFFLINE_SMALL, "eval/loss") if path.stem in OFFLINE + SCORE_MODELS else (SMALL, "eval/accuracy")
     monkeypatch.setattr(sys, "argv", [str(path), *small, *debug_size(path.stem), f"--run-dir={run_dir}"])
     monkeypatch.syspath_prepend(path.parent)  # an experiment may build on another one
-    monkeypatch.setattr("jaxrl_llm.training.star.keep_rationales", keep_everything)
+    monkeypatch.setattr("jaxrl_llm.training.rationales.keep_rationales", keep_everything)
     runpy.run_path(str(path), run_name="__main__")
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 2]

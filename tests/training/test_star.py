@@ -20,8 +20,9 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.metrics import comparable_metrics
+from jaxrl_llm.training.rationales import Rationales, kept_rationales
 from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.star import StarConfig, StarTrainer, _Rationales
+from jaxrl_llm.training.star import StarConfig, StarTrainer
 
 TOKENIZER = CharTokenizer("0123456789+=()")
 ROWS = [{"prompt": f"{n}+1=", "hinted": f"{n}+1({n + 1})=", "answer": str(n + 1)} for n in range(8)]
@@ -162,7 +163,7 @@ def test_each_iteration_starts_from_the_base(whole, make, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, once)
 
 
-def test_hints_are_removed_unless_they_are_to_be_shown(make, tmp_path):
+def test_hints_are_removed_unless_they_are_to_be_shown():
     kept = [
         {"item": 2, "ids": [5, 1], "rationalized": True},
         {"item": 3, "ids": [6, 7, 1], "rationalized": False},
@@ -172,29 +173,27 @@ def test_hints_are_removed_unless_they_are_to_be_shown(make, tmp_path):
     def texts(rows: Any) -> list[str]:
         return [TOKENIZER.decode(row[:length]) for row, length in zip(rows.prompt, rows.prompt_lengths, strict=True)]
 
-    plain = _Rationales(kept, problems, None, 4).batch([0, 1])
+    plain = Rationales(kept, problems, None, 4).batch([0, 1])
     assert texts(plain) == ["2+1=", "3+1="]
     assert plain.mask.tolist() == [[[True, True, False, False]], [[True, True, True, False]]]
     assert plain.completion[1, 0].tolist() == [6, 7, 1, 0]
-    assert texts(_Rationales(kept, problems, hinted, 4).batch([0, 1])) == ["2+1(3)=", "3+1="]
+    assert texts(Rationales(kept, problems, hinted, 4).batch([0, 1])) == ["2+1(3)=", "3+1="]
 
 
-def test_equal_rationales_of_a_problem_count_once(make, tmp_path):
-    trainer = make(tmp_path / "run", star=SMALL)
+def test_equal_rationales_of_a_problem_count_once():
     first = [
         {"item": item, "ids": [5, 1], "correct": correct}
         for item, correct in zip(np.repeat(np.arange(8), 2), [1, 1, 1, 0] + [0] * 12, strict=True)
     ]
     again = [{"item": 7, "ids": [ids, 1], "correct": True} for ids in (3, 4)]
-    kept = trainer._keep(first, again)
+    kept = kept_rationales(first, again, samples=2, dedup=True)
     assert [(record["item"], record["ids"][0], record["rationalized"]) for record in kept] == [
         (0, 5, False),
         (1, 5, False),
         (7, 3, True),
         (7, 4, True),
     ]
-    trainer.star = StarConfig(samples=2, dedup=False)
-    assert len(trainer._keep(first, again)) == 5
+    assert len(kept_rationales(first, again, samples=2, dedup=False)) == 5
 
 
 @pytest.mark.parametrize(

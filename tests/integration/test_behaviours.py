@@ -221,7 +221,7 @@ def lengths_of(train, model: Transformer, algorithm: PolicyGradient, seed: int) 
 
 
 @pytest.mark.slow
-def test_wrong_answers_become_longer_with_grpo_and_not_with_dr_grpo(tiny_config, train):
+def test_wrong_answers_become_longer_than_right_ones_with_grpo_and_not_with_dr_grpo(tiny_config, train):
     model = Transformer(tiny_config(vocab_size=VOCABULARY, num_layers=1))
     by_own_length = dataclasses.replace(dr_grpo(), aggregation="seq-mean-token-mean")
     gaps = []
@@ -274,7 +274,7 @@ def test_gspo_clips_whole_completions_and_grpo_single_tokens(clip):
 
 # ---- RLOO and ReMax have gradients of lower variance than REINFORCE's --------------------------------
 
-BATCHES, PROMPTS, GROUP = 128, 8, 8
+BATCHES, PROMPTS, GROUP = 64, 8, 8
 
 
 def gradients_at(model: Transformer, seed: int) -> Callable[[PolicyGradient], np.ndarray]:
@@ -330,10 +330,10 @@ def test_rloo_and_remax_have_less_variance_than_reinforce_and_the_same_mean(tiny
     plain = gradients(dataclasses.replace(reinforce(), advantage=ReinforceAdvantage()))
     # The mean reward of all prompts, though it is the best constant, says nothing of a prompt by itself.
     running, leave_one_out, greedy = gradients(reinforce()), gradients(rloo()), gradients(remax())
-    assert total_variance(leave_one_out) < 0.15 * total_variance(plain)
-    assert total_variance(greedy) < 0.25 * total_variance(plain)
-    assert total_variance(leave_one_out) < 0.5 * total_variance(running)
+    assert total_variance(leave_one_out) < 0.1 * total_variance(plain)
+    assert total_variance(greedy) < 0.2 * total_variance(plain)
+    assert total_variance(leave_one_out) < 0.4 * total_variance(running)
     mean = np.mean(leave_one_out, axis=0)
     assert cosine(mean, np.mean(greedy, axis=0)) > 0.9
     assert cosine(mean, np.mean(running, axis=0)) > 0.8
-    assert cosine(mean, np.mean(plain, axis=0)) > 0.4
+    assert cosine(mean, np.mean(plain, axis=0)) > 0.3

@@ -186,7 +186,7 @@ def fine_tune(
         for _ in range(settings.steps):
             state, metrics = step(state, shown.batch(order.integers(len(shown), size=settings.batch_size)))
     if is_main_process():
-        print(f"warm start: {settings.steps} steps on {len(shown)} sums, nll {float(metrics['nll']):.3f}")
+        print(f"warm start: {settings.steps} steps on {len(shown)} problems, nll {float(metrics['nll']):.3f}")
     return state.params
 
 

@@ -167,7 +167,7 @@ def test_arithmetic_that_goes_on_starts_warm_from_what_was_saved(
     flags += ["--evaluation.every=0", "--training.checkpoint-every=1", "--training.samples-per-prompt=32"]
     flags = [*SMALL, *flags, f"--run-dir={tmp_path}"]
     grpo_arithmetic.main(flags)
-    assert "warm start: 30 steps on 64 sums" in capsys.readouterr().out
+    assert "warm start: 30 steps on 64 problems" in capsys.readouterr().out
     whole = comparable_metrics(tmp_path / "metrics.jsonl")
     assert whole[-1]["step"] == 2 and whole[-1]["kl"] > 0
 

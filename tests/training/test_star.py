@@ -54,13 +54,13 @@ def make(tiny_config):
             "optimizer": OptimizerConfig(learning_rate=1e-3),
             "sampling": SamplingConfig(max_tokens=5, temperature=1.0),
             "description": {"growth": star.growth},
+            "rewards": RewardSum((low_digit,)),
         }
         return StarTrainer(
             model=model,
             params=jax.tree.map(lambda leaf: leaf.copy(), params),
             tokenizer=TOKENIZER,
             stop_tokens=(TOKENIZER.eos_token_id,),
-            rewards=RewardSum((low_digit,)),
             run_dir=run_dir,
             mesh=mesh,
             star=star,
@@ -229,3 +229,27 @@ def test_a_model_that_solves_nothing_says_so(make, tmp_path):
     trainer.rewards, trainer.solved_by = RewardSum((never,)), "never"
     with pytest.raises(ValueError, match="none of 8 problems was solved"):
         trainer.run()
+
+
+def right_digit(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    return [float(text[:1] == right) for text, right in zip(completions, answer, strict=True)]
+
+
+@pytest.mark.whole_run
+@pytest.mark.parametrize("keeps", ["right", "wrong"])
+def test_what_is_kept_is_what_is_learned(keeps, make, tmp_path, monkeypatch):
+    """A random model finds the answers among its samples; trained on the others, it does not."""
+
+    def keep_wrong(self: StarTrainer, first: list[Any], hinted: list[Any]) -> list[Any]:
+        swapped = [record | {"correct": not record["correct"]} for record in first]
+        return kept_rationales(swapped, [], samples=self.star.samples, dedup=False)
+
+    if keeps == "wrong":
+        monkeypatch.setattr(StarTrainer, "_keep", keep_wrong)
+    star = StarConfig(iterations=2, start_steps=60, samples=256, problems_per_batch=8, rationalize=False)
+    changes = {"optimizer": OptimizerConfig(learning_rate=1e-2), "sampling": SamplingConfig(max_tokens=3)}
+    trainer = make(tmp_path, star=star, rewards=RewardSum((right_digit,)), evaluation=EvaluationConfig(), **changes)
+    trainer.run()
+    rewards = [line["reward"] for line in lines(tmp_path / "metrics.jsonl") if "reward" in line]
+    assert rewards[0] < 0.1
+    assert rewards[-1] > 0.5 if keeps == "right" else rewards[-1] < 0.1

@@ -178,3 +178,13 @@ def draw_families(
         row[0].set_ylabel(family)
         row[0].legend(frameon=False, fontsize=8)
     return figure, axes
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int) -> None:
+    """Writes a PNG of 64 colours, which is a fraction of the size that it has with all of them."""
+    from PIL import Image
+
+    figure.savefig(path, dpi=dpi)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(64)
+    small.save(path, optimize=True)

@@ -12,8 +12,8 @@ compared.
 
 Hardware: two CPU cores. Time: 20 minutes for one seed, on cores that were busy with other work.
 Expected (--seeds=1): greedy accuracy on held-out sums from 0.502 to 0.830 with orpo, 0.818 with cpo and 0.808 with rpo
-and mpo, which have a likelihood term of weight 1; 0.60 to 0.67 with most others. wpo (0.548) and f_dpo (0.502) gain little or
-nothing; discopop (0.220) and apo_down (0.000) do harm. See docs/results/compare_preferences.md.
+and mpo, which have a likelihood term of weight 1; 0.60 to 0.67 with most others. wpo (0.548) and f_dpo (0.502) gain
+little or nothing; discopop (0.220) and apo_down (0.000) do harm. See docs/results/compare_preferences.md.
 A comparison that was cut off goes on with --run-dir=FOLDER --resume: finished runs are not repeated.
 With more presets or seeds than before, those are added.
 """

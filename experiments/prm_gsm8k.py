@@ -14,7 +14,8 @@ the same checkpoint with low-rank adapters and a scalar head learns the labels; 
     python experiments/prm_gsm8k.py --distributed --model.path=Qwen/Qwen2.5-1.5B-Instruct --model.dtype=bfloat16 \\
         --data.train=steps_train.jsonl --data.eval=steps_eval.jsonl --training.rows-per-step=64 --mesh.fsdp=-1
 
-No result has been measured yet.
+No accuracy has been measured yet. Labels of the 15 steps of four published solutions, two completions of at most 64
+tokens each, took 227 s with the checkpoint's own attempts, on two cores that had other work beside.
 Any setting is a flag: --solutions=4 --rollouts=8 --label-kind=soft --max-problems=1000; see --help.
 """
 

@@ -31,6 +31,9 @@ from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.offline_cli import run_offline
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 
+PAIRS = PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True)
+"""Both dialogues whole, with their common beginning as the prompt."""
+
 CONFIG = OfflineExperiment(
     name="dpo_hh",
     objective=dpo(),
@@ -39,7 +42,7 @@ CONFIG = OfflineExperiment(
         max_prompt_length=128,
         max_completion_length=64,
         overlong="drop",
-        format=PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True),
+        format=PAIRS,
     ),
     training=OfflineTrainingConfig(steps=60, rows_per_step=8, checkpoint_every=20),
     optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup_steps=6),

@@ -11,31 +11,21 @@ own have the columns prompt, completion and label: add --data.format.from-pairs=
 
 from __future__ import annotations
 
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+import dataclasses
+
+from dpo_hh import CONFIG as DPO
+from dpo_hh import PAIRS
+
 from jaxrl_llm.algorithms.preference_presets import kto
-from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
-from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.unpaired import UnpairedFormat
-from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.offline_cli import run_offline
-from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 
-PAIRS = PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True)
-
-CONFIG = OfflineExperiment(
+CONFIG = dataclasses.replace(
+    DPO,
     name="kto_hh",
     objective=kto(),
-    model=ModelSource(remat="none", lora=LoraConfig(rank=16, alpha=32.0)),
-    data=OfflineDataConfig(
-        max_prompt_length=128,
-        max_completion_length=64,
-        overlong="drop",
-        format=UnpairedFormat(from_pairs=True, pairs=PAIRS),
-    ),
-    training=OfflineTrainingConfig(steps=60, rows_per_step=16, checkpoint_every=20),
-    optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup_steps=6),
-    evaluation=OfflineEvaluationConfig(every=20, max_rows=256),
+    data=dataclasses.replace(DPO.data, format=UnpairedFormat(from_pairs=True, pairs=PAIRS)),
+    training=dataclasses.replace(DPO.training, rows_per_step=16),
 )
 
 if __name__ == "__main__":

@@ -9,29 +9,14 @@ rise. Any setting is a flag: --objective.pair-loss.odds-coef=0.25 --model.lora.r
 
 from __future__ import annotations
 
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.preference_presets import orpo
-from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
-from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.data.preferences import PreferenceFormat
-from jaxrl_llm.models.config import LoraConfig
-from jaxrl_llm.offline_cli import run_offline
-from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
+import dataclasses
 
-CONFIG = OfflineExperiment(
-    name="orpo_hh",
-    objective=orpo(),
-    model=ModelSource(remat="none", lora=LoraConfig(rank=16, alpha=32.0)),
-    data=OfflineDataConfig(
-        max_prompt_length=128,
-        max_completion_length=64,
-        overlong="drop",
-        format=PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True),
-    ),
-    training=OfflineTrainingConfig(steps=60, rows_per_step=8, checkpoint_every=20),
-    optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup_steps=6),
-    evaluation=OfflineEvaluationConfig(every=20, max_rows=256),
-)
+from dpo_hh import CONFIG as DPO
+
+from jaxrl_llm.algorithms.preference_presets import orpo
+from jaxrl_llm.offline_cli import run_offline
+
+CONFIG = dataclasses.replace(DPO, name="orpo_hh", objective=orpo())
 
 if __name__ == "__main__":
     run_offline(CONFIG, description=__doc__ or "")

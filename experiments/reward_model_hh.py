@@ -26,32 +26,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from dpo_hh import CONFIG as DPO
 
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.reward_model import RewardModelObjective
 from jaxrl_llm.cli import Policy
-from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
-from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.data.preferences import PreferenceFormat
-from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.offline_cli import run_offline
-from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 
-CONFIG = OfflineExperiment(
-    name="reward_model_hh",
-    objective=RewardModelObjective(),
-    model=ModelSource(remat="none", lora=LoraConfig(rank=16, alpha=32.0)),
-    data=OfflineDataConfig(
-        max_prompt_length=128,
-        max_completion_length=64,
-        overlong="drop",
-        format=PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True),
-    ),
-    training=OfflineTrainingConfig(steps=60, rows_per_step=8, checkpoint_every=20),
-    optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup_steps=6),
-    evaluation=OfflineEvaluationConfig(every=20, max_rows=256),
-)
+CONFIG = dataclasses.replace(DPO, name="reward_model_hh", objective=RewardModelObjective())
 
 
 def with_score_head(policy: Policy) -> Policy:

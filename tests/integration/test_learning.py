@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.advantages import GTPOAdvantage
-from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.critic import Critic
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient, ValueObjective
 from jaxrl_llm.algorithms.presets import PRESETS, dapo, dppo, gspo, gtpo, ppo, remax
 from jaxrl_llm.algorithms.signals import Advantage, Credit, Feedback, Need, Signals
-from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.algorithms.update import make_update_step
-from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling.engine import Sampler
-from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 
 pytestmark = pytest.mark.whole_run
 
-STOP, WANTED, VOCABULARY, STEPS, GROUP = 0, 5, 16, 60, 16
+WANTED, VOCABULARY, STEPS = 5, 16, 60
 
 
 def says_it(rollout: Rollout) -> np.ndarray:
@@ -60,46 +50,10 @@ def feedback(algorithm: PolicyGradient, rollout: Rollout, rewards: np.ndarray, n
     return rewards
 
 
-def train(
-    algorithm: PolicyGradient,
-    model: Transformer,
-    *,
-    reward: Callable[[Rollout], np.ndarray] = says_it_and_stops,
-    shares_trunk: bool = False,
-    learning_rate: float = 4e-3,
-    plan: UpdateConfig | None = None,
-    steps: int = STEPS,
-) -> list[dict[str, float]]:
-    """The metrics of each step; `reward` is that of the samples drawn before it."""
-    settings = OptimizerConfig(learning_rate=learning_rate)
-    optimizer = make_optimizer(settings, make_schedule(settings, steps))
-    params, critic, critic_params = jax.jit(model.init)(jax.random.key(0)), None, None
-    if algorithm.needs_critic:
-        scorer = ScoreModel(model, lm_head=shares_trunk)
-        critic = Critic(scorer, None if shares_trunk else optimizer)
-        if shares_trunk:
-            params = scorer.from_trunk(params)
-        else:
-            critic_params = scorer.from_trunk(jax.tree.map(jnp.copy, params))
-    state = make_train_state(params, optimizer, seed=0, algorithm=algorithm, critic=critic, critic_params=critic_params)
-    reference = jax.tree.map(jnp.copy, params) if algorithm.needs_reference else None
-    sampler = Sampler(
-        model,
-        SamplingConfig(max_tokens=3),
-        group=GROUP,
-        stop_tokens=(STOP,),
-        mesh=make_mesh(devices=jax.devices()[:1]),
-        greedy=algorithm.needs_greedy,
-    )
-    update = jax.jit(make_update_step(model, optimizer, algorithm, plan, critic=critic), donate_argnums=0)
-    numbers, history = np.random.default_rng(0), []
-    for step in range(steps):
-        prompts = numbers.integers(1, VOCABULARY, (8, 3))
-        rollout = sampler(state.params, prompts, numbers.integers(1, 4, 8), state.key, step)
-        rewards = reward(rollout)
-        state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
-        history.append({name: float(value) for name, value in metrics.items()})
-    return history
+@pytest.fixture
+def train(train) -> Callable[..., list[dict[str, float]]]:
+    """The loop, on the task of these tests unless told otherwise."""
+    return functools.partial(train, reward=says_it_and_stops, feedback=feedback, steps=STEPS)
 
 
 def rewards_of(history: list[dict[str, float]]) -> tuple[float, float]:
@@ -156,7 +110,7 @@ def dppo_wide() -> PolicyGradient:
 @pytest.mark.parametrize(
     "preset", [*(p for p in PRESETS if p is not gtpo), gtpo_joint, dppo_wide], ids=lambda preset: preset.__name__
 )
-def test_every_preset_learns(preset, model):
+def test_every_preset_learns(preset, model, train):
     name = preset.__name__
     reward = REWARDS.get(name.removesuffix("_joint"), says_it_and_stops)
     first, last = rewards_of(train(preset(), model, reward=reward, steps=SLOWER.get(name, STEPS)))
@@ -166,25 +120,25 @@ def test_every_preset_learns(preset, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
-def test_no_preset_learns_with_the_sign_flipped(preset, model):
+def test_no_preset_learns_with_the_sign_flipped(preset, model, train):
     algorithm = dataclasses.replace(preset(), advantage=Negated(preset().advantage))
     _, last = rewards_of(train(algorithm, model))
     assert last < 0.1, last
 
 
 @pytest.mark.parametrize("preset", [dapo, gspo, remax, ppo], ids=lambda preset: preset.__name__)
-def test_one_of_each_family_learns(preset, model):
+def test_one_of_each_family_learns(preset, model, train):
     first, last = rewards_of(train(preset(), model))
     assert first < 0.1, first
     assert last > 0.7, last
 
 
-def test_with_the_sign_flipped_it_does_not_learn(model):
+def test_with_the_sign_flipped_it_does_not_learn(model, train):
     _, last = rewards_of(train(dataclasses.replace(dapo(), advantage=Negated(dapo().advantage)), model))
     assert last < 0.1, last
 
 
-def test_a_critic_on_the_policys_trunk_learns_with_it(model):
+def test_a_critic_on_the_policys_trunk_learns_with_it(model, train):
     history = train(dataclasses.replace(ppo(), value=ValueObjective(coef=1.0)), model, shares_trunk=True)
     assert rewards_of(history)[1] > 0.7
     expected, returned = (np.mean([metrics[name] for metrics in history[-5:]]) for name in VALUES)

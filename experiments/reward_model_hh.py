@@ -15,8 +15,8 @@ On a pod, the same line on every host (tpu_scripts/launch.sh adds --distributed)
         --data.max-completion-length=256 --training.rows-per-step=64 --mesh.fsdp=-1
 
 Rows have the columns chosen and rejected, whole dialogues, as published; those whose beginnings differ, and longer
-ones, are dropped and counted. `eval/accuracy`, the share of held-out pairs whose chosen reply scores higher, is to
-rise above 0.5; how far it does with these settings has not been measured yet. The model's folder is one of
+ones, are dropped and counted. `eval/accuracy` is the share of held-out pairs whose chosen reply scores higher; measured
+after 80 steps on 188 pairs: 0.622 (docs/results/hh_rlhf.md). The model's folder is one of
 `AutoModelForSequenceClassification`. Any setting is a flag: --objective.center-coef=0.01 --model.lora.rank=0 (all
 weights) --optimizer.learning-rate=1e-5; see --help.
 """

@@ -29,6 +29,7 @@ import numpy as np
 from comparison import Curve, Result, begin, check_runs, compare, draw_families, results_table, run_folder
 from grpo_arithmetic import CONFIG as ARITHMETIC
 from grpo_arithmetic import ArithmeticExperiment, problems, warm_start
+from trpo_arithmetic import CONFIG as TRPO
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
@@ -42,9 +43,10 @@ from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
 from jaxrl_llm.training.trainer import TrainingConfig
 
-NAMES = tuple(preset.__name__ for preset in PRESETS)
+ALGORITHMS = {preset.__name__: preset() for preset in PRESETS} | {"trpo": TRPO.algorithm}
+NAMES = tuple(ALGORITHMS)
 FAMILIES = {
-    "one sample at a time": ("reinforce", "remax", "reinforce_plus_plus", "ppo"),
+    "one sample at a time": ("reinforce", "remax", "reinforce_plus_plus", "ppo", "trpo"),
     "advantages of a group": ("rloo", "reinforce_plus_plus_baseline", "opo", "gpg", "grpo", "dr_grpo", "lite_ppo"),
     "other surrogates": ("dapo", "sapo", "cispo", "gmpo", "gspo", "gspo_token", "luspo", "vespo"),
     "shaped, filtered, judged": ("gtpo", "grpo_s", "ha_dw", "gfpo", "gdpo", "pass_at_k", "brpo", "grpo_threshold"),
@@ -60,7 +62,7 @@ class Comparison(ArithmeticExperiment):
     """An arithmetic experiment, run with many algorithms."""
 
     presets: tuple[str, ...] = NAMES
-    """Which of `jaxrl_llm.algorithms.presets`."""
+    """Which of `jaxrl_llm.algorithms.presets`, or trpo."""
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
 
@@ -93,16 +95,28 @@ def right_beats_wrong(
 def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: str, seed: int) -> Result:
     """One algorithm with one seed, from the warm start."""
     folder = run_folder(config, name, seed)
-    preset = PRESETS[NAMES.index(name)]()
-    update = UpdateConfig() if isinstance(preset.surrogate, LogProb) else config.update
+    algorithm = ALGORITHMS[name]
+    one_step = name == "trpo" or isinstance(algorithm.surrogate, LogProb)
     own = dataclasses.replace(
-        config, algorithm=preset, update=update, seed=seed, run_dir=str(folder), name=f"{name}-{seed}"
+        config,
+        algorithm=algorithm,
+        update=UpdateConfig() if one_step else config.update,
+        seed=seed,
+        run_dir=str(folder),
+        name=f"{name}-{seed}",
     )
     train_rows, eval_rows = problems(dataclasses.replace(config, seed=0))  # the same for all
     began = time.perf_counter()
     with plain_errors():
-        judge = right_beats_wrong if "verdicts" in preset.advantage.needs else None
-        trainer = make_trainer(own, policy, mesh, train_rows=train_rows, eval_rows=eval_rows, judge=judge)
+        trainer = make_trainer(
+            own,
+            policy,
+            mesh,
+            train_rows=train_rows,
+            eval_rows=eval_rows,
+            judge=right_beats_wrong if "verdicts" in algorithm.advantage.needs else None,
+            trust_region=TRPO.trust_region if name == "trpo" else None,
+        )
     done = train(trainer)
     lines = [line for line in read_metrics(folder / METRICS_FILE) if "reward" in line]
     last = lines[-max(1, len(lines) // 10) :]

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from comparison import Curve, Result, begin, check_runs, compare, draw_families, results_table, run_folder
 from grpo_arithmetic import CONFIG as ARITHMETIC
 from grpo_arithmetic import ArithmeticExperiment, problems, warm_start
@@ -33,9 +34,10 @@ from trpo_arithmetic import CONFIG as TRPO
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import PRESETS
 from jaxrl_llm.algorithms.surrogates import LogProb
-from jaxrl_llm.cli import Policy, make_trainer, parse, plain_errors, train
+from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
@@ -65,6 +67,8 @@ class Comparison(ArithmeticExperiment):
     """Which of `jaxrl_llm.algorithms.presets`, or trpo."""
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
+    # What the presets decide is no flag.
+    algorithm: tyro.conf.Suppress[PolicyGradient] = PolicyGradient()
 
     def __post_init__(self) -> None:
         """Rejects unknown names, and no run at all."""
@@ -169,7 +173,7 @@ def smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
 
 def main(args: list[str] | None = None) -> list[Result]:
     """Runs the comparison."""
-    config = begin(parse(CONFIG, args, description=__doc__ or ""))
+    config = begin(tyro.cli(Comparison, args=args, default=CONFIG, description=__doc__))
     with plain_errors():
         mesh = make_mesh(config.mesh)
         policy = warm_start(dataclasses.replace(config, seed=0), CharTokenizer("0123456789+="), mesh)

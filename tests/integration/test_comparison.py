@@ -117,6 +117,24 @@ def test_unknown_presets_are_told_at_once(
         assert "'gropo'" in said and f"must be some of {first}" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("compare_algorithms", "--preset=grpo"),
+        ("compare_algorithms", "--algorithm.kl-coef=0.1"),
+        ("compare_preferences", "--preset=dpo"),
+        ("compare_preferences", "--objective.nll-coef=1"),
+    ],
+)
+def test_what_the_presets_decide_is_no_flag(
+    name: str, flag: str, load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load(name).main([flag])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Unrecognized options: {flag}" in said
+
+
 def test_results_are_ordered_by_the_first_column(shared: ModuleType) -> None:
     def result(name: str, accuracy: float, margin: float | None) -> dict[str, Any]:
         return {"preset": name, "accuracy": accuracy, "margin": margin, "seconds": 0.1}

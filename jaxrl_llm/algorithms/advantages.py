@@ -147,6 +147,11 @@ class GFPOAdvantage(Advantage):
             metric=(self.metric in ("short", "efficient"), "be 'short' or 'efficient'"),
         )
 
+    @property
+    def smallest_group(self) -> int:
+        """Samples to choose k of."""
+        return self.keep
+
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`, and the samples that are kept."""
         if self.keep > signals.rewards.shape[1]:

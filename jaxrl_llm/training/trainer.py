@@ -192,7 +192,8 @@ class Trainer:
         if group < advantage.smallest_group:  # a group of equal rewards has advantages of 0
             raise ValueError(
                 f"training.samples_per_prompt={group} cannot learn: {type(advantage).__name__} compares a "
-                "sample with the others of its prompt; pass --training.samples-per-prompt=2 or more"
+                f"sample with the others of its prompt; pass --training.samples-per-prompt={advantage.smallest_group} "
+                "or more"
             )
         if trust_region is not None and plan.optimizer_steps > 1:
             raise ValueError(
@@ -207,7 +208,9 @@ class Trainer:
             raise ValueError("there is no reward: pass rewards=, or device_rewards=")
         if ("verdicts" in needs) != (self.judge is not None):
             raise ValueError(
-                f"{name} " + ("reads a judge's verdicts: pass judge=" if self.judge is None else "reads no verdicts")
+                f"{name} reads a judge's verdicts: pass judge=, as experiments/compare_algorithms.py does"
+                if self.judge is None
+                else f"{name} reads no verdicts"
             )
         if self.rewards is not None:
             return

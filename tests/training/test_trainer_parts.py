@@ -112,6 +112,8 @@ def test_one_sample_a_prompt_is_enough_where_nothing_is_compared(make) -> None:
     make(algorithm=presets.remax(), training={"samples_per_prompt": 1}).run()
     with pytest.raises(ValueError, match=r"samples_per_prompt=1 cannot learn: GroupAdvantage compares a sample with"):
         make("other", training={"samples_per_prompt": 1})
+    with pytest.raises(ValueError, match=r"samples_per_prompt=2 cannot learn: .*samples-per-prompt=4 or more"):
+        make("third", algorithm=presets.gfpo(), training={"samples_per_prompt": 2})
 
 
 # ---- Judges, reward functions one by one ---------------------------------------------------------------

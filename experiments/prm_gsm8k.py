@@ -171,23 +171,27 @@ def with_labels(config: PRMExperiment, labeller: Labeller) -> PRMExperiment:
     Raises:
         ValueError: there are no problems to make them of, or several processes would.
     """
-    files = {"train": config.data.train, "eval": config.data.eval}
+    files, to_make = {"train": config.data.train, "eval": config.data.eval}, []
     for part, problems, flag in (("train", config.problems, ""), ("eval", config.eval_problems, "eval-")):
         path = Path(config.run_dir or "") / f"steps_{part}.jsonl"
         if files[part] is not None or (part == "eval" and not config.evaluation.every):
             continue
-        if not path.exists():
-            if problems is None or jax.process_count() > 1:
-                raise ValueError(
-                    f"no labelled steps: pass --data.{part}=<file>, or in a single process --{flag}problems=<gsm8k>"
-                )
-            began, limit = time.perf_counter(), config.max_problems if part == "train" else config.max_problems // 4
-            rows = labeller(problems, max(limit, 1))
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            labels = np.concatenate([row["labels"] for row in rows])
-            seconds = time.perf_counter() - began
-            print(f"{path}: {len(labels)} steps of {len(rows)} solutions, mean {labels.mean():.3f}, {seconds:.0f} s")
         files[part] = str(path)
+        if path.exists():
+            continue
+        if problems is None or jax.process_count() > 1:
+            raise ValueError(
+                f"no labelled steps: pass --data.{part}=<file>, or in a single process --{flag}problems=<gsm8k>"
+            )
+        open_source(problems)  # one that there is not is told before the others' labels are made
+        to_make.append((path, problems, config.max_problems if part == "train" else config.max_problems // 4))
+    for path, problems, limit in to_make:
+        began = time.perf_counter()
+        rows = labeller(problems, max(limit, 1))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        labels = np.concatenate([row["labels"] for row in rows])
+        seconds = time.perf_counter() - began
+        print(f"{path}: {len(labels)} steps of {len(rows)} solutions, mean {labels.mean():.3f}, {seconds:.0f} s")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **files))
 
 

@@ -208,5 +208,19 @@ def test_arithmetic_says_what_does_not_fit(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("held_out", "message"), [(None, "--eval-problems=<gsm8k>"), ("none.jsonl", "no data file none.jsonl")]
+)
+def test_held_out_problems_that_are_missing_are_told_before_labels_are_made(
+    held_out: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(FILES[0].parent)
+    experiment = importlib.import_module("prm_gsm8k")
+    rows = {"problems": str(gsm8k_rows(tmp_path)), "eval_problems": held_out}
+    config = dataclasses.replace(experiment.CONFIG, run_dir=str(tmp_path), **rows)
+    with pytest.raises((ValueError, OSError), match=message):
+        experiment.with_labels(config, lambda *_: pytest.fail("labels were made"))
+
+
 def test_there_are_experiments() -> None:
     assert {"grpo_arithmetic"} <= {path.stem for path in EXPERIMENTS}

@@ -15,9 +15,11 @@ import pytest
 from jaxrl_llm.algorithms import presets
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
+from jaxrl_llm.algorithms.process_reward import make_process_reward, make_step_scores
 from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.cli import finish, make_trainer
+from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
@@ -235,6 +237,21 @@ def test_rewards_of_tokens_and_of_completions_add_up(make, tiny: ModuleType) -> 
     line = metrics_of(trainer)[-1]
     parts = line["rewards/shared_characters/mean"] + line["rewards/spread/mean"] + 0.5 * line["rewards/each_token/mean"]
     assert line["reward"] == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_reward_model_rewards_ppo_in_one_program(make, tiny: ModuleType) -> None:
+    policy = tiny.make_policy(ONE_DEVICE)
+    judge = ScoreModel(policy.model, bias=True)
+    params = judge.from_trunk(policy.params, jax.random.key(1))
+    scores = make_step_scores(judge, separators=(4, 5, 6, 7), max_steps=4)
+    reward = DeviceReward("steps", make_process_reward(scores, kind="progress"), params)
+    trainer = make(rewards=(), algorithm=presets.ppo(), parts={"device_rewards": (reward,)})
+    trainer.run()
+    assert trainer.compilations.counts == {"iteration": 1}
+    lines = metrics_of(trainer)
+    assert all(line["reward"] == pytest.approx(line["rewards/steps/mean"]) != 0 for line in lines)
+    assert all(line["grad_norm"] > 0 for line in lines)
 
 
 def test_an_evaluation_of_a_fused_run_has_rewards_of_its_own(make, tiny: ModuleType) -> None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from jaxrl_llm.cli import run
 from jaxrl_llm.config import Experiment
 from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.models.score_pretrained import load_score_model
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.metrics import comparable_metrics, read_metrics
 
 MANY_RUNS = ("compare_algorithms", "compare_preferences", "comparison")
@@ -119,11 +121,18 @@ def keep_everything(correct: np.ndarray, correct_with_hint: np.ndarray) -> Kept:
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_two_steps(path: Path, debug_size, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_steps(
+    path: Path, debug_size, tiny_config, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small_model(tokenizer: Any) -> Transformer:
+        """In place of the experiments' on sums: compiling is most of their time. grpo_arithmetic keeps its own."""
+        return Transformer(tiny_config(vocab_size=len(tokenizer), num_layers=1))
+
     run_dir = tmp_path / "run"
     small, measured = (OFFLINE_SMALL, "eval/loss") if path.stem in OFFLINE + SCORE_MODELS else (SMALL, "eval/accuracy")
     monkeypatch.setattr(sys, "argv", [str(path), *small, *debug_size(path.stem), f"--run-dir={run_dir}"])
     monkeypatch.syspath_prepend(path.parent)  # an experiment may build on another one
+    monkeypatch.setattr("grpo_arithmetic.character_model", small_model)
     monkeypatch.setattr("jaxrl_llm.training.rationales.keep_rationales", keep_everything)
     runpy.run_path(str(path), run_name="__main__")
     lines = read_metrics(run_dir / "metrics.jsonl")

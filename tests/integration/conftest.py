@@ -20,7 +20,8 @@ from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.sharding import make_mesh, replicated
+from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.types import Rollout
 
 History = list[dict[str, float]]
@@ -50,7 +51,7 @@ def _train(
     """The metrics of each step; `reward` is that of the samples drawn before it.
 
     The prompts of every step are `prompts`, or eight random ones; `feedback` adds to the rewards what an algorithm
-    reads beside them; training starts at a copy of `params`, or at random ones.
+    reads beside them; training starts at a copy of `params`, or at random ones. Nothing is compiled twice.
     """
     settings = OptimizerConfig(learning_rate=learning_rate)
     optimizer = make_optimizer(settings, make_schedule(settings, steps))
@@ -63,27 +64,31 @@ def _train(
             params = scorer.from_trunk(params)
         else:
             critic_params = scorer.from_trunk(jax.tree.map(jnp.copy, params))
+    mesh = make_mesh(devices=jax.devices()[:1])
     state = make_train_state(params, optimizer, seed, algorithm=algorithm, critic=critic, critic_params=critic_params)
+    state = jax.device_put(state, replicated(mesh))  # where an update leaves it
     reference = jax.tree.map(jnp.copy, params) if algorithm.needs_reference else None
     sampler = Sampler(
         model,
         SamplingConfig(max_tokens=max_tokens),
         group=group,
         stop_tokens=stop_tokens,
-        mesh=make_mesh(devices=jax.devices()[:1]),
+        mesh=mesh,
         greedy=algorithm.needs_greedy,
     )
     update = jax.jit(make_update_step(model, optimizer, algorithm, plan, critic=critic), donate_argnums=0)
     numbers, history = np.random.default_rng(seed), []
-    for step in range(steps):
-        if prompts is None:
-            drawn = numbers.integers(1, model.config.vocab_size, (8, 3)), numbers.integers(1, 4, 8)
-        else:
-            drawn = prompts, np.full(len(prompts), prompts.shape[1])
-        rollout = sampler(state.params, *drawn, state.key, step)
-        rewards = reward(rollout)
-        state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
-        history.append({name: float(value) for name, value in metrics.items()})
+    with CompilationCounter() as counter:
+        for step in range(steps):
+            if prompts is None:
+                drawn = numbers.integers(1, model.config.vocab_size, (8, 3)), numbers.integers(1, 4, 8)
+            else:
+                drawn = prompts, np.full(len(prompts), prompts.shape[1])
+            rollout = sampler(state.params, *drawn, state.key, step)
+            rewards = reward(rollout)
+            state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
+            history.append({name: float(value) for name, value in metrics.items()})
+    assert counter.counts["sample"] == counter.counts["update_step"] == 1, counter.counts
     return history
 
 

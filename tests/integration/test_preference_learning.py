@@ -28,6 +28,7 @@ from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.training.compilation import CompilationCounter
 
 pytestmark = pytest.mark.whole_run
 
@@ -102,10 +103,12 @@ def trained(objective: Objective, rows: Any, steps: int = 100, size: int = 40) -
     reference = start() if objective.needs_reference else None
     step = jax.jit(make_offline_step(MODEL, optimizer, objective))
     metrics, count = {}, len(rows.prompt)
-    for number in range(steps):
-        items = (np.arange(size) + number * size) % count
-        batch = type(rows)(*(None if array is None else array[items] for array in rows))
-        state, metrics = step(state, batch, reference)
+    with CompilationCounter() as counter:
+        for number in range(steps):
+            items = (np.arange(size) + number * size) % count
+            batch = type(rows)(*(None if array is None else array[items] for array in rows))
+            state, metrics = step(state, batch, reference)
+    assert counter.counts["offline_step"] == 1, counter.counts
     return state.params, {name: float(value) for name, value in metrics.items()}
 
 

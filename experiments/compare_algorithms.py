@@ -10,7 +10,7 @@ bare log-prob (REINFORCE, ReMax, RLOO, ...) make one, as published: nothing hold
 with four steps REINFORCE and ReMax fall to an accuracy of 0. Nothing is tuned for any of them: the learning rate, which
 suits one better than another, is part of what is compared.
 
-Hardware: two CPU cores. Time: 18 minutes; 11 to 36 seconds a run, compilation included.
+Hardware: two CPU cores. Time: 23 minutes; 11 to 36 seconds a run, TRPO's 130, compilation included.
 Expected: accuracy on held-out sums from 0.442 to 0.78 (DAPO), 0.77 (PPO), 0.75 (GRPO), 0.70 (REINFORCE); BRPO and GTPO
 lose what the model could do. docs/results/compare_algorithms.md has the table, the figure and what they show.
 A comparison that was cut off goes on with --run-dir=FOLDER --resume: finished runs are not repeated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -67,7 +68,7 @@ class Credit(NamedTuple):
     metrics: Metrics = {}  # noqa: RUF012 (of a tuple, and never written to)
 
 
-class Advantage:
+class Advantage(abc.ABC):
     """An advantage estimator: a frozen record of its settings, and a pure function.
 
     Most have no memory. One that has (a running baseline, an adaptive coefficient) says how it starts and what becomes
@@ -86,9 +87,9 @@ class Advantage:
         """The memory before the first batch, a tree of arrays."""
         return ()
 
+    @abc.abstractmethod
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages of a whole batch."""
-        raise NotImplementedError
 
     def remember(self, signals: Signals, memory: Any) -> Any:
         """The memory after a batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import ClassVar, NamedTuple
 
@@ -47,7 +48,7 @@ class Reduction(NamedTuple):
     max_length: int
 
 
-class Surrogate:
+class Surrogate(abc.ABC):
     """A policy loss: a frozen record of its settings, and a pure function of tokens."""
 
     aggregations: ClassVar[tuple[AggregationMode, ...] | None] = None
@@ -55,9 +56,9 @@ class Surrogate:
     whole_batch: ClassVar[bool] = False
     """Whether it compares the tokens of a batch, so that there can be no micro-batches."""
 
+    @abc.abstractmethod
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""
-        raise NotImplementedError
 
 
 def _distance(value: float | None) -> tuple[bool, str]:

@@ -1,6 +1,6 @@
 """The decoding loop: each prompt is computed once, its G completions share its keys and values.
 
-One pure function, compiled as one program: prefill, then a `while_loop` that ends when every row has ended.
+One pure function, compiled as one program: prefill, then a `while_loop` that ends soon after every row has ended.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import jax.numpy as jnp
 
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend_shared, causal_mask
+from jaxrl_llm.models.rope import Rotation
 from jaxrl_llm.models.transformer import Params, Transformer, unstack
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, uniforms
 from jaxrl_llm.sharding import constrain
 from jaxrl_llm.types import Rollout
+
+_STEPS_BETWEEN_LOOKS = 8
+"""Tokens that are decoded before it is asked again whether all rows have ended: the devices have to agree on it."""
 
 
 class _Loop(NamedTuple):
@@ -62,6 +66,8 @@ class _Prompt(NamedTuple):
     """`[P, V]` of each completion's first token."""
     uniform: jax.Array
     """`[P, G, Tc, 2]` the randomness of each token."""
+    turn: Rotation
+    """`[P, Tc]` of the completions' positions: in the loop, each layer would compute it again."""
 
 
 def row_keys(key: jax.Array, prompt_index: jax.Array, group: int) -> jax.Array:
@@ -108,8 +114,13 @@ def sample(
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     layers = tuple(_Layer(*layer) for layer in unstack((params["layers"], model.windows(), memory)))
-    prompts = _Prompt(prompt_lengths, layers, model.head_logits(params, last), uniforms(keys, config.max_tokens))
-
+    prompts = _Prompt(
+        lengths=prompt_lengths,
+        layers=layers,
+        logits=model.head_logits(params, last),
+        uniform=uniforms(keys, config.max_tokens),
+        turn=model.rotation(prompt_lengths[:, None] + jnp.arange(config.max_tokens)),
+    )
     state = _start(model, prompts, prompt.shape[0], group, slots, config)
 
     def drawn_by(state: _Loop, logits: jax.Array) -> Draw:
@@ -130,7 +141,14 @@ def sample(
             logits = jnp.where((state.time < 0)[..., None], prompts.logits[:, None], logits)
         return _record(state._replace(cache=cache), drawn_by(state, logits), stop_tokens, recycle=slots < group)
 
-    state = jax.lax.while_loop(unfinished, step, state)
+    def steps(state: _Loop) -> _Loop:
+        """Some steps; those after the end of all rows change nothing that is returned."""
+        count = _STEPS_BETWEEN_LOOKS
+        if slots == group:
+            count = jnp.minimum(count, config.max_tokens - 1 - state.time)
+        return jax.lax.fori_loop(0, count, lambda _, state: step(state), state)
+
+    state = jax.lax.while_loop(unfinished, steps, state)
     mask = length_mask(state.lengths, config.max_tokens)
     return Rollout(
         prompt=prompt,
@@ -178,6 +196,13 @@ def _pick(uniform: jax.Array, sample: jax.Array, time: jax.Array) -> jax.Array:
     if time.ndim == 0:
         return jax.lax.dynamic_index_in_dim(uniform, time, axis=2, keepdims=False)
     return jax.vmap(lambda row, *at: row.at[at].get(mode="clip"))(uniform, sample, time)
+
+
+def _at(values: jax.Array, time: jax.Array) -> jax.Array:
+    """Of `[P, Tc, …]` what belongs to the slots' times: `[P, 1, …]` while they march together, else `[P, M, …]`."""
+    if time.ndim == 0:
+        return jax.lax.dynamic_index_in_dim(values, time, axis=1)
+    return jax.vmap(lambda row, at: row[at])(values, time)
 
 
 def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], *, recycle: bool) -> _Loop:
@@ -238,7 +263,7 @@ def _decode(
     own_position = prompts.lengths[:, None, None] + jnp.arange(state.completion.shape[-1])  # [P, 1, Tc]
     prompt_width = prompts.layers[0].memory.key.shape[-1]
     is_prompt = length_mask(prompts.lengths, prompt_width)[:, None, None]
-    turn = model.rotation(position)
+    turn = Rotation(*(_at(angles, time) for angles in prompts.turn))
     softcap = model.config.attention_softcap
     x, caches = model.embed(params, state.token), []
     for layer, own in zip(prompts.layers, state.cache, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_logprobs_are_those_of_the_learner(name, tiny_config, lively_params, mak
     """Before the first update every ratio is 1."""
     model = Transformer(tiny_config(**ARCHITECTURES[name]))
     params = lively_params(model)
-    rollout = make_sampler(model, temperature=0.7)(params, *prompts, key, 0)
+    rollout = make_sampler(model, temperature=0.7, max_tokens=20)(params, *prompts, key, 0)
     mask = np.asarray(rollout.mask)
     assert 0 < mask.mean() < 1  # ragged
     for ours, temperature in ((rollout.sampler_logprobs, 0.7), (rollout.logprobs, 1.0)):
@@ -143,10 +144,11 @@ def test_truncated_rollouts_stay_in_the_filtered_set(tiny_config, lively_params,
 def test_recycled_slots_sample_the_same_rows(tiny_config, lively_params, make_sampler, prompts, key, assert_same):
     model = Transformer(tiny_config(sliding_windows=(3, None)))
     params = lively_params(model)
-    whole = make_sampler(model, group=5)(params, *prompts, key, 3)
+    make_sampler = functools.partial(make_sampler, model, group=5, max_tokens=20)
+    whole = make_sampler()(params, *prompts, key, 3)
     assert len(np.unique(np.asarray(whole.completion_lengths))) > 3
     for slots in (1, 3, 100):
-        assert_same(make_sampler(model, group=5, slots=slots)(params, *prompts, key, 3), whole)
+        assert_same(make_sampler(slots=slots)(params, *prompts, key, 3), whole)
 
 
 def test_rows_do_not_depend_on_the_batch(tiny_config, lively_params, make_sampler, prompts, key, assert_same):

@@ -36,6 +36,7 @@ from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import PRESETS
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.surrogates import LogProb
 from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
@@ -52,7 +53,7 @@ FAMILIES = {
     "advantages of a group": ("rloo", "reinforce_plus_plus_baseline", "opo", "gpg", "grpo", "dr_grpo", "lite_ppo"),
     "other surrogates": ("dapo", "sapo", "cispo", "gmpo", "gspo", "gspo_token", "luspo", "vespo"),
     "shaped, filtered, judged": ("gtpo", "grpo_s", "ha_dw", "gfpo", "gdpo", "pass_at_k", "brpo", "grpo_threshold"),
-    "entropy looked after": ("clip_cov", "kl_cov"),
+    "entropy looked after; pairs": ("clip_cov", "kl_cov", "online_dpo"),
 }
 """Rows of the figure."""
 PANELS = {"reward": "reward", "entropy": "entropy", "completions/mean_length": "length"}
@@ -68,7 +69,7 @@ class Comparison(ArithmeticExperiment):
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
     # What the presets decide is no flag.
-    algorithm: tyro.conf.Suppress[PolicyGradient] = PolicyGradient()
+    algorithm: tyro.conf.Suppress[Algorithm] = PolicyGradient()
 
     def __post_init__(self) -> None:
         """Rejects unknown names, and no run at all."""
@@ -100,11 +101,11 @@ def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: s
     """One algorithm with one seed, from the warm start."""
     folder = run_folder(config, name, seed)
     algorithm = ALGORITHMS[name]
-    one_step = name == "trpo" or isinstance(algorithm.surrogate, LogProb)
+    bare = isinstance(algorithm, PolicyGradient) and isinstance(algorithm.surrogate, LogProb)
     own = dataclasses.replace(
         config,
         algorithm=algorithm,
-        update=UpdateConfig() if one_step else config.update,
+        update=UpdateConfig() if bare or name == "trpo" else config.update,
         seed=seed,
         run_dir=str(folder),
         name=f"{name}-{seed}",
@@ -118,7 +119,7 @@ def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: s
             mesh,
             train_rows=train_rows,
             eval_rows=eval_rows,
-            judge=right_beats_wrong if "verdicts" in algorithm.advantage.needs else None,
+            judge=right_beats_wrong if "verdicts" in algorithm.needs else None,
             trust_region=TRPO.trust_region if name == "trpo" else None,
         )
     done = train(trainer)

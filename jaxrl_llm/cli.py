@@ -15,8 +15,8 @@ import jax
 import tyro
 
 from jaxrl_llm.algorithms.iteration import DeviceReward
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
 from jaxrl_llm.algorithms.presets import PRESETS
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.config import Experiment
 from jaxrl_llm.data.prompts import PromptDataset
@@ -65,7 +65,7 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     return tyro.cli(type(config), args=args, default=config, description=description)
 
 
-def _preset(args: list[str]) -> tuple[PolicyGradient | None, list[str]]:
+def _preset(args: list[str]) -> tuple[Algorithm | None, list[str]]:
     """The preset that the command line names, if any, and the other arguments."""
     rest, name, arguments = [], None, iter(args)
     for argument in arguments:

@@ -11,6 +11,7 @@ import tyro
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
@@ -144,7 +145,7 @@ class Experiment(RunConfig):
     """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
-    algorithm: PolicyGradient = PolicyGradient()
+    algorithm: Algorithm = PolicyGradient()
     """The objective."""
     critic: CriticSource = CriticSource()
     """The value function of an algorithm that is made of one (PPO)."""

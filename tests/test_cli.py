@@ -18,6 +18,9 @@ from safetensors import SafetensorError
 
 from jaxrl_llm import cli
 from jaxrl_llm.algorithms import presets
+from jaxrl_llm.algorithms.online_preference import OnlinePreference
+from jaxrl_llm.algorithms.pair_losses import DPO
+from jaxrl_llm.algorithms.preference import PreferenceObjective
 from jaxrl_llm.algorithms.surrogates import Clipped
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
@@ -438,6 +441,8 @@ def test_an_unknown_preset_ends_at_once_and_names_the_nearest(
 
 
 def test_every_preset_has_flags(config: Experiment) -> None:
-    for preset in presets.PRESETS:
+    for preset in presets.POLICY_GRADIENTS:
         parsed = cli.parse(config, [f"--preset={preset.__name__}", "--algorithm.entropy-coef=0.5"])
         assert parsed.algorithm == dataclasses.replace(preset(), entropy_coef=0.5)
+    parsed = cli.parse(config, ["--preset=online-dpo", "--algorithm.objective.pair-loss.beta=0.5"])
+    assert parsed.algorithm == OnlinePreference(PreferenceObjective(DPO(beta=0.5)))

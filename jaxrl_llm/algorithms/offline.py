@@ -92,7 +92,7 @@ def make_offline_step(
     def offline_step(
         state: TrainState, rows: Any, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        rows = _with_reference(objective, rows, reference_of(state.params, reference), reference_logprobs)
+        rows = with_reference(objective, rows, reference_of(state.params, reference), reference_logprobs)
         rows = _prepared(objective, rows, state.params, reference_logprobs)
         prompts, group = rows.mask.shape[:2]
         split = plan.group_split(prompts, group, row_shards(), whole_groups=objective.whole_groups)
@@ -116,7 +116,7 @@ def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., t
     def evaluation(
         params: Params, rows: Any, reference: Params | None = None, normalizer: Any = None
     ) -> tuple[jax.Array, Metrics]:
-        rows = _with_reference(objective, rows, reference_of(params, reference), reference_logprobs)
+        rows = with_reference(objective, rows, reference_of(params, reference), reference_logprobs)
         rows = spread(_prepared(objective, rows, params, reference_logprobs))
         own = objective.normalizer(rows)
         if normalizer is not None:
@@ -140,9 +140,20 @@ def make_reference_pass(model: Any, micro_batches: int) -> Callable[[Params, Any
     return logprobs
 
 
-def _with_reference(
+def with_reference(
     objective: Objective, rows: Any, reference: Params | None, logprobs: Callable[[Params, Any], jax.Array]
 ) -> Any:
+    """Rows with the log-probs under the reference, where the objective reads them and the rows do not bring them.
+
+    Args:
+        objective: what is trained.
+        rows: the batch.
+        reference: its parameters.
+        logprobs: of `make_reference_pass`.
+
+    Raises:
+        ValueError: there is no reference, and one is needed.
+    """
     if not objective.needs_reference or rows.ref_logprobs is not None:
         return rows
     if reference is None:

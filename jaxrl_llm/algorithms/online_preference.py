@@ -6,56 +6,113 @@ feedback", 2402.04792); any other loss of pairs will do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm.advantages.group import zero_std_groups
-from jaxrl_llm.algorithms.offline import make_offline_step
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.checks import check_fields, not_negative
+from jaxrl_llm.algorithms.gradient import Carry, make_gradient_step
+from jaxrl_llm.algorithms.offline import make_reference_pass, with_reference
 from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
+from jaxrl_llm.algorithms.rollouts import rollout_metrics
+from jaxrl_llm.algorithms.scored_pairs import PairCounts
+from jaxrl_llm.algorithms.signals import Algorithm, Need
+from jaxrl_llm.algorithms.state import step_key
+from jaxrl_llm.algorithms.update import UpdateStep, run_epochs
 from jaxrl_llm.losses.online import label_pairs
+from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Mean, Metrics
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import Rollout, TrainState
 
-OnlineStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+@dataclasses.dataclass(frozen=True)
+class OnlinePreference(Algorithm):
+    """Learns from the best and the worst sample of each prompt, as a pair; equal rewards make none."""
+
+    objective: PreferenceObjective = PreferenceObjective()
+    """What is learned of the pairs."""
+    missing_eos_penalty: float = 0.0
+    """Taken from the reward of a completion that was cut at the length limit."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields("algorithm", self, missing_eos_penalty=not_negative(self.missing_eos_penalty))
+
+    @property
+    def reader(self) -> str:
+        """Its own name."""
+        return type(self).__name__
+
+    @property
+    def smallest_group(self) -> int:
+        """A pair."""
+        return 2
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A reference, if the loss reads one."""
+        return frozenset({"reference"} if self.objective.needs_reference else ())
+
+    @property
+    def needs_whole_groups(self) -> bool:
+        """True: the two of a pair are computed together."""
+        return True
 
 
 def make_online_preference_step(
-    model: Transformer,
+    policy: Transformer,
     optimizer: optax.GradientTransformation,
-    objective: PreferenceObjective,
-    *,
-    micro_batches: int = 1,
-) -> OnlineStep:
-    """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)` that labels pairs and learns.
+    algorithm: OnlinePreference,
+    config: UpdateConfig | None = None,
+) -> UpdateStep:
+    """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`, as `make_update_step`.
 
     Args:
-        model: the policy.
+        policy: the model.
         optimizer: an optax transformation.
-        objective: what is learned of the pairs.
-        micro_batches: pieces in which the gradient is accumulated.
+        algorithm: what is learned of the pairs.
+        config: epochs, minibatches, micro-batches.
 
     Returns:
-        A function of `TrainState`, `Rollout` with two samples of each prompt or more, rewards `[P, G]` float32, and the
-        parameters of the reference (see `make_offline_step`). Metrics: those of the objective, the step and `reward`,
-        `frac_reward_zero_std` and `completions/mean_length`. Prompts of equal rewards have no pair.
-    """
-    offline_step = make_offline_step(model, optimizer, objective, micro_batches=micro_batches)
+        A function as `make_update_step` returns, of two samples of each prompt or more and of rewards `[P, G]`, or
+        `[P, G, Tc]` by token, of which the sum counts. A prompt whose rewards are equal, or one of them NaN, has no
+        pair. Pairs are scored at temperature 1, whatever they were sampled at. Metrics: those of the rollout, of the
+        objective and of the optimizer; `entropy` is that of the distribution which was drawn from, estimated by what
+        was drawn: the mean of −log p.
 
-    def online_step(
+    Raises:
+        ValueError: when it is traced, if the rewards are not of this shape, or pairs cannot be cut into the pieces.
+    """
+    plan, objective = config or UpdateConfig(), algorithm.objective
+    reference_logprobs = make_reference_pass(policy, plan.minibatches * plan.micro_batches)
+
+    def loss(params: Params, rows: PreferenceBatch, normalizer: PairCounts) -> tuple[jax.Array, Metrics]:
+        return objective.loss(policy, params, rows, normalizer)
+
+    gradient_step = make_gradient_step(loss, optimizer, plan.micro_batches)
+
+    def optimizer_step(carry: Carry, rows: PreferenceBatch) -> tuple[Carry, Metrics]:
+        return gradient_step(carry, rows, objective.normalizer(rows))
+
+    def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = offline_step(state, sampled_pairs(rollout, rewards), reference)
-        sampled = {
-            "reward": jnp.mean(rewards),
-            "frac_reward_zero_std": jnp.mean(zero_std_groups(rewards).astype(jnp.float32)),
-            "completions/mean_length": jnp.mean(rollout.completion_lengths.astype(jnp.float32)),
-        }
-        return state, metrics | sampled
+        if jnp.ndim(rewards) == 3:
+            rewards = jnp.sum(jnp.where(rollout.mask, rewards, 0.0), axis=-1)
+        pairs = sampled_pairs(rollout, rewards - algorithm.missing_eos_penalty * ~rollout.finished)
+        plan.group_split(len(pairs.prompt), 2, row_shards(), whole_groups=True)  # raises where pairs would be cut
+        pairs = with_reference(objective, pairs, reference_of(state.params, reference), reference_logprobs)
+        carry, trained = run_epochs(optimizer_step, (state.params, state.opt_state), pairs, plan, step_key(state, 1))
+        state = state.replace(step=state.step + 1, params=carry[0], opt_state=carry[1])
+        metrics = rollout_metrics(rollout, rewards) | {"entropy": Mean.of(-rollout.sampler_logprobs, rollout.mask)}
+        return state, {name: record.value() for name, record in (metrics | trained).items()}
 
-    return online_step
+    return update_step
 
 
 def sampled_pairs(rollout: Rollout, rewards: jax.Array) -> PreferenceBatch:

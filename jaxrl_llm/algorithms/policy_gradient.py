@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxrl_llm.advantages import overlong_penalty
 from jaxrl_llm.algorithms.advantages import GroupAdvantage
 from jaxrl_llm.algorithms.checks import check_fields, not_negative, one_of, positive
-from jaxrl_llm.algorithms.signals import Advantage
+from jaxrl_llm.algorithms.signals import Advantage, Algorithm, Need
 from jaxrl_llm.algorithms.surrogates import Clipped, PolicyTokens, Reduction, Surrogate
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses import (
@@ -140,7 +140,7 @@ class ValueObjective:
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Algorithm):
     """surrogate(advantage(rewards)) + kl_coef · KL(policy, reference) − entropy_coef · H, aggregated.
 
     The published algorithms are settings of it: see `jaxrl_llm.algorithms.presets`.
@@ -191,24 +191,29 @@ class PolicyGradient:
             )
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether any part reads log-probs under a reference."""
-        return self.kl_coef != 0 or "reference" in self.advantage.needs
+    def reader(self) -> str:
+        """The estimator's name."""
+        return type(self.advantage).__name__
 
     @property
-    def needs_critic(self) -> bool:
-        """Whether advantages are made of a critic's values."""
-        return "values" in self.advantage.needs
+    def smallest_group(self) -> int:
+        """That of the estimator."""
+        return self.advantage.smallest_group
 
     @property
-    def needs_greedy(self) -> bool:
-        """Whether the reward of a greedy completion of each prompt is read."""
-        return "greedy" in self.advantage.needs
+    def needs(self) -> frozenset[Need]:
+        """What estimator and losses read that costs something."""
+        of_loss: frozenset[Need] = frozenset({"reference"} if self.kl_coef else ())
+        return self.advantage.needs | of_loss
 
     @property
     def needs_whole_groups(self) -> bool:
-        """Whether a group's completions must be in one micro-batch."""
+        """Whether the aggregation looks at groups."""
         return self.aggregation.startswith("group")
+
+    def start(self) -> Any:
+        """The estimator's memory."""
+        return self.advantage.start()
 
     def shape(self, rewards: jax.Array, lengths: jax.Array, width: int) -> jax.Array:
         """Rewards `[P, G]` less the penalty for length."""

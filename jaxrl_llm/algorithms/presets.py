@@ -21,7 +21,9 @@ from jaxrl_llm.algorithms.advantages import (
     PassAtKAdvantage,
     ThresholdAdvantage,
 )
+from jaxrl_llm.algorithms.online_preference import OnlinePreference
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.preference_presets import dpo
 from jaxrl_llm.algorithms.sequence_surrogates import (
     VESPO,
     GeometricMeanClipped,
@@ -37,6 +39,7 @@ from jaxrl_llm.algorithms.shaped_advantages import (
     ReMaxAdvantage,
     RLOOAdvantage,
 )
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.surrogates import (
     CISPO,
     DPPO,
@@ -213,7 +216,15 @@ def vespo() -> PolicyGradient:
     return PolicyGradient(surrogate=VESPO(), aggregation="token-mean")
 
 
-PRESETS: tuple[Callable[[], PolicyGradient], ...] = (
+# ---- Pairs of its own samples ------------------------------------------------------------------------
+
+
+def online_dpo() -> OnlinePreference:
+    """On-line DPO (Guo et al. 2024, 2402.04792): the best and the worst sample of each prompt are a pair of DPO."""
+    return OnlinePreference(dpo())
+
+
+POLICY_GRADIENTS: tuple[Callable[[], PolicyGradient], ...] = (
     reinforce,
     remax,
     rloo,
@@ -244,4 +255,7 @@ PRESETS: tuple[Callable[[], PolicyGradient], ...] = (
     kl_cov,
     vespo,
 )
+"""Those whose advantages weigh log-probs, as far as they need no further setting."""
+
+PRESETS: tuple[Callable[[], Algorithm], ...] = (*POLICY_GRADIENTS, online_dpo)
 """All that need no further setting, for `--preset` and for comparisons."""

@@ -1,4 +1,4 @@
-"""What an algorithm is told about a rollout, and what it makes of it: the interface of the advantage estimators."""
+"""What an algorithm is told about a rollout, and what it makes of it: interfaces of algorithms and estimators."""
 
 from __future__ import annotations
 
@@ -95,3 +95,46 @@ class Advantage(abc.ABC):
         """The memory after a batch."""
         del signals
         return memory
+
+
+class Algorithm(abc.ABC):
+    """What an on-policy run learns by: a frozen record of settings that says what it reads of a rollout."""
+
+    @property
+    @abc.abstractmethod
+    def reader(self) -> str:
+        """The part that reads the rewards, by its name in messages."""
+
+    @property
+    @abc.abstractmethod
+    def smallest_group(self) -> int:
+        """Samples of a prompt without which there is nothing to learn."""
+
+    @property
+    @abc.abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """What it reads that costs something."""
+
+    @property
+    @abc.abstractmethod
+    def needs_whole_groups(self) -> bool:
+        """Whether a group's completions must be in one micro-batch."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any part reads log-probs under a reference."""
+        return "reference" in self.needs
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages are made of a critic's values."""
+        return "values" in self.needs
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether the reward of a greedy completion of each prompt is read."""
+        return "greedy" in self.needs
+
+    def start(self) -> Any:
+        """Its memory before the first batch, a tree of arrays that is part of the training state."""
+        return ()

@@ -8,7 +8,7 @@ import optax
 
 from jaxrl_llm.algorithms.critic import Critic
 from jaxrl_llm.algorithms.gradient import widen
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.models.lora import split_trainable
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import parameter_shardings, state_shardings
@@ -20,7 +20,7 @@ def make_train_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     *,
-    algorithm: PolicyGradient | None = None,
+    algorithm: Algorithm | None = None,
     critic: Critic | None = None,
     critic_params: Params | None = None,
 ) -> TrainState:
@@ -41,7 +41,7 @@ def make_train_state(
         params=params,
         opt_state=optimizer.init(widen(split_trainable(params)[0])),
         key=jax.random.key_data(jax.random.key(seed)),
-        memory=() if algorithm is None else algorithm.advantage.start(),
+        memory=() if algorithm is None else algorithm.start(),
         critic=None if critic is None or critic.shares_trunk else critic.start(critic_params),
     )
 
@@ -51,7 +51,7 @@ def abstract_train_state(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     *,
-    algorithm: PolicyGradient | None = None,
+    algorithm: Algorithm | None = None,
     critic: Critic | None = None,
 ) -> TrainState:
     """Shapes, types and shardings of a training state on `mesh`.

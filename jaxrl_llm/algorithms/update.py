@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from jaxrl_llm.records import Metrics
 from jaxrl_llm.types import CriticState, Rollout, TrainState
 
 UpdateStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+CarryT = TypeVar("CarryT")
 
 
 def make_update_step(
@@ -83,7 +85,7 @@ def make_update_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         batch, memory, metrics, split, _ = assign(state, rollout, rewards, reference)
         step = functools.partial(optimizer_step, split=split)
-        carry, trained = _run_epochs(step, _Carry.of(state), batch, plan, step_key(state, 1))
+        carry, trained = run_epochs(step, _Carry.of(state), batch, plan, step_key(state, 1))
         state = carry.into(state).replace(step=state.step + 1, memory=memory)
         return state, {name: record.value() for name, record in (metrics | trained).items()}
 
@@ -196,18 +198,14 @@ def _make_optimizer_step(
     return optimizer_step
 
 
-def _run_epochs(
-    step: Callable[[_Carry, LearnerBatch], tuple[_Carry, Metrics]],
-    carry: _Carry,
-    batch: LearnerBatch,
-    plan: UpdateConfig,
-    key: jax.Array,
-) -> tuple[_Carry, Metrics]:
+def run_epochs(
+    step: Callable[[CarryT, Any], tuple[CarryT, Metrics]], carry: CarryT, batch: Any, plan: UpdateConfig, key: jax.Array
+) -> tuple[CarryT, Metrics]:
     """All optimizer steps on a batch; each epoch cuts the prompts into minibatches in an order of its own."""
     if plan.optimizer_steps == 1:
         return step(carry, batch)
 
-    def epoch(carry: _Carry, number: jax.Array) -> tuple[_Carry, Metrics]:
+    def epoch(carry: CarryT, number: jax.Array) -> tuple[CarryT, Metrics]:
         order = jax.random.permutation(jax.random.fold_in(key, number), batch.prompt.shape[0])
         shuffled = jax.tree.map(lambda x: x[order], batch)
         parts = jax.tree.map(lambda x: x.reshape(plan.minibatches, -1, *x.shape[1:]), shuffled)

@@ -9,8 +9,10 @@ import optax
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.critic import Critic
+from jaxrl_llm.algorithms.online_preference import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
 from jaxrl_llm.algorithms.update import UpdateStep, make_update_step
@@ -44,7 +46,7 @@ class Learner:
     """An update step with its parts, and the state that it starts from."""
 
     policy: Transformer
-    algorithm: PolicyGradient
+    algorithm: Algorithm
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     """The optimizer's learning rate, by its own steps."""
@@ -70,7 +72,7 @@ class Learner:
 
 def make_learner(
     policy: Transformer,
-    algorithm: PolicyGradient,
+    algorithm: Algorithm,
     *,
     iterations: int,
     plan: UpdateConfig,
@@ -90,15 +92,27 @@ def make_learner(
         sampling: how rollouts are drawn.
         critic: the value function, if the algorithm is made of one.
         trust_region: TRPO's step in place of the optimizer's.
+
+    Raises:
+        ValueError: these do not fit together.
     """
     total = iterations * plan.optimizer_steps
     schedule = make_schedule(optimizer, total)
+    rule = make_optimizer(optimizer, schedule)
     value_function = critic.critic_of(policy, total) if algorithm.needs_critic else None
     drawn = {"temperature": sampling.temperature, "truncated": sampling.truncates}
-    if trust_region is None:
-        rule = make_optimizer(optimizer, schedule)
-        step = make_update_step(policy, rule, algorithm, plan, critic=value_function, **drawn)
-    else:
-        rule = optax.identity()
-        step = make_trust_region_step(policy, algorithm, trust_region, micro_batches=plan.micro_batches, **drawn)
+    match algorithm:
+        case PolicyGradient() if trust_region is None:
+            step = make_update_step(policy, rule, algorithm, plan, critic=value_function, **drawn)
+        case PolicyGradient():
+            rule = optax.identity()
+            step = make_trust_region_step(policy, algorithm, trust_region, micro_batches=plan.micro_batches, **drawn)
+        case OnlinePreference() if trust_region is not None:
+            raise ValueError(f"{algorithm.reader} has no surrogate that a trust region could bound")
+        case OnlinePreference() if sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 gives equal samples, of which no pair can be made")
+        case OnlinePreference():
+            step = make_online_preference_step(policy, rule, algorithm, plan)
+        case _:
+            raise TypeError(f"no update step is known for an algorithm of type {type(algorithm).__name__}")
     return Learner(policy, algorithm, rule, schedule, value_function, step)

@@ -17,8 +17,7 @@ import numpy as np
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.signals import Feedback
+from jaxrl_llm.algorithms.signals import Algorithm, Feedback
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
@@ -119,7 +118,7 @@ class Trainer:
         stop_tokens: tuple[int, ...],
         dataset: PromptDataset,
         rewards: RewardSum | None,
-        algorithm: PolicyGradient,
+        algorithm: Algorithm,
         run_dir: str | Path,
         mesh: jax.sharding.Mesh,
         eval_dataset: PromptDataset | None = None,
@@ -188,12 +187,11 @@ class Trainer:
 
     def _check_step(self, plan: UpdateConfig, trust_region: TrustRegionConfig | None) -> None:
         """Raises if a step of this size cannot learn, or not in this way."""
-        group, advantage = self.config.samples_per_prompt, self.algorithm.advantage
-        if group < advantage.smallest_group:  # a group of equal rewards has advantages of 0
+        group, least = self.config.samples_per_prompt, self.algorithm.smallest_group
+        if group < least:  # there is nothing to compare with
             raise ValueError(
-                f"training.samples_per_prompt={group} cannot learn: {type(advantage).__name__} compares a "
-                f"sample with the others of its prompt; pass --training.samples-per-prompt={advantage.smallest_group} "
-                "or more"
+                f"training.samples_per_prompt={group} cannot learn: {self.algorithm.reader} compares a "
+                f"sample with the others of its prompt; pass --training.samples-per-prompt={least} or more"
             )
         if trust_region is not None and plan.optimizer_steps > 1:
             raise ValueError(
@@ -203,7 +201,7 @@ class Trainer:
 
     def _check_rewards(self) -> None:
         """Raises if what is rewarded and what the algorithm reads do not fit together."""
-        needs, name = self.algorithm.advantage.needs, type(self.algorithm.advantage).__name__
+        needs, name = self.algorithm.needs, self.algorithm.reader
         if self.rewards is None and not self.device_rewards:
             raise ValueError("there is no reward: pass rewards=, or device_rewards=")
         if ("verdicts" in needs) != (self.judge is not None):
@@ -346,7 +344,7 @@ class Trainer:
 
     def _feedback(self, rollout: Rollout, episodes: Episodes, step: int) -> Any:
         """Rewards, and what else the algorithm reads."""
-        needs = self.algorithm.advantage.needs
+        needs = self.algorithm.needs
         rewards = episodes.rewards if episodes.token_rewards is None else episodes.token_rewards
         if "by_function" in needs:
             table = np.stack([np.nan_to_num(values) for values in episodes.by_name.values()], axis=-1)

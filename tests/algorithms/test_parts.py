@@ -107,7 +107,7 @@ ADVANTAGES: dict[str, Callable[[], Any]] = {
 """All others have GRPO's."""
 
 
-@pytest.mark.parametrize("preset", presets.PRESETS, ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("preset", presets.POLICY_GRADIENTS, ids=lambda preset: preset.__name__)
 def test_advantages(preset: Callable[[], PolicyGradient]) -> None:
     estimator = preset().advantage
     credit = estimator(SIGNALS, estimator.start())
@@ -176,7 +176,7 @@ def loss_of(algorithm: PolicyGradient) -> float:
     return float(algorithm.loss(SCORES, BATCH, algorithm.normalizer(BATCH.mask))[0])
 
 
-@pytest.mark.parametrize("preset", presets.PRESETS, ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("preset", presets.POLICY_GRADIENTS, ids=lambda preset: preset.__name__)
 def test_losses(preset: Callable[[], PolicyGradient]) -> None:
     if preset is presets.reinforce_plus_plus_baseline:
         kl, _ = losses.kl_loss(

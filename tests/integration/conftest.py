@@ -12,8 +12,9 @@ import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.critic import Critic
+from jaxrl_llm.algorithms.online_preference import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.models.heads import ScoreModel
@@ -27,12 +28,12 @@ from jaxrl_llm.types import Rollout
 History = list[dict[str, float]]
 
 
-def _only_rewards(algorithm: PolicyGradient, rollout: Rollout, rewards: np.ndarray, numbers: Any) -> np.ndarray:
+def _only_rewards(algorithm: Algorithm, rollout: Rollout, rewards: np.ndarray, numbers: Any) -> np.ndarray:
     return rewards
 
 
 def _train(
-    algorithm: PolicyGradient,
+    algorithm: Algorithm,
     model: Transformer,
     *,
     reward: Callable[[Rollout], np.ndarray],
@@ -76,15 +77,19 @@ def _train(
         mesh=mesh,
         greedy=algorithm.needs_greedy,
     )
-    update = jax.jit(make_update_step(model, optimizer, algorithm, plan, critic=critic), donate_argnums=0)
+    if isinstance(algorithm, OnlinePreference):
+        step = make_online_preference_step(model, optimizer, algorithm, plan)
+    else:
+        step = make_update_step(model, optimizer, algorithm, plan, critic=critic)
+    update = jax.jit(step, donate_argnums=0)
     numbers, history = np.random.default_rng(seed), []
     with CompilationCounter() as counter:
-        for step in range(steps):
+        for number in range(steps):
             if prompts is None:
                 drawn = numbers.integers(1, model.config.vocab_size, (8, 3)), numbers.integers(1, 4, 8)
             else:
                 drawn = prompts, np.full(len(prompts), prompts.shape[1])
-            rollout = sampler(state.params, *drawn, state.key, step)
+            rollout = sampler(state.params, *drawn, state.key, number)
             rewards = reward(rollout)
             state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
             history.append({name: float(value) for name, value in metrics.items()})

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.advantages import GTPOAdvantage
+from jaxrl_llm.algorithms.online_preference import OnlinePreference
 from jaxrl_llm.algorithms.policy_gradient import PolicyGradient, ValueObjective
-from jaxrl_llm.algorithms.presets import PRESETS, dapo, dppo, gspo, gtpo, ppo, remax
-from jaxrl_llm.algorithms.signals import Advantage, Credit, Feedback, Need, Signals
+from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
+from jaxrl_llm.algorithms.presets import PRESETS, dapo, dppo, gspo, gtpo, online_dpo, ppo, remax
+from jaxrl_llm.algorithms.signals import Advantage, Algorithm, Credit, Feedback, Need, Signals
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 
@@ -37,9 +39,9 @@ def says_it_and_stops(rollout: Rollout) -> np.ndarray:
     return np.float32(0.5) * (says_it(rollout) + stops(rollout))
 
 
-def feedback(algorithm: PolicyGradient, rollout: Rollout, rewards: np.ndarray, numbers: np.random.Generator) -> Any:
+def feedback(algorithm: Algorithm, rollout: Rollout, rewards: np.ndarray, numbers: np.random.Generator) -> Any:
     """What the algorithm reads beside the reward."""
-    needs = algorithm.advantage.needs
+    needs = algorithm.needs
     if "by_function" in needs:
         return Feedback(rewards, by_function=np.stack([says_it(rollout), stops(rollout)], axis=-1))
     if "verdicts" in needs:  # a judge that sees which of two rewards is higher
@@ -91,6 +93,23 @@ class Negated(Advantage):
         return credit._replace(advantages=-credit.advantages)
 
 
+@dataclasses.dataclass(frozen=True)
+class Swapped(PreferenceObjective):
+    """The same objective, with the worse completion as the chosen one."""
+
+    def loss(self, model: Any, params: Any, rows: PreferenceBatch, normalizer: Any) -> Any:
+        sides = {name: getattr(rows, name)[:, ::-1] for name in ("completion", "mask", "ref_logprobs")}
+        return super().loss(model, params, rows._replace(**sides), normalizer)
+
+
+def flipped(algorithm: Algorithm) -> Algorithm:
+    """The same algorithm, with the sign of its advantages or margins flipped."""
+    if isinstance(algorithm, OnlinePreference):
+        return OnlinePreference(Swapped(**vars(algorithm.objective)))
+    assert isinstance(algorithm, PolicyGradient)
+    return dataclasses.replace(algorithm, advantage=Negated(algorithm.advantage))
+
+
 @pytest.fixture
 def model(tiny_config) -> Transformer:
     return Transformer(tiny_config(vocab_size=VOCABULARY))
@@ -109,7 +128,7 @@ def dppo_wide() -> PolicyGradient:
 LEARNING = [*(preset for preset in PRESETS if preset is not gtpo), gtpo_joint, dppo_wide]
 
 
-def reward_for(preset: Callable[[], PolicyGradient]) -> Callable[[Rollout], np.ndarray]:
+def reward_for(preset: Callable[[], Algorithm]) -> Callable[[Rollout], np.ndarray]:
     """The one of the task, or the one that the algorithm can read."""
     return REWARDS.get(preset.__name__.removesuffix("_joint"), says_it_and_stops)
 
@@ -126,12 +145,11 @@ def test_every_preset_learns(preset, model, train):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", LEARNING, ids=lambda preset: preset.__name__)
 def test_no_preset_learns_with_the_sign_flipped(preset, model, train):
-    algorithm = dataclasses.replace(preset(), advantage=Negated(preset().advantage))
-    _, last = rewards_of(train(algorithm, model, reward=reward_for(preset)))
+    _, last = rewards_of(train(flipped(preset()), model, reward=reward_for(preset)))
     assert last < 0.1, last
 
 
-@pytest.mark.parametrize("preset", [dapo, gspo, remax, ppo], ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("preset", [dapo, gspo, remax, ppo, online_dpo], ids=lambda preset: preset.__name__)
 def test_one_of_each_family_learns(preset, model, train):
     first, last = rewards_of(train(preset(), model))
     assert first < 0.1, first
@@ -139,7 +157,7 @@ def test_one_of_each_family_learns(preset, model, train):
 
 
 def test_with_the_sign_flipped_it_does_not_learn(model, train):
-    _, last = rewards_of(train(dataclasses.replace(dapo(), advantage=Negated(dapo().advantage)), model))
+    _, last = rewards_of(train(flipped(dapo()), model))
     assert last < 0.1, last
 
 

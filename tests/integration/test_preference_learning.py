@@ -17,7 +17,6 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, make_offline_step
-from jaxrl_llm.algorithms.online_preference import make_online_preference_step
 from jaxrl_llm.algorithms.pair_losses import DPO
 from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, kto, orpo
@@ -25,9 +24,6 @@ from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.unpaired import UnpairedBatch
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Params, Transformer
-from jaxrl_llm.sampling.engine import Sampler
-from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
 
 pytestmark = pytest.mark.whole_run
@@ -167,24 +163,3 @@ def test_flipped_pairs_are_learned_just_as_well(name: str):
 def test_flipped_labels_are_learned_just_as_well(name: str):
     samples = make_samples(400, seed=0)
     assert accuracy(trained(UNPAIRED[name](), samples._replace(labels=~samples.labels))[0]) < 0.05
-
-
-@pytest.mark.slow
-def test_online_dpo_learns_from_its_own_samples():
-    """The reward is the share of tokens that the prompt asks for."""
-    optimizer = optax.adam(3e-3)
-    sampler = Sampler(
-        MODEL, SamplingConfig(max_tokens=WIDTH), group=2, stop_tokens=(), mesh=make_mesh(devices=jax.devices()[:1])
-    )
-    step = jax.jit(make_online_preference_step(MODEL, optimizer, PreferenceObjective()))
-    state, means = make_train_state(start(), optimizer, 0), []
-    for number in range(80):
-        prompts = make_pairs(32, seed=number)
-        rollout = sampler(state.params, prompts.prompt, prompts.prompt_lengths, np.zeros(2, np.uint32), number)
-        wanted = np.asarray(rollout.completion) % 2 == prompts.prompt[:, 0, None, None]
-        rewards = wanted.mean(-1).astype(np.float32)
-        means.append(rewards.mean())
-        rollout = jax.device_get(rollout)
-        state, _ = step(state, rollout, rewards, start())
-    assert 0.4 < np.mean(means[:5]) < 0.6
-    assert np.mean(means[-5:]) > 0.9

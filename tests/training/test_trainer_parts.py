@@ -21,6 +21,7 @@ from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.cli import finish, make_trainer
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.pretrained import from_pretrained
+from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.evaluate import EvaluationConfig
 from jaxrl_llm.training.learner import CriticSource
@@ -286,3 +287,41 @@ def test_a_trust_region_takes_the_place_of_the_optimizer(make) -> None:
     assert all(line["trpo/kl"] <= 0.005 * (1 + 1e-5) for line in metrics_of(trainer))
     with pytest.raises(ValueError, match=r"update.minibatches=2 would have no effect: a trust region"):
         make("other", parts={"trust_region": region}, update=UpdateConfig(minibatches=2))
+
+
+# ---- Pairs of its own samples ----------------------------------------------------------------------------
+
+
+def test_online_dpo_in_two_programs_resumes_exactly(make) -> None:
+    algorithm, saving = presets.online_dpo(), {"steps": 2, "checkpoint_every": 1}
+    whole = make("whole", algorithm=algorithm, training=saving)
+    whole.run()
+    assert whole.compilations.counts == {"sample": 1, "update_step": 1}
+    assert {"rewards/accuracies", "reward", "entropy", "num_tokens"} <= metrics_of(whole)[-1].keys()
+    make("cut", algorithm=algorithm, training=saving | {"steps": 1}).run()
+    resumed = make("cut", algorithm=algorithm, training=saving, resume=True)
+    resumed.run()
+    assert_same_params(whole, resumed)
+    assert metrics_of(whole)[-1] == metrics_of(resumed)[-1]
+    with pytest.raises(ValueError, match=r"algorithm.*PolicyGradient"):
+        make("cut", training=saving, resume=True)
+
+
+def test_online_dpo_of_a_device_reward_is_one_program(make) -> None:
+    trainer = make(algorithm=presets.online_dpo(), rewards=(), parts={"device_rewards": (SPREAD,)})
+    trainer.run()
+    assert trainer.compilations.counts == {"iteration": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"samples_per_prompt": 1}}, r"samples_per_prompt=1 cannot learn: OnlinePreference compares"),
+        ({"sampling": SamplingConfig(max_tokens=4, temperature=0)}, r"sampling.temperature=0 gives equal samples"),
+        ({"parts": {"trust_region": TrustRegionConfig()}}, r"OnlinePreference has no surrogate that a trust region"),
+        ({"parts": {"judge": lambda **columns: []}}, r"OnlinePreference reads no verdicts"),
+    ],
+)
+def test_what_online_dpo_cannot_do_is_told_at_once(make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(algorithm=presets.online_dpo(), **changes)

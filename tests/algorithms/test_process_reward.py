@@ -198,3 +198,20 @@ def test_a_process_reward_model_learns_to_find_wrong_steps(tiny_config, learn_sc
     found = jax.jit(make_step_scores(model, separators=(SEPARATOR,), max_steps=4))(params, solutions)
     assert np.mean((found.scores[:, 0, :3] > 0.5) == held_out.labels[:, 0, 2::3]) == pytest.approx(after)
     assert not found.mask[..., 3].any()
+
+
+@pytest.mark.slow
+def test_flipped_labels_are_learned_just_as_well(tiny_config, learn_scores):
+    """So that the accuracy above comes from the labels of the steps, and from nothing else."""
+
+    def flipped(rng: np.random.Generator, size: int) -> LabelledSteps:
+        rows = counting(rng, size)
+        return rows._replace(labels=np.where(rows.mask, 1 - rows.labels, 0))
+
+    model = ScoreModel(Transformer(tiny_config(vocab_size=VOCABULARY)), bias=True)
+    rng = np.random.default_rng(0)
+    held_out = counting(rng, 128)
+    _, after, _ = learn_scores(
+        model, ProcessRewardObjective(), flipped, held_out, learning_rate=5e-3, steps=150, rng=rng
+    )
+    assert after < 0.1, after

@@ -169,3 +169,18 @@ def test_a_reward_model_learns_to_tell_unseen_answers_apart(tiny_config, learn_s
     assert after > 0.9, (before, after)
     scores = np.asarray(jax.jit(make_score_pass(model))(params, held_out))
     assert jnp.mean(scores[:, 0] > scores[:, 1]) == pytest.approx(after)  # chosen is first
+
+
+@pytest.mark.slow
+def test_flipped_preferences_are_learned_just_as_well(tiny_config, learn_scores):
+    """So that the accuracy above comes from what was preferred, and from nothing else."""
+
+    def flipped(rng: np.random.Generator, size: int) -> Comparisons:
+        rows = preferred(rng, size)
+        return rows._replace(completion=rows.completion[:, ::-1], mask=rows.mask[:, ::-1])
+
+    model = ScoreModel(Transformer(tiny_config(vocab_size=VOCABULARY)))
+    rng = np.random.default_rng(0)
+    held_out = preferred(rng, 256)
+    _, after, _ = learn_scores(model, RewardModelObjective(), flipped, held_out, learning_rate=3e-3, steps=80, rng=rng)
+    assert after < 0.1, after

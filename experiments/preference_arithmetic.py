@@ -18,7 +18,6 @@ Any setting is a flag: --objective.pair-loss.beta=0.2 --objective.nll-coef=0.1 -
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import random
 import sys
@@ -35,7 +34,7 @@ from jaxrl_llm.algorithms.pair_losses import DPO
 from jaxrl_llm.algorithms.preference import PreferenceObjective
 from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, dpo
 from jaxrl_llm.algorithms.unpaired import KTOObjective
-from jaxrl_llm.cli import Policy, finish, plain_errors, start, train
+from jaxrl_llm.cli import Policy, finish, plain_errors, start, take_preset, train
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
@@ -159,19 +158,17 @@ class HeldOut:
 
 def configured(args: list[str] | None) -> PreferenceArithmetic:
     """`CONFIG` with the method that `--preset` names, and the other flags."""
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument(
-        "--preset", type=lambda name: name.replace("-", "_"), choices=[*PAIRED, *UNPAIRED], default="dpo"
-    )
-    chosen, rest = flags.parse_known_args(sys.argv[1:] if args is None else args)
-    config = CONFIG
-    if chosen.preset in UNPAIRED:
+    presets: dict[str, Any] = {**PAIRED, **UNPAIRED}
+    with plain_errors():
+        chosen, rest = take_preset(sys.argv[1:] if args is None else args, list(presets))
+    preset, config = chosen or "dpo", CONFIG
+    if preset in UNPAIRED:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, format=UnpairedFormat()))
-    objective = {**PAIRED, **UNPAIRED}[chosen.preset]()
+    objective = presets[preset]()
     if isinstance(objective, KTOObjective):  # of three tokens: at 0.1, no gain saturates, and all of them are forgotten
         objective = dataclasses.replace(objective, beta=1.0)
-    config = dataclasses.replace(config, name=f"{chosen.preset}_arithmetic", objective=objective)
-    about = f"{__doc__}\n\n--preset=NAME: one of {', '.join([*PAIRED, *UNPAIRED])}."
+    config = dataclasses.replace(config, name=f"{preset}_arithmetic", objective=objective)
+    about = f"{__doc__}\n\n--preset=NAME: one of {', '.join(presets)}."
     config = parse_offline(config, rest, description=about)
     with plain_errors():
         return balanced(config)

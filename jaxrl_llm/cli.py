@@ -16,14 +16,14 @@ import tyro
 
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.presets import PRESETS
-from jaxrl_llm.algorithms.signals import Algorithm
 from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
 from jaxrl_llm.config import Experiment
 from jaxrl_llm.data.prompts import PromptDataset
-from jaxrl_llm.data.sources import RowSource, nearest_name
+from jaxrl_llm.data.sources import RowSource
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.folder import start, write_config
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_tokenizer_of, reward_sum
+from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.sharding import make_mesh
@@ -42,6 +42,7 @@ __all__ = [
     "plain_errors",
     "run",
     "start",
+    "take_preset",
     "train",
     "write_config",
 ]
@@ -55,33 +56,13 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     `--preset=gspo` puts that published algorithm in place of `config.algorithm`, whose flags may change it further.
     An unknown flag or preset ends the program at once and names the nearest one.
     """
-    args = sys.argv[1:] if args is None else list(args)
-    with plain_errors():
-        chosen, args = _preset(args)
-    if chosen is not None:
-        config = dataclasses.replace(config, algorithm=chosen)
-    names = ", ".join(preset.__name__ for preset in PRESETS)
-    description = f"{description}\n\n--preset=NAME begins with a published algorithm: {names}."
-    return tyro.cli(type(config), args=args, default=config, description=description)
-
-
-def _preset(args: list[str]) -> tuple[Algorithm | None, list[str]]:
-    """The preset that the command line names, if any, and the other arguments."""
-    rest, name, arguments = [], None, iter(args)
-    for argument in arguments:
-        flag, given, value = argument.partition("=")
-        if flag != "--preset":
-            rest.append(argument)
-        else:
-            name = value if given else next(arguments, "")
-    if name is None:
-        return None, rest
     presets = {preset.__name__: preset for preset in PRESETS}
-    wanted = name.replace("-", "_")
-    if wanted not in presets:
-        nearest = nearest_name(wanted, list(presets))
-        raise ValueError(f"no preset is named {name!r}{nearest}; there are {', '.join(presets)}")
-    return presets[wanted](), rest
+    with plain_errors():
+        chosen, args = take_preset(sys.argv[1:] if args is None else args, list(presets))
+    if chosen is not None:
+        config = dataclasses.replace(config, algorithm=presets[chosen]())
+    description = f"{description}\n\n--preset=NAME begins with a published algorithm: {', '.join(presets)}."
+    return tyro.cli(type(config), args=args, default=config, description=description)
 
 
 def make_trainer(

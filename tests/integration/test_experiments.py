@@ -233,3 +233,16 @@ def test_held_out_problems_that_are_missing_are_told_before_labels_are_made(
 
 def test_there_are_experiments() -> None:
     assert {"grpo_arithmetic"} <= {path.stem for path in EXPERIMENTS}
+
+
+def test_a_misspelt_method_of_preferences_is_told_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(FILES[0].parent)
+    experiment = importlib.import_module("experiments.preference_arithmetic")
+    with pytest.raises(SystemExit) as ended:
+        experiment.main(["--preset=dppo"])
+    assert ended.value.code == 2
+    assert "no preset is named 'dppo'; did you mean 'dpo'?" in capsys.readouterr().err
+    assert experiment.configured(["--preset", "apo-zero"]).name == "apo_zero_arithmetic"
+    assert experiment.configured([]).name == "dpo_arithmetic"

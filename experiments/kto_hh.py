@@ -7,7 +7,8 @@ Data, pod and flags as experiments/dpo_hh.py; each pair becomes two samples, of 
 own have the columns prompt, completion and label: add --data.format.from-pairs=False; for unequal numbers of labels set
 --objective.lambda-d and --objective.lambda-u (`kto_balance`). `eval/rewards/chosen` is to rise above
 `eval/rewards/rejected`: 0.40 and 0.32 after 60 steps on a CPU, with a held-out loss from 0.500 to 0.491
-(docs/results/hh_rlhf.md), a beginning. Any setting is a flag: --objective.beta=0.2 --objective.baseline=other_side; see --help.
+(docs/results/hh_rlhf.md), a beginning. Any setting is a flag: --objective.beta=0.2 --objective.baseline=other_side; see
+--help.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Hardware: two CPU cores. Time: under six minutes, compilation included.
 Expected (seed 0): the reward model is right in 0.962 of held-out pairs. PPO raises its score from 0.10 to 0.64 (means
 of ten steps, in units of the scores' spread) and accuracy on held-out sums, the gold reward, from 0.442 to 0.714. The
 KL of a completion stays near its target of 1 nat: 1.14, 1.11, 1.02, 1.01, 0.96, 0.96 (means of 50 steps each).
-docs/results/ppo_rlhf.md has the figure and the log. On-line DPO on the same reward model: --preset=online-dpo.
+docs/results/ppo_rlhf.md has the figure and the log.
 Any setting is a flag: --reward-model.steps=2000 --algorithm.advantage.kl-target=0.5 --critic.shares-trunk; see --help.
 """
 

@@ -13,7 +13,10 @@ On a pod, the same line on every host (tpu_scripts/launch.sh adds --distributed)
 
 The data are JSON lines with the columns question and answer, as published; of the answers only the number after ####
 is shown, and that only as a hint. Several rationales of each problem, as in rejection-sampling fine-tuning:
---star.samples=4 --sampling.temperature=0.7. No result has been measured yet.
+--star.samples=4 --sampling.temperature=0.7.
+
+SmolLM2-135M-Instruct is too weak a beginning: of 96 problems it solved none, and 3 with hints; trained on those 3 it
+answered 0 of 64 held-out problems right, 1 before (--data.max-train-prompts=96 --star.iterations=1, seed 0).
 """
 
 from __future__ import annotations

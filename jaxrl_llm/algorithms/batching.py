@@ -59,8 +59,12 @@ class UpdateConfig:
         raise ValueError(
             f"{rows} prompts × {group} samples of a minibatch cannot be cut into update.micro_batches="
             f"{self.micro_batches} × {row_shards} row shards of the mesh (data × fsdp)"
-            + (" without cutting groups, which this aggregation needs whole" if whole_groups else "")
-            + "; change prompts per step, samples per prompt, micro_batches or the mesh"
+            + (
+                " without cutting groups, which are needed whole here; change prompts per step"
+                if whole_groups
+                else "; change prompts per step, samples per prompt"
+            )
+            + ", micro_batches or the mesh"
         )
 
 

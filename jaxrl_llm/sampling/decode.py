@@ -19,7 +19,7 @@ from jaxrl_llm.sharding import constrain
 from jaxrl_llm.types import Rollout
 
 _STEPS_BETWEEN_LOOKS = 8
-"""Tokens that are decoded before it is asked again whether all rows have ended: the devices have to agree on it."""
+"""Tokens that are decoded, at most, before devices have to agree again on whether all rows have ended."""
 
 
 class _Loop(NamedTuple):
@@ -142,10 +142,10 @@ def sample(
         return _record(state._replace(cache=cache), drawn_by(state, logits), stop_tokens, recycle=slots < group)
 
     def steps(state: _Loop) -> _Loop:
-        """Some steps; those after the end of all rows change nothing that is returned."""
+        """One step, or an eighth of those before; after the end of all rows they change nothing that is returned."""
         count = _STEPS_BETWEEN_LOOKS
         if slots == group:
-            count = jnp.minimum(count, config.max_tokens - 1 - state.time)
+            count = jnp.minimum(jnp.clip(state.time // 8, 1, count), config.max_tokens - 1 - state.time)
         return jax.lax.fori_loop(0, count, lambda _, state: step(state), state)
 
     state = jax.lax.while_loop(unfinished, steps, state)

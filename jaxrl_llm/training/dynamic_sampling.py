@@ -45,7 +45,7 @@ class GroupBuffer:
     def take(self) -> tuple[Rollout, Episodes]:
         """The first groups whose rewards differ; where they are too few, filled up with the first of the others.
 
-        These have advantages of 0, so that they change denominators alone; `frac_reward_zero_std` shows them.
+        These have advantages of 0, or make no pair; at most denominators change. `frac_reward_zero_std` shows them.
         """
         mixed = np.concatenate(self._mixed)
         order = np.argsort(~mixed, kind="stable")[: self._wanted]

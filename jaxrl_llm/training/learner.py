@@ -95,6 +95,7 @@ def make_learner(
 
     Raises:
         ValueError: these do not fit together.
+        TypeError: the algorithm is of a type that has no step.
     """
     total = iterations * plan.optimizer_steps
     schedule = make_schedule(optimizer, total)

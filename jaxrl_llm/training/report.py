@@ -34,7 +34,7 @@ from jaxrl_llm.training.formatting import clip, duration, printable, short_numbe
 _SHOWN = {
     "reward": "reward",
     "rewards/*/mean": "",
-    "rewards/accuracies": "accuracy",
+    "rewards/accuracies": "reward accuracy",
     "accuracy": "accuracy",
     "loss": "loss",
     "kl": "kl",

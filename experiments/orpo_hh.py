@@ -4,7 +4,8 @@
         --data.train=hh_train.jsonl --data.eval=hh_eval.jsonl
 
 Data, pod and flags as experiments/dpo_hh.py; a base model will do. `eval/nll` is to fall and `eval/log_odds_chosen` to
-rise: from 2.96 to 2.58 and from -0.04 to 0.02 in 30 steps on a CPU (docs/results/hh_rlhf.md). Any setting is a flag: --objective.pair-loss.odds-coef=0.25 --model.lora.rank=0; see --help.
+rise: from 2.96 to 2.58 and from -0.04 to 0.02 in 30 steps on a CPU (docs/results/hh_rlhf.md). Any setting is a flag:
+--objective.pair-loss.odds-coef=0.25 --model.lora.rank=0; see --help.
 """
 
 from __future__ import annotations

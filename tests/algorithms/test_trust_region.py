@@ -227,12 +227,18 @@ def test_last_layers_in_half_precision_from_some_of_the_prompts(whole, tiny_conf
         assert not np.any(leaf[0]) and np.any(leaf[1])
 
 
-def test_it_learns_and_its_divergence_never_exceeds_the_bound(tiny_config):
-    """Half a point for a first token that is 5, half for stopping right after it."""
+LEARNING_MAX_KL = 0.1
+
+
+def learned(tiny_config, sign: int) -> tuple[list[float], list[dict[str, float]]]:
+    """Rewards and metrics of each step, with advantages of this sign.
+
+    Half a point for a first token that is 5, half for stopping right after it.
+    """
     stop, wanted, vocabulary, steps = 0, 5, 16, 24
     model = Transformer(tiny_config(vocab_size=vocabulary, num_layers=1))
     algorithm = dataclasses.replace(TRPO, advantage=GroupAdvantage(scale="batch"), aggregation="token-mean")
-    region = TrustRegionConfig(max_kl=0.1, cg_iterations=5)
+    region = TrustRegionConfig(max_kl=LEARNING_MAX_KL, cg_iterations=5)
     sampling, one_device = SamplingConfig(max_tokens=3), make_mesh(devices=jax.devices()[:1])
     sampler = Sampler(model, sampling, group=16, stop_tokens=(stop,), mesh=one_device)
     state = make_train_state(jax.jit(model.init)(jax.random.key(0)), optax.identity(), seed=0)
@@ -245,14 +251,26 @@ def test_it_learns_and_its_divergence_never_exceeds_the_bound(tiny_config):
             rollout = sampler(state.params, prompts, numbers.integers(1, 4, 16), state.key, step)
             stops = (rollout.completion_lengths == 2) & rollout.finished
             reward = np.float32(0.5) * ((rollout.completion[..., 0] == wanted) + np.float32(stops))
-            state, metrics = update(state, rollout, reward)
+            state, metrics = update(state, rollout, sign * reward)
             rewards.append(float(reward.mean()))
             found.append({name: float(value) for name, value in metrics.items()})
     assert counter.counts["trust_region_step"] == 1
-    assert all(0 <= metrics["trpo/kl"] <= region.max_kl for metrics in found)
+    return rewards, found
+
+
+def test_it_learns_and_its_divergence_never_exceeds_the_bound(tiny_config):
+    rewards, found = learned(tiny_config, 1)
+    assert all(0 <= metrics["trpo/kl"] <= LEARNING_MAX_KL for metrics in found)
     assert np.mean([metrics["trpo/accepted"] for metrics in found]) > 0.7
     assert np.mean(rewards[:4]) < 0.15, rewards
     assert np.mean(rewards[-4:]) > 0.5, rewards
+
+
+@pytest.mark.slow
+def test_it_does_not_learn_with_the_sign_flipped(tiny_config):
+    """A group's advantages change their sign with its rewards."""
+    rewards, _ = learned(tiny_config, -1)
+    assert np.mean(rewards[-4:]) < 0.1, rewards
 
 
 def test_subsets_are_taken_and_put_back(whole):

@@ -15,6 +15,8 @@ from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.online_preference import OnlinePreference, make_online_preference_step, sampled_pairs
 from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.state import make_train_state, step_key
+from jaxrl_llm.models.config import LoraConfig
+from jaxrl_llm.models.lora import split_trainable, without_adapters
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.types import Rollout
@@ -136,6 +138,32 @@ def test_minibatches_are_steps_one_after_the_other(rollout, expected, model, run
     for part in (order[:2], order[2:]):
         state, _ = step(state, jax.tree.map(lambda x, part=part: x[part], expected), lively_params(model, seed=1))
     assert_trees_close(together, state.params)
+
+
+def test_with_adapters_the_base_is_the_reference_and_stays(rollout, tiny_config, lively_params, assert_trees_close):
+    model, optimizer = Transformer(tiny_config(lora=LoraConfig(rank=2))), optax.sgd(1.0)
+    params = lively_params(model)
+    state = make_train_state(params, optimizer, 0)
+    step = jax.jit(make_online_preference_step(model, optimizer, OnlinePreference()))
+    ours, metrics = step(state, rollout, REWARDS)
+    given, _ = step(state, rollout, REWARDS, without_adapters(params))
+    assert_trees_close(ours.params, given.params)
+    assert float(metrics["rewards/margins"]) != 0  # the adapters are no longer what they began with
+    trained, base = split_trainable(ours.params)
+    jax.tree.map(np.testing.assert_array_equal, base, split_trainable(params)[1])
+    assert any(
+        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (trained, split_trainable(params)[0])), strict=True)
+    )
+
+
+def test_parameters_in_bfloat16(rollout, tiny_config, lively_params):
+    model, optimizer = Transformer(tiny_config(dtype="bfloat16", param_dtype="bfloat16")), optax.adam(1e-2)
+    state = make_train_state(lively_params(model), optimizer, 0)
+    step = jax.jit(make_online_preference_step(model, optimizer, OnlinePreference(), UpdateConfig(epochs=2)))
+    after, metrics = step(state, rollout, REWARDS, lively_params(model, seed=1))
+    assert all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(after.params))
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True))
 
 
 def test_a_penalty_below_0_is_refused():

@@ -14,8 +14,10 @@ the same checkpoint with low-rank adapters and a scalar head learns the labels; 
     python experiments/prm_gsm8k.py --distributed --model.path=Qwen/Qwen2.5-1.5B-Instruct --model.dtype=bfloat16 \\
         --data.train=steps_train.jsonl --data.eval=steps_eval.jsonl --training.rows-per-step=64 --mesh.fsdp=-1
 
-No accuracy has been measured yet. Labels of the 15 steps of four published solutions, two completions of at most 64
-tokens each, took 227 s with the checkpoint's own attempts, on two cores that had other work beside.
+Measured on a CPU with --max-problems=24 --solutions=0 --rollouts=2 --training.steps=10 --training.rows-per-step=4
+--evaluation.every=10, published solutions alone: on 23 steps of 6 held-out solutions accuracy from 0.391 to 0.696
+(always the same: 0.565; a standard error is 0.1) and the loss from 1.62 to 0.52, a beginning. It took 11 minutes on
+cores that had other work beside, 7 of them for the labels of 132 steps.
 Any setting is a flag: --solutions=4 --rollouts=8 --label-kind=soft --max-problems=1000; see --help.
 """
 

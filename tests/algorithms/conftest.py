@@ -15,6 +15,7 @@ from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_s
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.types import Rollout
 
 
@@ -118,11 +119,12 @@ def learn_scores() -> Callable[..., tuple[float, float, Params]]:
         step = jax.jit(make_offline_step(model, optimizer, objective), donate_argnums=0)
         evaluate = jax.jit(make_offline_evaluation(model, objective))
         state = jax.jit(lambda key: make_train_state(model.init(key), optimizer, 0))(jax.random.key(0))
-        before = float(evaluate(state.params, held_out)[1]["accuracy"].value())
-        for _ in range(steps):
-            state, _ = step(state, rows(rng, 32))
-        after = float(evaluate(state.params, held_out)[1]["accuracy"].value())
-        assert step._cache_size() == evaluate._cache_size() == 1
+        with CompilationCounter() as counter:
+            before = float(evaluate(state.params, held_out)[1]["accuracy"].value())
+            for _ in range(steps):
+                state, _ = step(state, rows(rng, 32))
+            after = float(evaluate(state.params, held_out)[1]["accuracy"].value())
+        assert counter.counts["offline_step"] == counter.counts["evaluation"] == 1, counter.counts
         return before, after, state.params
 
     return learn

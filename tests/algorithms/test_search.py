@@ -15,6 +15,7 @@ from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.training.compilation import CompilationCounter
 
 EOS, SEPARATOR, VOCABULARY, WIDTH = 2, 3, 16, 14
 CONFIG = BeamSearchConfig(beams=8, width=2, max_steps=5, max_step_tokens=4)
@@ -133,8 +134,9 @@ def test_the_guide_leads_to_better_solutions_than_sampling(model, found, params)
 
 def test_another_batch_does_not_compile_again(search, found, params):
     del found
-    again = search(params, WORTH, PROMPT[::-1], LENGTHS[::-1], KEY, 8)
-    assert search._program._cache_size() == 1
+    with CompilationCounter() as counter:
+        again = search(params, WORTH, PROMPT[::-1], LENGTHS[::-1], KEY, 8)
+    assert not counter.counts
     assert np.asarray(again.mask).any()
 
 

@@ -14,6 +14,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.training.compilation import CompilationCounter
 
 EOS = 1
 KEY = np.zeros(2, np.uint32)
@@ -96,8 +97,9 @@ def test_a_sampler_labels_in_one_program(tiny_config):
         seen.extend(completions)
         return [float(sum(completion) % 2 == 0) for completion in completions]
 
-    labels = monte_carlo_labels(sampler, params, solutions, even, batch_size=2, key=KEY)
-    assert sampler._program._cache_size() == 1
+    with CompilationCounter() as counter:
+        labels = monte_carlo_labels(sampler, params, solutions, even, batch_size=2, key=KEY)
+    assert counter.counts["sample"] == 1
     assert [len(label) for label in labels] == [2, 2]
     after_first = [completion for completion in seen if completion[0] == 7 and completion[1:3] != [8, 9]]
     assert len(after_first) == 4 and all(1 < len(completion) <= 4 for completion in after_first)

@@ -101,7 +101,7 @@ def make_iteration(
     Args:
         sampler: samples completions; its checks of the prompts are the caller's here.
         rewards: at least one.
-        update_step: of `make_update_step`.
+        update_step: of `make_update_step`, or another that learns from a rollout and its rewards.
 
     Raises:
         ValueError: there is no reward, or two of the same name.

@@ -1,4 +1,4 @@
-"""The flag `--preset=NAME`, which comes before the others: they belong to what it names."""
+"""The flag `--preset=NAME`, which is read before the others, wherever it stands: they belong to what it names."""
 
 from __future__ import annotations
 

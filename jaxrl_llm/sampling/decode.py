@@ -142,7 +142,10 @@ def sample(
         return _record(state._replace(cache=cache), drawn_by(state, logits), stop_tokens, recycle=slots < group)
 
     def steps(state: _Loop) -> _Loop:
-        """One step, or an eighth of those before; after the end of all rows they change nothing that is returned."""
+        """A few steps; those after the end of all rows change nothing that is returned.
+
+        While slots march together, one or an eighth of those before, so that short completions cost little more.
+        """
         count = _STEPS_BETWEEN_LOOKS
         if slots == group:
             count = jnp.minimum(jnp.clip(state.time // 8, 1, count), config.max_tokens - 1 - state.time)

@@ -35,9 +35,8 @@ def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: ja
     Returns:
         bool `[..., Tq, Tk]`.
     """
-    distance = query_positions[..., :, None] - key_positions[..., None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
+    query, key = query_positions[..., :, None], key_positions[..., None, :]
+    return query >= key if window is None else (query >= key) & (query - key < window)
 
 
 def _logits(scores: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
@@ -84,7 +83,7 @@ def attend_shared(
         query: `[P, G, Tq, N, H]`.
         prompt: keys and values of Tp tokens of each prompt.
         own: keys and values of Tk tokens of each completion.
-        prompt_mask: bool `[P, 1 or G, Tq, Tp]`.
+        prompt_mask: bool `[P, 1 or G, 1 or Tq, Tp]`.
         own_mask: bool `[P or 1, G or 1, Tq, Tk]`.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
 from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import ModelConfig
@@ -128,11 +129,13 @@ class Transformer:
         Args:
             params: all parameters.
             x: `[B, T, D]`.
-            positions: `[B, T]`.
+            positions: `[B, T]`, each below T.
             make_attention: the layer's window (a traced scalar, or `None`) → its attention.
             collect: also return the keys and values of all layers, stacked on axis 0.
         """
-        turn = self.rotation(positions)
+        # A table, since XLA's CPU compiler takes sines into the loops of every layer, and then does not vectorise them.
+        table = self.rotation(jnp.arange(x.shape[1]))
+        turn = jax.tree.map(lambda angles: jnp.take(angles, positions, axis=0, mode="clip"), table)
 
         def step(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, KeyValue | None]:
             layer_params, window = layer
@@ -226,9 +229,10 @@ class Transformer:
         _, group, width = completion.shape
         tokens = jnp.concatenate([prompt, completion.reshape(prompts, -1)], axis=1)
         prompt_positions = jnp.broadcast_to(jnp.arange(prompt_width), prompt.shape)
-        own_positions = prompt_lengths[:, None, None] + jnp.arange(width)  # [P, 1, Tc]
+        times = jnp.arange(width)[None, None]
+        own_positions = prompt_lengths[:, None, None] + times  # [P, 1, Tc]
         positions = jnp.concatenate([prompt_positions, jnp.tile(own_positions[:, 0], (1, group))], axis=1)
-        is_prompt = prompt_positions < prompt_lengths[:, None]  # [P, Tp]
+        is_prompt = length_mask(prompt_lengths, prompt_width)[:, None, None]  # [P, 1, 1, Tp]
 
         def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             """`[P, Tp + G·Tc, …]` → `[P, Tp, …]` and `[P, G, Tc, …]`."""
@@ -236,8 +240,10 @@ class Transformer:
 
         def make_attention(window: jax.Array | None) -> Attend:
             causal = causal_mask(prompt_positions, prompt_positions, window)
-            own = causal_mask(own_positions, own_positions, window)
-            to_prompt = causal_mask(own_positions, prompt_positions[:, None], window) & is_prompt[:, None, None]
+            own = causal_mask(times, times, window)
+            to_prompt = is_prompt
+            if window is not None:
+                to_prompt = is_prompt & causal_mask(own_positions, prompt_positions[:, None], window)
 
             def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
                 softcap = self.config.attention_softcap
@@ -260,8 +266,11 @@ class Transformer:
 
     def head_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits `[..., V]` of normed states `[..., D]`, float32."""
-        weight = self.head(params).astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return self.project(self.head(params), hidden)
+
+    def project(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
+        """`head_logits` with the weight `[V, D]` itself."""
+        logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

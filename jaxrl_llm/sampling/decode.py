@@ -5,7 +5,7 @@ One pure function, compiled as one program: prefill, then a `while_loop` that en
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ from jaxrl_llm.types import Rollout
 
 _STEPS_BETWEEN_LOOKS = 8
 """Tokens that are decoded, at most, before devices have to agree again on whether all rows have ended."""
+
+_SMALL = 2**18
+"""Elements of the largest weight that is turned around before the loop."""
+
+WeightsT = TypeVar("WeightsT")
 
 
 class _Loop(NamedTuple):
@@ -51,6 +56,7 @@ class _Layer(NamedTuple):
     """One layer, cut out of the stacked arrays before the loop: cutting it in the loop would copy its weights."""
 
     params: Params
+    """Turned around by `_turn`."""
     window: jax.Array | None
     memory: KeyValue
     """The prompts' keys and values, `[P]` before the axes of `KeyValue`."""
@@ -62,6 +68,8 @@ class _Prompt(NamedTuple):
     lengths: jax.Array
     """`[P]`."""
     layers: tuple[_Layer, ...]
+    head: jax.Array
+    """Weight of the LM head, turned around by `_turn`."""
     logits: jax.Array
     """`[P, V]` of each completion's first token."""
     uniform: jax.Array
@@ -113,10 +121,14 @@ def sample(
     hidden, memory = model.causal(params, prompt, collect=True)
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    layers = tuple(_Layer(*layer) for layer in unstack((params["layers"], model.windows(), memory)))
+    layers, head = jax.lax.optimization_barrier(  # without it XLA undoes the turning
+        _turn((unstack(params["layers"]), model.head(params)))
+    )
+    around = unstack((model.windows(), memory))
     prompts = _Prompt(
         lengths=prompt_lengths,
-        layers=layers,
+        layers=tuple(_Layer(layer, *others) for layer, others in zip(layers, around, strict=True)),
+        head=head,
         logits=model.head_logits(params, last),
         uniform=uniforms(keys, config.max_tokens),
         turn=model.rotation(prompt_lengths[:, None] + jnp.arange(config.max_tokens)),
@@ -136,7 +148,7 @@ def sample(
 
     def step(state: _Loop) -> _Loop:
         hidden, cache = _decode(model, params, prompts, state)
-        logits = model.head_logits(params, hidden)
+        logits = model.project(_turn(prompts.head), hidden)
         if slots < group:  # a slot that has just taken up a completion draws its first token
             logits = jnp.where((state.time < 0)[..., None], prompts.logits[:, None], logits)
         return _record(state._replace(cache=cache), drawn_by(state, logits), stop_tokens, recycle=slots < group)
@@ -162,6 +174,16 @@ def sample(
         logprobs=jnp.where(mask, state.logprobs, 0.0),
         sampler_logprobs=jnp.where(mask, state.sampler_logprobs, 0.0),
     )
+
+
+def _turn(weights: WeightsT) -> WeightsT:
+    """Turns small weights around, `[out, in]` to `[in, out]` before the loop and back in it.
+
+    The way back is no work: XLA then reads the weight as it lies. For products of a few rows XLA's CPU compiler packs
+    `[out, in]` weights anew at every token, up to half of a small model's time. Weights too large for a core's cache
+    are better packed.
+    """
+    return jax.tree.map(lambda leaf: leaf.T if leaf.ndim == 2 and leaf.size <= _SMALL else leaf, weights)
 
 
 def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig) -> _Loop:
@@ -262,8 +284,8 @@ def _decode(
     """Runs the tokens drawn last through the layers: states `[P, M, D]`, and the cache with their keys."""
     time = jnp.maximum(state.time, 0)
     size, slots = state.token.shape
-    position = prompts.lengths[:, None] + jnp.broadcast_to(time, (size, slots))  # [P, M]
-    own_position = prompts.lengths[:, None, None] + jnp.arange(state.completion.shape[-1])  # [P, 1, Tc]
+    now = jnp.broadcast_to(time, (size, slots))[..., None]  # [P, M, 1]
+    times = jnp.arange(state.completion.shape[-1])[None, None]
     prompt_width = prompts.layers[0].memory.key.shape[-1]
     is_prompt = length_mask(prompts.lengths, prompt_width)[:, None, None]
     turn = Rotation(*(_at(angles, time) for angles in prompts.turn))
@@ -274,14 +296,14 @@ def _decode(
         def attention(query: jax.Array, key: jax.Array, value: jax.Array, layer=layer, own=own) -> jax.Array:
             own = _write(own, key, value, time)
             caches.append(own)
-            to_own = causal_mask(position[..., None], own_position, layer.window)
+            to_own = causal_mask(now, times, layer.window)
             to_prompt = is_prompt
             if layer.window is not None:
-                prompt_position = jnp.arange(prompt_width)[None, None]
-                to_prompt = is_prompt & causal_mask(position[..., None], prompt_position, layer.window)
+                position = prompts.lengths[:, None, None] + now
+                to_prompt = is_prompt & causal_mask(position, jnp.arange(prompt_width)[None, None], layer.window)
             return attend_shared(query[:, :, None], layer.memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
 
-        x, _ = model.block(layer.params)(x, turn, attention)
+        x, _ = model.block(_turn(layer.params))(x, turn, attention)
         x = constrain(x, "rows", None, None)
     return model.norm(params, x), tuple(caches)
 

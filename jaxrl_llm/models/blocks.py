@@ -145,7 +145,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., D]`."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        # Of what lies between the products the backward pass keeps the inputs alone, and computes the rest again.
+        gated = jax.checkpoint(lambda gate, up: self.activation(gate) * up)
+        return self.down(gated(self.gate(x), self.up(x)))
 
 
 class Block(nnx.Module):

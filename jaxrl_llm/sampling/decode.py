@@ -22,7 +22,7 @@ _STEPS_BETWEEN_LOOKS = 8
 """Tokens that are decoded, at most, before devices have to agree again on whether all rows have ended."""
 
 _SMALL = 2**18
-"""Elements of the largest weight that is turned around before the loop."""
+"""Elements, at most, of weights that are turned around before the loop."""
 
 WeightsT = TypeVar("WeightsT")
 
@@ -121,9 +121,8 @@ def sample(
     hidden, memory = model.causal(params, prompt, collect=True)
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    layers, head = jax.lax.optimization_barrier(  # without it XLA undoes the turning
-        _turn((unstack(params["layers"]), model.head(params)))
-    )
+    # Without the barrier XLA would undo the turning.
+    layers, head = jax.lax.optimization_barrier((_turn(unstack(params["layers"])), _turn(model.head(params))))
     around = unstack((model.windows(), memory))
     prompts = _Prompt(
         lengths=prompt_lengths,
@@ -177,13 +176,14 @@ def sample(
 
 
 def _turn(weights: WeightsT) -> WeightsT:
-    """Turns small weights around, `[out, in]` to `[in, out]` before the loop and back in it.
+    """Turns weights around if all are small, `[out, in]` to `[in, out]` before the loop and back in it.
 
     The way back is no work: XLA then reads the weight as it lies. For products of a few rows XLA's CPU compiler packs
-    `[out, in]` weights anew at every token, up to half of a small model's time. Weights too large for a core's cache
-    are better packed.
+    `[out, in]` weights anew at every token, up to half of a small model's time. Weights that do not stay in a core's
+    cache from one token to the next are better packed.
     """
-    return jax.tree.map(lambda leaf: leaf.T if leaf.ndim == 2 and leaf.size <= _SMALL else leaf, weights)
+    small = max(leaf.size for leaf in jax.tree.leaves(weights)) <= _SMALL
+    return jax.tree.map(lambda leaf: leaf.T if small and leaf.ndim == 2 else leaf, weights)
 
 
 def _start(model: Transformer, prompts: _Prompt, size: int, group: int, slots: int, config: SamplingConfig) -> _Loop:

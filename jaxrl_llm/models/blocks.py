@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_llm.models.config import LoraTarget, ModelConfig
 from jaxrl_llm.models.rope import Rotation, rotate
@@ -19,6 +20,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens → mixed values `[..., N, H]`."""
 Projected = tuple[jax.Array, jax.Array]
 """Keys (rotated) and values of some tokens, both `[..., K, H]`."""
+
+LINEAR = "linear"
+"""Name of what a `Linear` gives, for policies of rematerialisation: they do not see the products in it."""
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
@@ -87,7 +91,7 @@ class Linear(nnx.Module):
         if self.lora_a is not None and self.lora_b is not None:
             low = _product(x, self.lora_a[...].astype(x.dtype))
             y = y + self.scale * _product(low, self.lora_b[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), LINEAR)
 
 
 class RMSNorm(nnx.Module):
@@ -142,11 +146,16 @@ class MLP(nnx.Module):
         self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
         self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
         self.activation = _ACTIVATIONS[config.activation]
+        self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., D]`."""
-        # Of what lies between the products the backward pass keeps the inputs alone, and computes the rest again.
-        gated = jax.checkpoint(lambda gate, up: self.activation(gate) * up)
+
+        def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+            return self.activation(gate) * up
+
+        if self.config.remat == "none":  # no layer is computed again, but this, which is little work, is
+            gated = jax.checkpoint(gated, prevent_cse=not self.config.scan_layers)
         return self.down(gated(self.gate(x), self.up(x)))
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
-from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
+from jaxrl_llm.models.blocks import LINEAR, Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.rope import Rotation, rotation
@@ -144,7 +144,7 @@ class Transformer:
             return x, KeyValue.of(*projected) if collect else None
 
         if self.config.remat != "none":
-            policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
             step = jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
         layers = (params["layers"], self.windows())
         if self.config.scan_layers:
@@ -199,7 +199,7 @@ class Transformer:
         Args:
             params: parameters.
             prompt: `[P, Tp]` right-padded.
-            prompt_lengths: `[P]`, at least 1.
+            prompt_lengths: `[P]`, 1 to Tp.
             completion: `[P, G, Tc]` right-padded; padding content does not matter to real tokens.
 
         Returns:

@@ -22,7 +22,7 @@ _STEPS_BETWEEN_LOOKS = 8
 """Tokens that are decoded, at most, before devices have to agree again on whether all rows have ended."""
 
 _SMALL = 2**18
-"""Elements, at most, of weights that are turned around before the loop."""
+"""Elements, at most, of the largest of weights that are turned around before the loop."""
 
 WeightsT = TypeVar("WeightsT")
 
@@ -56,7 +56,7 @@ class _Layer(NamedTuple):
     """One layer, cut out of the stacked arrays before the loop: cutting it in the loop would copy its weights."""
 
     params: Params
-    """Turned around by `_turn`."""
+    """As `_turn` leaves them."""
     window: jax.Array | None
     memory: KeyValue
     """The prompts' keys and values, `[P]` before the axes of `KeyValue`."""
@@ -69,7 +69,7 @@ class _Prompt(NamedTuple):
     """`[P]`."""
     layers: tuple[_Layer, ...]
     head: jax.Array
-    """Weight of the LM head, turned around by `_turn`."""
+    """Weight of the LM head as `_turn` leaves it."""
     logits: jax.Array
     """`[P, V]` of each completion's first token."""
     uniform: jax.Array
@@ -177,6 +177,8 @@ def sample(
 
 def _turn(weights: WeightsT) -> WeightsT:
     """Turns weights around if all are small, `[out, in]` to `[in, out]` before the loop and back in it.
+
+    Layers have weights of the same shapes, so that one of them is judged as all of them.
 
     The way back is no work: XLA then reads the weight as it lies. For products of a few rows XLA's CPU compiler packs
     `[out, in]` weights anew at every token, up to half of a small model's time. Weights that do not stay in a core's

@@ -17,8 +17,10 @@ from jaxrl_llm.models.config import RopeConfig
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.types import Rollout
 
+TOO_WIDE_TO_TURN = 8200
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tied": {},
+    "wide": {"mlp_dim": TOO_WIDE_TO_TURN},
     "windows_caps": {
         "tie_embeddings": False,
         "num_layers": 3,
@@ -75,6 +77,19 @@ def test_logprobs_are_those_of_the_learner(name, tiny_config, lively_params, mak
         expected = np.asarray(teacher_forced(model, params, rollout, temperature).logprobs)
         np.testing.assert_allclose(np.asarray(ours)[mask], expected[mask], atol=1e-4)
         assert (np.asarray(ours)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(("width", "turned"), [(48, True), (TOO_WIDE_TO_TURN, False)])
+def test_small_weights_stay_turned_in_the_loop(width, turned, tiny_config, make_sampler, prompts, key):
+    """XLA must not undo the turning of an MLP's two weights `[width, 32]` and its one `[32, width]`."""
+    sampler = make_sampler(Transformer(tiny_config(mlp_dim=width)))
+    with jax.set_mesh(sampler.mesh):
+        arguments = sampler.model.abstract_params(), *prompts, jax.random.key_data(key), np.int32(0)
+        program = jax.jit(sampler.sample).lower(*arguments).compile().as_text()
+    carried = max((line.partition(" while(")[0] for line in program.splitlines() if " while(" in line), key=len)
+    layers = sampler.model.config.num_layers
+    shapes = carried.count(f"f32[32,{width}]"), carried.count(f"f32[{width},32]")
+    assert shapes == ((2 * layers, layers) if turned else (layers, 2 * layers))
 
 
 def test_rows_end_with_a_stop_token_or_at_the_limit(tiny_config, lively_params, make_sampler, prompts, key):

@@ -312,6 +312,8 @@ def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> No
         checkpointer.save(1, state(1, 1_000))
         checkpointer.wait()
         checkpointer.save(2, big)
+        while not any(folder.glob("2.*")):  # the writing begins in another thread
+            pass
         os.kill(os.getpid(), signal.SIGKILL)
         """,
         tmp_path,

@@ -136,7 +136,7 @@ class ModelConfig:
     model on a CPU is up to twice as fast."""
     remat: Remat = "full"
     """What the backward pass computes again in each block: everything (`full`: least memory), all but
-    the matrix products (`dots`), nothing (`none`: fastest where memory allows)."""
+    the linear maps (`dots`), the MLP's activation alone (`none`: fastest where memory allows)."""
     lora: LoraConfig | None = None
     """Adapters beside the weights of each block, or none; parameters that lack them are those of the base alone."""
 

@@ -118,20 +118,7 @@ def sample(
     """
     group = keys.shape[1]
     slots = min(config.slots or group, group)
-    hidden, memory = model.causal(params, prompt, collect=True)
-    assert memory is not None
-    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    # Without the barrier XLA would undo the turning.
-    layers, head = jax.lax.optimization_barrier((_turn(unstack(params["layers"])), _turn(model.head(params))))
-    around = unstack((model.windows(), memory))
-    prompts = _Prompt(
-        lengths=prompt_lengths,
-        layers=tuple(_Layer(layer, *others) for layer, others in zip(layers, around, strict=True)),
-        head=head,
-        logits=model.head_logits(params, last),
-        uniform=uniforms(keys, config.max_tokens),
-        turn=model.rotation(prompt_lengths[:, None] + jnp.arange(config.max_tokens)),
-    )
+    prompts = _read(model, params, prompt, prompt_lengths, uniforms(keys, config.max_tokens))
     state = _start(model, prompts, prompt.shape[0], group, slots, config)
 
     def drawn_by(state: _Loop, logits: jax.Array) -> Draw:
@@ -172,6 +159,26 @@ def sample(
         finished=state.finished,
         logprobs=jnp.where(mask, state.logprobs, 0.0),
         sampler_logprobs=jnp.where(mask, state.sampler_logprobs, 0.0),
+    )
+
+
+def _read(
+    model: Transformer, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, uniform: jax.Array
+) -> _Prompt:
+    """Computes the prompts, and makes ready what the loop reads."""
+    hidden, memory = model.causal(params, prompt, collect=True)
+    assert memory is not None
+    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
+    # Without the barrier XLA would undo the turning.
+    layers, head = jax.lax.optimization_barrier((_turn(unstack(params["layers"])), _turn(model.head(params))))
+    around = unstack((model.windows(), memory))
+    return _Prompt(
+        lengths=prompt_lengths,
+        layers=tuple(_Layer(layer, *others) for layer, others in zip(layers, around, strict=True)),
+        head=head,
+        logits=model.head_logits(params, last),
+        uniform=uniform,
+        turn=model.rotation(prompt_lengths[:, None] + jnp.arange(uniform.shape[2])),
     )
 
 

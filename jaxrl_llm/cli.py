@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
-import tyro
 
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.presets import PRESETS
@@ -21,6 +20,7 @@ from jaxrl_llm.config import Experiment
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import RowSource
 from jaxrl_llm.launch.errors import plain_errors, train
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import start, write_config
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.preset_flag import take_preset
@@ -62,7 +62,7 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     if chosen is not None:
         config = dataclasses.replace(config, algorithm=presets[chosen]())
     description = f"{description}\n\n--preset=NAME begins with a published algorithm: {', '.join(presets)}."
-    return tyro.cli(type(config), args=args, default=config, description=description)
+    return read_flags(config, args, description)
 
 
 def make_trainer(

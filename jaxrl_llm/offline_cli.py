@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import tyro
 
 from jaxrl_llm.config import OfflineExperiment
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.launch.errors import plain_errors, train
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokenizer_of
 from jaxrl_llm.launch.summary import Panels, finish
@@ -39,7 +39,7 @@ def parse_offline(config: OfflineConfigT, args: list[str] | None = None, *, desc
 
     An unknown flag ends the program at once and names the nearest one.
     """
-    return tyro.cli(type(config), args=args, default=config, description=description)
+    return read_flags(config, args, description)
 
 
 def make_offline_trainer(

@@ -84,6 +84,24 @@ def test_an_unknown_flag_ends_at_once_and_names_the_nearest(
 
 
 @pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        ("--algorithm.clp-high=0.3", "--algorithm.surrogate.clip-high"),
+        ("--clip_high=0.3", "--algorithm.surrogate.clip-high"),
+        ("--learning-rate=1", "--optimizer.learning-rate"),
+    ],
+)
+def test_a_misplaced_flag_names_where_it_belongs(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str, nearest: str
+) -> None:
+    monkeypatch.setattr(tiny, "start", lambda config: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as ended:
+        tiny.main([flag])
+    assert ended.value.code == 2
+    assert f"{flag.partition('=')[0]}: did you mean {nearest}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--training.steps=0", "training.steps=0 must be at least 1"),

@@ -1,0 +1,46 @@
+"""The command line's flags: read by tyro, and the nearest named where one is misplaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import tyro
+
+ConfigT = TypeVar("ConfigT")
+
+
+def read_flags(config: ConfigT, args: list[str] | None, description: str) -> ConfigT:
+    """`config` with the changes of `args` (`None`: the command line's).
+
+    tyro names the nearest of an unknown flag only where its path is right; here its last part finds it elsewhere.
+    """
+    try:
+        return tyro.cli(type(config), args=args, default=config, description=description)
+    except SystemExit as stop:
+        if stop.code == 2:
+            for hint in _hints(config, sys.argv[1:] if args is None else args):
+                print(hint, file=sys.stderr)
+        raise
+
+
+def _hints(config: Any, args: list[str]) -> Iterator[str]:
+    paths = sorted(_paths(config, ""), key=lambda path: -path.count("."))
+    by_name = {path.rpartition(".")[2]: path for path in paths}  # of several alike, the outermost
+    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        name = flag.removeprefix("--").replace("_", "-")
+        nearest = difflib.get_close_matches(name.rpartition(".")[2], by_name, n=1)
+        if nearest and name not in paths:
+            yield f"{flag}: did you mean --{by_name[nearest[0]]}?"
+
+
+def _paths(config: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        path, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, path + ".")
+        else:
+            yield path

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_origin
 
-from jaxrl_llm.algorithms import presets
+from jaxrl_llm.algorithms.policy_gradient import presets
 
 PACKAGES = ("jaxrl_llm.losses", "jaxrl_llm.advantages")
 
@@ -43,7 +43,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "Reward models": ("losses.reward", "losses.process_reward"),
     "Supervised learning and distillation": ("losses.supervised", "losses.distillation", "algorithms.star"),
     "Trust region policy optimization": (
-        *("algorithms.natural_gradient", "algorithms.conjugate_gradient", "algorithms.fisher"),
+        *(
+            "algorithms.trust_region.natural_gradient",
+            "algorithms.trust_region.conjugate_gradient",
+            "algorithms.trust_region.fisher",
+        ),
     ),
     "Primitives": ("losses.aggregate", "logprobs", "masking", "records"),
 }

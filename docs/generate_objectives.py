@@ -125,7 +125,7 @@ def function_section(entry: Entry, sections: dict[str, str], used: dict[str, set
     lines += ["", "```python", signature(entry), "```"]
     facts = [f"Source: {with_links(doc.source)}"] if doc.source else []
     if chosen := [preset for preset, names in used.items() if entry.name in names]:
-        where = "[`jaxrl_llm.algorithms.presets`](../jaxrl_llm/algorithms/presets.py)"
+        where = "[`jaxrl_llm.algorithms.policy_gradient.presets`](../jaxrl_llm/algorithms/policy_gradient/presets.py)"
         facts.append(f"Preset{'s' * (len(chosen) > 1)}: {', '.join(f'`{preset}`' for preset in chosen)} in {where}")
     return lines + ([""] + [f"- {fact}" for fact in facts] if facts else [])
 

@@ -33,18 +33,18 @@ from grpo_arithmetic import ArithmeticExperiment, problems, warm_start
 from trpo_arithmetic import CONFIG as TRPO
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.presets import PRESETS
-from jaxrl_llm.algorithms.signals import Algorithm
-from jaxrl_llm.algorithms.surrogates import LogProb
-from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
+from jaxrl_llm.algorithms.policy_gradient.surrogates import LogProb
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.on_policy import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.learner import CriticSource
-from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
-from jaxrl_llm.training.trainer import TrainingConfig
+from jaxrl_llm.training.on_policy import TrainingConfig
+from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
 
 ALGORITHMS = {preset.__name__: preset() for preset in PRESETS} | {"trpo": TRPO.algorithm}
 NAMES = tuple(ALGORITHMS)
@@ -65,7 +65,7 @@ class Comparison(ArithmeticExperiment):
     """An arithmetic experiment, run with many algorithms."""
 
     presets: tuple[str, ...] = NAMES
-    """Which of `jaxrl_llm.algorithms.presets`, or trpo."""
+    """Which of `jaxrl_llm.algorithms.policy_gradient.presets`, or trpo."""
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
     # What the presets decide is no flag.

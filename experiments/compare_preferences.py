@@ -4,7 +4,7 @@
     python experiments/compare_preferences.py --presets dpo ipo kto --seeds=3 --training.steps=300
 
 The pairs are those of preference_arithmetic.py: a right sum and a wrong one near it. Every method of
-`jaxrl_llm.algorithms.preference_presets` trains the same fine-tuned model on the same pairs with the same optimizer,
+`jaxrl_llm.algorithms.preference.presets` trains the same fine-tuned model on the same pairs with the same optimizer,
 and sees as many completions a step; to a method of single completions, a pair is two rows. A seed changes the order of
 rows alone. Nothing is tuned for any of them: the settings are the presets', but for the beta of KTO and its relatives,
 which is preference_arithmetic.py's; the learning rate, which suits one better than another, is part of what is
@@ -32,18 +32,18 @@ from comparison import Curve, Result, begin, check_runs, compare, draw_families,
 from preference_arithmetic import CONFIG as ARITHMETIC
 from preference_arithmetic import HeldOut, PreferenceArithmetic, Row, configured, problems, warm_start
 
-from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, dpo
-from jaxrl_llm.cli import Policy, plain_errors, train
+from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
 from jaxrl_llm.config import OfflineDataConfig
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
-from jaxrl_llm.offline_cli import parse_offline
+from jaxrl_llm.launch.offline import parse_offline
+from jaxrl_llm.launch.on_policy import Policy, plain_errors, train
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.loop import Outcome, Phase
-from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainer, OfflineTrainingConfig
+from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
 
 NAMES = (*PAIRED, *UNPAIRED)
 FAMILIES = {
@@ -68,7 +68,7 @@ class Comparison(PreferenceArithmetic):
     """The experiment on pairs of sums, run with many methods."""
 
     presets: tuple[str, ...] = NAMES
-    """Which of `jaxrl_llm.algorithms.preference_presets`."""
+    """Which of `jaxrl_llm.algorithms.preference.presets`."""
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
     # What the presets and the pairs decide is no flag.

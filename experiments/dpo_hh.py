@@ -16,19 +16,19 @@ On a pod, the same line on every host (tpu_scripts/launch.sh adds --distributed)
 Rows have the columns chosen and rejected, whole dialogues, as published; those whose beginnings differ, and longer
 ones, are dropped and counted. `eval/rewards/accuracies` begins at 0, since policy and reference are then the same and
 all margins are 0; measured after 60 steps on 188 held-out pairs: 0.617 (docs/results/hh_rlhf.md), in 38 minutes on one
-busy core. Another loss of pairs is another record in CONFIG (`jaxrl_llm.algorithms.preference_presets`). Any setting is
+busy core. Another loss of pairs is another record in CONFIG (`jaxrl_llm.algorithms.preference.presets`). Any setting is
 a flag: --objective.pair-loss.beta=0.05 --objective.nll-coef=0.1; see --help.
 """
 
 from __future__ import annotations
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.preference_presets import dpo
+from jaxrl_llm.algorithms.preference.presets import dpo
 from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
+from jaxrl_llm.launch.offline import run_offline
 from jaxrl_llm.models.config import LoraConfig
-from jaxrl_llm.offline_cli import run_offline
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 
 PAIRS = PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True)

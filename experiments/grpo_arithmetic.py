@@ -24,23 +24,23 @@ import numpy as np
 
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.on_policy import Policy, finish, make_trainer, parse, plain_errors, start, train
+from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
-from jaxrl_llm.training.distributed import is_main_process
-from jaxrl_llm.training.evaluate import EvaluationConfig
-from jaxrl_llm.training.resume import find_run
-from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.on_policy import TrainingConfig, TrainingResult
+from jaxrl_llm.training.run.distributed import is_main_process
+from jaxrl_llm.training.run.resume import find_run
 
 Row = dict[str, str]
 

@@ -33,25 +33,25 @@ from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.reward_model import RewardModelObjective, make_reward, make_score_statistics
-from jaxrl_llm.algorithms.shaped_advantages import GAEAdvantage
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.shaped_estimators import GAEAdvantage
+from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective, make_reward, make_score_statistics
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.on_policy import Policy, finish, make_trainer, parse, plain_errors, start, train
+from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
+from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.pretrained import save_pretrained
-from jaxrl_llm.models.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Moments
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
-from jaxrl_llm.training.distributed import is_main_process
-from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource
-from jaxrl_llm.training.resume import find_run
-from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.trainer import TrainingConfig, TrainingResult
+from jaxrl_llm.training.on_policy import TrainingConfig, TrainingResult
+from jaxrl_llm.training.run.distributed import is_main_process
+from jaxrl_llm.training.run.resume import find_run
 
 PANELS = (("rewards/reward_model/mean",), ("eval/accuracy",), ("objective/kl",), ("objective/kl_coef",), ("entropy",))
 """The picture of a run: the proxy, the gold reward, and what it costs."""

@@ -2,7 +2,7 @@
 
     python experiments/preference_arithmetic.py --preset=dpo
 
-Any method of `jaxrl_llm.algorithms.preference_presets` by its name: dpo, ipo, simpo, orpo, kto, bco, … A small
+Any method of `jaxrl_llm.algorithms.preference.presets` by its name: dpo, ipo, simpo, orpo, kto, bco, … A small
 transformer is first fine-tuned on a few hundred solved sums. Then it sees pairs of a right sum and a wrong one that is
 near it or, with a method of single completions (kto, bco, …), right and wrong sums one by one, four right ones for a
 wrong one.
@@ -30,11 +30,10 @@ from grpo_arithmetic import WarmStart, character_model, fine_tune
 
 from jaxrl_llm.algorithms.offline import make_offline_evaluation
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.pair_losses import DPO
-from jaxrl_llm.algorithms.preference import PreferenceObjective
-from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, dpo
-from jaxrl_llm.algorithms.unpaired import KTOObjective
-from jaxrl_llm.cli import Policy, finish, plain_errors, start, take_preset, train
+from jaxrl_llm.algorithms.preference.objective import PreferenceObjective
+from jaxrl_llm.algorithms.preference.pair_losses import DPO
+from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
+from jaxrl_llm.algorithms.preference.unpaired import KTOObjective
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
@@ -42,16 +41,17 @@ from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import batches_in_order
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
+from jaxrl_llm.launch.offline import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
+from jaxrl_llm.launch.on_policy import Policy, finish, plain_errors, start, take_preset, train
 from jaxrl_llm.models.transformer import Params
-from jaxrl_llm.offline_cli import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.distributed import is_main_process
-from jaxrl_llm.training.evaluate import EvaluationConfig, Evaluator
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator
+from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
-from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.training.run.distributed import is_main_process
 
 Row = dict[str, Any]
 

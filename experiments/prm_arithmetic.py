@@ -33,28 +33,28 @@ from grpo_arithmetic import Row, WarmStart, character_model, fine_tune
 from jaxrl_llm.advantages.selection import best_of_n, weighted_vote
 from jaxrl_llm.algorithms.offline import make_offline_evaluation
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.process_reward import (
+from jaxrl_llm.algorithms.score_models.process_reward import (
     ProcessRewardObjective,
     make_solution_score,
     make_step_scores,
     step_end_tokens,
 )
-from jaxrl_llm.algorithms.search import BeamSearch, BeamSearchConfig
-from jaxrl_llm.algorithms.step_labels import Solution, StepLabelKind, monte_carlo_labels
-from jaxrl_llm.cli import Policy, finish, plain_errors, start, train
+from jaxrl_llm.algorithms.score_models.search import BeamSearch, BeamSearchConfig
+from jaxrl_llm.algorithms.score_models.step_labels import Solution, StepLabelKind, monte_carlo_labels
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.steps import LabelledSolution, StepDataset, StepFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.offline import OFFLINE_PANELS, make_offline_trainer, parse_offline
+from jaxrl_llm.launch.on_policy import Policy, finish, plain_errors, start, train
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.offline_cli import OFFLINE_PANELS, make_offline_trainer, parse_offline
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.distributed import is_main_process
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
+from jaxrl_llm.training.run.distributed import is_main_process
 
 DIGITS, SEPARATOR = 4, ";"
 KEY = np.zeros(2, np.uint32)

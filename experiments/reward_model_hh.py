@@ -28,10 +28,10 @@ import dataclasses
 import jax
 from dpo_hh import CONFIG as DPO
 
-from jaxrl_llm.algorithms.reward_model import RewardModelObjective
-from jaxrl_llm.cli import Policy
+from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective
+from jaxrl_llm.launch.offline import run_offline
+from jaxrl_llm.launch.on_policy import Policy
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.offline_cli import run_offline
 
 CONFIG = dataclasses.replace(DPO, name="reward_model_hh", objective=RewardModelObjective())
 

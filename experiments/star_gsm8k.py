@@ -27,19 +27,19 @@ import time
 from collections.abc import Sequence
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.cli import Policy, finish, load_policy, parse, plain_errors, start, write_config
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import Row, open_source
+from jaxrl_llm.launch.on_policy import Policy, finish, load_policy, parse, plain_errors, start, write_config
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.episodes import RewardError
-from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.episodes import RewardError
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import TrainingResult
-from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.star import StarConfig, StarTrainer
+from jaxrl_llm.training.star.trainer import StarConfig, StarTrainer
 
 SYSTEM = """\
 Solve the problem in a few short lines of arithmetic, then write the answer alone on the last line after ####. \

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.signals import Algorithm
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
@@ -20,12 +20,12 @@ from jaxrl_llm.models.config import DType, LoraConfig, ModelConfig, Remat
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
-from jaxrl_llm.training.distributed import ClusterConfig
-from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.learner import CriticSource
-from jaxrl_llm.training.metrics import WandbConfig
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig, OfflineUpdateConfig
-from jaxrl_llm.training.trainer import TrainingConfig
+from jaxrl_llm.training.on_policy import TrainingConfig
+from jaxrl_llm.training.run.distributed import ClusterConfig
+from jaxrl_llm.training.run.metrics import WandbConfig
 
 
 @dataclasses.dataclass(frozen=True)

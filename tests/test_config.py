@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from jaxrl_llm.algorithms.advantages import GroupAdvantage
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineExperiment, flatten
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
-from jaxrl_llm.training.distributed import ClusterConfig
-from jaxrl_llm.training.evaluate import EvaluationConfig
-from jaxrl_llm.training.metrics import WandbConfig
-from jaxrl_llm.training.trainer import TrainingConfig
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.on_policy import TrainingConfig
+from jaxrl_llm.training.run.distributed import ClusterConfig
+from jaxrl_llm.training.run.metrics import WandbConfig
 
 CONFIG = Experiment(name="test", rewards=(gsm8k_reward,), reward_weights=(2.0,))
 

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "jaxrl_llm"
 
 ROOMS = (
-    ("masking",),
+    ("checks", "masking"),
     ("logprobs", "records"),
     ("losses",),
     ("advantages", "types"),
@@ -31,7 +31,7 @@ ROOMS = (
     ("training",),
     ("config",),
     ("launch",),
-    ("cli", "offline_cli"),
+    ("cli",),
 )
 """From the lowest room to the highest; `losses` and `advantages` may not import `types`, which loads flax.
 
@@ -128,10 +128,10 @@ def test_module_imports_only_lower_rooms(path: Path):
         ("jaxrl_llm.models.attention", "from ..sampling import decode"),
         ("jaxrl_llm.models.attention", "from .. import sampling"),
         ("jaxrl_llm.rewards.math", "from jaxrl_llm.masking import length_mask"),
-        ("jaxrl_llm.training.trainer", "import importlib\nimportlib.import_module('jaxrl_llm.cli')"),
-        ("jaxrl_llm.training.trainer", "from experiments import grpo_arithmetic"),
+        ("jaxrl_llm.training.on_policy", "import importlib\nimportlib.import_module('jaxrl_llm.launch.on_policy')"),
+        ("jaxrl_llm.training.on_policy", "from experiments import grpo_arithmetic"),
         ("jaxrl_llm.data.sources", "import tensorflow as tf"),
-        ("jaxrl_llm.models.hf", "def f():\n    from torch import nn"),
+        ("jaxrl_llm.models.checkpoints.hf", "def f():\n    from torch import nn"),
     ],
 )
 def test_upward_import_is_found(importer: str, source: str):
@@ -144,7 +144,7 @@ def test_upward_import_is_found(importer: str, source: str):
     [
         ("jaxrl_llm.losses.policy", "from jaxrl_llm.losses.ratio import importance_ratio"),
         ("jaxrl_llm.models.families.llama", "from ..config import ModelConfig\nfrom .base import Family"),
-        ("jaxrl_llm.training.trainer", "from jaxrl_llm import __version__, data, rewards"),
+        ("jaxrl_llm.training.on_policy", "from jaxrl_llm import __version__, data, rewards"),
         ("jaxrl_llm.data.sources", "import tensorflow_datasets as tfds"),
     ],
 )

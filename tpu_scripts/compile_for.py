@@ -31,14 +31,14 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state
-from jaxrl_llm.algorithms.update import make_update_step
-from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
+from jaxrl_llm.launch.on_policy import plain_errors
+from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.models.config import ModelConfig, RopeConfig
 from jaxrl_llm.models.lora import has_adapters
-from jaxrl_llm.models.pretrained import load_config
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig

@@ -14,19 +14,19 @@ from measure import WORKS, Shape, Work
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
-from jaxrl_llm.algorithms.update import make_update_step
-from jaxrl_llm.cli import load_model
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.prompts import PromptBatch
-from jaxrl_llm.models.tokenizers import load_tokenizer
+from jaxrl_llm.launch.on_policy import load_model
+from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated
-from jaxrl_llm.training.episodes import score_rollout
-from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.training.episodes.episodes import score_rollout
+from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.types import Rollout
 
 COUNTED_TOKEN = 260

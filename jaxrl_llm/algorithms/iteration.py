@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.update import UpdateStep
+from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
 from jaxrl_llm.masking import segment_last
 from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.sampling.engine import Sampler

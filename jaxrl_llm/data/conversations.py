@@ -48,7 +48,7 @@ def encode_conversation(
 
     Args:
         messages: the conversation.
-        tokenizer: what `jaxrl_llm.models.tokenizers.Tokenizer` describes.
+        tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
         train_on: the last turn, or every turn of the assistant.
         stop_tokens: ids that end a turn, from `stop_token_ids`.
 

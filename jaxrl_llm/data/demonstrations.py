@@ -15,7 +15,7 @@ from jaxrl_llm.data.formats import Message, PromptFormat, check_messages, column
 from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
 from jaxrl_llm.data.sources import Row, RowSource
-from jaxrl_llm.models.tokenizers import stop_token_ids
+from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class DemonstrationDataset:
 
     Args:
         source: The rows, as `open_source` gives them.
-        tokenizer: What `jaxrl_llm.models.tokenizers.Tokenizer` describes; not kept.
+        tokenizer: What `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes; not kept.
         max_prompt_length: Tp, tokens per prompt.
         max_completion_length: Tc, tokens per completion, the end of sequence included.
         demonstration_format: How a row becomes a demonstration; columns `prompt` and `completion` by default.

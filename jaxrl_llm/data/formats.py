@@ -107,7 +107,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
 
     Args:
         prompt: Text or messages.
-        tokenizer: What `jaxrl_llm.models.tokenizers.Tokenizer` describes.
+        tokenizer: What `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
 
     Raises:
         ValueError: Messages for a tokenizer without a chat template, or a prompt of no tokens.

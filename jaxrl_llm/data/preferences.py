@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.algorithms.preference import PreferenceBatch
+from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
 from jaxrl_llm.data.demonstrations import encode_conversation, encode_text
 from jaxrl_llm.data.formats import Message, Prompt, PromptFormat, check_messages, column_of
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
 from jaxrl_llm.data.sources import Row, RowSource
-from jaxrl_llm.models.tokenizers import stop_token_ids
+from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 """What begins a turn of a dialogue in the format of HH-RLHF."""
@@ -116,7 +116,7 @@ class PreferenceDataset:
 
     Args:
         source: The rows, as `open_source` gives them.
-        tokenizer: What `jaxrl_llm.models.tokenizers.Tokenizer` describes; not kept.
+        tokenizer: What `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes; not kept.
         max_prompt_length: Tp, tokens per prompt.
         max_completion_length: Tc, tokens per completion, the end of sequence included.
         preference_format: How a row becomes a pair; columns `prompt`, `chosen` and `rejected` by default.

@@ -51,7 +51,7 @@ class PromptDataset:
 
     Args:
         source: The rows, as `open_source` gives them.
-        tokenizer: What `jaxrl_llm.models.tokenizers.Tokenizer` describes; not kept.
+        tokenizer: What `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes; not kept.
         max_prompt_length: Tp, tokens per prompt including special ones.
         prompt_format: How a row becomes a prompt; the column `prompt` by default.
         overlong: What to do with longer prompts: `"raise"`, or `"drop"` and count them.

@@ -59,7 +59,7 @@ class RowFormat(Protocol):
 
         Args:
             source: the rows, as `open_source` gives them.
-            tokenizer: what `jaxrl_llm.models.tokenizers.Tokenizer` describes.
+            tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
             max_prompt_length: Tp, tokens per prompt.
             max_completion_length: Tc, tokens per completion, its end included.
             overlong: what to do with longer ones: `"raise"`, or `"drop"` the row and count it.

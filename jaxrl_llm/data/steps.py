@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.algorithms.process_reward import LabelledSteps
+from jaxrl_llm.algorithms.score_models.process_reward import LabelledSteps
 from jaxrl_llm.data.formats import PromptFormat, column_of, encode_prompt
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
 from jaxrl_llm.data.sources import Row, RowSource
@@ -59,7 +59,7 @@ def encode_steps(steps: Sequence[str], tokenizer: Any, *, separator: str = "\n")
 
     Args:
         steps: their texts, without separators.
-        tokenizer: what `jaxrl_llm.models.tokenizers.Tokenizer` describes.
+        tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
         separator: text between steps, one token or more; the last of them is the end of a step.
 
     Raises:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.algorithms.unpaired import UnpairedBatch
+from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
 from jaxrl_llm.data.formats import Prompt, PromptFormat, column_of
 from jaxrl_llm.data.preferences import PreferenceFormat, content_hash, encode_completion
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
 from jaxrl_llm.data.sources import Row, RowSource
-from jaxrl_llm.models.tokenizers import stop_token_ids
+from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 SHIFTS = 16
 """How far away the other prompt's completion is looked for."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from jaxrl_llm.training.damage import DamagedRunError
-from jaxrl_llm.training.episodes import RewardError
+from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
-from jaxrl_llm.training.trainer import Trainer
+from jaxrl_llm.training.on_policy import Trainer
+from jaxrl_llm.training.run.damaged_files import DamagedRunError
 
 
 @contextlib.contextmanager

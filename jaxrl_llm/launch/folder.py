@@ -14,8 +14,8 @@ from typing import TypeVar
 from jaxrl_llm.config import RunConfig, flatten
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.training.compilation import enable_persistent_cache
-from jaxrl_llm.training.distributed import ClusterConfig, from_main_process, initialize, is_main_process
-from jaxrl_llm.training.resume import find_run
+from jaxrl_llm.training.run.distributed import ClusterConfig, from_main_process, initialize, is_main_process
+from jaxrl_llm.training.run.resume import find_run
 
 RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 

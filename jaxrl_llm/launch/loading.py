@@ -12,13 +12,13 @@ from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConf
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.sources import RowSource, open_source
+from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config
+from jaxrl_llm.models.checkpoints.pretrained import load_config, load_generation_config, load_params
+from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.lora import add_adapters
-from jaxrl_llm.models.peft import load_adapters, load_lora_config
-from jaxrl_llm.models.pretrained import load_config, load_generation_config, load_params
-from jaxrl_llm.models.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sharding import parameter_shardings
-from jaxrl_llm.training.scoring import RewardSum
+from jaxrl_llm.training.episodes.scoring import RewardSum
 
 DatasetT = TypeVar("DatasetT")
 

@@ -9,17 +9,17 @@ from safetensors import SafetensorError
 from jaxrl_llm.config import Experiment, OfflineExperiment
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.loading import Policy
+from jaxrl_llm.models.checkpoints.peft import save_adapters
+from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
+from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.peft import save_adapters
-from jaxrl_llm.models.pretrained import save_pretrained
-from jaxrl_llm.models.score_pretrained import save_score_model
 from jaxrl_llm.models.transformer import Params
-from jaxrl_llm.training.curves import plot_curves
-from jaxrl_llm.training.distributed import is_main_process
-from jaxrl_llm.training.formatting import duration
 from jaxrl_llm.training.loop import TrainingResult
-from jaxrl_llm.training.metrics import METRICS_FILE, read_metrics
-from jaxrl_llm.training.report import Report
+from jaxrl_llm.training.run.curves import plot_curves
+from jaxrl_llm.training.run.distributed import is_main_process
+from jaxrl_llm.training.run.formatting import duration
+from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
+from jaxrl_llm.training.run.report import Report
 
 Panels = tuple[tuple[str, ...], ...]
 

@@ -8,14 +8,14 @@ import jax
 import optax
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.critic import Critic
-from jaxrl_llm.algorithms.online_preference import OnlinePreference, make_online_preference_step
+from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
-from jaxrl_llm.algorithms.signals import Algorithm
+from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep, make_update_step
+from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
-from jaxrl_llm.algorithms.trust_region import TrustRegionConfig, make_trust_region_step
-from jaxrl_llm.algorithms.update import UpdateStep, make_update_step
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust_region_step
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig

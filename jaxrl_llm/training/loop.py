@@ -13,15 +13,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from jaxrl_llm.models.transformer import Params
-from jaxrl_llm.training.checkpoint import Checkpointer
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.distributed import any_process, is_main_process
-from jaxrl_llm.training.episodes import RewardError
-from jaxrl_llm.training.frozen import fingerprint, join_state, split_state
-from jaxrl_llm.training.metrics import MetricsWriter, WandbConfig
-from jaxrl_llm.training.report import Report, SampledCompletion
-from jaxrl_llm.training.resume import CHECKPOINTS, SavedRun
-from jaxrl_llm.training.signals import GracefulStop
+from jaxrl_llm.training.episodes.episodes import RewardError
+from jaxrl_llm.training.run.checkpoint import Checkpointer
+from jaxrl_llm.training.run.distributed import any_process, is_main_process
+from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state
+from jaxrl_llm.training.run.metrics import MetricsWriter, WandbConfig
+from jaxrl_llm.training.run.report import Report, SampledCompletion
+from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun
+from jaxrl_llm.training.run.stop import GracefulStop
 from jaxrl_llm.types import TrainState
 
 Phase = Callable[[str], contextlib.AbstractContextManager[None]]

@@ -24,10 +24,10 @@ from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.frozen import check_frozen
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
-from jaxrl_llm.training.metrics import WandbConfig
-from jaxrl_llm.training.resume import find_run
+from jaxrl_llm.training.run.frozen import check_frozen
+from jaxrl_llm.training.run.metrics import WandbConfig
+from jaxrl_llm.training.run.resume import find_run
 from jaxrl_llm.types import TrainState
 
 

@@ -17,10 +17,10 @@ from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.gradient import make_gradient_step, widen
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.presets import grpo
+from jaxrl_llm.algorithms.policy_gradient.presets import grpo
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
-from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.models.config import LoraConfig, ModelConfig
 from jaxrl_llm.models.lora import add_adapters, merge_adapters, split_adapters, split_trainable, without_adapters
 from jaxrl_llm.models.transformer import Params, Transformer

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import optax
 
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.critic import Critic
-from jaxrl_llm.algorithms.online_preference import OnlinePreference, make_online_preference_step
+from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.signals import Algorithm
+from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
+from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler

@@ -8,7 +8,7 @@
 - The gradients of RLOO (Ahmadian et al. 2024, 2402.14740) and of ReMax (Li et al. 2023, 2310.10505) have a lower
   variance than that of REINFORCE (Williams 1992), and the same mean.
 
-Of the other claims, TRPO's bound on the divergence is tested in `tests/algorithms/test_trust_region.py`, dynamic
+Of the other claims, TRPO's bound on the divergence is tested in `tests/algorithms/trust_region/test_step.py`, dynamic
 sampling, which leaves no group without a signal, in `tests/training/test_trainer_parts.py`, KTO's learning from
 unbalanced labels and ORPO's from no reference in `tests/integration/test_preference_learning.py`.
 """
@@ -27,15 +27,15 @@ from jax.flatten_util import ravel_pytree
 
 from jaxrl_llm.advantages import EmaBaseline
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.policy_gradient import LearnerBatch, PolicyGradient
-from jaxrl_llm.algorithms.presets import dr_grpo, gspo, reinforce, remax, rloo
-from jaxrl_llm.algorithms.presets import grpo as grpo_with_kl
-from jaxrl_llm.algorithms.sequence_surrogates import SequenceClipped
-from jaxrl_llm.algorithms.shaped_advantages import ReinforceAdvantage
-from jaxrl_llm.algorithms.signals import Advantage, Credit, Feedback, Signals
+from jaxrl_llm.algorithms.interfaces import Advantage, Credit, Feedback, Signals
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.presets import dr_grpo, gspo, reinforce, remax, rloo
+from jaxrl_llm.algorithms.policy_gradient.presets import grpo as grpo_with_kl
+from jaxrl_llm.algorithms.policy_gradient.sequence_surrogates import SequenceClipped
+from jaxrl_llm.algorithms.policy_gradient.shaped_estimators import ReinforceAdvantage
+from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.algorithms.surrogates import Clipped
-from jaxrl_llm.algorithms.update import make_update_step
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.sampling.engine import Sampler

@@ -15,7 +15,7 @@ import pytest
 
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.metrics import read_metrics
+from jaxrl_llm.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.whole_run
 

@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 
 from experiments import grpo_arithmetic, grpo_gsm8k
 from jaxrl_llm.algorithms.star import Kept
-from jaxrl_llm.cli import run
 from jaxrl_llm.config import Experiment
-from jaxrl_llm.models.pretrained import from_pretrained
-from jaxrl_llm.models.score_pretrained import load_score_model
+from jaxrl_llm.launch.on_policy import run
+from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
+from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.training.metrics import comparable_metrics, read_metrics
+from jaxrl_llm.training.run.metrics import comparable_metrics, read_metrics
 
 MANY_RUNS = ("compare_algorithms", "compare_preferences", "comparison")
 """Experiments that make many runs, and what they share; they have tests of their own."""
@@ -133,7 +133,7 @@ def test_two_steps(
     monkeypatch.setattr(sys, "argv", [str(path), *small, *debug_size(path.stem), f"--run-dir={run_dir}"])
     monkeypatch.syspath_prepend(path.parent)  # an experiment may build on another one
     monkeypatch.setattr("grpo_arithmetic.character_model", small_model)
-    monkeypatch.setattr("jaxrl_llm.training.rationales.keep_rationales", keep_everything)
+    monkeypatch.setattr("jaxrl_llm.training.star.rationales.keep_rationales", keep_everything)
     runpy.run_path(str(path), run_name="__main__")
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 2]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxrl_llm.training.metrics import comparable_metrics
+from jaxrl_llm.training.run.metrics import comparable_metrics
 
 SCRIPT = Path(__file__).with_name("tiny_experiment.py")
 STEPS = 8

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrl_llm.algorithms.advantages import GTPOAdvantage
-from jaxrl_llm.algorithms.online_preference import OnlinePreference
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient, ValueObjective
-from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
-from jaxrl_llm.algorithms.presets import PRESETS, dapo, dppo, gspo, gtpo, online_dpo, ppo, remax
-from jaxrl_llm.algorithms.signals import Advantage, Algorithm, Credit, Feedback, Need, Signals
+from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Credit, Feedback, Need, Signals
+from jaxrl_llm.algorithms.policy_gradient.estimators import GTPOAdvantage
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient, ValueObjective
+from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS, dapo, dppo, gspo, gtpo, online_dpo, ppo, remax
+from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
+from jaxrl_llm.algorithms.preference.online import OnlinePreference
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrl_llm.training.metrics import read_metrics
+from jaxrl_llm.training.run.metrics import read_metrics
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "ppo_rlhf.py"
 TARGET, HORIZON = 1.0, 50

@@ -17,11 +17,11 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, make_offline_step
-from jaxrl_llm.algorithms.pair_losses import DPO
-from jaxrl_llm.algorithms.preference import PreferenceBatch, PreferenceObjective
-from jaxrl_llm.algorithms.preference_presets import PAIRED, UNPAIRED, kto, orpo
+from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
+from jaxrl_llm.algorithms.preference.pair_losses import DPO
+from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, kto, orpo
+from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.algorithms.unpaired import UnpairedBatch
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Params, Transformer
 from jaxrl_llm.training.compilation import CompilationCounter

@@ -12,13 +12,13 @@ import jax
 import pytest
 
 from jaxrl_llm.sharding import MeshConfig, make_mesh
-from jaxrl_llm.training.metrics import comparable_metrics
+from jaxrl_llm.training.run.metrics import comparable_metrics
 
 SCRIPT = """
 import dataclasses, json, os, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from jaxrl_llm.training import distributed
+from jaxrl_llm.training.run import distributed
 
 address, process, here, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 sys.path.insert(0, here)

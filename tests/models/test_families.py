@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.config import ModelConfig, RopeConfig
 from jaxrl_llm.models.families import FAMILIES, family_for, family_of
-from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.models.transformer import Transformer
 
 CASES = sorted(path.stem for path in Path(__file__).with_name("golden").glob("*.npz"))
@@ -127,7 +127,7 @@ def test_family_of_export(case, expected, golden_config):
 
 
 def test_transformers_reads_the_exported_config_as_the_original(golden_config, golden_module):
-    from jaxrl_llm.models.tokenizers import import_transformers
+    from jaxrl_llm.models.checkpoints.tokenizers import import_transformers
 
     auto = import_transformers().AutoConfig
     for case, (model_type, _) in golden_module.CASES.items():

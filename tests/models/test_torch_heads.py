@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.transformer import Transformer
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_config, save_pretrained
+from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer
 from jaxrl_llm.models.families import family_for
-from jaxrl_llm.models.pretrained import from_pretrained, load_config, save_pretrained
-from jaxrl_llm.models.tokenizers import load_tokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.policy_gradient import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.sharding import MeshConfig
 

@@ -12,22 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.algorithms import presets
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
-from jaxrl_llm.algorithms.process_reward import make_process_reward, make_step_scores
-from jaxrl_llm.algorithms.surrogates import Clipped
-from jaxrl_llm.algorithms.trust_region import TrustRegionConfig
-from jaxrl_llm.cli import finish, make_trainer
+from jaxrl_llm.algorithms.policy_gradient import presets
+from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
+from jaxrl_llm.algorithms.score_models.process_reward import make_process_reward, make_step_scores
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
+from jaxrl_llm.launch.on_policy import finish, make_trainer
+from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.pretrained import from_pretrained
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
-from jaxrl_llm.training.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource
-from jaxrl_llm.training.metrics import comparable_metrics
-from jaxrl_llm.training.scoring import RewardSum
-from jaxrl_llm.training.trainer import Trainer
+from jaxrl_llm.training.on_policy import Trainer
+from jaxrl_llm.training.run.metrics import comparable_metrics
 from jaxrl_llm.types import Rollout
 
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -1,0 +1,118 @@
+"""Credit assignment: from a rollout and its rewards to rows with advantages, which the losses read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
+from jaxrl_llm.algorithms.interfaces import Credit, Feedback
+from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.rollouts import read_rollout, sampling_gap
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.algorithms.state import step_key
+from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.models.lora import reference_of
+from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.records import Metrics
+from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.types import Rollout, TrainState
+
+
+class Credited(NamedTuple):
+    """A rollout with all that an update reads of it."""
+
+    batch: LearnerBatch
+    """With advantages, and the scores that the losses read."""
+    memory: Any
+    """What the estimator remembers after this batch."""
+    metrics: Metrics
+    split: int
+    """Rows that each group is dealt to; see `UpdateConfig.group_split`."""
+    old: TokenScores | None
+    """Under the policy before this batch, where something reads them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditAssignment:
+    """The function from a state, a rollout, its rewards and a reference to `Credited` rows; pure.
+
+    Scores that cost a forward pass over the batch are made only where something reads them: those under the reference,
+    those under the policy before this batch, the values of a critic.
+    """
+
+    algorithm: PolicyGradient
+    """Whose estimator it is."""
+    scorer: Scorer
+    """Of the policy, at the temperature that it was sampled with."""
+    plan: UpdateConfig
+    """How passes over the batch are cut."""
+    keeps_old: bool
+    """Whether the losses read log-probs under the policy before this batch. With one optimizer step that is the policy
+    itself, and the ratio needs no pass."""
+    truncated: bool = False
+    """As `sampling_gap`."""
+    critic: Critic | None = None
+    """Where the advantages are made of values."""
+
+    def __post_init__(self) -> None:
+        """Rejects a policy that has not drawn."""
+        if self.scorer.temperature <= 0:
+            raise ValueError(
+                f"a policy sampled at temperature {self.scorer.temperature} (greedily) has no gradient to follow"
+            )
+
+    def __call__(
+        self, state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None
+    ) -> Credited:
+        """Scores the rollout and asks the estimator; arguments as of `make_update_step`'s function."""
+        algorithm, old = self.algorithm, None
+        feedback = rewards if isinstance(rewards, Feedback) else Feedback(rewards)
+        signals, batch, metrics = read_rollout(algorithm, rollout, feedback)
+        prompts, group = batch.mask.shape[:2]
+        split = self.plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
+        batch = batch._replace(seeds=jax.random.bits(step_key(state, 2), (prompts,)))
+        if algorithm.needs_reference:
+            ref_logprobs = self._reference_logprobs(state, batch, reference)
+            signals = signals._replace(ref_logprobs=ref_logprobs)
+            if algorithm.kl_coef:
+                batch = batch._replace(ref_logprobs=ref_logprobs)
+        if self.keeps_old or algorithm.advantage.needs & {"old", "entropy"}:
+            old = self._pass_over(batch, functools.partial(self.scorer, state.params))
+            signals = signals._replace(old_logprobs=old.logprobs, entropy=old.entropy)
+            if self.keeps_old:
+                metrics |= sampling_gap(
+                    old.logprobs, batch, temperature=self.scorer.temperature, truncated=self.truncated
+                )
+                batch = batch._replace(old_logprobs=old.logprobs)
+        if self.critic is not None:
+            params = state.params if state.critic is None else state.critic.params
+            values = self._pass_over(batch, functools.partial(self.critic.values, params))
+            signals, batch = signals._replace(values=values), batch._replace(values=values)
+        credit = algorithm.advantage(signals, state.memory)
+        memory = algorithm.advantage.remember(signals, state.memory)
+        return Credited(_credited(batch, credit), memory, metrics | credit.metrics, split, old)
+
+    def _reference_logprobs(self, state: TrainState, batch: LearnerBatch, reference: Params | None) -> jax.Array:
+        params = reference_of(state.params, reference)
+        if params is None:
+            raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
+        return self._pass_over(batch, lambda rows: self.scorer(params, rows).logprobs)
+
+    def _pass_over(self, batch: LearnerBatch, function: Callable[[LearnerBatch], Any]) -> Any:
+        """What a forward pass under constant parameters gives for the whole batch."""
+        return map_groups(function, batch, self.plan, whole_groups=self.algorithm.needs_whole_groups)
+
+
+def _credited(batch: LearnerBatch, credit: Credit) -> LearnerBatch:
+    """Rows with their advantages, and with the critic's targets where there are any."""
+    if credit.returns is not None:
+        batch = batch._replace(returns=credit.returns, value_mask=batch.mask)
+    if credit.keep is not None:
+        batch = batch._replace(mask=batch.mask & credit.keep[..., None])
+    return batch._replace(advantages=credit.advantages)

@@ -1,0 +1,357 @@
+"""Advantage estimators as frozen records, each a few lines around a function of `jaxrl_llm.advantages`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm import advantages as functions
+from jaxrl_llm.advantages import (
+    AdvantageBaseline,
+    AdvantageScale,
+    DifficultyAnchor,
+    EntropyNorm,
+    GPGAlphaMode,
+    InconsistentVerdict,
+    NormalizeOver,
+    ThresholdKind,
+    ThresholdScale,
+)
+from jaxrl_llm.algorithms.interfaces import Advantage, Credit, Need, Signals
+from jaxrl_llm.checks import check_fields, not_negative, one_of, positive, share
+from jaxrl_llm.records import Mean
+
+PREFIX = "algorithm.advantage"
+
+# ---- Groups ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupAdvantage(Advantage):
+    """A = (R − baseline of the group) / (scale + ε); see `jaxrl_llm.advantages.group_advantages`."""
+
+    scale: AdvantageScale = "group"
+    """Divisor: the group's standard deviation, the batch's, the group's variance, or none."""
+    baseline: AdvantageBaseline = "mean"
+    """The group's mean, or that of the other samples."""
+    ddof: int = 1
+    """1 for the unbiased deviation, 0 for the population's."""
+    eps: float = 1e-4
+    """ε, outside the root."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            PREFIX,
+            self,
+            scale=one_of(self.scale, AdvantageScale),
+            baseline=one_of(self.baseline, AdvantageBaseline),
+            ddof=(self.ddof in (0, 1), "be 0 or 1"),
+            eps=not_negative(self.eps),
+        )
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        return Credit(
+            functions.group_advantages(
+                signals.rewards, scale=self.scale, baseline=self.baseline, ddof=self.ddof, eps=self.eps
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OPOAdvantage(Advantage):
+    """A = R − Σ length · R / Σ length over the group; see `jaxrl_llm.advantages.opo_advantages`."""
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        return Credit(functions.opo_advantages(signals.rewards, jnp.sum(signals.mask, axis=-1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GPGAdvantage(Advantage):
+    """A = α · (R − mean), α making up for groups without a signal; see `jaxrl_llm.advantages.gpg_advantages`."""
+
+    alpha_mode: GPGAlphaMode = "valid_groups"
+    """What α counts."""
+
+    def __post_init__(self) -> None:
+        """Rejects an unknown mode."""
+        check_fields(PREFIX, self, alpha_mode=one_of(self.alpha_mode, GPGAlphaMode))
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        return Credit(functions.gpg_advantages(signals.rewards, alpha_mode=self.alpha_mode))
+
+
+@dataclasses.dataclass(frozen=True)
+class PassAtKAdvantage(Advantage):
+    """Only the best sample of a group counts; see `jaxrl_llm.advantages.pass_at_k_advantages`."""
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        return Credit(functions.pass_at_k_advantages(signals.rewards))
+
+
+@dataclasses.dataclass(frozen=True)
+class GDPOAdvantage(Advantage):
+    """Each reward function normalised by itself, then summed and whitened; see `jaxrl_llm.advantages.gdpo_advantages`.
+
+    The functions are weighted here, not in the sum that the trainer reports.
+    """
+
+    weights: tuple[float, ...] | None = None
+    """One a reward function; `None`: all 1."""
+    normalize_over: NormalizeOver = "sequences"
+    """What the last whitening counts."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The reward functions one by one."""
+        return frozenset({"by_function"})
+
+    def __post_init__(self) -> None:
+        """Rejects an unknown mode."""
+        check_fields(PREFIX, self, normalize_over=one_of(self.normalize_over, NormalizeOver))
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        return Credit(
+            functions.gdpo_advantages(
+                signals.feedback.by_function,
+                weights=None if self.weights is None else jnp.array(self.weights),
+                normalize_over=self.normalize_over,
+                lengths=jnp.sum(signals.mask, axis=-1) if self.normalize_over == "tokens" else None,
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GFPOAdvantage(Advantage):
+    """The k best samples of a group by a metric, normalised among themselves; see `gfpo_advantages`."""
+
+    keep: int = 4
+    """k: samples of a group that are trained on."""
+    metric: Literal["short", "efficient"] = "short"
+    """What is best: the shortest completion, or the most reward per token."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            PREFIX,
+            self,
+            keep=(self.keep >= 2, "be at least 2"),
+            metric=(self.metric in ("short", "efficient"), "be 'short' or 'efficient'"),
+        )
+
+    @property
+    def smallest_group(self) -> int:
+        """Samples to choose k of."""
+        return self.keep
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`, and the samples that are kept."""
+        if self.keep > signals.rewards.shape[1]:
+            raise ValueError(f"{PREFIX}.keep={self.keep} is more than the {signals.rewards.shape[1]} samples a prompt")
+        lengths = jnp.sum(signals.mask, axis=-1)
+        metric = -lengths if self.metric == "short" else signals.rewards / jnp.maximum(lengths, 1)
+        return Credit(*functions.gfpo_advantages(signals.rewards, metric, keep=self.keep))
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdAdvantage(Advantage):
+    """Only samples above their group's mean, or the best share of it; see `jaxrl_llm.advantages.threshold_filter`."""
+
+    threshold: ThresholdKind = "hard"
+    """hard: above the mean; soft: the best `top_percent` of the group."""
+    top_percent: float | None = None
+    """Share of a group that "soft" keeps, in percent."""
+    scale: ThresholdScale = "none"
+    """Whether advantages are divided by the group's deviation."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        soft = self.threshold == "soft"
+        percent = self.top_percent
+        check_fields(
+            PREFIX,
+            self,
+            threshold=one_of(self.threshold, ThresholdKind),
+            scale=one_of(self.scale, ThresholdScale),
+            top_percent=(
+                0 < percent <= 100 if soft and percent is not None else soft is (percent is not None),
+                "be in (0, 100] with threshold='soft', and None with 'hard'",
+            ),
+        )
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`, and the samples that are kept."""
+        return Credit(
+            *functions.threshold_filter(
+                signals.rewards, threshold=self.threshold, top_percent=self.top_percent, scale=self.scale
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BRPOAdvantage(Advantage):
+    """±1 by a judge's comparison with one sample of the group; see `jaxrl_llm.advantages.brpo_advantages`."""
+
+    inconsistent: InconsistentVerdict = "loss"
+    """What a sample is that was preferred in one order alone."""
+    max_skew: float | None = 0.6
+    """Groups whose advantages sum to more than this share of G, either way, are left out; `None`: none are."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A judge's verdicts."""
+        return frozenset({"verdicts"})
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            PREFIX,
+            self,
+            inconsistent=one_of(self.inconsistent, InconsistentVerdict),
+            max_skew=(True, "") if self.max_skew is None else share(self.max_skew),
+        )
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`, and the samples of the groups that are kept."""
+        feedback = signals.feedback
+        advantages = functions.brpo_advantages(
+            feedback.preferred,
+            feedback.is_reference,
+            preferred_swapped=feedback.preferred_swapped,
+            inconsistent=self.inconsistent,
+        )
+        if self.max_skew is None:
+            return Credit(advantages)
+        keep = functions.brpo_skew(advantages)[:, None] <= self.max_skew
+        return Credit(advantages, jnp.broadcast_to(keep, advantages.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class HADWAdvantage(Advantage):
+    """A group's advantages weighted by how hard its prompt is for the policy; see `hadw_advantages`.
+
+    Rewards must be in [0, 1]: they are read as the chance of success.
+    """
+
+    group: GroupAdvantage = GroupAdvantage()
+    """The advantages that are weighted."""
+    scale: float = 1.3
+    """λ: factor on all of them."""
+    eta: float = 1.0
+    """How fast the anchor moves."""
+    window: int = 10
+    """Anchors whose deviation sets the pace."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            PREFIX,
+            self,
+            scale=positive(self.scale),
+            eta=not_negative(self.eta),
+            window=(self.window >= 1, "be at least 1"),
+        )
+
+    def start(self) -> DifficultyAnchor:
+        """The anchor before the first batch."""
+        return DifficultyAnchor.init(self.window)
+
+    def __call__(self, signals: Signals, memory: DifficultyAnchor) -> Credit:
+        """Advantages `[P, G]`."""
+        anchor = memory.prior(jnp.mean(signals.rewards))
+        plain = self.group(signals, ()).advantages
+        weighted = functions.hadw_advantages(plain, signals.rewards, anchor, scale=self.scale)
+        return Credit(weighted, metrics={"hadw/anchor": Mean.of(anchor)})
+
+    def remember(self, signals: Signals, memory: DifficultyAnchor) -> DifficultyAnchor:
+        """Moves the anchor towards the batch's accuracy."""
+        return memory.update(jnp.mean(signals.rewards), eta=self.eta)
+
+
+# ---- Groups, with the entropies of the policy --------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyAdvantage(Advantage):
+    """Settings that GTPO and GRPO-S share: rewards of successes and failures shaped by the policy's entropy."""
+
+    success_weight: float = 1.0
+    """Weight of the outcome."""
+    entropy_weight: float = 0.1
+    """Weight of the entropy's share."""
+    success_reward: float = 1.0
+    """Reward from which on a completion is a success."""
+    shape_failures: bool = True
+    """Whether failures are shaped, too."""
+    norm: EntropyNorm = "separate"
+    """Whether successes and failures are normalised apart or together."""
+    mixed_groups_only: bool = True
+    """Whether a group of successes alone, or of failures alone, has no advantages: DAPO's dynamic sampling, on which
+    the paper builds, leaves such groups out, and normalised they would reward entropy and nothing else."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Entropies of the policy."""
+        return frozenset({"entropy"})
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            PREFIX,
+            self,
+            success_weight=not_negative(self.success_weight),
+            entropy_weight=not_negative(self.entropy_weight),
+            norm=one_of(self.norm, EntropyNorm),
+        )
+
+    def _arguments(self, signals: Signals) -> tuple[Any, jax.Array, jax.Array]:
+        return signals.entropy, signals.rewards >= self.success_reward, signals.mask
+
+    def _credit(self, advantages: jax.Array, signals: Signals) -> Credit:
+        if self.mixed_groups_only:
+            won = signals.rewards >= self.success_reward
+            mixed = jnp.any(won, axis=1) & ~jnp.all(won, axis=1)
+            advantages = jnp.where(mixed.reshape(-1, *(1,) * (advantages.ndim - 1)), advantages, 0.0)
+        return Credit(advantages)
+
+
+@dataclasses.dataclass(frozen=True)
+class GTPOAdvantage(EntropyAdvantage):
+    """One advantage a token, from entropy-shaped rewards; see `jaxrl_llm.advantages.gtpo_advantages`."""
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G, Tc]`."""
+        advantages = functions.gtpo_advantages(
+            *self._arguments(signals),
+            success_weight=self.success_weight,
+            entropy_weight=self.entropy_weight,
+            shape_failures=self.shape_failures,
+            norm=self.norm,
+        )
+        return self._credit(advantages, signals)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOSAdvantage(EntropyAdvantage):
+    """One advantage a completion, by its mean entropy; see `jaxrl_llm.advantages.grpo_s_advantages`."""
+
+    norm: EntropyNorm = "joint"
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        advantages = functions.grpo_s_advantages(
+            *self._arguments(signals),
+            success_weight=self.success_weight,
+            entropy_weight=self.entropy_weight,
+            shape_failures=self.shape_failures,
+            norm=self.norm,
+        )
+        return self._credit(advantages, signals)

@@ -1,0 +1,298 @@
+"""Policy-gradient objectives (REINFORCE, PPO, GRPO and their kin) as a frozen record of their parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.advantages import overlong_penalty
+from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Need
+from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
+from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped, PolicyTokens, Reduction, Surrogate
+from jaxrl_llm.checks import check_fields, not_negative, one_of, positive
+from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.losses import (
+    AggregationMode,
+    CorrectionLevel,
+    KLEstimator,
+    ValueLossKind,
+    aggregation_normalizer,
+    entropy_bonus,
+    geometric_filter,
+    icepop_weights,
+    kl_loss,
+    mis_weights,
+    tis_weights,
+    value_loss,
+)
+from jaxrl_llm.records import Mean, Metrics
+
+
+class LearnerBatch(NamedTuple):
+    """What the loss of some rows reads. Rows are prompts `[P]`, with G completions each."""
+
+    prompt: jax.Array
+    """`[P, Tp]`."""
+    prompt_lengths: jax.Array
+    """`[P]`."""
+    completion: jax.Array
+    """`[P, G, Tc]`."""
+    mask: jax.Array
+    """`[P, G, Tc]` bool: the tokens that are trained."""
+    advantages: jax.Array
+    """`[P, G]` or `[P, G, Tc]` float32."""
+    sampler_logprobs: jax.Array
+    """`[P, G, Tc]` as the sampler reported them: under the distribution that it drew from."""
+    seeds: jax.Array
+    """`[P]` uint32: for losses that draw."""
+    old_logprobs: jax.Array | None = None
+    """`[P, G, Tc]` under the policy before this batch's first update; `None`: the policy itself."""
+    ref_logprobs: jax.Array | None = None
+    """`[P, G, Tc]` under the reference; `None` where no part reads them."""
+    model_logprobs: jax.Array | None = None
+    """`[P, G, Tc]` as the sampler reported them: under the model at temperature 1, without truncation."""
+    values: jax.Array | None = None
+    """`[P, G, Tc]` of the critic before this batch's first update."""
+    returns: jax.Array | None = None
+    """`[P, G, Tc]`: the critic's targets."""
+    value_mask: jax.Array | None = None
+    """`[P, G, Tc]` bool: where the critic is trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """Weights for a sampler whose log-probs are not quite the learner's; see `jaxrl_llm.losses.correction`."""
+
+    rule: Literal["tis", "mis", "icepop", "geometric"] = "tis"
+    """tis: truncate; mis: mask above w_max; icepop: mask tokens outside the bounds; geometric: drop sequences."""
+    level: CorrectionLevel = "token"
+    """tis and mis: whether tokens or sequences have weights."""
+    w_min: float | None = None
+    """Lower bound; `None`: the rule's own."""
+    w_max: float | None = None
+    """Upper bound; `None`: the rule's own."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            "algorithm.correction",
+            self,
+            rule=(self.rule in ("tis", "mis", "icepop", "geometric"), "be tis, mis, icepop or geometric"),
+            level=one_of(self.level, CorrectionLevel),
+            w_min=positive(self.w_min, optional=True),
+            w_max=positive(self.w_max, optional=True),
+        )
+
+    def __call__(self, old_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+        """Weights `[P, G, Tc]`."""
+        bounds = {n: v for n, v in (("w_min", self.w_min), ("w_max", self.w_max)) if v is not None}
+        arrays = (old_logprobs, sampler_logprobs, mask)
+        match self.rule:
+            case "tis":
+                return tis_weights(*arrays, level=self.level, **bounds)
+            case "mis":
+                return mis_weights(*arrays, level=self.level, **bounds)
+            case "icepop":
+                return icepop_weights(*arrays, **bounds)
+            case "geometric":
+                return geometric_filter(*arrays, **bounds).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlongPenalty:
+    """DAPO's soft punishment of long completions; see `jaxrl_llm.advantages.overlong_penalty`."""
+
+    cache: int
+    """Tokens before the length limit over which the penalty rises from 0 to `scale`."""
+    scale: float = 1.0
+    """Penalty at the limit."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            "algorithm.overlong", self, cache=(self.cache >= 1, "be at least 1"), scale=not_negative(self.scale)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueObjective:
+    """How a critic is trained; see `jaxrl_llm.losses.value_loss`."""
+
+    coef: float = 0.1
+    """Weight beside the policy's loss, where the two share a trunk; a critic of its own has its own optimizer."""
+    clip: float | None = 0.2
+    """How far a value may move from that before the batch's first update; `None`: as far as it likes."""
+    kind: ValueLossKind = "half_mse"
+    """Half the squared error, or all of it."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            "algorithm.value",
+            self,
+            coef=not_negative(self.coef),
+            clip=positive(self.clip, optional=True),
+            kind=one_of(self.kind, ValueLossKind),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient(Algorithm):
+    """surrogate(advantage(rewards)) + kl_coef · KL(policy, reference) − entropy_coef · H, aggregated.
+
+    The published algorithms are settings of it: see `jaxrl_llm.algorithms.policy_gradient.presets`.
+    """
+
+    advantage: Advantage = GroupAdvantage()
+    """From rewards to advantages."""
+    surrogate: Surrogate = Clipped()
+    """From advantages and log-probs to the policy's loss."""
+    kl_coef: float = 0.0
+    """Weight of the KL term in the loss; at 0 it needs no reference."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of the KL term; `k3` is GRPO's, `k3+` has the gradient of the true KL."""
+    kl_clip: float | None = 10.0
+    """Bound on a token's KL term."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: AggregationMode = "seq-mean-token-mean"
+    """How token losses become one number."""
+    max_length: int | None = None
+    """Constant of `seq-mean-token-sum-norm`; `None`: the configured length of completions."""
+    mask_truncated: bool = False
+    """Leave completions that were cut at the length limit out of the loss (DAPO)."""
+    overlong: OverlongPenalty | None = None
+    """Lower the reward of completions that come near the length limit (DAPO)."""
+    correction: Correction | None = None
+    """Weigh tokens by how much likelier the learner finds them than the sampler did."""
+    value: ValueObjective = ValueObjective()
+    """How the critic is trained, where the advantage has one."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        allowed = self.surrogate.aggregations
+        check_fields(
+            "algorithm",
+            self,
+            kl_coef=not_negative(self.kl_coef),
+            kl_estimator=one_of(self.kl_estimator, KLEstimator),
+            kl_clip=positive(self.kl_clip, optional=True),
+            entropy_coef=not_negative(self.entropy_coef),
+            aggregation=one_of(self.aggregation, AggregationMode),
+            max_length=(self.max_length is None or self.max_length >= 1, "be None, or at least 1"),
+        )
+        if allowed is not None and self.aggregation not in allowed:
+            raise ValueError(
+                f"algorithm.aggregation={self.aggregation!r} must be {' or '.join(map(repr, allowed))}: the surrogate "
+                f"{type(self.surrogate).__name__} has no other"
+            )
+
+    @property
+    def reader(self) -> str:
+        """The estimator's name."""
+        return type(self.advantage).__name__
+
+    @property
+    def smallest_group(self) -> int:
+        """That of the estimator."""
+        return self.advantage.smallest_group
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What estimator and losses read that costs something."""
+        of_loss: frozenset[Need] = frozenset({"reference"} if self.kl_coef else ())
+        return self.advantage.needs | of_loss
+
+    @property
+    def needs_whole_groups(self) -> bool:
+        """Whether the aggregation looks at groups."""
+        return self.aggregation.startswith("group")
+
+    def start(self) -> Any:
+        """The estimator's memory."""
+        return self.advantage.start()
+
+    def shape(self, rewards: jax.Array, lengths: jax.Array, width: int) -> jax.Array:
+        """Rewards `[P, G]` less the penalty for length."""
+        if self.overlong is None:
+            return rewards
+        if self.overlong.cache >= width:
+            raise ValueError(
+                f"algorithm.overlong.cache={self.overlong.cache} must be less than the longest completion, {width}"
+            )
+        return rewards + overlong_penalty(
+            lengths, max_length=width, cache=self.overlong.cache, scale=self.overlong.scale
+        )
+
+    def normalizer(self, mask: jax.Array) -> jax.Array:
+        """The denominator that all micro-batches of one optimizer step share."""
+        return aggregation_normalizer(mask, mode=self.aggregation)
+
+    def loss(self, scores: TokenScores, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The part of the policy's loss that some rows contribute, and its metrics.
+
+        Args:
+            scores: log-probs and entropies under the policy being trained, `[P, G, Tc]`.
+            batch: the rows.
+            normalizer: denominator over all rows of the optimizer step.
+        """
+        reduction = Reduction(self.aggregation, normalizer, self.max_length or batch.mask.shape[-1])
+        common = {
+            "aggregation": reduction.mode,
+            "normalizer": reduction.normalizer,
+            "max_length": reduction.max_length,
+        }
+        weights, metrics = None, {}
+        if self.correction is not None:
+            old = jax.lax.stop_gradient(scores.logprobs) if batch.old_logprobs is None else batch.old_logprobs
+            weights = self.correction(old, batch.sampler_logprobs, batch.mask)
+            metrics["correction/weight_mean"] = Mean.of(weights, batch.mask)
+        tokens = PolicyTokens(
+            scores.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.mask,
+            weights,
+            jax.random.key(batch.seeds[0]),
+        )
+        loss, own = self.surrogate(tokens, reduction)
+        metrics |= own
+        if self.kl_coef:
+            assert batch.ref_logprobs is not None  # it says that it needs them
+            kl, own = kl_loss(
+                scores.logprobs,
+                batch.ref_logprobs,
+                batch.mask,
+                kl_coef=self.kl_coef,
+                kl_estimator=self.kl_estimator,
+                kl_clip=self.kl_clip,
+                old_logprobs=batch.old_logprobs,
+                **common,
+            )
+            loss, metrics = loss + kl, metrics | own
+        if self.entropy_coef:
+            bonus, own = entropy_bonus(scores.entropy, batch.mask, entropy_coef=self.entropy_coef, **common)
+            return loss + bonus, metrics | own
+        return loss, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), batch.mask)}
+
+    def value_loss(self, values: jax.Array, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The part of the critic's loss that some rows contribute, without its weight, and its metrics.
+
+        Args:
+            values: of the critic being trained, `[P, G, Tc]`.
+            batch: the rows.
+            normalizer: number of tokens of all rows of the optimizer step.
+        """
+        assert batch.returns is not None and batch.value_mask is not None  # advantages of a critic bring them
+        return value_loss(
+            values,
+            batch.values,
+            batch.returns,
+            batch.value_mask,
+            clip=self.value.clip,
+            kind=self.value.kind,
+            normalizer=normalizer,
+        )

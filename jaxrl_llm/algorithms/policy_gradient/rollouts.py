@@ -1,0 +1,104 @@
+"""What the learner reads of a rollout: signals for the advantages, rows for the losses, and metrics."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.advantages.group import zero_std_groups
+from jaxrl_llm.algorithms.interfaces import Feedback, Signals
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
+from jaxrl_llm.masking import masked_var
+from jaxrl_llm.records import Max, Mean, Metrics
+from jaxrl_llm.types import Rollout
+
+
+def read_rollout(
+    algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback
+) -> tuple[Signals, LearnerBatch, Metrics]:
+    """What the estimator and the losses read of a rollout, as yet without any score, and the rollout's metrics."""
+    if algorithm.needs_greedy and feedback.greedy is None:
+        rollout, feedback = _without_greedy(rollout, feedback)
+    shape, rewards = rollout.completion_lengths.shape, jnp.asarray(feedback.rewards)
+    by_token = rewards.ndim == 3
+    if rewards.shape != (rollout.completion.shape if by_token else shape):
+        raise ValueError(
+            f"rewards has shape {rewards.shape}, but the rollout holds {shape} prompts and samples: pass one reward "
+            f"for each completion, or for each of its tokens, {rollout.completion.shape}"
+        )
+    for need, given in (
+        ("greedy", feedback.greedy),
+        ("by_function", feedback.by_function),
+        ("verdicts", feedback.preferred),
+    ):
+        if need in algorithm.advantage.needs and given is None:
+            raise ValueError(f"{type(algorithm.advantage).__name__} reads {need}: pass Feedback with it")
+    token_rewards = jnp.where(rollout.mask, rewards, 0.0) if by_token else None
+    total = jnp.sum(token_rewards, axis=-1) if token_rewards is not None else rewards
+    mask = rollout.mask
+    shaped = algorithm.shape(total, rollout.completion_lengths, mask.shape[-1])
+    if algorithm.mask_truncated:
+        mask &= rollout.finished[..., None]
+    signals = Signals(
+        rewards=shaped, token_rewards=token_rewards, mask=rollout.mask, finished=rollout.finished, feedback=feedback
+    )
+    batch = LearnerBatch(
+        prompt=rollout.prompt,
+        prompt_lengths=rollout.prompt_lengths,
+        completion=rollout.completion,
+        mask=mask,
+        advantages=shaped,
+        sampler_logprobs=rollout.sampler_logprobs,
+        seeds=jnp.zeros(shape[:1], jnp.uint32),
+        model_logprobs=rollout.logprobs,
+    )
+    return signals, batch, rollout_metrics(rollout, total)
+
+
+def _without_greedy(rollout: Rollout, feedback: Feedback) -> tuple[Rollout, Feedback]:
+    """A rollout whose last samples are greedy, without them; their rewards `[P]` are a baseline."""
+    if feedback.rewards.shape != rollout.completion_lengths.shape or feedback.rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards has shape {feedback.rewards.shape}, but of {rollout.completion_lengths.shape} samples "
+            "the last of each group is the greedy baseline: pass one reward for each of two samples or more"
+        )
+    rest = jax.tree.map(lambda x: x[:, :-1], feedback)
+    return rollout.samples(None, -1), rest._replace(greedy=feedback.rewards[:, -1])
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+
+
+def sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float, truncated: bool) -> Metrics:
+    """How far the learner's log-probs are from the sampler's of the same distribution, per token.
+
+    The learner scores at the sampling temperature and without truncation. That is what the sampler drew from, unless
+    it excluded tokens; then it still reports as much at temperature 1, and at another there is nothing to compare with
+    and no metric: a gap would show the mass of what was excluded, not how well the two programs agree.
+    """
+    reported = batch.sampler_logprobs
+    if truncated:
+        reported = batch.model_logprobs if temperature == 1 else None
+    if reported is None:
+        return {}
+    gap = jnp.abs(jnp.where(batch.mask, logprobs - reported, 0.0))
+    return {
+        "sampling/logp_gap_mean": Mean.of(gap, batch.mask),
+        "sampling/logp_gap_max": Max.of(gap, batch.mask),
+    }
+
+
+def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> Metrics:
+    """Metrics of a rollout with its rewards `[P, G]`, whatever the algorithm."""
+    lengths = rollout.completion_lengths
+    every = jnp.ones(rewards.shape, bool)
+    return {
+        "reward": Mean.of(rewards),
+        "reward_std": Mean.of(jnp.sqrt(masked_var(rewards, every, axis=1))),
+        "frac_reward_zero_std": Mean.of(zero_std_groups(rewards)),
+        "completions/mean_length": Mean.of(lengths),
+        "completions/min_length": Mean.of(jnp.min(lengths)),
+        "completions/max_length": Mean.of(jnp.max(lengths)),
+        "completions/clipped_ratio": Mean.of(~rollout.finished),
+        "num_tokens": Mean.of(jnp.sum(lengths) + jnp.sum(rollout.prompt_lengths)),
+    }

@@ -1,0 +1,119 @@
+"""Policy losses with one ratio for a whole sequence, as frozen records."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxrl_llm import losses as functions
+from jaxrl_llm.algorithms.policy_gradient.surrogates import Clip, Loss, PolicyTokens, Reduction, Surrogate
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceClipped(Clip):
+    """GSPO: one ratio a sequence, the geometric mean of its tokens'; see `jaxrl_llm.losses.gspo_loss`."""
+
+    clip_low: float | None = 3e-4
+    clip_high: float | None = 4e-4
+    length_normalize: bool = True
+    """The n-th root of the product of the tokens' ratios; without it, the product."""
+
+    aggregations = ("seq-mean-token-mean",)
+
+    def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
+        """The rows' part of the loss, and its metrics."""
+        return functions.gspo_loss(
+            *tokens.arrays,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            length_normalize=self.length_normalize,
+            weights=tokens.weights,
+            normalizer=reduction.normalizer,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTokenClipped(Clip):
+    """GSPO-token: the sequence's ratio in value, the token's in gradient; see `jaxrl_llm.losses.gspo_token_loss`."""
+
+    clip_low: float | None = 3e-4
+    clip_high: float | None = 4e-4
+
+    aggregations = ("seq-mean-token-mean",)
+
+    def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
+        """The rows' part of the loss, and its metrics."""
+        return functions.gspo_token_loss(
+            *tokens.arrays,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            weights=tokens.weights,
+            normalizer=reduction.normalizer,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthWeightedSequenceClipped(Clip):
+    """LUSPO: GSPO's loss of each sequence times its length; see `jaxrl_llm.losses.luspo_loss`."""
+
+    clip_low: float | None = 2e-3
+    clip_high: float | None = 2.5e-3
+
+    aggregations = ("seq-mean-token-sum",)
+
+    def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
+        """The rows' part of the loss, and its metrics."""
+        return functions.luspo_loss(
+            *tokens.arrays,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            weights=tokens.weights,
+            normalizer=reduction.normalizer,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GeometricMeanClipped(Clip):
+    """GMPO: tokens clipped in log space, then their geometric mean; see `jaxrl_llm.losses.gmpo_loss`."""
+
+    clip_low: float | None = 0.4
+    clip_high: float | None = 0.4
+
+    aggregations = ("seq-mean-token-mean",)
+
+    def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
+        """The rows' part of the loss, and its metrics."""
+        return functions.gmpo_loss(
+            *tokens.arrays,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            weights=tokens.weights,
+            normalizer=reduction.normalizer,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VESPO(Surrogate):
+    """A smooth, detached weight of the whole sequence's ratio; see `jaxrl_llm.losses.vespo_loss`."""
+
+    k_pos: float = 2.0
+    """Exponent of the ratio for advantages above 0."""
+    lam_pos: float = 3.0
+    """Decay for advantages above 0."""
+    k_neg: float = 3.0
+    """Exponent of the ratio for the others."""
+    lam_neg: float = 2.0
+    """Decay for the others."""
+
+    aggregations = ("token-mean",)
+
+    def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
+        """The rows' part of the loss, and its metrics."""
+        return functions.vespo_loss(
+            *tokens.arrays,
+            k_pos=self.k_pos,
+            lam_pos=self.lam_pos,
+            k_neg=self.k_neg,
+            lam_neg=self.lam_neg,
+            weights=tokens.weights,
+            normalizer=reduction.normalizer,
+        )

@@ -1,0 +1,215 @@
+"""The update step: one pure function from a rollout and its rewards to the next training state.
+
+Old and reference log-probs, advantages, epochs × minibatches × micro-batches and the optimizer are all in it,
+so that it compiles to one XLA program per mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_llm.algorithms.batching import UpdateConfig, split_groups
+from jaxrl_llm.algorithms.gradient import Carry, make_gradient_step
+from jaxrl_llm.algorithms.interfaces import Feedback
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
+from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.rollouts import sampling_gap
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.algorithms.state import step_key
+from jaxrl_llm.losses import aggregation_normalizer
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Metrics
+from jaxrl_llm.types import CriticState, Rollout, TrainState
+
+UpdateStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+CarryT = TypeVar("CarryT")
+
+
+def make_update_step(
+    policy: Transformer,
+    optimizer: optax.GradientTransformation,
+    algorithm: PolicyGradient,
+    config: UpdateConfig | None = None,
+    *,
+    critic: Critic | None = None,
+    temperature: float = 1.0,
+    truncated: bool = False,
+) -> UpdateStep:
+    """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`.
+
+    Compile and call it under `jax.set_mesh`, where there is a mesh: it splits rows over that.
+
+    Args:
+        policy: the model.
+        optimizer: an optax transformation.
+        algorithm: the objective.
+        config: epochs, minibatches, micro-batches.
+        critic: the value function, where the algorithm's advantages are made of one.
+        temperature: the one that the rollouts were sampled with; log-probs are scored with it.
+        truncated: whether top-k, top-p or min-p excluded tokens. The learner scores without; only the metric
+            `sampling/logp_gap` depends on this.
+
+    Returns:
+        A function of `TrainState`, `Rollout` (with an algorithm that needs a greedy baseline, the last sample of each
+        group is that; see `Sampler`), rewards (`[P, G]` float32, `[P, G, Tc]` where they are given by token, or
+        `Feedback` where the algorithm reads more than that), and the reference's parameters (read
+        only if the algorithm needs them; `None`: those of the state without its adapters, if it has any). To be
+        compiled with the state donated, hence with a reference that is a copy of the state's parameters and not the
+        same arrays.
+
+        Rewards are not looked at: one that is NaN or infinite makes the gradient of its minibatch NaN. An optimizer
+        step whose gradient is not finite is skipped: parameters and moments stay, `frac_steps_skipped` is the
+        fraction of such steps, and `reward`, `loss` or `grad_norm` show that something was not finite.
+
+    Raises:
+        ValueError: the temperature is 0, or the algorithm and what is given do not fit together.
+    """
+    plan, scorer = config or UpdateConfig(), Scorer(policy, temperature)
+    assign = CreditAssignment(
+        algorithm, scorer, plan, keeps_old=plan.optimizer_steps > 1, truncated=truncated, critic=critic
+    )
+    _check(algorithm, plan, critic)
+    optimizer_step = _make_optimizer_step(_Losses(algorithm, scorer, truncated, critic), optimizer, plan)
+
+    def update_step(
+        state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch, memory, metrics, split, _ = assign(state, rollout, rewards, reference)
+        step = functools.partial(optimizer_step, split=split)
+        carry, trained = run_epochs(step, _Carry.of(state), batch, plan, step_key(state, 1))
+        state = carry.into(state).replace(step=state.step + 1, memory=memory)
+        return state, {name: record.value() for name, record in (metrics | trained).items()}
+
+    return update_step
+
+
+def _check(algorithm: PolicyGradient, plan: UpdateConfig, critic: Critic | None) -> None:
+    """Raises if the algorithm and what is given do not fit together."""
+    if algorithm.needs_critic != (critic is not None):
+        raise ValueError(
+            f"{type(algorithm.advantage).__name__} "
+            + ("is made of a critic's values: pass critic=" if algorithm.needs_critic else "reads no critic: pass none")
+        )
+    if algorithm.surrogate.whole_batch and plan.micro_batches > 1:
+        raise ValueError(
+            f"{type(algorithm.surrogate).__name__} compares all tokens of a minibatch, so that it cannot be cut into "
+            f"update.micro_batches={plan.micro_batches}: pass 1"
+        )
+
+
+# ---- Losses of some rows -------------------------------------------------------------------------
+
+
+class _Normalizers(NamedTuple):
+    """Denominators that all micro-batches of one optimizer step share."""
+
+    policy: jax.Array
+    tokens: jax.Array
+
+    @classmethod
+    def of(cls, algorithm: PolicyGradient, rows: LearnerBatch) -> _Normalizers:
+        """Those of all rows of the optimizer step."""
+        trained_values = rows.mask if rows.value_mask is None else rows.value_mask
+        return cls(algorithm.normalizer(rows.mask), aggregation_normalizer(trained_values, mode="token-mean"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Losses:
+    """The functions that are differentiated, and what they share."""
+
+    algorithm: PolicyGradient
+    scorer: Scorer
+    truncated: bool
+    critic: Critic | None
+
+    def of_policy(self, params: Params, batch: LearnerBatch, normalizers: _Normalizers) -> tuple[jax.Array, Metrics]:
+        """The policy's loss; with a critic that shares its trunk, the joint one."""
+        hidden = self.scorer.policy.hidden(params, batch.prompt, batch.prompt_lengths, batch.completion)
+        scores = self.scorer.of_hidden(params, hidden, batch.completion)
+        value, metrics = self.algorithm.loss(scores, batch, normalizers.policy)
+        if batch.old_logprobs is None:
+            logprobs = jax.lax.stop_gradient(scores.logprobs)
+            metrics |= sampling_gap(logprobs, batch, temperature=self.scorer.temperature, truncated=self.truncated)
+        if self.critic is not None and self.critic.shares_trunk:
+            values = self.critic.values_of(params, hidden)
+            extra, own = self.algorithm.value_loss(values, batch, normalizers.tokens)
+            value, metrics = value + self.algorithm.value.coef * extra, metrics | own
+        return value, metrics
+
+    def of_critic(self, params: Params, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The loss of a critic with parameters of its own."""
+        assert self.critic is not None
+        return self.algorithm.value_loss(self.critic.values(params, batch), batch, normalizer)
+
+
+# ---- Optimizer steps -----------------------------------------------------------------------------
+
+
+class _Carry(NamedTuple):
+    """What the optimizer steps change: parameters and optimizer of the policy, and of a critic of its own."""
+
+    policy: Carry
+    critic: Carry | None
+
+    @classmethod
+    def of(cls, state: TrainState) -> _Carry:
+        """That of a training state."""
+        critic = None if state.critic is None else (state.critic.params, state.critic.opt_state)
+        return cls((state.params, state.opt_state), critic)
+
+    def into(self, state: TrainState) -> TrainState:
+        """The state with what the steps made of it."""
+        params, opt_state = self.policy
+        critic = None if self.critic is None else CriticState(*self.critic)
+        return state.replace(params=params, opt_state=opt_state, critic=critic)
+
+
+_OF_A_STEP = ("loss", "grad_norm", "frac_steps_skipped")
+"""Metrics that each optimizer has."""
+
+
+def _make_optimizer_step(
+    losses: _Losses, optimizer: optax.GradientTransformation, plan: UpdateConfig
+) -> Callable[..., tuple[_Carry, Metrics]]:
+    """The function `(carry, rows, *, split) -> (carry, metrics)`: one step of the policy, and one of its critic."""
+    policy_step, critic_step = make_gradient_step(losses.of_policy, optimizer, plan.micro_batches), None
+    if losses.critic is not None and losses.critic.optimizer is not None:
+        critic_step = make_gradient_step(losses.of_critic, losses.critic.optimizer, plan.micro_batches)
+
+    def optimizer_step(carry: _Carry, rows: LearnerBatch, *, split: int) -> tuple[_Carry, Metrics]:
+        normalizers, dealt = _Normalizers.of(losses.algorithm, rows), split_groups(rows, split)
+        policy, trained = policy_step(carry.policy, dealt, normalizers)
+        if critic_step is None:
+            return carry._replace(policy=policy), trained
+        assert carry.critic is not None  # a critic with a step of its own has a state of its own
+        critic, own = critic_step(carry.critic, dealt, normalizers.tokens)
+        own = {f"vf/{name}" if name in _OF_A_STEP else name: record for name, record in own.items()}
+        return _Carry(policy, critic), trained | own
+
+    return optimizer_step
+
+
+def run_epochs(
+    step: Callable[[CarryT, Any], tuple[CarryT, Metrics]], carry: CarryT, batch: Any, plan: UpdateConfig, key: jax.Array
+) -> tuple[CarryT, Metrics]:
+    """All optimizer steps on a batch; each epoch cuts the prompts into minibatches in an order of its own."""
+    if plan.optimizer_steps == 1:
+        return step(carry, batch)
+
+    def epoch(carry: CarryT, number: jax.Array) -> tuple[CarryT, Metrics]:
+        order = jax.random.permutation(jax.random.fold_in(key, number), batch.prompt.shape[0])
+        shuffled = jax.tree.map(lambda x: x[order], batch)
+        parts = jax.tree.map(lambda x: x.reshape(plan.minibatches, -1, *x.shape[1:]), shuffled)
+        return jax.lax.scan(step, carry, parts)
+
+    carry, stacked = jax.lax.scan(epoch, carry, jnp.arange(plan.epochs))
+    return carry, {name: record.reduce().reduce() for name, record in stacked.items()}

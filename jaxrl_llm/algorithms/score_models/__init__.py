@@ -1,0 +1,1 @@
+"""Models that score: rewards of completions and of steps, labels for the latter, search guided by them."""

@@ -1,0 +1,1 @@
+"""TRPO: the natural-gradient step, its parts, and the exact divergence."""

@@ -1,0 +1,154 @@
+"""The divergence of a language model from its former self, and products with its Fisher matrix, in bounded memory.
+
+Both are over whole next-token distributions, Σ over tokens of weight × KL(old ‖ new), and are made from hidden states:
+of some rows, the logits of some positions exist at a time. What is held is the activations of the rows, as their
+gradient needs them, and logits `[rows, positions, V]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.algorithms.trust_region.fisher import (
+    gauss_newton_vector_product,
+    hessian_vector_product,
+    sampled_fisher_vector_product,
+)
+from jaxrl_llm.logprobs import scores_from_logits
+from jaxrl_llm.losses.kl import kl_exact
+from jaxrl_llm.masking import as_float
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sharding import row_shards
+
+FisherKind = Literal["gauss_newton", "hessian", "sampled"]
+"""See `jaxrl_llm.algorithms.trust_region.fisher`."""
+
+CHUNK_LOGITS = 2**24
+"""Logits of one chunk of positions on one device: 64 MiB in float32."""
+
+
+class DivergenceRows(NamedTuple):
+    """Rows whose distributions are compared."""
+
+    prompt: jax.Array
+    """`[P, Tp]`."""
+    prompt_lengths: jax.Array
+    """`[P]`."""
+    completion: jax.Array
+    """`[P, G, Tc]`."""
+    weights: jax.Array
+    """`[P, G, Tc]` float32: what each token counts, 0 where it does not."""
+    old_hidden: jax.Array | None = None
+    """`[P, G, Tc, D]`: states of the old policy, in the model's compute type; only the divergence reads them."""
+
+
+class PolicyDivergence:
+    """KL(old ‖ new) of some rows, and Fisher-vector products, as functions of a tree of parameters.
+
+    Args:
+        policy: the model.
+        temperature: the one that was sampled with; it divides the logits.
+        join: from the tree that is differentiated (float32) to all parameters in their stored types.
+        chunk_size: positions whose logits exist at a time; `None` chooses by `CHUNK_LOGITS`.
+    """
+
+    def __init__(
+        self,
+        policy: Transformer,
+        join: Callable[[Any], Params],
+        *,
+        temperature: float = 1.0,
+        chunk_size: int | None = None,
+    ):
+        self.policy, self.join, self.temperature, self.chunk_size = policy, join, temperature, chunk_size
+
+    def kl(self, part: Any, old_head: jax.Array, rows: DivergenceRows) -> jax.Array:
+        """Σ weight × KL(old ‖ new), a scalar; differentiable in `part`, also twice."""
+        hidden, head = self._states(part, rows)
+
+        def divergence(states: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            state, old_state, weights = states
+            old = self._logits(old_state, old_head)
+            kl = kl_exact(self._logits(state, head), old, direction="forward")
+            return jnp.sum(jnp.where(weights > 0, weights * kl, 0.0)), None
+
+        assert rows.old_hidden is not None
+        return self._over_time(divergence, (hidden, rows.old_hidden, rows.weights))[0]
+
+    def product(self, kind: FisherKind, part: Any, vector: Any, old_head: jax.Array, rows: DivergenceRows) -> Any:
+        """Σ weight × F v of some rows, in the structure of `part`; float32.
+
+        The model's own derivative is taken backwards alone: J v is the transpose of the function v ↦ Jᵀ v, since its
+        products have no rule for going forwards.
+        """
+        if kind == "hessian":
+            return hessian_vector_product(lambda wide: self.kl(wide, old_head, rows), part, vector)
+        outputs, pull = jax.vjp(lambda wide: self._states(wide, rows), part)
+        hidden, head = outputs
+        ((to_hidden, to_head),) = jax.linear_transpose(lambda cotangent: pull(cotangent)[0], outputs)(vector)
+
+        def curved(states: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            state, tangent, tokens, weights = states
+            at, along, mask = (state, head), (as_float(tangent), to_head), weights > 0
+            if kind == "gauss_newton":
+                product = gauss_newton_vector_product(lambda u: self._logits(*u), at, along, mask, weights=weights)
+            else:
+                product = sampled_fisher_vector_product(
+                    lambda u: scores_from_logits(self._logits(*u), tokens).logprobs, at, along, mask, weights=weights
+                )
+            return product[1], product[0]
+
+        of_head, of_hidden = self._over_time(curved, (hidden, to_hidden, rows.completion, rows.weights))
+        return pull((of_hidden.astype(hidden.dtype), of_head))[0]
+
+    def _states(self, part: Any, rows: DivergenceRows) -> tuple[jax.Array, jax.Array]:
+        """Hidden states `[P, G, Tc, D]`, and the head `[V, D]` in float32, in which its gradient is summed."""
+        params = self.join(part)
+        hidden = self.policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
+        return hidden, as_float(self.policy.head(params))
+
+    def _logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
+        """Logits `[..., V]` at the temperature."""
+        weight = head.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        cap = self.policy.config.logit_softcap
+        return (logits if cap is None else cap * jnp.tanh(logits / cap)) / self.temperature
+
+    def _over_time(
+        self, function: Callable[[tuple[jax.Array, ...]], tuple[jax.Array, Any]], arrays: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, Any]:
+        """Sums the first result of `function` over chunks of positions of `[P, G, Tc, …]`, and joins the second one's.
+
+        What a chunk makes is made again for its gradient. Time is cut and not rows: those are what is spread over
+        devices. Weights, the last of the arrays, are 0 at what fills the last chunk up.
+        """
+        width = arrays[-1].shape[2]
+        size = self.chunk_size or max(1, CHUNK_LOGITS * row_shards() // self._logits_of_a_position(arrays[-1]))
+        if size >= width:
+            return function(arrays)
+        chunks = -(-width // size)
+
+        def cut(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * size - width), *((0, 0),) * (x.ndim - 3)))
+            return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, size, *x.shape[3:]), 2, 0)
+
+        again = jax.checkpoint(function)
+        parts = tuple(cut(x) for x in arrays)
+        shape = jax.eval_shape(lambda: again(tuple(x[0] for x in parts))[0])
+
+        def step(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
+            summand, piece = again(part)
+            return total + summand, piece
+
+        total, pieces = jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)
+        joined = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :width], pieces
+        )
+        return total, joined
+
+    def _logits_of_a_position(self, weights: jax.Array) -> int:
+        return max(1, weights.shape[0] * weights.shape[1]) * self.policy.config.vocab_size

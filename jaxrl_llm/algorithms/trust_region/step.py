@@ -1,0 +1,268 @@
+"""TRPO for language models: one pure function from a rollout and its rewards to the next training state.
+
+A batch makes one step: the natural gradient of its objective, scaled to the trust region and shortened until the
+divergence holds and the objective grows. `natural_gradient.py` has the method on any functions; here
+are the functions, for a transformer and in micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.algorithms.batching import UpdateConfig, deal_groups
+from jaxrl_llm.algorithms.interfaces import Feedback
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.algorithms.state import step_key
+from jaxrl_llm.algorithms.trust_region.natural_gradient import trpo_step
+from jaxrl_llm.algorithms.trust_region.parameter_subset import ParameterSubset, Part, Trainable
+from jaxrl_llm.algorithms.trust_region.policy_divergence import DivergenceRows, FisherKind, PolicyDivergence
+from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
+from jaxrl_llm.masking import safe_divide
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Mean
+from jaxrl_llm.types import Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRegionConfig:
+    """How far a batch moves the policy, and how the step is found."""
+
+    max_kl: float = 0.01
+    """Bound on the mean KL(old ‖ new) of a token, in nats."""
+    damping: float = 0.1
+    """Added to the diagonal of the Fisher matrix."""
+    cg_iterations: int = 10
+    """Products with the Fisher matrix, at most, in the search for the direction."""
+    cg_tolerance: float = 1e-10
+    """Squared norm of the residual at which it ends early."""
+    tries: int = 10
+    """Lengths of the step that are tried, at most."""
+    shrink: float = 0.8
+    """Factor between two tries."""
+    kl_tolerance: float = 1.0
+    """Slack of the bound: a try with a divergence up to kl_tolerance · max_kl is taken."""
+    fisher: FisherKind = "gauss_newton"
+    """What products with the Fisher matrix are made of: the logits, the divergence, or the sampled tokens alone."""
+    fisher_fraction: float = 1.0
+    """Share of the prompts, drawn anew at each step, that these products look at."""
+    trainable: Trainable = "all"
+    """Which parameters move: all (of a model with adapters, these and its heads), or those of the last layers. There
+    are five float32 vectors of them beside the model."""
+    last_layers: int = 1
+    """Layers that `trainable="last_layers"` means."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        for field, holds, wanted in (
+            ("max_kl", 0 < self.max_kl < math.inf, "be positive"),
+            ("damping", 0 <= self.damping < math.inf, "not be negative"),
+            ("cg_iterations", self.cg_iterations >= 1, "be at least 1"),
+            ("cg_tolerance", 0 <= self.cg_tolerance < math.inf, "not be negative"),
+            ("tries", self.tries >= 1, "be at least 1"),
+            ("shrink", 0 < self.shrink < 1, "be between 0 and 1"),
+            ("kl_tolerance", 0 < self.kl_tolerance < math.inf, "be positive"),
+            ("fisher", self.fisher in get_args(FisherKind), f"be one of {get_args(FisherKind)}"),
+            ("fisher_fraction", 0 < self.fisher_fraction <= 1, "be above 0 and at most 1"),
+            ("trainable", self.trainable in get_args(Trainable), f"be one of {get_args(Trainable)}"),
+            ("last_layers", self.last_layers >= 1, "be at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"trust_region.{field}={getattr(self, field)!r} must {wanted}")
+
+
+def make_trust_region_step(
+    policy: Transformer,
+    algorithm: PolicyGradient,
+    config: TrustRegionConfig | None = None,
+    *,
+    temperature: float = 1.0,
+    truncated: bool = False,
+    micro_batches: int = 1,
+    moves: Callable[[str], bool] | None = None,
+    chunk_size: int | None = None,
+) -> UpdateStep:
+    """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`, as `make_update_step`.
+
+        maximise −loss(θ)  subject to  Agg[ KL(π_old(· | s) ‖ π_θ(· | s)) ] ≤ max_kl
+
+    The loss is the algorithm's; with `Clipped(clip_low=None, clip_high=None)` as its surrogate it is −Agg[r A], that of
+    TRPO. Another surrogate, a KL penalty or an importance correction belong to the objective as anywhere else. The
+    divergence is exact, over the same tokens with the same weights (so that with an aggregation that is a sum,
+    `max_kl` bounds a sum).
+
+    What is held beside the model and the batch: gradient, solution, residual, direction and a product, float32, of
+    the parameters that move; the old policy's hidden states `[P, G, Tc, D]`; and, of one micro-batch, the activations
+    and logits of some positions. No optimizer is needed: `opt_state` stays as it is, and may be empty
+    (`make_train_state(params, optax.identity(), seed)`).
+
+    Args:
+        policy: the model.
+        algorithm: advantages and objective.
+        config: the trust region.
+        temperature: as `make_update_step`.
+        truncated: as `make_update_step`.
+        micro_batches: pieces in which objective, divergence and products are summed; memory, not the result.
+        moves: whether the parameter of a dotted path moves, in place of `config.trainable`.
+        chunk_size: positions whose logits exist at a time; `None` chooses.
+
+    Returns:
+        A function as `make_update_step` returns. A step that cannot be taken (no length holds, or something is not
+        finite) leaves the parameters as they are, bit for bit. Metrics: those of the rollout; those of the objective,
+        at the old policy; and those of `trpo_step`.
+
+    Raises:
+        ValueError: the temperature is 0, or the algorithm has a critic or cannot be cut into micro-batches.
+
+    Source: Schulman et al. 2015, "TRPO" (1502.05477).
+    """
+    region, plan = config or TrustRegionConfig(), UpdateConfig(micro_batches=micro_batches)
+    scorer = Scorer(policy, temperature)
+    assign = CreditAssignment(algorithm, scorer, plan, keeps_old=True, truncated=truncated)
+    _check(algorithm, micro_batches)
+
+    def problem(state: TrainState, batch: LearnerBatch, normalizer: jax.Array) -> _Problem:
+        params = state.params
+        subset = ParameterSubset(params, region.trainable, last_layers=region.last_layers, moves=moves)
+        join = functools.partial(subset.put, params)
+        compare = functools.partial(_compared, policy, algorithm, plan, params)
+        compared = curved = compare(batch)
+        if region.fisher_fraction < 1:
+            curved = compare(_draw(batch, region.fisher_fraction, step_key(state, 3)))
+        return _Problem(
+            algorithm=algorithm,
+            scorer=scorer,
+            divergence=PolicyDivergence(policy, join, temperature=temperature, chunk_size=chunk_size),
+            fisher=region.fisher,
+            start=subset.take(params),
+            old_head=policy.head(params),
+            normalizer=normalizer,
+            rows=deal_groups(batch, plan, whole_groups=algorithm.needs_whole_groups),
+            compared=compared,
+            curved=curved,
+        )
+
+    def trust_region_step(
+        state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch, memory, metrics, _, old = assign(state, rollout, rewards, reference)
+        assert old is not None  # they are kept
+        normalizer = algorithm.normalizer(batch.mask)
+        loss, of_loss = algorithm.loss(old, batch, normalizer)
+        posed = problem(state, batch, normalizer)
+        part, of_step = trpo_step(
+            posed.objective,
+            posed.kl,
+            posed.start,
+            product=posed.product,
+            max_kl=region.max_kl,
+            damping=region.damping,
+            iterations=region.cg_iterations,
+            tolerance=region.cg_tolerance,
+            tries=region.tries,
+            shrink=region.shrink,
+            kl_tolerance=region.kl_tolerance,
+        )
+        not_finite = ~jnp.isfinite(of_step["grad_norm"].value())
+        metrics |= of_loss | {"loss": Mean.of(loss)} | of_step | {"frac_steps_skipped": Mean.of(not_finite)}
+        state = state.replace(step=state.step + 1, params=posed.divergence.join(part), memory=memory)
+        return state, {name: record.value() for name, record in metrics.items()}
+
+    return trust_region_step
+
+
+def _check(algorithm: PolicyGradient, micro_batches: int) -> None:
+    """Raises if the algorithm cannot be trained by steps of this kind."""
+    if algorithm.needs_critic:
+        raise ValueError(
+            f"{type(algorithm.advantage).__name__} is made of a critic's values, which are not trained here"
+        )
+    if algorithm.surrogate.whole_batch and micro_batches > 1:
+        raise ValueError(
+            f"{type(algorithm.surrogate).__name__} compares all tokens of a batch, so that it cannot be cut into "
+            f"micro_batches={micro_batches}: pass 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What one batch asks of the parameters that move: the objective, the divergence, and its curvature."""
+
+    algorithm: PolicyGradient
+    scorer: Scorer
+    divergence: PolicyDivergence
+    fisher: FisherKind
+    start: Part
+    """The parameters that move, as they are."""
+    old_head: jax.Array
+    """The head that the old policy's states are read with."""
+    normalizer: jax.Array
+    """Of the objective, over the whole batch."""
+    rows: LearnerBatch
+    """In micro-batches, as the next two."""
+    compared: DivergenceRows
+    """What the divergence looks at."""
+    curved: DivergenceRows
+    """What products with the Fisher matrix look at."""
+
+    def objective(self, part: Part) -> jax.Array:
+        """−loss."""
+
+        def of_rows(rows: LearnerBatch) -> jax.Array:
+            scores = self.scorer(self.divergence.join(part), rows)
+            return -self.algorithm.loss(scores, rows, self.normalizer)[0]
+
+        return _sum_over(self.rows, of_rows)
+
+    def kl(self, part: Part) -> jax.Array:
+        """The divergence from the old policy."""
+        return _sum_over(self.compared, lambda rows: self.divergence.kl(part, self.old_head, rows))
+
+    def product(self, vector: Part) -> Part:
+        """F v at the old policy."""
+        return _sum_over(
+            self.curved, lambda rows: self.divergence.product(self.fisher, self.start, vector, self.old_head, rows)
+        )
+
+
+def _compared(
+    policy: Transformer, algorithm: PolicyGradient, plan: UpdateConfig, params: Params, batch: LearnerBatch
+) -> DivergenceRows:
+    """The batch as micro-batches for the divergence from the policy with these parameters."""
+    mode, length = algorithm.aggregation, algorithm.max_length or batch.mask.shape[-1]
+    weights = aggregation_weights(batch.mask, mode=mode, max_length=length)
+    weights = safe_divide(weights, aggregation_normalizer(batch.mask, mode=mode))
+    rows = DivergenceRows(batch.prompt, batch.prompt_lengths, batch.completion, weights)
+    parts = deal_groups(rows, plan, whole_groups=algorithm.needs_whole_groups)
+    hidden = jax.lax.map(lambda x: policy.hidden(params, x.prompt, x.prompt_lengths, x.completion), parts)
+    return parts._replace(old_hidden=hidden)
+
+
+def _sum_over(parts: Any, function: Callable[[Any], Any]) -> Any:
+    """Σ function(rows) over micro-batches `[parts, rows, …]`; what one makes is made again for its gradient."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return function(first)
+    again = jax.checkpoint(function)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+
+    def add(total: Any, rows: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, again(rows)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _draw(batch: LearnerBatch, fraction: float, key: jax.Array) -> LearnerBatch:
+    """A share of the prompts, with all their completions."""
+    prompts = len(batch.prompt)
+    chosen = jax.random.permutation(key, prompts)[: math.ceil(fraction * prompts)]
+    return jax.tree.map(lambda x: x[chosen], batch)

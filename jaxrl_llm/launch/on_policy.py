@@ -1,0 +1,147 @@
+"""Running an experiment: the command line over its configuration, set-up, training, summary.
+
+What an experiment file calls is here, whichever module it lives in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+
+from jaxrl_llm.algorithms.iteration import DeviceReward
+from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
+from jaxrl_llm.config import Experiment
+from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.data.sources import RowSource
+from jaxrl_llm.launch.errors import plain_errors, train
+from jaxrl_llm.launch.flags import read_flags
+from jaxrl_llm.launch.folder import start, write_config
+from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_tokenizer_of, reward_sum
+from jaxrl_llm.launch.preset_flag import take_preset
+from jaxrl_llm.launch.summary import finish
+from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.training.episodes.judging import Judge
+from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.on_policy import Trainer, TrainingResult
+
+__all__ = [
+    "Policy",
+    "finish",
+    "load_model",
+    "load_policy",
+    "load_prompts",
+    "make_trainer",
+    "parse",
+    "plain_errors",
+    "run",
+    "start",
+    "take_preset",
+    "train",
+    "write_config",
+]
+
+ConfigT = TypeVar("ConfigT", bound=Experiment)
+
+
+def parse(config: ConfigT, args: list[str] | None = None, *, description: str = "") -> ConfigT:
+    """`config` with the command line's changes: `--algorithm.surrogate.clip-high=0.28 --mesh.fsdp=-1`.
+
+    `--preset=gspo` puts that published algorithm in place of `config.algorithm`, whose flags may change it further.
+    An unknown flag or preset ends the program at once and names the nearest one.
+    """
+    presets = {preset.__name__: preset for preset in PRESETS}
+    with plain_errors():
+        chosen, args = take_preset(sys.argv[1:] if args is None else args, list(presets))
+    if chosen is not None:
+        config = dataclasses.replace(config, algorithm=presets[chosen]())
+    description = f"{description}\n\n--preset=NAME begins with a published algorithm: {', '.join(presets)}."
+    return read_flags(config, args, description)
+
+
+def make_trainer(
+    config: Experiment,
+    policy: Policy,
+    mesh: jax.sharding.Mesh,
+    *,
+    train_rows: RowSource | None = None,
+    eval_rows: RowSource | None = None,
+    prompts: tuple[PromptDataset, PromptDataset | None] | None = None,
+    device_rewards: Sequence[DeviceReward] = (),
+    eval_rewards: RewardSum | None = None,
+    judge: Judge | None = None,
+    critic_params: Params | None = None,
+    trust_region: TrustRegionConfig | None = None,
+) -> Trainer:
+    """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
+
+    Args:
+        config: settings, started with `start`.
+        policy: the model to train.
+        mesh: the device mesh.
+        train_rows: prompts, in place of `config.data.train`.
+        eval_rows: held-out prompts, in place of `config.data.eval`.
+        prompts: what `load_prompts` returned, if it was called before.
+        device_rewards: as `Trainer`; with them, `config.rewards` may be empty.
+        eval_rewards: as `Trainer`.
+        judge: as `Trainer`.
+        critic_params: as `Trainer`.
+        trust_region: as `Trainer`.
+    """
+    train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
+    trainer = Trainer(
+        model=policy.model,
+        params=policy.params,
+        tokenizer=policy.tokenizer,
+        stop_tokens=policy.stop_tokens,
+        dataset=train,
+        eval_dataset=held_out,
+        rewards=reward_sum(config),
+        device_rewards=device_rewards,
+        eval_rewards=eval_rewards,
+        judge=judge,
+        critic_params=critic_params,
+        trust_region=trust_region,
+        algorithm=config.algorithm,
+        critic=config.critic,
+        run_dir=config.run_dir or f"runs/{config.name}",
+        mesh=mesh,
+        training=config.training,
+        update=config.update,
+        optimizer=config.optimizer,
+        sampling=config.sampling,
+        evaluation=config.evaluation,
+        seed=config.seed,
+        resume=config.resume,
+        description=config.settings(),
+        title=config.name,
+        wandb=config.wandb if config.wandb.project else None,
+    )
+    write_config(config, trainer.run_dir)
+    return trainer
+
+
+def run(config: Experiment, args: list[str] | None = None, *, description: str = "") -> TrainingResult:
+    """Runs an experiment on a checkpoint: what the last line of an experiment file calls.
+
+    Errors in the settings, the data, the checkpoint or a reward function end the program with one line that says
+    what is wrong.
+    """
+    config = start(parse(config, args, description=description))
+    began = time.perf_counter()
+    with plain_errors():
+        mesh = make_mesh(config.mesh)
+        tokenizer = load_tokenizer_of(config.model)
+        prompts = load_prompts(config, tokenizer)  # before the model, which may take minutes
+        policy = load_policy(config, mesh, tokenizer)
+        trainer = make_trainer(config, policy, mesh, prompts=prompts)
+    policy = dataclasses.replace(policy, params=None)  # the trainer has its own copy
+    result = train(trainer)
+    finish(config, policy, result, seconds=time.perf_counter() - began)
+    return result

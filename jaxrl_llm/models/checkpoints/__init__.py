@@ -1,0 +1,1 @@
+"""Files of models: Hugging Face folders, GGUF, PEFT adapters, tokenizers."""

@@ -1,0 +1,240 @@
+"""Models from GGUF files (llama.cpp's format): metadata → `config.json` entries, and dequantised tensors.
+
+The `gguf` package parses the file and dequantises its blocks; this file knows how llama.cpp's converter laid
+a model out: its names, its interleaved rotary embedding, and the table that stands for Llama 3's scaling.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from jaxrl_llm.models.checkpoints.weights import Index
+from jaxrl_llm.models.config import RopeConfig
+from jaxrl_llm.models.rope import frequencies
+
+Metadata = Mapping[str, Any]
+
+TENSOR_NAMES: Mapping[str, str] = {
+    "embed.weight": "token_embd.weight",
+    "layers.attention_norm.scale": "blk.{layer}.attn_norm.weight",
+    "layers.attention.query.weight": "blk.{layer}.attn_q.weight",
+    "layers.attention.query.bias": "blk.{layer}.attn_q.bias",
+    "layers.attention.query_norm.scale": "blk.{layer}.attn_q_norm.weight",
+    "layers.attention.key.weight": "blk.{layer}.attn_k.weight",
+    "layers.attention.key.bias": "blk.{layer}.attn_k.bias",
+    "layers.attention.key_norm.scale": "blk.{layer}.attn_k_norm.weight",
+    "layers.attention.value.weight": "blk.{layer}.attn_v.weight",
+    "layers.attention.value.bias": "blk.{layer}.attn_v.bias",
+    "layers.attention.output.weight": "blk.{layer}.attn_output.weight",
+    "layers.attention.output.bias": "blk.{layer}.attn_output.bias",
+    "layers.mlp_norm.scale": "blk.{layer}.ffn_norm.weight",
+    "layers.mlp.gate.weight": "blk.{layer}.ffn_gate.weight",
+    "layers.mlp.gate.bias": "blk.{layer}.ffn_gate.bias",
+    "layers.mlp.up.weight": "blk.{layer}.ffn_up.weight",
+    "layers.mlp.up.bias": "blk.{layer}.ffn_up.bias",
+    "layers.mlp.down.weight": "blk.{layer}.ffn_down.weight",
+    "layers.mlp.down.bias": "blk.{layer}.ffn_down.bias",
+    "final_norm.scale": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+"""Parameter → tensor name in a GGUF file."""
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ROPE_NEUTRAL = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+# llama.cpp stores factors on the wavelengths instead of Llama 3's parameters; these are the ones in use.
+_LLAMA3_CONTEXTS = tuple(2**power for power in range(4, 21))
+
+
+class GGUFSource:
+    """A GGUF file's metadata, and its tensors dequantised row by row."""
+
+    def __init__(self, path: Path):
+        """Parses the header.
+
+        Raises:
+            ValueError: the file is no GGUF, is truncated, is one part of several, or uses a quantisation
+                that is not known.
+        """
+        reader = open_gguf(path)
+        self.path = path
+        self.metadata: Metadata = {
+            name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")
+        }
+        if self.metadata.get("split.count", 1) > 1:
+            raise ValueError(f"{path} is one of {self.metadata['split.count']} parts; merge them (llama-gguf-split)")
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
+        for kind, (name, tensor) in {t.tensor_type: (name, t) for name, t in self._tensors.items()}.items():
+            try:
+                dequantize(tensor.data[:1], kind)
+            except NotImplementedError as error:
+                raise ValueError(f"{path}: quantisation {kind.name} (of {name!r}) is not supported by gguf") from error
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """The slice `index` of a tensor in float32; only its rows are dequantised."""
+        tensor = self._tensors[name]
+        data = tensor.data
+        rows: slice | np.ndarray = index[0]
+        order = self._rotary_order(name)
+        if order is not None:
+            rows = order[index[0]]
+        return dequantize(data[rows], tensor.tensor_type)[(slice(None), *index[1:])]
+
+    def _rotary_order(self, name: str) -> np.ndarray | None:
+        """Row of the file for each row of ours, where llama.cpp's converter permuted them.
+
+        For the architecture `llama` alone its rotary embedding turns neighbours (2i, 2i + 1) within a head,
+        ours the halves (i, i + H/2).
+        """
+        is_query, is_key = ".attn_q." in name, ".attn_k." in name
+        if self.metadata["general.architecture"] != "llama" or not (is_query or is_key):
+            return None
+        heads = self._get("attention.head_count")
+        if is_key:
+            heads = self._get("attention.head_count_kv", heads)
+        rows = np.arange(self.shapes[name][0])
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def config_json(self) -> dict[str, Any]:
+        """The entries of the `config.json` that this model would have.
+
+        Raises:
+            ValueError: an architecture, a mixture of experts or a rope scaling that is not implemented, or
+                missing metadata.
+        """
+        architecture = self.metadata.get("general.architecture")
+        if architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise ValueError(f"{self.path}: GGUF architecture {architecture!r} is not supported; known: {known}")
+        if self._get("expert_count", 0):
+            count = self._get("expert_count")
+            raise ValueError(f"{self.path}: mixtures of experts (expert_count={count}) are not supported")
+        heads, width = self._get("attention.head_count"), self._get("embedding_length")
+        head_dim = self._get("attention.key_length", width // heads)
+        if self._get("attention.value_length", head_dim) != head_dim:
+            raise ValueError(f"{self.path}: keys of size {head_dim} and values of another size are not supported")
+        window = self._get("attention.sliding_window", 0) or None
+        bias = "blk.0.attn_q.bias" in self.shapes
+        config: dict[str, Any] = {
+            "model_type": "mistral" if architecture == "llama" and window else architecture,
+            "vocab_size": self._shape("token_embd.weight")[0],
+            "hidden_size": width,
+            "intermediate_size": self._get("feed_forward_length"),
+            "num_hidden_layers": self._get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": self._get("context_length"),
+            # Stored in float32: the decimal that was meant (1e-5 for 9.999999747378752e-06).
+            "rms_norm_eps": float(
+                np.format_float_positional(np.float32(self._get("attention.layer_norm_rms_epsilon")))
+            ),
+            "tie_word_embeddings": "output.weight" not in self.shapes,
+            "rope_parameters": self._rope(head_dim),
+        }
+        if window and architecture != "llama":
+            raise ValueError(
+                f"{self.path}: a sliding window ({window}) in architecture {architecture!r} is not supported"
+            )
+        if config["model_type"] == "mistral":
+            config["sliding_window"] = window
+        if architecture != "qwen2":
+            config["attention_bias"] = bias
+        if architecture == "llama":
+            config["mlp_bias"] = "blk.0.ffn_up.bias" in self.shapes
+        return config
+
+    def _get(self, key: str, *default: Any) -> Any:
+        name = f"{self.metadata['general.architecture']}.{key}"
+        if name not in self.metadata and not default:
+            raise ValueError(f"{self.path} has no metadata {name!r}")
+        return self.metadata.get(name, *default)
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        if tensor not in self.shapes:
+            raise ValueError(f"{self.path} has no tensor {tensor!r}")
+        return self.shapes[tensor]
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        theta = self._get("rope.freq_base", 10_000.0)
+        rope = {
+            "rope_theta": theta,
+            "partial_rotary_factor": self._get("rope.dimension_count", head_dim) / head_dim,
+        }
+        kind = self._get("rope.scaling.type", "none")
+        if "rope_freqs.weight" in self.shapes:
+            return rope | self._llama3(theta, head_dim)
+        if kind == "none":
+            return rope | {"rope_type": "default"}
+        rope |= {"rope_type": kind, "factor": self._get("rope.scaling.factor")}
+        for key, neutral in _ROPE_NEUTRAL.items():
+            if self._get(key, neutral) != neutral:
+                raise ValueError(f"{self.path}: {key}={self._get(key)} is not implemented; only {neutral} is")
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = self._get("rope.scaling.original_context_length")
+            rope["beta_fast"] = self._get("rope.scaling.yarn_beta_fast", 32.0)
+            rope["beta_slow"] = self._get("rope.scaling.yarn_beta_slow", 1.0)
+        return rope
+
+    def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
+        stored = self.read("rope_freqs.weight", (slice(None),))
+        plain, _ = frequencies(RopeConfig(theta=theta), head_dim)
+        factor = float(stored.max())
+        for length in _LLAMA3_CONTEXTS:
+            rope = RopeConfig(theta, "llama3", factor, length, low_freq_factor=1.0, high_freq_factor=4.0)
+            if stored.shape == plain.shape and np.allclose(plain / frequencies(rope, head_dim)[0], stored, rtol=1e-4):
+                return {
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "original_max_position_embeddings": length,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                }
+        raise ValueError(f"{self.path}: rope_freqs.weight is no Llama 3 scaling with factors 1 and 4: {stored}")
+
+
+def special_ids(reader: GGUFReader) -> dict[str, Any]:
+    """Special token ids of a GGUF file's tokenizer, under the names of `generation_config.json`."""
+
+    def token_id(key: str) -> int | None:
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        return None if field is None else int(field.contents())
+
+    stops = [token_id(key) for key in ("eos", "eot", "eom")]
+    ids = {"bos_token_id": token_id("bos"), "pad_token_id": token_id("padding")}
+    ids = {key: value for key, value in ids.items() if value is not None}
+    return ids | {"eos_token_id": list(dict.fromkeys(stop for stop in stops if stop is not None))}
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """A reader of the file; the last one is kept, as parsing a vocabulary takes seconds.
+
+    Raises:
+        ValueError: the file is missing, truncated, or no GGUF.
+    """
+    try:
+        status = os.stat(path)
+        return _reader(path, status.st_size, status.st_mtime_ns)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or no GGUF file: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(path: Path, size: int, modified: int) -> GGUFReader:
+    del size, modified  # part of the key: a file that has changed is read again
+    return GGUFReader(path)

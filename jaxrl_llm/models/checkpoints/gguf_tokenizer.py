@@ -1,0 +1,153 @@
+"""Tokenizers from GGUF files, built from the stored vocabulary without PyTorch or sentencepiece.
+
+A GGUF file holds tokens, merges or scores, and the *name* of the way in which text is split before merging
+(`tokenizer.ggml.pre`). The splits here are those of the original `tokenizer.json` files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from jaxrl_llm.models.checkpoints.gguf import open_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_GPT2_LIKE = ("gpt-2",)
+_DIGIT_LIKE = ("smollm", "starcoder", "refact")
+_LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+_QWEN2_LIKE = ("qwen2", "deepseek-r1-qwen", "stablelm2")
+_TEKKEN_LIKE = ("tekken",)
+_WHOLE_WORDS = (*_LLAMA3_LIKE, *_TEKKEN_LIKE)  # a word that is a token is taken before any merge is tried
+
+
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Raises:
+        ValueError: a kind of tokenizer, or a split of text before merging, that is not known.
+    """
+    # Imported late: transformers takes a second, and models load without it.
+    from jaxrl_llm.models.checkpoints.tokenizers import import_transformers
+
+    reader = open_gguf(path)
+    kind, pre = _field(reader, "ggml.model"), _field(reader, "ggml.pre")
+    tokens: list[str] = _field(reader, "ggml.tokens") or []
+    if kind == "gpt2":
+        backend = _byte_level(path, pre, tokens, _field(reader, "ggml.merges") or [])
+        add_bos = pre in _WHOLE_WORDS
+    elif kind == "llama":
+        prefix = _field(reader, "ggml.add_space_prefix")
+        backend = _sentencepiece(tokens, _field(reader, "ggml.scores") or [], prefix is None or prefix)
+        add_bos = True
+    else:
+        raise ValueError(f"{path}: tokenizer.ggml.model={kind!r} is not supported; known: gpt2, llama")
+    _add_special_tokens(backend, tokens, _field(reader, "ggml.token_type") or [])
+
+    def token(name: str) -> str | None:
+        number = _field(reader, f"ggml.{name}_token_id")
+        return None if number is None else tokens[number]
+
+    stated = {key: _field(reader, f"ggml.{key}") for key in ("add_bos_token", "add_eos_token")}
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=token("bos"),
+        eos_token=token("eos"),
+        unk_token=token("unknown"),
+        pad_token=token("padding"),
+        add_bos_token=add_bos if stated["add_bos_token"] is None else stated["add_bos_token"],
+        add_eos_token=bool(stated["add_eos_token"]),
+        chat_template=_field(reader, "chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _field(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(f"tokenizer.{key}")
+    return None if field is None else field.contents()
+
+
+def _byte_level(path: Path, pre: str | None, tokens: Sequence[str], merges: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM)."""
+    split = {
+        **dict.fromkeys(_LLAMA3_LIKE, _LLAMA3),
+        **dict.fromkeys(_QWEN2_LIKE, _QWEN2),
+        **dict.fromkeys(_TEKKEN_LIKE, _TEKKEN),
+    }
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    try:
+        tokenizer = Tokenizer(BPE(vocab=vocab, merges=pairs, ignore_merges=pre in _WHOLE_WORDS))
+    except Exception as error:  # the package raises no other type
+        raise ValueError(f"{path}: tokens and merges are inconsistent: {error}") from error
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre in _QWEN2_LIKE:
+        tokenizer.normalizer = normalizers.NFC()
+    if pre in split:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split[pre]), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    elif pre in (*_GPT2_LIKE, *_DIGIT_LIKE):
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if pre in _DIGIT_LIKE else words
+    else:
+        known = ", ".join((*_GPT2_LIKE, *_DIGIT_LIKE, *split))
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre={pre!r} is not known, so that text would be split differently than "
+            f"in training; known: {known}. Load the tokenizer from the model's Hugging Face folder instead"
+        )
+    return tokenizer
+
+
+def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], prefix: bool) -> Tokenizer:
+    """BPE over characters with bytes as the fallback (Llama 2, Mistral, TinyLlama)."""
+    vocab = {token: number for number, token in enumerate(tokens)}
+    unknown = "<unk>" if "<unk>" in vocab else None
+    tokenizer = Tokenizer(
+        BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="first" if prefix else "never", split=False
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)] if prefix else steps)
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges that a scored vocabulary implies: every split of a token in two, best token first."""
+    found = [
+        (scores[number], left, token)
+        for token, number in vocab.items()
+        for left in range(1, len(token))
+        if token[:left] in vocab and token[left:] in vocab
+    ]
+    found.sort(key=lambda merge: (-merge[0], vocab[merge[2]], vocab[merge[2][: merge[1]]]))
+    return [(token[:left], token[left:]) for _, left, token in found]
+
+
+def _add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    """Makes control tokens special, and user-defined ones whole."""
+    control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == TokenType.CONTROL]
+    defined = [token for token, kind in zip(tokens, kinds, strict=False) if kind == TokenType.USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])

@@ -1,0 +1,219 @@
+"""Hugging Face folders: `config.json` and safetensors files, read by slice and written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxrl_llm.models.checkpoints.weights import Index, Leaf, leaves
+from jaxrl_llm.models.transformer import Params
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `ValueError` names the file if it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+class SafetensorsSource:
+    """The tensors of a folder: `model.safetensors`, or the shards that its index names."""
+
+    def __init__(self, folder: Path, file: str = WEIGHTS):
+        """Opens the files and reads their headers.
+
+        Args:
+            folder: where they are.
+            file: the name of the file where there is but one.
+
+        Raises:
+            ValueError: no safetensors files, a shard that is missing, truncated or corrupt, a tensor that the
+                index places in a file that does not hold it, or one that is no float; each is named.
+        """
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        index = f"{file}.index.json"
+        if (folder / index).exists():
+            placed = read_json(folder / index).get("weight_map")
+            if not isinstance(placed, dict):
+                raise ValueError(f"{folder / index} has no 'weight_map'")
+            shards = sorted(set(placed.values()))
+        elif (folder / file).exists():
+            placed, shards = {}, [file]
+        else:
+            raise ValueError(f"{folder} holds neither {file} nor {index}{_hint(folder)}")
+        for shard in shards:
+            self._open(folder / shard)
+        for tensor, shard in placed.items():
+            if tensor not in self.shapes:
+                raise ValueError(f"{folder / shard} has no tensor {tensor!r}, where {index} places it")
+
+    def _open(self, path: Path) -> None:
+        if not path.exists():
+            raise ValueError(f"{path} is missing, but {WEIGHTS_INDEX} names it: the checkpoint is incomplete")
+        try:
+            file = safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            view = file.get_slice(name)
+            if view.get_dtype() not in _FLOATS:
+                raise ValueError(
+                    f"{path}: tensor {name!r} is {view.get_dtype()}; only {', '.join(_FLOATS)} are read: "
+                    "use the unquantised checkpoint"
+                )
+            self.shapes[name] = tuple(view.get_shape())
+            self._files[name] = file
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """The slice `index` of a tensor; the rest of the file is not read."""
+        return self._files[name].get_slice(name)[index]
+
+
+def _hint(folder: Path) -> str:
+    for pattern, advice in (
+        ("*.gguf", "give the path of the .gguf file itself"),
+        ("*.bin", "pickled weights are not read: convert them with transformers' save_pretrained"),
+        ("*.pt*", "pickled weights are not read: convert them with transformers' save_pretrained"),
+    ):
+        found = sorted(path.name for path in folder.glob(pattern))
+        if found:
+            return f", but {', '.join(found[:3])}: {advice}"
+    return ""
+
+
+# ---------------------------------------------------------------- writing
+
+
+def overwrite_problem(folder: Path, *, overwrite: bool, marker: str = CONFIG) -> str | None:
+    """Why nothing must be written to `folder`, or `None`: only folders of its kind, with `marker`, are replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / marker).is_file():
+        kind = "model folder" if marker == CONFIG else "folder of adapters"
+        return f"{folder} exists and holds no {marker}: it is no {kind}, and will not be overwritten"
+    return None if overwrite else f"{folder} exists already; choose another folder, or set overwrite=True"
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` at the end, if nothing failed.
+
+    An existing folder stays as it was until the new one is complete. It is moved aside, not deleted, before
+    the new one takes its name, so that a kill at any moment leaves one of the two whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        yield staging
+        readable = 0o777 & ~_umask()  # mkdtemp and safetensors keep what they make to the user alone
+        staging.chmod(readable)
+        for path in staging.rglob("*.safetensors"):
+            path.chmod(readable & 0o666)
+        old = staging.with_suffix(".old")
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(staging, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_weights(
+    folder: Path | None,
+    params: Params,
+    names: Mapping[str, str],
+    *,
+    max_shard_bytes: int | None = 5 * 10**9,
+    file: str = WEIGHTS,
+) -> None:
+    """Writes the parameters as safetensors, in shards where they are large.
+
+    Every process takes part, for parameters that are spread over processes are gathered one at a time; the
+    one that is given a folder writes.
+
+    Args:
+        folder: an existing folder, or `None` on the processes that do not write.
+        params: the tree of parameters.
+        names: parameter → tensor name.
+        max_shard_bytes: a file holds at most this much, unless one tensor alone is larger; `None`: all are in one.
+        file: its name where there is but one.
+    """
+    plan = _plan_shards(leaves(params, names), max_shard_bytes)
+    arrays = dict(zip([leaf.path for leaf in leaves(params, names)], jax.tree.leaves(params), strict=True))
+    placed: dict[str, str] = {}
+    gathered: dict[str, np.ndarray] = {}
+    for number, shard in enumerate(plan, start=1):
+        needed = {leaf.path for leaf, _ in shard}
+        gathered = {path: gathered[path] if path in gathered else _gather(arrays[path]) for path in sorted(needed)}
+        if folder is None:
+            continue
+        name = file if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
+        tensors = {
+            leaf.tensors[layer]: gathered[leaf.path][layer] if leaf.stacked else gathered[leaf.path]
+            for leaf, layer in shard
+        }
+        save_file(
+            {key: np.ascontiguousarray(value) for key, value in tensors.items()},
+            folder / name,
+            {"format": "pt"},
+        )
+        placed |= dict.fromkeys(tensors, name)
+    if folder is not None and len(plan) > 1:
+        size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves(params, names))
+        write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+
+
+def _plan_shards(tree: list[Leaf], max_bytes: int | None) -> list[list[tuple[Leaf, int]]]:
+    shards: list[list[tuple[Leaf, int]]] = [[]]
+    room = max_bytes = sys.maxsize if max_bytes is None else max_bytes
+    for leaf in tree:
+        size = int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
+        for layer in range(len(leaf.tensors)):
+            if size > room and shards[-1]:
+                shards.append([])
+                room = max_bytes
+            shards[-1].append((leaf, layer))
+            room -= size
+    return shards
+
+
+def _gather(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented, keys sorted."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

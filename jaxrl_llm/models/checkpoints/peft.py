@@ -1,0 +1,210 @@
+"""LoRA adapters in PEFT's format: a folder of `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxrl_llm.models.checkpoints.hf import (
+    SafetensorsSource,
+    overwrite_problem,
+    read_json,
+    replace_folder,
+    write_json,
+    write_weights,
+)
+from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem
+from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaf
+from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig
+from jaxrl_llm.models.families import Family, family_for
+from jaxrl_llm.models.lora import ADAPTERS, has_adapters, join, split_adapters, without_adapters
+from jaxrl_llm.models.transformer import Params, Transformer
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights")
+_WITHOUT_EFFECT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "lora_dropout", "megatron_core", "qalora_group_size", "eva_config"),
+    *("layers_pattern", "ensure_weight_tying"),
+)
+"""Entries that say nothing of how given adapters compute; which layers have some is told by the tensors."""
+
+_KEEP_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+"""How adapters may have begun. The other ways change the base's weights, too, which a folder of adapters lacks."""
+
+
+def save_adapters(
+    folder: str | os.PathLike[str],
+    model: Transformer,
+    params: Params,
+    *,
+    base_name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the adapters of `params` as PEFT does, so that it loads them onto the base in `transformers`.
+
+    The folder appears complete or not at all. On several processes all must call this; process 0 writes.
+
+    Args:
+        folder: where to.
+        model: the model, with `ModelConfig.lora`.
+        params: its parameters.
+        base_name: folder or hub id of the base, for PEFT to find it.
+        overwrite: whether an existing folder of adapters may be replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there are no adapters, no family expresses the configuration, or the folder exists and must not
+            be overwritten.
+    """
+    folder, lora = Path(folder), _lora_of(model)
+    if not has_adapters(params):
+        raise ValueError("these parameters have no adapters to save")
+    family, adapters = family_for(model.config), split_adapters(params)[0]
+    names, writer = _tensor_names(family), jax.process_index() == 0
+    problem = overwrite_problem(folder, overwrite=overwrite, marker=ADAPTER_CONFIG) if writer else None
+    agree_on_problem(problem, folder)
+    if writer:
+        with replace_folder(folder) as staging:
+            write_weights(staging, adapters, names, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
+            write_json(staging / ADAPTER_CONFIG, _describe(lora, family, base_name))
+    else:
+        write_weights(None, adapters, names, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_adapters {folder}")
+    return folder
+
+
+def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> LoraConfig:
+    """What `ModelConfig.lora` must be for the adapters in a folder.
+
+    Args:
+        folder: of PEFT's format.
+        config: of the base.
+
+    Raises:
+        ValueError: the folder cannot be read, or its adapters are of a kind that is not implemented; says which.
+    """
+    path = Path(folder)
+    settings = read_json(path / ADAPTER_CONFIG)
+    _check_supported(settings, path / ADAPTER_CONFIG)
+    names, present = _tensor_names(family_for(config)), SafetensorsSource(path, ADAPTER_WEIGHTS).shapes
+    targets = tuple(
+        target
+        for target in get_args(LoraTarget)
+        if any(name.format(layer=0) in present for path, name in names.items() if path.split(".")[-2] == target)
+    )
+    if not targets:
+        raise ValueError(
+            f"{path / ADAPTER_WEIGHTS} has no adapters of this model; its first tensor is {next(iter(present), None)}, "
+            f"expected are such as {next(iter(names.values())).format(layer=0)}"
+        )
+    rslora = bool(settings.get("use_rslora", False))
+    return LoraConfig(int(settings["r"]), float(settings["lora_alpha"]), targets, rslora)
+
+
+def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Params, shardings: Any = None) -> Params:
+    """The parameters of a base with PEFT's adapters beside them.
+
+    >>> config = load_config(base)
+    >>> model = Transformer(dataclasses.replace(config, lora=load_lora_config(folder, config)))
+    >>> params = load_adapters(folder, model, load_params(base, model))
+
+    Args:
+        folder: of PEFT's format.
+        model: the model with these adapters (`ModelConfig.lora`).
+        params: of the base; adapters that they have are replaced.
+        shardings: tree of the shardings of all parameters of `model`, or `None` for the default device.
+
+    Raises:
+        ValueError: as in `load_lora_config`; or the model's adapters are other than those of the folder; or tensors
+            are missing, unexpected or of the wrong shape. All are named.
+    """
+    path, ours = Path(folder), _lora_of(model)
+    theirs = load_lora_config(path, model.config)
+    differing = [
+        f"{field.name} is {_shown(theirs, field)} there and {_shown(ours, field)} in the model"
+        for field in dataclasses.fields(LoraConfig)
+        if _shown(theirs, field) != _shown(ours, field)
+    ]
+    if differing:
+        raise ValueError(f"the adapters in {path} are not those of this model: {'; '.join(differing)}")
+    source, abstract = SafetensorsSource(path, ADAPTER_WEIGHTS), split_adapters(model.abstract_params())[0]
+    wanted = leaves(abstract, _tensor_names(family_for(model.config)))
+    check_tensors(wanted, source.shapes, where=str(path))
+    placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(split_adapters(shardings)[0])
+    arrays = [load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    return join(without_adapters(params), jax.tree.unflatten(jax.tree.structure(abstract), arrays))
+
+
+def _shown(lora: LoraConfig, field: dataclasses.Field[Any]) -> Any:
+    value = getattr(lora, field.name)
+    return sorted(value) if isinstance(value, tuple) else value
+
+
+def _lora_of(model: Transformer) -> LoraConfig:
+    if model.config.lora is None:
+        raise ValueError("this model has no adapters: set ModelConfig.lora")
+    return model.config.lora
+
+
+def _tensor_names(family: Family) -> dict[str, str]:
+    """Leaf of an adapter → name of its tensor, `{layer}` for each layer."""
+    names = {}
+    for path, tensor in family.tensor_names.items():
+        *room, target, kind = path.split(".")
+        if kind == "weight" and target in get_args(LoraTarget):
+            module = tensor.removesuffix(".weight")
+            for leaf in ADAPTERS:
+                names[".".join((*room, target, leaf))] = f"base_model.model.{module}.lora_{leaf[-1].upper()}.weight"
+    return names
+
+
+def _describe(lora: LoraConfig, family: Family, base_name: str | None) -> dict[str, Any]:
+    """The entries of `adapter_config.json`."""
+    modules = {
+        path.split(".")[-2]: tensor.split(".")[-2]
+        for path, tensor in family.tensor_names.items()
+        if path.endswith(".weight")
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "target_modules": sorted(modules[target] for target in lora.targets),
+        "use_rslora": lora.use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _check_supported(settings: Mapping[str, Any], where: Path) -> None:
+    """Refuses what would make the adapters compute something else than B·A·x times one scale."""
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(settings.get(key), int | float)]
+    if missing or settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type")
+        raise ValueError(
+            f"{where} describes no LoRA: peft_type={kind!r}, without a number: {', '.join(missing) or '-'}"
+        )
+    found = {key: value for key, value in settings.items() if value and key not in (*_READ, *_WITHOUT_EFFECT)}
+    if settings.get("bias") not in (None, "none"):
+        found["bias"] = settings["bias"]
+    if settings.get("init_lora_weights") not in _KEEP_THE_BASE:
+        found["init_lora_weights"] = settings["init_lora_weights"]
+    if found:
+        listed = ", ".join(f"{key}={value!r}" for key, value in found.items())
+        raise ValueError(f"{where} asks for what is not implemented: {listed}; merge the adapters with PEFT instead")

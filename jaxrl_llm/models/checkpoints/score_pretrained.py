@@ -1,0 +1,161 @@
+"""Score models in and out: folders that `transformers` loads as classifiers of sequences or of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from jaxrl_llm.models.checkpoints.hf import (
+    CONFIG,
+    SafetensorsSource,
+    overwrite_problem,
+    read_json,
+    replace_folder,
+    write_json,
+    write_weights,
+)
+from jaxrl_llm.models.checkpoints.locate import locate
+from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem
+from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaf
+from jaxrl_llm.models.config import DType, Remat
+from jaxrl_llm.models.families import family_for, family_of
+from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.lora import merge_adapters
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.records import Moments
+
+STATISTICS = "score_statistics.json"
+HEAD_NAMES = {"score_head.weight": "score.weight", "score_head.bias": "score.bias"}
+
+
+def save_score_model(
+    folder: str | os.PathLike[str],
+    model: ScoreModel,
+    params: Params,
+    *,
+    statistics: Moments | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Writes a folder that `transformers` loads: the parameters bit for bit, adapters merged into the weights.
+
+    Without a bias it is one of `AutoModelForSequenceClassification`, a reward model; with one of
+    `AutoModelForTokenClassification`, a process reward model. The first reads its score at the last token that is
+    not the padding token: where that is also the end of sequence, it reads one token too early.
+
+    Args:
+        folder: where to; it appears complete or not at all.
+        model: the model.
+        params: its parameters.
+        statistics: of its scores on a reference set, kept beside them.
+        tokenizer: saved beside the weights, if given; its padding token goes into `config.json`.
+        overwrite: whether an existing model folder may be replaced.
+        max_shard_bytes: size above which the weights are split over several files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: no family expresses the configuration, the model holds a policy's LM head, or the folder exists
+            and must not be overwritten.
+    """
+    if model.lm_head:
+        raise ValueError("this score model shares a policy's trunk: take lm_head out of params, and lm_head=False")
+    folder, family = Path(folder), family_for(model.config)
+    params = jax.jit(merge_adapters, static_argnums=1)(params, model.config) if model.config.lora else params
+    names = {**family.tensor_names, **HEAD_NAMES}
+    writer = jax.process_index() == 0
+    agree_on_problem(overwrite_problem(folder, overwrite=overwrite) if writer else None, folder)
+    if not writer:
+        write_weights(None, params, names, max_shard_bytes=max_shard_bytes)
+    else:
+        with replace_folder(folder) as staging:
+            write_weights(staging, params, names, max_shard_bytes=max_shard_bytes)
+            write_json(staging / CONFIG, _description(model, params, tokenizer))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(staging))
+            if statistics is not None:
+                write_statistics(staging, statistics)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_score_model {folder}")
+    return folder
+
+
+def write_statistics(folder: Path, statistics: Moments) -> None:
+    """Writes the statistics of a model's scores beside it, or replaces them."""
+    write_json(folder / STATISTICS, {name: float(value) for name, value in statistics._asdict().items()})
+
+
+def load_score_model(
+    name: str | os.PathLike[str],
+    *,
+    shardings: Callable[[ScoreModel], Any] | None = None,
+    dtype: DType = "float32",
+    param_dtype: DType = "float32",
+    remat: Remat = "full",
+    revision: str | None = None,
+) -> tuple[ScoreModel, Params, Moments | None]:
+    """A score model, its parameters, and the statistics of its scores where the folder has them.
+
+    The number of outputs and the bias are those of the head that is there.
+
+    Args:
+        name: a folder or hub id, of ours or of `transformers`.
+        shardings: from the model to the tree of its parameters' shardings; `None` puts all on the default device.
+        dtype: type of activations and matrix products.
+        param_dtype: type in which parameters are kept, whatever the checkpoint's.
+        remat: what the backward pass computes again.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: there is no such checkpoint, it has no head of this kind, something in it is not implemented, or a
+            tensor is missing, unexpected or of the wrong shape; each is named.
+    """
+    path = locate(name, revision=revision)
+    described = read_json(path / CONFIG)
+    family = family_of({**described, "architectures": None})
+    source = SafetensorsSource(path)
+    if "score.weight" not in source.shapes:
+        raise ValueError(f"{path} has no tensor 'score.weight': it is no score model, but {described['architectures']}")
+    config = dataclasses.replace(family.read_config(described), dtype=dtype, param_dtype=param_dtype, remat=remat)
+    model = ScoreModel(
+        Transformer(config), outputs=source.shapes["score.weight"][0], bias="score.bias" in source.shapes
+    )
+    abstract = model.abstract_params()
+    wanted = leaves(abstract, {**family.tensor_names, **HEAD_NAMES})
+    check_tensors(wanted, source.shapes, where=str(path))
+    placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings(model))
+    arrays = [load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    return model, jax.tree.unflatten(jax.tree.structure(abstract), arrays), _read_statistics(path / STATISTICS)
+
+
+def _description(model: ScoreModel, params: Params, tokenizer: Any) -> dict[str, Any]:
+    family, labels = family_for(model.config), [f"LABEL_{number}" for number in range(model.outputs)]
+    kind, dtype = "Token" if model.bias else "Sequence", str(params["embed"]["weight"].dtype)
+    return {
+        "architectures": [family.architecture.replace("CausalLM", f"{kind}Classification")],
+        "model_type": family.model_type,
+        **family.write_config(model.config),
+        "id2label": {str(number): label for number, label in enumerate(labels)},  # transformers counts these
+        "label2id": {label: number for number, label in enumerate(labels)},
+        **{f"{token}_token_id": getattr(tokenizer, f"{token}_token_id", None) for token in ("bos", "eos", "pad")},
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the same for transformers 4
+    }
+
+
+def _read_statistics(path: Path) -> Moments | None:
+    if not path.exists():
+        return None
+    try:
+        return Moments(**{name: jnp.float32(value) for name, value in read_json(path).items()})
+    except TypeError as error:
+        raise ValueError(f"{path} does not hold the statistics of scores: {error}") from error

@@ -1,0 +1,1 @@
+"""What every rollout needs: rewards, judges, dynamic sampling, evaluation."""

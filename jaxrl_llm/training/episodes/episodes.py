@@ -1,0 +1,203 @@
+"""From sampled tokens to text and rewards, on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.training.episodes.scoring import RewardScores, RewardSum
+from jaxrl_llm.training.run.distributed import any_process
+from jaxrl_llm.training.run.report import SampledCompletion
+from jaxrl_llm.types import Rollout
+
+
+class RewardError(Exception):
+    """A reward function raised, or returned what is not one number a sample; its exception is the cause."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """G completions of each of P prompts, decoded and scored; the same in every process."""
+
+    rewards: np.ndarray
+    """`[P, G]` float32: the weighted sum."""
+    by_name: dict[str, np.ndarray]
+    """`[P, G]` float32 by reward function; NaN where one does not apply."""
+    prompts: list[Any]
+    """Text or messages, one a prompt."""
+    completion_ids: list[list[int]]
+    """Sampled ids, prompt-major: the G samples of prompt 0 first."""
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """The other columns of the data, one value a prompt."""
+    token_rewards: np.ndarray | None = None
+    """`[P, G, Tc]` float32, where rewards are given by token; `rewards` is their sum."""
+
+    def plus(self, extra: np.ndarray, by_name: dict[str, np.ndarray]) -> Episodes:
+        """The same with further rewards, `[P, G]` or `[P, G, Tc]`, and what they are by name, `[P, G]` each."""
+        names = self.by_name | by_name
+        if len(names) < len(self.by_name) + len(by_name):
+            raise RewardError(f"two rewards are named {sorted(self.by_name.keys() & by_name.keys())}: rename one")
+        if extra.ndim == 2:
+            return dataclasses.replace(self, rewards=self.rewards + extra, by_name=names)
+        last = np.array([len(ids) - 1 for ids in self.completion_ids]).reshape(self.rewards.shape)
+        token_rewards = np.array(extra, np.float32)
+        np.put_along_axis(
+            token_rewards,
+            last[..., None],
+            np.take_along_axis(token_rewards, last[..., None], axis=-1) + self.rewards[..., None],
+            axis=-1,
+        )
+        total = self.rewards + extra.sum(axis=-1)
+        return dataclasses.replace(self, rewards=total, by_name=names, token_rewards=token_rewards)
+
+    def groups(self, chosen: list[int]) -> Episodes:
+        """Only these prompts, with their samples."""
+        size = self.rewards.shape[1]
+        return Episodes(
+            self.rewards[chosen],
+            {name: values[chosen] for name, values in self.by_name.items()},
+            [self.prompts[p] for p in chosen],
+            [self.completion_ids[p * size + g] for p in chosen for g in range(size)],
+            {name: [values[p] for p in chosen] for name, values in self.columns.items()},
+            None if self.token_rewards is None else self.token_rewards[chosen],
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Episodes]) -> Episodes:
+        """The prompts of several batches, one batch after the other."""
+        first = parts[0]
+        by_token = [part.token_rewards for part in parts if part.token_rewards is not None]
+        return cls(
+            np.concatenate([part.rewards for part in parts]),
+            {name: np.concatenate([part.by_name[name] for part in parts]) for name in first.by_name},
+            [prompt for part in parts for prompt in part.prompts],
+            [ids for part in parts for ids in part.completion_ids],
+            {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
+            np.concatenate(by_token) if by_token else None,
+        )
+
+    def reward_metrics(self) -> dict[str, float]:
+        """`rewards/<name>/mean` and `std` of each function, over the samples that it applies to."""
+        metrics = {}
+        for name, values in self.by_name.items():
+            metrics[f"rewards/{name}/mean"] = mean = mean_of_known(values)
+            metrics[f"rewards/{name}/std"] = mean_of_known((values - mean) ** 2) ** 0.5
+        return metrics
+
+    def without_effect(self) -> list[str]:
+        """Names of the reward functions that apply to no sample."""
+        return [name for name, values in self.by_name.items() if np.isnan(values).all()]
+
+    def samples(self, tokenizer: Any, count: int) -> list[SampledCompletion]:
+        """Some completions for a person to read: the best and worst of the first prompts."""
+        return list(itertools.islice(self._best_and_worst(tokenizer), count))
+
+    def _best_and_worst(self, tokenizer: Any) -> Iterator[SampledCompletion]:
+        group = self.rewards.shape[1]
+        for number, (prompt, rewards) in enumerate(zip(self.prompts, self.rewards, strict=True)):
+            for sample in dict.fromkeys((int(rewards.argmax()), int(rewards.argmin()))):
+                text = tokenizer.decode(self.completion_ids[number * group + sample], skip_special_tokens=False)
+                yield SampledCompletion(prompt_text(prompt), text, float(rewards[sample]))
+
+
+def mean_of_known(values: np.ndarray) -> float:
+    """Mean of the entries that are not NaN; NaN if all are."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for a person to read: the text, or the last message's."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, tokenizer: Any) -> Episodes:
+    """Decodes and scores a rollout.
+
+    With several processes each scores its share of the samples, and the results are gathered.
+
+    Args:
+        rollout: what the sampler returned; its arrays are replicated.
+        batch: the prompts it was sampled from.
+        rewards: the reward functions.
+        tokenizer: decodes the sampled ids; special tokens are left out of the text that is scored.
+
+    Raises:
+        RewardError: a reward function failed, in this process or in another: all raise together.
+    """
+    ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
+    own = range(jax.process_index(), len(ids), jax.process_count())
+
+    def completion_of(sample: int) -> Any:
+        text = tokenizer.decode(ids[sample], skip_special_tokens=True)
+        if isinstance(batch.prompts[sample // group], str):
+            return text
+        return [{"role": "assistant", "content": text}]
+
+    scores = _score(
+        rewards,
+        [batch.prompts[sample // group] for sample in own],
+        [completion_of(sample) for sample in own],
+        [ids[sample] for sample in own],
+        {name: [values[sample // group] for sample in own] for name, values in batch.columns.items()},
+    )
+    table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
+    total, *named = table.reshape(-1, prompts, group)
+    return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids, batch.columns)
+
+
+def unscored(rollout: Rollout, batch: PromptBatch) -> Episodes:
+    """A rollout's completions with rewards of 0: those that a device gives are added by `plus`."""
+    zeros = np.zeros(rollout.completion_lengths.shape, np.float32)
+    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns)
+
+
+def _sampled_ids(rollout: Rollout) -> list[list[int]]:
+    completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
+    rows, ends = completion.reshape(-1, completion.shape[-1]), lengths.ravel()
+    return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
+
+
+def _score(rewards: RewardSum, *arguments: Any) -> RewardScores:
+    """Calls the reward functions; if that fails in one process, it fails in all, and none waits for another."""
+    scores, failure = None, None
+    try:
+        scores = rewards(*arguments)
+    except (RuntimeError, ValueError) as error:
+        failure = error
+    if any_process(failure is not None) or scores is None:
+        raise RewardError(_message(failure)) from failure
+    return scores
+
+
+def _message(failure: Exception | None) -> str:
+    """What failed, and the line of the reward function's code where it did, not that of a library it called."""
+    if failure is None:
+        return "a reward function failed in another process"
+    if failure.__cause__ is None:
+        return str(failure)
+    frames = traceback.extract_tb(failure.__cause__.__traceback__)
+    libraries = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    frames = [frame for frame in frames[1:] if not frame.filename.startswith(libraries)] or frames
+    return f"{failure} ({frames[-1].filename}:{frames[-1].lineno})"
+
+
+def _gather(table: np.ndarray, own: range, size: int) -> np.ndarray:
+    """Columns of all processes, `[functions, size]`, from this one's `[functions, len(own)]`."""
+    if jax.process_count() == 1:
+        return table
+    from jax.experimental import multihost_utils
+
+    whole = np.full((table.shape[0], size), np.nan, np.float32)
+    whole[:, own] = table
+    shares = multihost_utils.process_allgather(whole)  # [processes, functions, size]
+    sample = np.arange(size)
+    return np.asarray(shares)[sample % jax.process_count(), :, sample].T

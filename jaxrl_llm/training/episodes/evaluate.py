@@ -1,0 +1,149 @@
+"""Evaluation on held-out prompts: greedy decoding, and pass@k."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.data.loader import eval_batches
+from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
+from jaxrl_llm.training.episodes.scoring import RewardSum
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how held-out prompts are evaluated."""
+
+    every: int = 0
+    """Steps between evaluations; one more comes before the first step and one after the last. 0: none."""
+    max_prompts: int | None = 256
+    """Use the first prompts only."""
+    samples: int = 0
+    """Samples a prompt for pass@k, drawn as in training; 0 decodes greedily only."""
+    solved_by: str | None = None
+    """Reward function whose value of at least 1 means that a prompt is solved; `None`: the first one."""
+    batch_size: int | None = None
+    """Prompts decoded at a time; `None`: as many as a training step has rows."""
+
+    def __post_init__(self) -> None:
+        """Rejects counts that cannot be meant."""
+        for field, least in (("every", 0), ("max_prompts", 1), ("samples", 0), ("batch_size", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ValueError(f"evaluation.{field}={value} must be at least {least}")
+
+
+def pass_at_k(solved: np.ndarray, k: int) -> float:
+    """Mean over prompts of the chance that one of k samples is right: 1 − C(n − c, k)/C(n, k).
+
+    The unbiased estimator of Chen et al. 2021 (2107.03374).
+
+    Args:
+        solved: bool `[prompts, n]`.
+        k: 1 to n.
+    """
+    n = solved.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples of each prompt, there are {n}")
+    missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in solved.sum(axis=1)]
+    return float(1 - np.mean(missed))
+
+
+class Evaluator:
+    """Decodes every held-out prompt and scores it; compiled once.
+
+    Args:
+        model: the transformer.
+        dataset: held-out prompts.
+        tokenizer: decodes completions.
+        rewards: the reward functions of training.
+        config: what to measure.
+        sampling: how training samples; its length limit holds here, too.
+        stop_tokens: ids that end a completion.
+        mesh: the device mesh.
+        rows: rows of a training step, the default batch size.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        dataset: PromptDataset,
+        tokenizer: Any,
+        rewards: RewardSum,
+        config: EvaluationConfig,
+        *,
+        sampling: SamplingConfig,
+        stop_tokens: tuple[int, ...],
+        mesh: jax.sharding.Mesh,
+        rows: int,
+    ):
+        self.solved_by = config.solved_by or rewards.names[0]
+        if self.solved_by not in rewards.names:
+            raise ValueError(
+                f"evaluation.solved_by={self.solved_by!r} is no reward function; there are {', '.join(rewards.names)}"
+            )
+        rewards.check_columns(dataset.column_names)
+        self._dataset, self._tokenizer, self._rewards = dataset, tokenizer, rewards
+        shards = row_shards(mesh)
+        wanted = min(config.batch_size or rows, len(dataset))
+        self._batch_size = -(-wanted // shards) * shards
+        greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0)
+        self._greedy = Sampler(model, greedy, group=1, stop_tokens=stop_tokens, mesh=mesh)
+        self._greedy.check_length(dataset.longest)
+        self._samples = config.samples
+        self._drawn = None
+        if config.samples:
+            self._drawn = Sampler(model, sampling, group=config.samples, stop_tokens=stop_tokens, mesh=mesh)
+
+    def __call__(self, params: Params, key: np.ndarray) -> tuple[dict[str, float], Episodes]:
+        """Evaluates `params`.
+
+        Args:
+            params: the policy's parameters.
+            key: uint32 key data of the sampling noise, the same at each evaluation, so that they compare.
+
+        Returns:
+            Metrics: `eval/reward`, `eval/rewards/<name>`, `eval/accuracy` (prompts solved greedily),
+            `eval/completion_length`, `eval/finished`, and with samples `eval/pass@1` and `eval/pass@k`; and the
+            first batch's greedy completions.
+
+        Raises:
+            RewardError: a reward function failed.
+        """
+        greedy, drawn, lengths, finished, first = [], [], [], [], None
+        for number, batch in enumerate(eval_batches(self._dataset, batch_size=self._batch_size)):
+            rollout = self._greedy(params, batch.tokens, batch.lengths, key, number)
+            episodes = score_rollout(rollout, batch, self._rewards, self._tokenizer)
+            first = first or episodes
+            greedy.append(_valid(episodes, batch.valid))
+            lengths.append(np.asarray(rollout.completion_lengths)[batch.valid])
+            finished.append(np.asarray(rollout.finished)[batch.valid])
+            if self._drawn is not None:
+                rollout = self._drawn(params, batch.tokens, batch.lengths, key, number)
+                drawn.append(_valid(score_rollout(rollout, batch, self._rewards, self._tokenizer), batch.valid))
+        scores = {name: np.concatenate([part[name] for part in greedy]) for name in greedy[0]}
+        metrics = {f"eval/rewards/{name}": mean_of_known(scores[name]) for name in self._rewards.names}
+        metrics["eval/reward"] = float(scores[""].mean())
+        metrics["eval/accuracy"] = float(np.mean(scores[self.solved_by] >= 1))
+        metrics["eval/completion_length"] = float(np.concatenate(lengths).mean())
+        metrics["eval/finished"] = float(np.concatenate(finished).mean())
+        if drawn:
+            solved = np.concatenate([part[self.solved_by] for part in drawn]) >= 1
+            for k in sorted({1, self._samples}):
+                metrics[f"eval/pass@{k}"] = pass_at_k(solved, k)
+        assert first is not None  # a data set is never empty
+        return metrics, first
+
+
+def _valid(episodes: Episodes, valid: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of the prompts that count, by function; the sum's under the empty name."""
+    return {name: values[valid] for name, values in ({"": episodes.rewards} | episodes.by_name).items()}

@@ -1,0 +1,379 @@
+"""The trainer of on-policy algorithms: what a run is made of, checked and compiled once.
+
+An iteration is two XLA programs with the reward functions between them; `jaxrl_llm.training.loop` runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.interfaces import Algorithm, Feedback
+from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
+from jaxrl_llm.data.loader import PromptLoader
+from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.models.lora import has_adapters
+from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import replicated, row_shards
+from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
+from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator
+from jaxrl_llm.training.episodes.judging import Judge, compare
+from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.learner import CriticSource, Learner, make_learner
+from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
+from jaxrl_llm.training.run.frozen import check_frozen
+from jaxrl_llm.training.run.metrics import WandbConfig
+from jaxrl_llm.training.run.resume import find_run
+from jaxrl_llm.types import Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The length of a run and the size of a step: prompts × samples = rows of an update."""
+
+    steps: int = 100
+    """Iterations: one batch of rollouts each."""
+    prompts_per_step: int = 8
+    """P."""
+    samples_per_prompt: int = 8
+    """G."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; one more comes at the end. 0: none at all."""
+    keep_checkpoints: int = 3
+    """Latest checkpoints that are kept, beside the best one."""
+    samples_every: int = 10
+    """Steps between printed completions where there is no terminal; 0: never."""
+    dynamic_sampling: int = 0
+    """Batches of prompts that are sampled at most to fill a step with groups whose rewards differ (DAPO); 0: one,
+    whatever its rewards."""
+
+    def __post_init__(self) -> None:
+        """Rejects counts that cannot be meant."""
+        for field in ("steps", "prompts_per_step", "samples_per_prompt", "keep_checkpoints"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"training.{field}={getattr(self, field)} must be at least 1")
+        for field in ("checkpoint_every", "samples_every", "dynamic_sampling"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"training.{field}={getattr(self, field)} must not be negative")
+
+
+EVALUATION_KEY = np.uint32(0x5EED)
+"""Keeps the noise of evaluations apart from that of training."""
+
+
+class Trainer:
+    """Trains a policy on rewards of its own samples; a `Stage` of `jaxrl_llm.training.loop`.
+
+    Args:
+        model: the policy.
+        params: its parameters at the start, also the reference's where the algorithm has one (of parameters with
+            adapters that is the base).
+        tokenizer: decodes completions.
+        stop_tokens: ids that end a completion.
+        dataset: prompts to train on.
+        eval_dataset: held-out prompts, or `None`.
+        rewards: reward functions and weights; `None` where all rewards are `device_rewards`: then an iteration is one
+            program.
+        algorithm: the objective.
+        run_dir: folder of metrics and checkpoints.
+        mesh: the device mesh.
+        device_rewards: rewards that are JAX functions, added to the others.
+        eval_rewards: reward functions of the evaluation; `None`: `rewards`.
+        judge: for algorithms that read verdicts (BRPO): see `jaxrl_llm.training.episodes.judging`.
+        critic: for algorithms that are made of one (PPO).
+        trust_region: TRPO's step in place of the optimizer's.
+        critic_params: parameters of a `ScoreModel` from which a critic of its own starts; `None`: the policy's, with a
+            new head.
+        training, update, optimizer, sampling, evaluation: see the records.
+        seed: of samples, order of prompts and minibatches.
+        resume: go on from the latest checkpoint in `run_dir` if there is one.
+        description: flat JSON-able record of all settings that a resumed run must share.
+        title: name of the run in the report.
+        wandb: also log to Weights & Biases.
+
+    Raises:
+        ValueError: settings, data and mesh do not fit together, or `run_dir` holds another run; names what is
+            wrong, before anything is compiled.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Transformer,
+        params: Params,
+        tokenizer: Any,
+        stop_tokens: tuple[int, ...],
+        dataset: PromptDataset,
+        rewards: RewardSum | None,
+        algorithm: Algorithm,
+        run_dir: str | Path,
+        mesh: jax.sharding.Mesh,
+        eval_dataset: PromptDataset | None = None,
+        device_rewards: Sequence[DeviceReward] = (),
+        eval_rewards: RewardSum | None = None,
+        judge: Judge | None = None,
+        critic: CriticSource | None = None,
+        critic_params: Params | None = None,
+        trust_region: TrustRegionConfig | None = None,
+        training: TrainingConfig | None = None,
+        update: UpdateConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        sampling: SamplingConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        description: dict[str, Any] | None = None,
+        title: str = "",
+        wandb: WandbConfig | None = None,
+    ):
+        self.config, self.evaluation = training or TrainingConfig(), evaluation or EvaluationConfig()
+        plan, sampling = update or UpdateConfig(), sampling or SamplingConfig()
+        prompts, group = self.config.prompts_per_step, self.config.samples_per_prompt
+        self.model, self.mesh, self.tokenizer, self.algorithm = model, mesh, tokenizer, algorithm
+        self.rewards, self.device_rewards, self.judge = rewards, tuple(device_rewards), judge
+        self.run_dir, self.title = Path(run_dir), title
+        self.description, self.wandb = description or {}, wandb
+
+        # All that can be wrong is found before anything is compiled.
+        self._check_step(plan, trust_region)
+        self._check_rewards()
+        self.saved = find_run(run_dir, self.description, resume=resume)
+        if rewards is not None:
+            rewards.check_columns(dataset.column_names)
+        plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
+        self.loader = PromptLoader(dataset, batch_size=prompts, seed=seed)
+        if self.saved:
+            self.loader.set_state(self.saved.data)
+        self.sampler = Sampler(
+            model, sampling, group=group, stop_tokens=stop_tokens, mesh=mesh, greedy=algorithm.needs_greedy
+        )
+        self.sampler.check_length(dataset.longest)
+        self.evaluator = None
+        if self.evaluation.every:
+            self.evaluator = self._make_evaluator(eval_dataset, eval_rewards or rewards, sampling, stop_tokens)
+        learner = make_learner(
+            model,
+            algorithm,
+            iterations=self.config.steps,
+            plan=plan,
+            optimizer=optimizer or OptimizerConfig(),
+            sampling=sampling,
+            critic=critic or CriticSource(),
+            trust_region=trust_region,
+        )
+        self._optimizer_steps = plan.optimizer_steps
+        self.what_a_step_is = (
+            f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
+            f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
+            f"on {mesh.size} device(s)."
+        )
+        self._start(learner, params, critic_params, seed)
+        self._make_programs(learner)
+        self.compilations = CompilationCounter()
+        self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
+
+    def _check_step(self, plan: UpdateConfig, trust_region: TrustRegionConfig | None) -> None:
+        """Raises if a step of this size cannot learn, or not in this way."""
+        group, least = self.config.samples_per_prompt, self.algorithm.smallest_group
+        if group < least:  # there is nothing to compare with
+            raise ValueError(
+                f"training.samples_per_prompt={group} cannot learn: {self.algorithm.reader} compares a "
+                f"sample with the others of its prompt; pass --training.samples-per-prompt={least} or more"
+            )
+        if trust_region is not None and plan.optimizer_steps > 1:
+            raise ValueError(
+                f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
+                "region makes one step of a batch; pass 1"
+            )
+
+    def _check_rewards(self) -> None:
+        """Raises if what is rewarded and what the algorithm reads do not fit together."""
+        needs, name = self.algorithm.needs, self.algorithm.reader
+        if self.rewards is None and not self.device_rewards:
+            raise ValueError("there is no reward: pass rewards=, or device_rewards=")
+        if ("verdicts" in needs) != (self.judge is not None):
+            raise ValueError(
+                f"{name} reads a judge's verdicts: pass judge=, as experiments/compare_algorithms.py does"
+                if self.judge is None
+                else f"{name} reads no verdicts"
+            )
+        if self.rewards is not None:
+            return
+        if needs & {"verdicts", "by_function"}:
+            raise ValueError(f"{name} reads what reward functions say: pass rewards=")
+        if self.config.dynamic_sampling:
+            raise ValueError(
+                f"training.dynamic_sampling={self.config.dynamic_sampling} looks at rewards on the host: "
+                "pass rewards=, or 0"
+            )
+
+    def _make_evaluator(
+        self,
+        dataset: PromptDataset | None,
+        rewards: RewardSum | None,
+        sampling: SamplingConfig,
+        stop_tokens: tuple[int, ...],
+    ) -> Evaluator:
+        if dataset is None:
+            raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out prompts")
+        if rewards is None:
+            raise ValueError(
+                f"evaluation.every={self.evaluation.every}, but all rewards are JAX functions: pass eval_rewards"
+            )
+        return Evaluator(
+            self.model,
+            dataset,
+            self.tokenizer,
+            rewards,
+            self.evaluation,
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            mesh=self.mesh,
+            rows=self.config.prompts_per_step * self.config.samples_per_prompt,
+        )
+
+    def _start(self, learner: Learner, params: Params, critic_params: Params | None, seed: int) -> None:
+        """What the programs work on: the state, and the reference if there is one."""
+        self.abstract_state = learner.abstract_state(self.mesh)
+        placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        start = jax.jit(learner.start, static_argnames="seed", out_shardings=placed)
+        with jax.set_mesh(self.mesh):
+            # a copy of the parameters: updates overwrite it
+            self.state: TrainState = start(params, critic_params, seed=seed)
+            shardings = {name: placed.params[name] for name in params}
+            # Without its adapters, a policy that has some is the base.
+            needed = self.algorithm.needs_reference and not has_adapters(params)
+            self.reference = jax.device_put(params, shardings) if needed else None
+        check_frozen(self.saved, self.state)
+
+    def _make_programs(self, learner: Learner) -> None:
+        """The programs, still to be compiled."""
+        placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.mesh)
+        self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole))
+        self._score = self._iteration = None
+        if self.device_rewards and self.rewards is not None:
+            self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
+        elif self.device_rewards:
+            iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
+            shardings: Any = (placed, whole, whole, whole)
+            self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
+        every_step = np.arange(self.config.steps * self._optimizer_steps)
+        self._learning_rates = np.asarray(jax.jit(jax.vmap(learner.schedule))(every_step))
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the last optimizer step of an iteration."""
+        return float(self._learning_rates[step * self._optimizer_steps - 1])
+
+    @property
+    def length(self) -> RunLength:
+        """How long the run is."""
+        config = self.config
+        return RunLength(
+            config.steps,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            evaluate_every=self.evaluation.every,
+            best_metric="eval/accuracy" if self.evaluator else None,
+            samples_every=config.samples_every,
+        )
+
+    def run(self) -> TrainingResult:
+        """Trains to the last step, or until SIGTERM or Ctrl-C; then saves and returns.
+
+        Raises:
+            RewardError: a reward function failed; the steps before are saved.
+        """
+        return run_stage(self)
+
+    def iterate(self, step: int, phase: Phase) -> Outcome:
+        """Samples, scores and updates."""
+        if self._iteration is not None:
+            return self._iterate_on_device(phase)
+        rollout, episodes, drawn = self._collect(step, phase)
+        with phase("update"), jax.set_mesh(self.mesh):
+            feedback = self._feedback(rollout, episodes, step)
+            self.state, metrics = self.update(self.state, rollout, feedback, self.reference)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        remarks = [
+            f"the reward function {name!r} returned None for all {episodes.rewards.size} samples, and has no part in "
+            "their reward; can it read the gold answers in the data?"
+            for name in episodes.without_effect()
+        ]
+        metrics |= episodes.reward_metrics() | drawn
+        return Outcome(metrics, partial(episodes.samples, self.tokenizer), remarks)
+
+    def _collect(self, step: int, phase: Phase) -> tuple[Rollout, Episodes, dict[str, float]]:
+        """Completions of a step's prompts with their rewards, and metrics of how they were found."""
+        wanted, rounds = self.config.prompts_per_step, max(1, self.config.dynamic_sampling)
+        filled = GroupBuffer(wanted)
+        for number in range(rounds):
+            with phase("sample"):
+                batch = next(self.loader)
+                key = np.asarray(self.state.key) ^ np.uint32(number)  # the rounds of a step draw apart
+                rollout = self.sampler(self.state.params, batch.tokens, batch.lengths, key, step)
+                jax.block_until_ready(rollout)
+            with phase("reward"):
+                assert self.rewards is not None
+                episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer)
+                if self._score is not None:
+                    episodes = self._with_device_rewards(rollout, episodes)
+            if not self.config.dynamic_sampling:
+                return rollout, episodes, {}
+            if filled.add(jax.device_get(rollout), episodes):
+                break
+        return *filled.take(), {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
+
+    def _with_device_rewards(self, rollout: Rollout, episodes: Episodes) -> Episodes:
+        assert self._score is not None
+        with jax.set_mesh(self.mesh):
+            scores = jax.device_get(self._score([reward.params for reward in self.device_rewards], rollout))
+        return episodes.plus(scores.total, scores.by_name)
+
+    def _feedback(self, rollout: Rollout, episodes: Episodes, step: int) -> Any:
+        """Rewards, and what else the algorithm reads."""
+        needs = self.algorithm.needs
+        rewards = episodes.rewards if episodes.token_rewards is None else episodes.token_rewards
+        if "by_function" in needs:
+            table = np.stack([np.nan_to_num(values) for values in episodes.by_name.values()], axis=-1)
+            return Feedback(rewards, by_function=table)
+        if self.judge is not None:
+            verdicts = compare(self.judge, episodes, self.tokenizer, np.asarray(self.state.key), step)
+            return Feedback(rewards, **verdicts)
+        return rewards
+
+    def _iterate_on_device(self, phase: Phase) -> Outcome:
+        """Samples, scores and updates in one program."""
+        assert self._iteration is not None
+        with phase("iteration"), jax.set_mesh(self.mesh):
+            batch = next(self.loader)
+            given = [reward.params for reward in self.device_rewards]
+            done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference)
+            self.state, metrics, rollout, scores = done
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        episodes = unscored(rollout, batch).plus(*jax.device_get(scores))
+        return Outcome(metrics | episodes.reward_metrics(), partial(episodes.samples, self.tokenizer))
+
+    def evaluate(self, phase: Phase) -> Outcome:
+        """Decodes the held-out prompts and scores them."""
+        assert self.evaluator is not None  # evaluation.every says when, and is 0 without
+        with phase("evaluate"):
+            metrics, episodes = self.evaluator(self.state.params, np.asarray(self.state.key) ^ EVALUATION_KEY)
+        return Outcome(metrics, partial(episodes.samples, self.tokenizer))
+
+
+def _count(dataset: PromptDataset) -> str:
+    dropped = f" ({dataset.dropped} too long were dropped)" if dataset.dropped else ""
+    return f"{len(dataset)} prompts{dropped}"

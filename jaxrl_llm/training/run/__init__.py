@@ -1,0 +1,1 @@
+"""What every run needs: checkpoints, resuming, metrics, the report, stopping, processes."""

@@ -1,0 +1,77 @@
+"""What checkpoints leave out: the parameters that training does not change, known again by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.lora import join, split_trainable
+from jaxrl_llm.training.run.resume import SavedRun
+from jaxrl_llm.training.run.state_tree import leaves_by_path
+from jaxrl_llm.types import TrainState
+
+
+def split_state(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state without its frozen parameters, and these; `join_state` puts them together again.
+
+    Of a policy or critic with adapters, the base is frozen; else nothing is, and the state is returned as it is.
+    """
+    params, frozen = split_trainable(state.params)
+    rest = {"params": frozen} if frozen else {}
+    state = state.replace(params=params)
+    if state.critic is not None:
+        params, frozen = split_trainable(state.critic.params)
+        rest |= {"critic": frozen} if frozen else {}
+        state = state.replace(critic=state.critic.replace(params=params))
+    return state, rest
+
+
+def join_state(state: TrainState, frozen: dict[str, Any]) -> TrainState:
+    """The inverse of `split_state`."""
+    state = state.replace(params=join(state.params, frozen.get("params", {})))
+    if state.critic is None:
+        return state
+    return state.replace(critic=state.critic.replace(params=join(state.critic.params, frozen.get("critic", {}))))
+
+
+def fingerprint(frozen: dict[str, Any]) -> str | None:
+    """A few characters that tell frozen parameters from others, on whatever mesh; `None` where there are none."""
+    if not frozen:
+        return None
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(frozen))
+    lines = [f"{path} {leaf.dtype} {leaf.shape}" for path, leaf in leaves_by_path(frozen).items()]
+    lines += [f"{int(value):08x}" for value in jax.tree.leaves(sums)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def check_frozen(saved: SavedRun | None, state: TrainState) -> None:
+    """Checks that a run goes on with the frozen parameters that it had: its checkpoints do not hold them.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if saved is None or (now := fingerprint(split_state(state)[1])) == saved.frozen:
+        return
+    raise ValueError(
+        f"cannot go on from step {saved.step}: the base beside the adapters is not the one that the run began with "
+        f"(fingerprint {saved.frozen}, now {now}). Give the same checkpoint, or choose another --run-dir"
+    )
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Σ mixed(bits, index) mod 2³²: exact in any order, and another one for entries that change or change places."""
+    narrow = x.dtype.itemsize == 2
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if narrow else jnp.uint32).astype(jnp.uint32)
+    for axis in range(bits.ndim):
+        bits = _mixed(bits + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+    return jnp.sum(bits)
+
+
+def _mixed(bits: jax.Array) -> jax.Array:
+    """A bijection of 32 bits of which each depends on all, so that no two changes cancel each other in a sum."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)

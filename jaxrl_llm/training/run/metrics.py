@@ -1,0 +1,240 @@
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import operator
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from jaxrl_llm.training.run.damaged_files import DamagedRunError
+
+METRICS_FILE = "metrics.jsonl"
+
+PERFORMANCE_PREFIX = "perf/"
+"""Names of metrics that depend on the machine and the hour (seconds, tokens per second, bytes of memory)."""
+
+_PERFORMANCE_NAMES = frozenset({"step_time"})
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    """Where a run appears in Weights & Biases."""
+
+    project: str
+    """Name of the project."""
+    entity: str | None = None
+    """User or team; by default the one that is logged in."""
+    name: str | None = None
+    """Name of the run; by default the name of its folder."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    offline: bool = False
+    """Write to the run's folder only; `wandb sync` uploads it later."""
+
+
+class MetricsWriter:
+    """Writes the metrics of a run, on process 0 alone.
+
+    `metrics.jsonl` has one JSON object a line: `step` and the metrics, keys sorted. Numbers are written such
+    that reading gives back the same bits. JSON has no word for numbers that are not finite: they are written
+    as the strings "NaN", "Infinity" and "-Infinity", which `read_metrics` turns back. A line is with the
+    operating system when `write` returns, so that a killed process loses none.
+
+    A run that resumes after step k is given `resume_step=k`: lines of later steps are cut, because they will
+    be written again. A killed and resumed run then leaves the file of an uninterrupted one, but for the
+    metrics that measure time and memory (see `comparable_metrics`). To that end, write all lines of step k
+    before the checkpoint of step k is saved.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        wandb: WandbConfig | None = None,
+        run_config: Mapping[str, Any] | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Opens the files.
+
+        Args:
+            run_dir: Folder of the run, created if need be.
+            resume_step: Lines up to this step are kept, later ones cut. None starts the file anew.
+            tensorboard: Also write TensorBoard events, in `run_dir/tensorboard` (finite values only).
+            wandb: Also report to Weights & Biases, as this.
+            run_config: Configuration of the run, shown by Weights & Biases.
+            is_main_process: False makes every method do nothing.
+
+        Raises:
+            DamagedRunError: If a line to be kept is not a JSON object with a step.
+            ImportError: If Weights & Biases is asked for and not installed.
+        """
+        self.path = Path(run_dir) / METRICS_FILE
+        self._file = self._tensorboard = self._wandb = None
+        if not is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Before the file is opened: an extra that is not installed is to leave nothing behind.
+        if wandb is not None:
+            self._wandb = _start_wandb(wandb, self.path.parent, run_config)
+        _keep_until(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            # TensorBoard itself hides the earlier events from purge_step on. The suffix, because the names of
+            # the files have the time in seconds only.
+            first = 0 if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(
+                str(self.path.parent / "tensorboard"), purge_step=first, filename_suffix=f".from-step-{first}"
+            )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one line; several lines may have the same step.
+
+        Args:
+            step: The step that the metrics belong to.
+            metrics: Numbers by name: Python's, or scalar arrays.
+
+        Raises:
+            ValueError: If a metric is named "step".
+            TypeError: If a metric is not a number.
+        """
+        if self._file is None:
+            return
+        if "step" in metrics:
+            raise ValueError('"step" cannot be the name of a metric: it is the key of the step itself')
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        line = {"step": step} | {name: _to_json(number) for name, number in numbers.items()}
+        self._file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, number in numbers.items():
+                if math.isfinite(number):
+                    self._tensorboard.add_scalar(name, number, step)
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "step": step})
+
+    def flush(self) -> None:
+        """Hands over what TensorBoard still holds back."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Closes all files; the object cannot be used any more."""
+        for sink in (self._file, self._tensorboard):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._tensorboard = self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`: one dict a line, with `step` and the metrics.
+
+    A last line without its line break is left out: the process was killed while it wrote.
+
+    Raises:
+        DamagedRunError: If a line is not a JSON object with a step.
+    """
+    return [line for _, line in _lines(Path(path))]
+
+
+def comparable_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl` without what differs between equal runs: `step_time` and `perf/…`."""
+    return [{name: value for name, value in line.items() if not is_performance(name)} for line in read_metrics(path)]
+
+
+def is_performance(name: str) -> bool:
+    """Whether a metric measures time or memory, and so differs between two equal runs."""
+    return name in _PERFORMANCE_NAMES or name.startswith(PERFORMANCE_PREFIX)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields each complete line, as it stands and decoded."""
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not text.endswith(b"\n"):
+            return
+        try:
+            line = json.loads(text)
+        except ValueError:  # no JSON, or no text at all
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise DamagedRunError(
+                f'{path}, line {number}: expected a JSON object with "step", got '
+                f"{text.decode(errors='replace')[:80].rstrip()!r}; delete the line, or the file"
+            )
+        yield text, {name: _NON_FINITE.get(v, v) if isinstance(v, str) else v for name, v in line.items()}
+
+
+def _keep_until(path: Path, step: int | None) -> None:
+    """Cuts the lines after `step` (all if None); the file is replaced whole, so a kill harms nothing."""
+    if not path.exists():
+        return
+    kept = [] if step is None else [text for text, line in _lines(path) if line["step"] <= step]
+    replacement = path.with_suffix(".jsonl.tmp")
+    replacement.write_bytes(b"".join(kept))
+    os.replace(replacement, path)
+
+
+def _number(name: str, value: Any) -> int | float:
+    try:
+        return operator.index(value)
+    except TypeError:
+        pass
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric {name!r} is not a number: {value!r}") from None
+
+
+def _to_json(number: int | float) -> int | float | str:
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _start_wandb(config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any] | None) -> Any:
+    """Starts the run, or continues it where the folder already has one."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            "Weights & Biases is not installed: pip install 'jaxrl-llm[wandb]', or leave out its setting"
+        ) from error
+    id_file = run_dir / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    run = wandb.init(
+        project=config.project,
+        entity=config.entity,
+        name=config.name or run_dir.name,
+        group=config.group,
+        mode="offline" if config.offline else "online",
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=str(run_dir),
+        config=None if run_config is None else dict(run_config),
+    )
+    # Its own step counter only rises, which the steps of a resumed run do not.
+    run.define_metric("*", step_metric="step")
+    return run

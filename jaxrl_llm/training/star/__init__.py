@@ -1,0 +1,1 @@
+"""STaR: its loop, its rationales, the files of its phases."""

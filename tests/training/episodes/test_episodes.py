@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
+from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.training.episodes.episodes import Episodes, RewardError, mean_of_known, score_rollout
+from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.types import Rollout
+
+TOKENIZER = CharTokenizer("abc")
+A, B, C, EOS, PAD = 2, 3, 4, 1, 0
+# Two prompts, two completions each; what lies beyond a completion's length is not to be read.
+COMPLETION = np.array([[[A, EOS, C, C], [B, B, B, B]], [[EOS, A, A, A], [A, B, EOS, PAD]]])
+LENGTHS = np.array([[2, 4], [1, 3]])
+
+
+def rollout() -> Rollout:
+    zeros = jnp.zeros(COMPLETION.shape)
+    return Rollout(
+        prompt=jnp.zeros((2, 3), jnp.int32),
+        prompt_lengths=jnp.ones(2, jnp.int32),
+        completion=jnp.asarray(COMPLETION),
+        completion_lengths=jnp.asarray(LENGTHS),
+        finished=jnp.ones((2, 2), bool),
+        logprobs=zeros,
+        sampler_logprobs=zeros,
+    )
+
+
+def batch(prompts: list[Any]) -> PromptBatch:
+    return PromptBatch(
+        tokens=np.zeros((2, 3), np.int32),
+        lengths=np.ones(2, np.int32),
+        prompts=prompts,
+        columns={"answer": ["x", "y"], "level": [None, 3]},
+        indices=np.arange(2),
+        valid=np.ones(2, bool),
+        epoch=0,
+    )
+
+
+def test_reward_functions_see_text_ids_and_columns_of_each_sample() -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(**arguments: Any) -> list[float | None]:
+        seen.update(arguments)
+        return [1.0, None, 3.0, 5.0]
+
+    def length(completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    scored = score_rollout(rollout(), batch(["a", "b"]), RewardSum((spy, length), (1.0, 10.0)), TOKENIZER)
+    assert seen == {
+        "prompts": ["a", "a", "b", "b"],
+        "completions": ["a", "bbbb", "", "ab"],  # special tokens are no text
+        "completion_ids": [[A, EOS], [B, B, B, B], [EOS], [A, B, EOS]],
+        "answer": ["x", "x", "y", "y"],
+        "level": [None, None, 3, 3],
+    }
+    np.testing.assert_array_equal(scored.rewards, np.float32([[11, 40], [3, 25]]))
+    np.testing.assert_array_equal(scored.by_name["spy"], np.float32([[1, np.nan], [3, 5]]))
+    assert scored.reward_metrics() == pytest.approx(
+        {
+            "rewards/spy/mean": 3.0,
+            "rewards/spy/std": np.std([1, 3, 5]),
+            "rewards/length/mean": 7 / 4,
+            "rewards/length/std": np.std([1, 4, 0, 2]),
+        }
+    )
+
+
+def test_a_conversation_is_answered_by_a_message() -> None:
+    prompts = [[{"role": "user", "content": "a"}], "b"]
+
+    def spy(completions: list[Any]) -> list[float]:
+        assert completions == [
+            [{"role": "assistant", "content": "a"}],
+            [{"role": "assistant", "content": "bbbb"}],
+            "",
+            "ab",
+        ]
+        return [0.0] * 4
+
+    scored = score_rollout(rollout(), batch(prompts), RewardSum((spy,)), TOKENIZER)
+    assert [sample.prompt for sample in scored.samples(TOKENIZER, 9)] == ["a", "b"]
+
+
+def test_samples_are_the_best_and_the_worst_and_no_more_is_decoded() -> None:
+    decoded = []
+
+    class Counting(CharTokenizer):
+        def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+            decoded.append(ids)
+            return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    ids = [[A], [B], [C], [A, EOS], [B, EOS], [C, EOS]]
+    rewards = np.float32([[0, 2, 1], [5, 4, 6]])
+    episodes = Episodes(rewards, {"r": rewards}, ["first", "second"], ids)
+    shown = episodes.samples(Counting("abc"), 3)
+    assert [(sample.prompt, sample.completion, sample.reward) for sample in shown] == [
+        ("first", "b", 2.0),
+        ("first", "a", 0.0),
+        ("second", "c<eos>", 6.0),
+    ]
+    assert len(decoded) == 3
+
+
+def test_means_where_nothing_is_known() -> None:
+    assert np.isnan(mean_of_known(np.float32([np.nan])))
+    assert mean_of_known(np.float32([np.nan, 2, 4])) == 3
+
+
+def fails_here(completions: list[str]) -> list[float]:
+    return [1 / len(text) for text in completions]
+
+
+def fails_in_a_library(completions: list[str]) -> list[float]:
+    return [json.loads("{") for _ in completions]
+
+
+def too_few(completions: list[str]) -> list[float]:
+    return [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            fails_here,
+            rf"'fails_here' raised ZeroDivisionError .* \({__file__}:{fails_here.__code__.co_firstlineno + 1}\)$",
+        ),
+        (
+            fails_in_a_library,
+            rf"raised JSONDecodeError .* \({__file__}:{fails_in_a_library.__code__.co_firstlineno + 1}\)$",
+        ),
+        (too_few, "'too_few' must return 4 values, one a sample, got 1$"),
+    ],
+)
+def test_a_failing_function_is_named_with_its_line(function: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        score_rollout(rollout(), batch(["a", "b"]), RewardSum((function,)), TOKENIZER)
+
+
+def test_an_error_of_our_own_stays_what_it_is() -> None:
+    with pytest.raises(ValueError, match="token id 3 is outside the vocabulary of 3"):
+        score_rollout(rollout(), batch(["a", "b"]), RewardSum((too_few,)), CharTokenizer("a"))
+
+
+def test_the_tiny_data_set_reaches_the_functions(tiny: Any) -> None:
+    dataset = PromptDataset(tiny.TRAIN_ROWS, tiny.TOKENIZER, max_prompt_length=6)
+    served = dataset.batch([3, 7])
+    scored = score_rollout(rollout(), served, RewardSum((tiny.shared_characters,)), tiny.TOKENIZER)
+    assert scored.prompts == ["3+3=", "7+7="]
+    assert scored.rewards.shape == (2, 2)

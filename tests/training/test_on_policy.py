@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.episodes.episodes import RewardError
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.loop import RecompilationWarning
+from jaxrl_llm.training.on_policy import Trainer, TrainingConfig
+from jaxrl_llm.training.run.metrics import comparable_metrics, read_metrics
+
+FULL: dict[str, Any] = {}
+"""The tiny experiment as it is: a reference, minibatches, evaluation by greedy decoding and by samples."""
+LEAN: dict[str, Any] = {"algorithm": PolicyGradient(), "update": UpdateConfig(), "evaluation": EvaluationConfig()}
+"""Nothing but sampling and one gradient, which compile in half the time."""
+ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def make(tiny: ModuleType, tmp_path: Path):
+    """Makes a trainer on one device; keyword arguments change fields of its records."""
+
+    def make(folder: str = "run", base: dict[str, Any] = LEAN, mesh: Mesh = ONE_DEVICE, **changes: Any) -> Trainer:
+        config = changed(changed(tiny.CONFIG, **base), run_dir=str(tmp_path / folder), **changes)
+        return tiny.make(config, mesh)[1]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The full run of four steps on one device, done."""
+    trainer = tiny.make(changed(tiny.CONFIG, run_dir=str(tmp_path_factory.mktemp("whole"))), ONE_DEVICE)[1]
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def lean_whole(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The lean run of four steps, done."""
+    config = changed(changed(tiny.CONFIG, **LEAN), run_dir=str(tmp_path_factory.mktemp("lean")))
+    trainer = tiny.make(config, ONE_DEVICE)[1]
+    trainer.run()
+    return trainer
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """`training={"steps": 2}` changes one field of a record; anything else is the new value."""
+    new = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **new)
+
+
+def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
+    return comparable_metrics(trainer.run_dir / "metrics.jsonl")
+
+
+def checkpoints_of(trainer: Trainer) -> set[str]:
+    return {path.name for path in (trainer.run_dir / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+# ---- Programs -----------------------------------------------------------------------------------------
+
+
+def test_an_iteration_is_two_programs(lean_whole: Trainer) -> None:
+    assert lean_whole.compilations.counts == {"sample": 1, "update_step": 1}
+
+
+def test_a_whole_run_compiles_each_program_once(whole: Trainer) -> None:
+    # Samples to train on, greedy and drawn samples to evaluate; reference, minibatches and old log-probs are
+    # in the one update.
+    assert whole.compilations.counts == {"sample": 3, "update_step": 1}
+
+
+def test_changed_shape_is_warned_of_by_name(make) -> None:
+    trainer = make(training={"checkpoint_every": 0})
+    batches = list(next(trainer.loader) for _ in range(4))
+    batches[2] = dataclasses.replace(batches[2], tokens=np.pad(batches[2].tokens, ((0, 0), (0, 1))))
+
+    class Loader:
+        def __next__(self):
+            return batches.pop(0)
+
+        def get_state(self):
+            return {}
+
+    trainer.loader = Loader()
+    with pytest.warns(RecompilationWarning) as caught:
+        trainer.run()
+    assert [str(warning.message) for warning in caught] == [
+        "compiled again after step 2 (sample): sample (1×); a shape or a static argument changed",
+        "compiled again after step 2 (update): update_step (1×); a shape or a static argument changed",
+    ]
+
+
+def test_a_resumed_run_does_not_warn_of_its_first_evaluation(make) -> None:
+    make(training={"steps": 2}, evaluation={"every": 2}).run()
+    resumed = make(training={"steps": 6}, evaluation={"every": 3}, resume=True)
+    resumed.run()  # a warning is an error here
+    assert [line["step"] for line in metrics_of(resumed) if "eval/reward" in line] == [0, 2, 3, 6]
+
+
+def test_given_parameters_are_neither_changed_nor_consumed(tiny: ModuleType, tmp_path: Path) -> None:
+    config = changed(tiny.CONFIG, run_dir=str(tmp_path), evaluation={"every": 0})
+    policy, trainer = tiny.make(config, ONE_DEVICE)
+    before = tiny.digest(policy.params)
+    trainer.run()
+    assert tiny.digest(policy.params) == before == tiny.digest(trainer.reference)
+    assert tiny.digest(trainer.state.params) != before
+
+
+# ---- Meshes -------------------------------------------------------------------------------------------
+
+
+def assert_close(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    for line, other in zip(expected, actual, strict=True):
+        assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "layout", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=4)], ids=repr
+)
+def test_eight_devices_give_the_metrics_of_one(make, whole: Trainer, layout: MeshConfig) -> None:
+    eight = make(base=FULL, mesh=make_mesh(layout), training={"checkpoint_every": 0})
+    eight.run()
+    assert_close(metrics_of(eight), metrics_of(whole))
+    assert eight.compilations.counts == {"sample": 3, "update_step": 1}
+
+
+def test_another_mesh_may_resume(make, lean_whole: Trainer) -> None:
+    make(training={"steps": 2}).run()
+    resumed = make(mesh=make_mesh(MeshConfig(fsdp=2, tensor=4)), training={"steps": 4}, resume=True)
+    resumed.run()
+    assert_close(metrics_of(resumed), metrics_of(lean_whole))
+
+
+# ---- Resuming -----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_extended_as_if_it_had_been_longer(make, whole: Trainer, tiny: ModuleType) -> None:
+    make(base=FULL, training={"steps": 2}).run()
+    longer = make(base=FULL, training={"steps": 4}, resume=True)
+    result = longer.run()
+    assert tiny.digest(longer.state) == tiny.digest(whole.state)
+    assert metrics_of(longer) == metrics_of(whole)
+    assert (result.step, result.stopped) == (4, None)
+    assert result.first_evaluation == {name: metrics_of(whole)[0][name] for name in result.first_evaluation}
+    # Once more: nothing is left to do.
+    again = make(base=FULL, training={"steps": 4}, resume=True)
+    assert again.run() == dataclasses.replace(result, params=again.state.params)
+    assert tiny.digest(again.state) == tiny.digest(whole.state)
+    assert metrics_of(again) == metrics_of(whole)
+
+
+def test_resuming_without_a_checkpoint_starts_anew(make, lean_whole: Trainer) -> None:
+    lost = make(training={"checkpoint_every": 0})
+    lost.run()
+    again = make(resume=True)
+    again.run()
+    assert metrics_of(again) == metrics_of(lean_whole)
+
+
+def test_resuming_without_saving_goes_on(make) -> None:
+    make(training={"steps": 2}).run()
+    resumed = make(training={"steps": 3, "checkpoint_every": 0}, resume=True)
+    resumed.run()
+    assert metrics_of(resumed)[-1]["step"] == 3
+    assert checkpoints_of(resumed) == {"2"}
+
+
+def test_evaluation_may_be_switched_on_and_off(make) -> None:
+    make(training={"steps": 2}).run()
+    make(training={"steps": 4}, evaluation={"every": 2}, resume=True).run()
+    last = make(training={"steps": 6}, resume=True)
+    last.run()
+    assert [line["step"] for line in metrics_of(last) if "eval/reward" in line] == [4]
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_compiled(make, tiny: ModuleType) -> None:
+    trainer = make(training={"steps": 2})
+    trainer.run()
+    before = (trainer.run_dir / "metrics.jsonl").read_bytes()
+    mesh = ONE_DEVICE
+    policy = tiny.make_policy(mesh)
+    config = changed(changed(tiny.CONFIG, **LEAN), run_dir=str(trainer.run_dir))
+    rows = {"train_rows": tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS}
+    with CompilationCounter() as counter:
+        with pytest.raises(ValueError, match=r"run holds a run \(a checkpoint of step 2\): go on with --resume, or"):
+            tiny.make_trainer(config, policy, mesh, **rows)
+        other = changed(config, resume=True, seed=1, optimizer={"learning_rate": 0.5})
+        with pytest.raises(ValueError, match=r"with other settings: optimizer.learning_rate was 0.01 and is 0.5; seed"):
+            tiny.make_trainer(other, policy, mesh, **rows)
+        other_rows = rows | {"train_rows": tiny.TRAIN_ROWS[1:]}
+        with pytest.raises(ValueError, match="rows was 10 and is 9"):
+            tiny.make_trainer(changed(config, resume=True), policy, mesh, **other_rows)
+    assert counter.counts == {}
+    assert (trainer.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_without_a_checkpoint_are_not_overwritten(make) -> None:
+    make(training={"checkpoint_every": 0}).run()
+    with pytest.raises(ValueError, match=r"holds a run \(no checkpoint\)"):
+        make()
+
+
+# ---- Settings that do not fit -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": {"max_tokens": 13}}, "a prompt of 4 tokens and sampling.max_tokens=13 exceed the model's 16"),
+        ({"sampling": {"temperature": 0.0}}, "temperature 0.0 .greedily. has no gradient"),
+        ({"training": {"samples_per_prompt": 1}}, "training.samples_per_prompt=1 cannot learn"),
+        ({"seed": -1}, "seed must be between 0 and"),
+        ({"update": {"minibatches": 3}}, "4 prompts per step are not divisible by update.minibatches=3"),
+        ({"optimizer": {"warmup_steps": 4, "schedule": "linear"}}, "warmup_steps=4 leaves nothing of 4 optimizer"),
+        (
+            {"evaluation": {"every": 1, "solved_by": "right"}},
+            "solved_by='right' is no reward function; there are",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_compiled(make, changes: dict[str, Any], message: str) -> None:
+    with CompilationCounter() as counter, pytest.raises(ValueError, match=message):
+        make(**changes)
+    assert "<lambda>" not in counter.counts and "copy" not in counter.counts
+
+
+@pytest.mark.parametrize("field", ["steps", "prompts_per_step", "samples_per_prompt", "keep_checkpoints"])
+def test_counts_of_nothing(field: str) -> None:
+    with pytest.raises(ValueError, match=f"training.{field}=0 must be at least 1"):
+        TrainingConfig(**{field: 0})
+    with pytest.raises(ValueError, match=r"training.checkpoint_every=-1 must not be negative"):
+        TrainingConfig(checkpoint_every=-1)
+
+
+# ---- Interruptions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_returns(make, tiny: ModuleType, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    trainer = make()
+    tiny.send_signal(trainer, name, "update:3")
+    result = trainer.run()
+    assert (result.step, result.stopped) == (3, name)
+    assert checkpoints_of(trainer) >= {"3"}
+    captured = capfd.readouterr()
+    assert f"Stopped after step 3 ({name}) and saved. Go on with the same command and --resume" in captured.out
+    assert captured.err == f"\n{name}: Stopping after this step; Ctrl-C again aborts.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_signal_while_the_last_checkpoint_is_written(make, tiny: ModuleType) -> None:
+    trainer = make()
+    tiny.send_signal(trainer, "SIGTERM", "update:3")
+    tiny.send_signal(trainer, "SIGTERM", "checkpoint:3")
+    assert trainer.run().stopped == "SIGTERM"
+    assert checkpoints_of(trainer) >= {"3"}
+
+
+def test_a_signal_in_the_last_step_changes_nothing(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make()
+    tiny.send_signal(trainer, "SIGTERM", "update:4")
+    result = trainer.run()
+    assert (result.step, result.stopped) == (4, None)
+    assert "Stopped" not in capsys.readouterr().out
+
+
+def test_a_signal_where_nothing_is_saved(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make(training={"checkpoint_every": 0})
+    tiny.send_signal(trainer, "SIGTERM", "update:1")
+    assert trainer.run().step == 1
+    assert "nothing was saved, since training.checkpoint_every is 0" in capsys.readouterr().out
+    assert not (trainer.run_dir / "checkpoints").exists()
+
+
+def test_a_reward_that_raises_loses_no_step(
+    make, lean_whole: Trainer, tiny: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def shared_characters(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) == 4:
+            raise KeyError("answers")
+        return tiny.shared_characters(prompts, completions, answer)
+
+    failing = make(rewards=(shared_characters,))
+    with pytest.raises(RewardError, match=r"'shared_characters' raised KeyError .*test_trainer.py:\d+\)") as caught:
+        failing.run()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "Failed after step 3 and saved. Go on with the same command and --resume" in capsys.readouterr().out
+    assert checkpoints_of(failing) >= {"3"}
+    mended = make(rewards=(shared_characters,), resume=True)
+    mended.run()
+    assert tiny.digest(mended.state) == tiny.digest(lean_whole.state)
+    assert metrics_of(mended) == metrics_of(lean_whole)
+
+
+def test_a_reward_that_fails_at_once_after_resuming(make) -> None:
+    make(training={"steps": 2}).run()
+
+    def shared_characters(prompts: list[str], completions: list[str]) -> list[float]:
+        return [0.0]
+
+    failing = make(rewards=(shared_characters,), resume=True)
+    with pytest.raises(RewardError, match="'shared_characters' must return 16 values, one a sample, got 1"):
+        failing.run()
+    assert checkpoints_of(failing) == {"2"}
+
+
+def test_a_reward_that_fails_before_the_first_step(make) -> None:
+    def nothing(prompts: list[str], completions: list[str]) -> list[None]:
+        return [None] * len(prompts)
+
+    failing = make(rewards=(nothing,), evaluation={"every": 1})
+    with pytest.raises(RewardError, match=r"every reward function \(nothing\) returned None for sample 0"):
+        failing.run()
+    assert checkpoints_of(failing) == set()
+
+
+# ---- Metrics ------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def even_only(prompts: list[str], completions: list[str]) -> list[float | None]:
+        return [
+            None if int(prompt[0]) % 2 else float(len(text)) for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+    def never(prompts: list[str], completions: list[str]) -> list[None]:
+        return [None] * len(prompts)
+
+    rewards = {"rewards": (tiny.shared_characters, even_only, never), "reward_weights": (1.0, 0.5, 2.0)}
+    trainer = make(**rewards, evaluation={"every": 2})
+    trainer.run()
+    told = [line for line in capsys.readouterr().out.splitlines() if "returned None" in line]
+    assert told == [
+        "step 1: the reward function 'never' returned None for all 16 samples, and has no part in their reward; can it "
+        "read the gold answers in the data?"
+    ]
+    for line in metrics_of(trainer):
+        if "reward" in line:
+            assert np.isnan(line["rewards/never/mean"]) and np.isnan(line["rewards/never/std"])
+            assert np.isfinite(line["reward"]) and np.isfinite(line["grad_norm"])
+        else:
+            assert np.isnan(line["eval/rewards/never"]) and np.isfinite(line["eval/rewards/even_only"])
+            weighted = line["eval/rewards/shared_characters"] + 0.5 * 3 / 5 * line["eval/rewards/even_only"]
+            assert line["eval/reward"] == pytest.approx(weighted, rel=1e-5)  # three of the five are even
+
+
+def test_a_gradient_that_is_not_finite_is_told(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make(training={"steps": 1, "checkpoint_every": 0})
+    before, update = tiny.digest(trainer.state.params), trainer.update
+    trainer.update = lambda state, rollout, rewards, reference: update(state, rollout, rewards * np.nan, reference)
+    trainer.run()
+    assert tiny.digest(trainer.state.params) == before
+    assert metrics_of(trainer)[0]["frac_steps_skipped"] == 1
+    assert "step 1: the gradient is not finite, its update was skipped\n" in capsys.readouterr().out
+
+
+def test_the_phases_are_timed_where_the_device_works(make) -> None:
+    trainer = make(training={"steps": 3})
+    sample = trainer.sampler
+    wait = jax.jit(lambda x: jax.pure_callback(lambda y: (time.sleep(0.2), y)[1], x, x))
+
+    def slow(*args: Any) -> Any:
+        rollout = sample(*args)
+        return rollout.replace(completion_lengths=wait(rollout.completion_lengths))  # returns at once
+
+    trainer.sampler = slow
+    trainer.run()
+    last = read_metrics(trainer.run_dir / "metrics.jsonl")[-1]
+    assert last["perf/sample_seconds"] >= 0.2 > last["perf/update_seconds"]
+    phases = sum(last[f"perf/{name}_seconds"] for name in ("sample", "reward", "update"))
+    assert phases <= last["step_time"] < phases + 0.2
+    assert last["perf/tokens_per_second"] == pytest.approx(last["num_tokens"] / last["step_time"])
+
+
+def test_learning_rate_is_that_of_the_step(make) -> None:
+    # Eight optimizer steps, two of them of warm-up.
+    trainer = make(update={"minibatches": 2}, optimizer={"schedule": "linear", "warmup_steps": 2})
+    trainer.run()
+    rates = [line["learning_rate"] for line in metrics_of(trainer) if "learning_rate" in line]
+    # Step i ends with optimizer step 2i: 2 of 2 of the warm-up, then 1, 3 and 5 of 6 of the way down.
+    assert rates == pytest.approx([0.01 * 2 / 3, 0.01 * 5 / 6, 0.01 * 3 / 6, 0.01 * 1 / 6])

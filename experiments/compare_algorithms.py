@@ -38,8 +38,8 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
 from jaxrl_llm.algorithms.policy_gradient.surrogates import LogProb
+from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.on_policy import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.learner import CriticSource

@@ -33,13 +33,12 @@ from preference_arithmetic import CONFIG as ARITHMETIC
 from preference_arithmetic import HeldOut, PreferenceArithmetic, Row, configured, problems, warm_start
 
 from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
+from jaxrl_llm.cli import Policy, parse_offline, plain_errors, train
 from jaxrl_llm.config import OfflineDataConfig
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
-from jaxrl_llm.launch.offline import parse_offline
-from jaxrl_llm.launch.on_policy import Policy, plain_errors, train
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.loop import Outcome, Phase
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainer, OfflineTrainingConfig

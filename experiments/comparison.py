@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from jaxrl_llm.cli import plain_errors, start
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.launch.on_policy import plain_errors, start
 from jaxrl_llm.training.run.formatting import duration
 
 RESULT, TABLE, FIGURE, ALL_RUNS = "result.json", "table.md", "figure.png", "runs.json"

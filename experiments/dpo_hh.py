@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.preference.presets import dpo
+from jaxrl_llm.cli import run_offline
 from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
-from jaxrl_llm.launch.offline import run_offline
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 

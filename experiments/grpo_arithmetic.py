@@ -27,14 +27,14 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
+from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.on_policy import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig

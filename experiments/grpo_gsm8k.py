@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.cli import run
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.launch.on_policy import run
 from jaxrl_llm.rewards import gsm8k_reward, make_regex_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig

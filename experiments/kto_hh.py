@@ -19,8 +19,8 @@ from dpo_hh import CONFIG as DPO
 from dpo_hh import PAIRS
 
 from jaxrl_llm.algorithms.preference.presets import kto
+from jaxrl_llm.cli import run_offline
 from jaxrl_llm.data.unpaired import UnpairedFormat
-from jaxrl_llm.launch.offline import run_offline
 
 CONFIG = dataclasses.replace(
     DPO,

@@ -15,7 +15,7 @@ import dataclasses
 from dpo_hh import CONFIG as DPO
 
 from jaxrl_llm.algorithms.preference.presets import orpo
-from jaxrl_llm.launch.offline import run_offline
+from jaxrl_llm.cli import run_offline
 
 CONFIG = dataclasses.replace(DPO, name="orpo_hh", objective=orpo())
 

@@ -37,13 +37,13 @@ from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.shaped_estimators import GAEAdvantage
 from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective, make_reward, make_score_statistics
 from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.on_policy import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Moments
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig

@@ -34,6 +34,18 @@ from jaxrl_llm.algorithms.preference.objective import PreferenceObjective
 from jaxrl_llm.algorithms.preference.pair_losses import DPO
 from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
 from jaxrl_llm.algorithms.preference.unpaired import KTOObjective
+from jaxrl_llm.cli import (
+    OFFLINE_PANELS,
+    Policy,
+    finish,
+    load_rows,
+    make_offline_trainer,
+    parse_offline,
+    plain_errors,
+    start,
+    take_preset,
+    train,
+)
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
@@ -41,9 +53,7 @@ from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import batches_in_order
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
-from jaxrl_llm.launch.offline import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
-from jaxrl_llm.launch.on_policy import Policy, finish, plain_errors, start, take_preset, train
-from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh

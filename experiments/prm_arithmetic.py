@@ -41,13 +41,21 @@ from jaxrl_llm.algorithms.score_models.process_reward import (
 )
 from jaxrl_llm.algorithms.score_models.search import BeamSearch, BeamSearchConfig
 from jaxrl_llm.algorithms.score_models.step_labels import Solution, StepLabelKind, monte_carlo_labels
+from jaxrl_llm.cli import (
+    OFFLINE_PANELS,
+    Policy,
+    finish,
+    make_offline_trainer,
+    parse_offline,
+    plain_errors,
+    start,
+    train,
+)
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.steps import LabelledSolution, StepDataset, StepFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.offline import OFFLINE_PANELS, make_offline_trainer, parse_offline
-from jaxrl_llm.launch.on_policy import Policy, finish, plain_errors, start, train
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig

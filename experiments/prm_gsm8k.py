@@ -37,13 +37,23 @@ from star_gsm8k import SYSTEM
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.score_models.process_reward import ProcessRewardObjective
 from jaxrl_llm.algorithms.score_models.step_labels import Solution, StepLabelKind, monte_carlo_labels
+from jaxrl_llm.cli import (
+    OFFLINE_PANELS,
+    Policy,
+    finish,
+    load_policy,
+    load_rows,
+    make_offline_trainer,
+    parse_offline,
+    plain_errors,
+    start,
+    train,
+)
 from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.data.steps import StepFormat, encode_steps
-from jaxrl_llm.launch.offline import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
-from jaxrl_llm.launch.on_policy import Policy, finish, load_policy, plain_errors, start, train
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.rewards import gsm8k_reward

@@ -28,13 +28,22 @@ from grpo_arithmetic import WarmStart, character_model, fine_tune
 from jaxrl_llm.advantages.selection import best_of_n
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective, make_score_pass, make_score_statistics
+from jaxrl_llm.cli import (
+    OFFLINE_PANELS,
+    Policy,
+    finish,
+    load_rows,
+    make_offline_trainer,
+    parse_offline,
+    plain_errors,
+    start,
+    train,
+)
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.offline import OFFLINE_PANELS, load_rows, make_offline_trainer, parse_offline
-from jaxrl_llm.launch.on_policy import Policy, finish, plain_errors, start, train
 from jaxrl_llm.models.checkpoints.score_pretrained import write_statistics
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.sampling.engine import Sampler

@@ -29,8 +29,7 @@ import jax
 from dpo_hh import CONFIG as DPO
 
 from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective
-from jaxrl_llm.launch.offline import run_offline
-from jaxrl_llm.launch.on_policy import Policy
+from jaxrl_llm.cli import Policy, run_offline
 from jaxrl_llm.models.heads import ScoreModel
 
 CONFIG = dataclasses.replace(DPO, name="reward_model_hh", objective=RewardModelObjective())

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
+from jaxrl_llm.cli import run_offline
 from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.launch.offline import run_offline
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 
 SYSTEM = "Solve the problem, then write the answer alone on the last line after ####."

@@ -31,15 +31,16 @@ from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
+from jaxrl_llm.cli import Policy, finish, parse, plain_errors, start, write_config
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.demonstrations import DemonstrationDataset
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.on_policy import Policy, finish, parse, plain_errors, start, write_config
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 from jaxrl_llm.training.episodes.episodes import RewardError

@@ -27,11 +27,12 @@ import time
 from collections.abc import Sequence
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.cli import Policy, finish, load_policy, parse, plain_errors, start, write_config
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.data.interfaces import Row
 from jaxrl_llm.data.prompts import PromptDataset
-from jaxrl_llm.data.sources import Row, open_source
-from jaxrl_llm.launch.on_policy import Policy, finish, load_policy, parse, plain_errors, start, write_config
+from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh

@@ -23,9 +23,9 @@ from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
+from jaxrl_llm.cli import finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.on_policy import finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh

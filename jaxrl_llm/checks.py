@@ -1,8 +1,10 @@
-"""Validation of the fields of configuration records."""
+"""What a setting may be: the checks of all records, and the nearest of the names that there are."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 
@@ -33,3 +35,10 @@ def positive(value: float | None, *, optional: bool = False) -> tuple[bool, str]
 def share(value: float) -> tuple[bool, str]:
     """The condition that a number is in [0, 1]."""
     return 0 <= value <= 1, "be between 0 and 1"
+
+
+def nearest_name(name: str, names: Sequence[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the name most like `name`, or an empty string if none is alike."""
+    by_lower = {known.lower(): known for known in names}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[matches[0]]!r}?" if matches else ""

@@ -43,8 +43,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig
 
 # In this process alone: the scripts that tests start see one device, as a newcomer's machine does.

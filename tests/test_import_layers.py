@@ -94,6 +94,17 @@ def objection(importer: str, imported: str) -> str | None:
     return None
 
 
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which imports the others, directly or by way of others."""
+    reached = {name: set(imports[name]) for name in imports}
+    for middle in imports:  # Warshall: through one more module at a time
+        for start in imports:
+            if middle in reached[start]:
+                reached[start] |= reached[middle]
+    groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in imports}
+    return sorted(sorted(group) for group in groups if group)
+
+
 def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -152,6 +163,29 @@ def test_allowed_import_is_let_through(importer: str, source: str):
     found = [objection(importer, name) for _, name in imported_modules(source, importer.rpartition(".")[0])]
     assert found
     assert not any(found), found
+
+
+def test_no_two_modules_import_each_other():
+    paths = {module_name(path): path for path in source_files()}
+    imports: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for _, imported in imported_modules(path.read_text(encoding="utf-8"), package):
+            imports[name] |= {target for target in (imported, imported.rpartition(".")[0]) if target in paths} - {name}
+    assert sum(map(len, imports.values())) > len(imports)
+    assert not circles(imports), circles(imports)
+
+
+@pytest.mark.parametrize(
+    ("imports", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, [["a", "b"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}, [["a", "b", "c"]]),
+    ],
+)
+def test_circle_is_found(imports: dict[str, set[str]], found: list[list[str]]):
+    assert circles(imports) == found
 
 
 def test_package_itself_loads_nothing():

@@ -15,7 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_llm import logprobs
 from jaxrl_llm.logprobs import TokenScores, scores_from_logits, token_scores
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 
 
 class Case(NamedTuple):

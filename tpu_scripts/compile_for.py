@@ -34,8 +34,8 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state
+from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
-from jaxrl_llm.launch.on_policy import plain_errors
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.models.config import ModelConfig, RopeConfig
 from jaxrl_llm.models.lora import has_adapters

@@ -26,11 +26,11 @@ import torch
 import transformers
 import tyro
 
+from jaxrl_llm.cli import load_model, plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.sources import open_source
-from jaxrl_llm.launch.on_policy import load_model, plain_errors
 from jaxrl_llm.models.checkpoints.pretrained import load_generation_config
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.sampling.engine import Sampler

@@ -39,7 +39,7 @@ from measure import (
 from works import Benchmark, prepare
 
 from jaxrl_llm import __version__
-from jaxrl_llm.launch.on_policy import plain_errors
+from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter, enable_persistent_cache

@@ -27,7 +27,7 @@ import tyro
 from measure import Bystanders, publish, summarise
 
 from jaxrl_llm import __version__
-from jaxrl_llm.launch.on_policy import plain_errors
+from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.logprobs import CHUNK_LOGITS, MIN_CHUNK, TokenScores, scores_from_logits, token_scores
 from jaxrl_llm.models.config import DType
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from jaxrl_llm.models.checkpoints.locate import import_transformers
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
-from jaxrl_llm.models.checkpoints.tokenizers import import_transformers
 from jaxrl_llm.models.config import ModelConfig, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 

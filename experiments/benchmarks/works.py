@@ -17,11 +17,12 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
+from jaxrl_llm.cli import load_model
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.prompts import PromptBatch
-from jaxrl_llm.launch.on_policy import load_model
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated

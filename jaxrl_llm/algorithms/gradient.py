@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import join, split_trainable
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import constrain
 

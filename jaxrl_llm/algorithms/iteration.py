@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
 from jaxrl_llm.masking import segment_last
-from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.types import Rollout, TrainState
 

@@ -15,8 +15,8 @@ import optax
 from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups, split_groups
 from jaxrl_llm.algorithms.gradient import make_gradient_step, spread
 from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import reference_of
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import TrainState

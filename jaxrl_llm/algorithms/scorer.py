@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import on_cpu, row_shards
 
 ACCELERATOR_CHUNK_LOGITS = 2**26

@@ -9,8 +9,9 @@ import optax
 from jaxrl_llm.algorithms.gradient import widen
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import split_trainable
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings, state_shardings
 from jaxrl_llm.types import TrainState
 

@@ -12,7 +12,8 @@ from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean, Metrics
 
 SupervisedLoss = Literal["nll", "dft"]

@@ -12,9 +12,9 @@ import numpy as np
 from jaxrl_llm.algorithms.supervised import Demonstrations
 from jaxrl_llm.data.conversations import Encoded, TrainOn, encode_conversation, encode_text
 from jaxrl_llm.data.formats import Message, PromptFormat, check_messages, column_of
+from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
-from jaxrl_llm.data.sources import Row, RowSource
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 
@@ -71,7 +71,7 @@ class DemonstrationFormat:
             overlong=overlong,
             max_rows=max_rows,
         )
-        return dataset if self.packed_length is None else PackedDataset(dataset, self.packed_length)
+        return dataset if self.packed_length is None else dataset.packed(self.packed_length)
 
     def demonstration(self, row: Row) -> tuple[str, str] | list[Message]:
         """A text prompt and its completion, or a conversation.
@@ -163,6 +163,10 @@ class DemonstrationDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def packed(self, length: int) -> PackedDataset:
+        """The same demonstrations, several in a row of `length` tokens; see `PackedDataset`."""
+        return PackedDataset(self.encoded, length, rows=self.rows, fingerprint=self.fingerprint, dropped=self.dropped)
 
     def batch(self, items: Sequence[int] | np.ndarray, /) -> Demonstrations:
         """The demonstrations numbered `items` (0 to `len(self) - 1`); repeats are allowed."""

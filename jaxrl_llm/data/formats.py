@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxrl_llm.data.sources import Row, nearest_name
+from jaxrl_llm.checks import nearest_name
+from jaxrl_llm.data.interfaces import Row
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

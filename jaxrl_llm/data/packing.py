@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxrl_llm.algorithms.supervised import PackedDemonstrations
 from jaxrl_llm.data.conversations import Encoded
 from jaxrl_llm.data.rows import Ragged
-
-if TYPE_CHECKING:
-    from jaxrl_llm.data.demonstrations import DemonstrationDataset
 
 _PADDING = -1
 """Segment of the padding of a packed row."""
@@ -25,30 +22,41 @@ class PackedDataset:
     of all of them is that of the unpacked ones: they do not see each other.
 
     Args:
-        dataset: The demonstrations.
+        encoded: The demonstrations, at least one.
         length: T, tokens of a row.
+        rows: Number of each demonstration in the source, for errors.
+        fingerprint: That of the demonstrations.
+        dropped: Number of rows of the source that were too long.
 
     Attributes:
-        dropped: Number of rows of the source that were too long.
+        dropped: As given.
         members: Numbers of the demonstrations of each row.
-        fingerprint: That of the demonstrations, and the length.
+        fingerprint: As given, and the length.
 
     Raises:
         ValueError: A demonstration is longer than a row; names it and the way out.
     """
 
-    def __init__(self, dataset: DemonstrationDataset, length: int) -> None:
-        self.dropped, self._length = dataset.dropped, length
-        self.fingerprint = {**dataset.fingerprint, "packed_length": length}
-        sizes = np.array([len(shown.prompt) + len(shown.completion) for shown in dataset.encoded])
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        length: int,
+        *,
+        rows: np.ndarray,
+        fingerprint: Mapping[str, Any],
+        dropped: int = 0,
+    ) -> None:
+        self.dropped, self._length = dropped, length
+        self.fingerprint = {**fingerprint, "packed_length": length}
+        sizes = np.array([len(shown.prompt) + len(shown.completion) for shown in encoded])
         if sizes.max() > length:
             raise ValueError(
-                f"row {dataset.rows[sizes.argmax()]}: prompt and completion have {sizes.max()} tokens, more than "
+                f"row {rows[sizes.argmax()]}: prompt and completion have {sizes.max()} tokens, more than "
                 f"packed_length={length}; raise it, or drop what is longer by lower limits"
             )
         self.members = _packed(sizes, length)
-        rows = [_row([dataset.encoded[item] for item in items]) for items in self.members]
-        self._tokens, self._masks, self._segments = (Ragged(list(part)) for part in zip(*rows, strict=True))
+        packed = [_row([encoded[item] for item in items]) for items in self.members]
+        self._tokens, self._masks, self._segments = (Ragged(list(part)) for part in zip(*packed, strict=True))
 
     def __len__(self) -> int:
         return len(self.members)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
 from jaxrl_llm.data.demonstrations import encode_conversation, encode_text
 from jaxrl_llm.data.formats import Message, Prompt, PromptFormat, check_messages, column_of
+from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
-from jaxrl_llm.data.sources import Row, RowSource
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxrl_llm.data.formats import Prompt, PromptFormat, encode_prompt
-from jaxrl_llm.data.sources import Row, RowSource
+from jaxrl_llm.data.interfaces import Row, RowSource
 
 # Reward functions receive these beside the columns.
 _REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")

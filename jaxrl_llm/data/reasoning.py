@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrl_llm.data.sources import Row, nearest_name
+from jaxrl_llm.checks import nearest_name
+from jaxrl_llm.data.interfaces import Row
 
 # Tasks whose scorer hands the answer, here a model's text, to Python's eval (some through sympy.parse_expr).
 _EVALUATES_ANSWER = frozenset(

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 import numpy as np
 
+from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.loader import ShuffledLoader
-from jaxrl_llm.data.sources import Row, RowSource
 
 Overlong = Literal["raise", "drop"]
 EncodedT = TypeVar("EncodedT")

@@ -15,21 +15,15 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
-Row = Mapping[str, Any]
+from jaxrl_llm.checks import nearest_name
+from jaxrl_llm.data.interfaces import Row, RowSource
+from jaxrl_llm.data.reasoning import reasoning_gym_rows
 
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
-
-
-class RowSource(Protocol):
-    """Rows by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Row: ...
 
 
 def open_source(spec: str | os.PathLike[str] | RowSource) -> RowSource:
@@ -187,13 +181,6 @@ def load_hugging_face(name: str, *, config: str | None = None, split: str = "tra
     return datasets.load_dataset(name, config, split=split)
 
 
-def nearest_name(name: str, names: Sequence[str]) -> str:
-    """Returns `"; did you mean 'x'?"` for the name most like `name`, or an empty string if none is alike."""
-    by_lower = {known.lower(): known for known in names}
-    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[matches[0]]!r}?" if matches else ""
-
-
 def _open_file(path: Path) -> RowSource:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name one file of it: {_files_near(path)}")
@@ -232,8 +219,6 @@ def _rows_in_memory(rows: Any) -> RowSource:
 
 
 def _open_reasoning_gym(spec: str) -> RowSource:
-    from jaxrl_llm.data.reasoning import reasoning_gym_rows  # here, since it imports Row from this file
-
     task, options = _parse_options(spec, None)
     config = {name: _literal(value) for name, value in options.items()}
     size, seed = config.pop("size", None), config.pop("seed", 0)

@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxrl_llm.algorithms.score_models.process_reward import LabelledSteps
 from jaxrl_llm.data.formats import PromptFormat, column_of, encode_prompt
+from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
-from jaxrl_llm.data.sources import Row, RowSource
 
 
 class LabelledSolution(NamedTuple):

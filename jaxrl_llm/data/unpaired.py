@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
 from jaxrl_llm.data.formats import Prompt, PromptFormat, column_of
+from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.preferences import PreferenceFormat, content_hash, encode_completion
 from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
-from jaxrl_llm.data.sources import Row, RowSource
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 SHIFTS = 16

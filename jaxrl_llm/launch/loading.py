@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig
+from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowDataset
-from jaxrl_llm.data.sources import RowSource, open_source
+from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config
 from jaxrl_llm.models.checkpoints.pretrained import load_config, load_generation_config, load_params
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import add_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings
 from jaxrl_llm.training.episodes.scoring import RewardSum
 

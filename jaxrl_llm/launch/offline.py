@@ -20,8 +20,6 @@ from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
 
-__all__ = ["OFFLINE_PANELS", "load_rows", "make_offline_trainer", "parse_offline", "run_offline"]
-
 OfflineConfigT = TypeVar("OfflineConfigT", bound=OfflineExperiment)
 
 OFFLINE_PANELS: Panels = (

@@ -1,7 +1,4 @@
-"""Running an experiment: the command line over its configuration, set-up, training, summary.
-
-What an experiment file calls is here, whichever module it lives in.
-"""
+"""Running an on-policy experiment: the command line over its configuration, set-up, training, summary."""
 
 from __future__ import annotations
 
@@ -17,35 +14,19 @@ from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.config import Experiment
+from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
-from jaxrl_llm.data.sources import RowSource
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import start, write_config
-from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_tokenizer_of, reward_sum
+from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.summary import finish
-from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.on_policy import Trainer, TrainingResult
-
-__all__ = [
-    "Policy",
-    "finish",
-    "load_model",
-    "load_policy",
-    "load_prompts",
-    "make_trainer",
-    "parse",
-    "plain_errors",
-    "run",
-    "start",
-    "take_preset",
-    "train",
-    "write_config",
-]
 
 ConfigT = TypeVar("ConfigT", bound=Experiment)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxrl_llm.data.sources import nearest_name
+from jaxrl_llm.checks import nearest_name
 
 
 def take_preset(args: Sequence[str], names: Sequence[str]) -> tuple[str | None, list[str]]:

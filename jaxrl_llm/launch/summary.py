@@ -12,8 +12,8 @@ from jaxrl_llm.launch.loading import Policy
 from jaxrl_llm.models.checkpoints.peft import save_adapters
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.run.curves import plot_curves
 from jaxrl_llm.training.run.distributed import is_main_process

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
 LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
+Params = dict[str, Any]
+"""A tree of arrays: of a whole model, or of a part of it."""
 
 
 @dataclasses.dataclass(frozen=True)

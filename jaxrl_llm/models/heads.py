@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.losses.reward import last_token_score
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.transformer import Transformer
 
 SCORE_HEAD, LM_HEAD = "score_head", "lm_head"
 

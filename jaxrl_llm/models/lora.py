@@ -6,21 +6,31 @@ An adapter is two leaves beside the `weight` `[out, in]` of a linear layer: `lor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import ModelConfig, Params
 
 ADAPTERS = ("lora_a", "lora_b")
 """Names of an adapter's leaves."""
 
 TRUNK = ("embed", "layers", "final_norm", "lm_head")
 """Entries of a model's parameters that are the model; what lies beside them is a head."""
+
+
+class Initialized(Protocol):
+    """A model as far as fresh adapters need it, such as `Transformer`."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Says where adapters are, and of which rank."""
+        ...
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, adapters included."""
+        ...
 
 
 def has_adapters(params: Any) -> bool:
@@ -108,7 +118,7 @@ def merge_adapters(params: Params, config: ModelConfig) -> Params:
     return {name: part for name, part in params.items() if name not in ADAPTERS} | {"weight": merged}
 
 
-def add_adapters(params: Params, model: Transformer, key: jax.Array, shardings: Any = None) -> Params:
+def add_adapters(params: Params, model: Initialized, key: jax.Array, shardings: Any = None) -> Params:
     """Parameters of a base with fresh adapters beside them: the base's arrays, and the same output as without.
 
     Args:

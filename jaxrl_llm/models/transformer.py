@@ -18,12 +18,10 @@ from flax import nnx
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
 from jaxrl_llm.models.blocks import LINEAR, Attend, Block, Frame, RMSNorm
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ModelConfig, Params
 from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.sharding import constrain
-
-Params = dict[str, Any]
 
 
 def unstack(stacked: Any) -> list[Any]:

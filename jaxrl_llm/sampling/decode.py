@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend_shared, causal_mask
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rope import Rotation
-from jaxrl_llm.models.transformer import Params, Transformer, unstack
+from jaxrl_llm.models.transformer import Transformer, unstack
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, uniforms
 from jaxrl_llm.sharding import constrain
 from jaxrl_llm.types import Rollout

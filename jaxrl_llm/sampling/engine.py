@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.models.config import DType
+from jaxrl_llm.models.config import DType, Params
 from jaxrl_llm.models.lora import merge_adapters, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import constrain, gather_for_sampling, replicated, row_shards

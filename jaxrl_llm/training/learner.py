@@ -16,8 +16,9 @@ from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep, make_update_
 from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust_region_step
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.types import TrainState
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.run.checkpoint import Checkpointer

@@ -19,8 +19,8 @@ from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, mak
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import has_adapters, reference_of
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter

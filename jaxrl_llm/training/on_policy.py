@@ -21,8 +21,9 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import has_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards

@@ -13,8 +13,9 @@ import pytest
 
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.types import Rollout
 

@@ -21,9 +21,9 @@ from jaxrl_llm.algorithms.policy_gradient.presets import grpo
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
-from jaxrl_llm.models.config import LoraConfig, ModelConfig
+from jaxrl_llm.models.config import LoraConfig, ModelConfig, Params
 from jaxrl_llm.models.lora import add_adapters, merge_adapters, split_adapters, split_trainable, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig

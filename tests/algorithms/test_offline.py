@@ -16,7 +16,8 @@ from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_s
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.masking import count_true, masked_sum
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import make_mesh
 

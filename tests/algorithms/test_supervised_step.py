@@ -14,7 +14,8 @@ import pytest
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import Demonstrations, PackedDemonstrations, SupervisedObjective
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.types import Rollout
 

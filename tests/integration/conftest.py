@@ -17,8 +17,9 @@ from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, replicated

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 from experiments import grpo_arithmetic, grpo_gsm8k
 from jaxrl_llm.algorithms.star import Kept
+from jaxrl_llm.cli import run
 from jaxrl_llm.config import Experiment
-from jaxrl_llm.launch.on_policy import run
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model
 from jaxrl_llm.models.transformer import Transformer

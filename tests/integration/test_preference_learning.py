@@ -22,8 +22,8 @@ from jaxrl_llm.algorithms.preference.pair_losses import DPO
 from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, kto, orpo
 from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.compilation import CompilationCounter
 
 pytestmark = pytest.mark.whole_run

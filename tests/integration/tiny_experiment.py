@@ -21,9 +21,9 @@ import numpy as np
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.on_policy import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Transformer

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm import cli
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.launch import on_policy as cli
 from jaxrl_llm.models.checkpoints.peft import save_adapters
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.lora import merge_adapters, without_adapters

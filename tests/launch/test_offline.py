@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from jaxrl_llm import cli
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.config import ModelSource, OfflineDataConfig, OfflineExperiment, flatten
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.launch import offline as offline_cli
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 from jaxrl_llm.training.run.metrics import read_metrics
@@ -47,25 +47,25 @@ def config(checkpoint: Path) -> OfflineExperiment:
 def test_flags_change_what_they_name(config: OfflineExperiment) -> None:
     args = "--objective.kind=dft --data.format.train-on=assistant_only --data.format.prompt.system=s --mesh.fsdp=-1"
     args += " --training.rows-per-step=4 --update.reference=ahead --evaluation.best-mode=max --optimizer.b1=0.5"
-    parsed = offline_cli.parse_offline(config, args.split())
+    parsed = cli.parse_offline(config, args.split())
     assert parsed.objective == SupervisedObjective(kind="dft")
     form = parsed.data.format
     assert isinstance(form, DemonstrationFormat)
     assert (form.train_on, form.prompt.system, form.completion_column) == ("assistant_only", "s", "answer")
     assert (parsed.training.rows_per_step, parsed.update.reference, parsed.mesh.fsdp) == (4, "ahead", -1)
-    assert offline_cli.parse_offline(config, []) == config
+    assert cli.parse_offline(config, []) == config
 
 
 def test_an_unknown_flag_ends_at_once(config: OfflineExperiment, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        offline_cli.run_offline(config, ["--objective.knd=dft"])
+        cli.run_offline(config, ["--objective.knd=dft"])
     assert ended.value.code == 2
     assert "Unrecognized options: --objective.knd=dft" in capsys.readouterr().err
 
 
 def test_a_run_leaves_a_model_that_can_be_loaded(config: OfflineExperiment, capsys: pytest.CaptureFixture[str]) -> None:
     prepared: list[Any] = []
-    result = offline_cli.run_offline(
+    result = cli.run_offline(
         config, ["--run-dir=mine"], prepare=lambda policy: prepared.append(policy) or policy, next_steps=("rest",)
     )
     assert result.step == 2 and len(prepared) == 1
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_one_line(
     config: OfflineExperiment, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        offline_cli.run_offline(config, flags)
+        cli.run_offline(config, flags)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 import pytest
 from safetensors import SafetensorError
 
+from jaxrl_llm import cli
 from jaxrl_llm.algorithms.policy_gradient import presets
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
 from jaxrl_llm.algorithms.preference.objective import PreferenceObjective
@@ -23,8 +25,7 @@ from jaxrl_llm.algorithms.preference.online import OnlinePreference
 from jaxrl_llm.algorithms.preference.pair_losses import DPO
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.launch import folder, loading, summary
-from jaxrl_llm.launch import on_policy as cli
+from jaxrl_llm.launch import folder, loading, on_policy, summary
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
@@ -210,7 +211,7 @@ def test_a_full_disk_and_ctrl_c_end_with_one_line(
     result = TrainingResult(params={}, step=1, first_evaluation={}, last_evaluation={}, stopped=None)
     parts = {
         (folder, "find_run"): lambda: cli.start(config),
-        (cli, "make_mesh"): lambda: cli.run(config, []),
+        (on_policy, "make_mesh"): lambda: cli.run(config, []),
         (summary, "save_pretrained"): lambda: cli.finish(config, cli.Policy(model, {}, None, ()), result, seconds=1.0),
     }
 
@@ -389,7 +390,8 @@ def test_a_reward_that_fails_ends_with_one_line(config: Experiment, capsys: pyte
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: the reward function 'right' raised LookupError on 16 samples: no such key \(.*test_on_policy.py:\d+\)\n",
+        r"error: the reward function 'right' raised LookupError on 16 samples: no such key "
+        r"\(.*test_on_policy.py:\d+\)\n",
         error,
     )
 
@@ -397,7 +399,7 @@ def test_a_reward_that_fails_ends_with_one_line(config: Experiment, capsys: pyte
 def test_weights_and_biases_that_is_not_installed(
     config: Experiment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cli.sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit):
         cli.run(config, [f"--data.train={write('train.jsonl', ROW)}", "--wandb.project=p"])
     assert "error: Weights & Biases is not installed: pip install 'jaxrl-llm[wandb]'" in capsys.readouterr().err

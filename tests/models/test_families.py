@@ -127,7 +127,7 @@ def test_family_of_export(case, expected, golden_config):
 
 
 def test_transformers_reads_the_exported_config_as_the_original(golden_config, golden_module):
-    from jaxrl_llm.models.checkpoints.tokenizers import import_transformers
+    from jaxrl_llm.models.checkpoints.locate import import_transformers
 
     auto = import_transformers().AutoConfig
     for case, (model_type, _) in golden_module.CASES.items():

@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.state import abstract_train_state
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 
 PROMPTS, GROUP, PROMPT_WIDTH, WIDTH = 3, 2, 5, 6

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig
+from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig, Params
 from jaxrl_llm.models.lora import (
     add_adapters,
     has_adapters,
@@ -22,7 +22,7 @@ from jaxrl_llm.models.lora import (
     split_trainable,
     without_adapters,
 )
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 
 LORA = LoraConfig(rank=3, alpha=6.0)

@@ -12,9 +12,9 @@ import pytest
 
 from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config, save_adapters
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_config, load_params, save_pretrained
-from jaxrl_llm.models.config import LoraConfig
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.lora import add_adapters, merge_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
 with warnings.catch_warnings():

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.config import RopeConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params, RopeConfig
+from jaxrl_llm.models.transformer import Transformer
 
 ARCHITECTURES = {
     "tied": {},

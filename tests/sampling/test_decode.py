@@ -13,8 +13,8 @@ import pytest
 from jax import Array
 
 from jaxrl_llm.logprobs import TokenScores, token_scores
-from jaxrl_llm.models.config import RopeConfig
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params, RopeConfig
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 
 TOO_WIDE_TO_TURN = 8200

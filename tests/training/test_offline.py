@@ -18,11 +18,11 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.demonstrations import DemonstrationDataset
-from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.losses.aggregate import aggregate, aggregation_normalizer
 from jaxrl_llm.masking import fill_masked
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
@@ -183,7 +183,7 @@ def test_packed_rows_have_the_loss_of_unpacked_ones(make, model_and_params) -> N
     once = {"training": {"steps": 1, "checkpoint_every": 0}, "evaluation": {"every": 1, "batch_size": None}}
     plain, packed = (
         make("plain", eval_dataset=sums(TRAIN), **once),
-        make("packed", dataset=PackedDataset(sums(TRAIN), 15), eval_dataset=PackedDataset(sums(TRAIN), 15), **once),
+        make("packed", dataset=sums(TRAIN).packed(15), eval_dataset=sums(TRAIN).packed(15), **once),
     )
     assert len(packed.dataset) < 20
     plain.run()

@@ -18,7 +18,7 @@ from jaxrl_llm.algorithms.policy_gradient import presets
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
 from jaxrl_llm.algorithms.score_models.process_reward import make_process_reward, make_step_scores
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
-from jaxrl_llm.launch.on_policy import finish, make_trainer
+from jaxrl_llm.cli import finish, make_trainer
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.sampling.logits import SamplingConfig

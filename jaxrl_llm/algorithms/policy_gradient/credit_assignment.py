@@ -17,8 +17,8 @@ from jaxrl_llm.algorithms.policy_gradient.rollouts import read_rollout, sampling
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import reference_of
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import Rollout, TrainState

@@ -9,9 +9,9 @@ import jax
 import optax
 
 from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import split_trainable
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.types import CriticState
 
 

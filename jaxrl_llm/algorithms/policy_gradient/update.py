@@ -25,7 +25,8 @@ from jaxrl_llm.algorithms.policy_gradient.rollouts import sampling_gap
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.losses import aggregation_normalizer
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.types import CriticState, Rollout, TrainState
 

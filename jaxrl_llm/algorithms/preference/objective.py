@@ -14,7 +14,8 @@ from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.losses.sequence_logprobs import sequence_logprobs, wpo_weights
 from jaxrl_llm.losses.supervised import sft_loss
 from jaxrl_llm.masking import count_true
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Metrics
 
 

@@ -23,8 +23,9 @@ from jaxrl_llm.algorithms.preference.scored_pairs import PairCounts
 from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.checks import check_fields, not_negative
 from jaxrl_llm.losses.online import label_pairs
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import reference_of
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import Rollout, TrainState

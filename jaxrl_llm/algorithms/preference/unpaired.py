@@ -14,7 +14,8 @@ from jaxrl_llm.losses.bco import RewardShift, ShiftAverage, bco_loss
 from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs
 from jaxrl_llm.masking import count_true
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean, Metrics
 
 KTOBaseline = Literal["mismatched", "other_side"]

@@ -20,8 +20,8 @@ from jaxrl_llm.algorithms.score_models.reward_model import in_pieces
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
 from jaxrl_llm.losses.process_reward import NeutralSteps, prm_loss, step_labels, step_probability
 from jaxrl_llm.masking import segment_last
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics
 
 

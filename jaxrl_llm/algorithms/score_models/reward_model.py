@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
 from jaxrl_llm.losses.reward import bradley_terry_loss, normalize_scores, ranking_loss
 from jaxrl_llm.masking import count_true
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params
 from jaxrl_llm.records import Metrics, Moments
 
 

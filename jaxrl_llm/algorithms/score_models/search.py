@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxrl_llm.advantages.selection import select_beams
 from jaxrl_llm.masking import length_mask
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from jaxrl_llm.models.transformer import Params
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.sampling.engine import Sampler
 
 StepLabelKind = Literal["soft", "hard"]

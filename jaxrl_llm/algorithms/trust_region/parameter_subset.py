@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import split_trainable
-from jaxrl_llm.models.transformer import Params
 
 Trainable = Literal["all", "last_layers"]
 """What training changes (all parameters; of a model with adapters, these and its heads); or of that the last layers,

@@ -21,7 +21,8 @@ from jaxrl_llm.algorithms.trust_region.fisher import (
 from jaxrl_llm.logprobs import scores_from_logits
 from jaxrl_llm.losses.kl import kl_exact
 from jaxrl_llm.masking import as_float
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import row_shards
 
 FisherKind = Literal["gauss_newton", "hessian", "sampled"]

@@ -28,7 +28,8 @@ from jaxrl_llm.algorithms.trust_region.parameter_subset import ParameterSubset, 
 from jaxrl_llm.algorithms.trust_region.policy_divergence import DivergenceRows, FisherKind, PolicyDivergence
 from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
 from jaxrl_llm.masking import safe_divide
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean
 from jaxrl_llm.types import Rollout, TrainState
 

@@ -43,7 +43,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         ValueError: a kind of tokenizer, or a split of text before merging, that is not known.
     """
     # Imported late: transformers takes a second, and models load without it.
-    from jaxrl_llm.models.checkpoints.tokenizers import import_transformers
+    from jaxrl_llm.models.checkpoints.locate import import_transformers
 
     reader = open_gguf(path)
     kind, pre = _field(reader, "ggml.model"), _field(reader, "ggml.pre")

@@ -1,13 +1,38 @@
-"""From what a user calls a checkpoint (folder, `.gguf` file or hub id) to a local path."""
+"""From what a user calls a checkpoint (folder, `.gguf` file, hub id) to a local path; `transformers`, imported."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+
+
+def import_transformers() -> ModuleType:
+    """`transformers`, imported without its notice that PyTorch is missing: nothing here needs PyTorch."""
+    with _quiet() if "transformers" not in sys.modules else contextlib.nullcontext():
+        import transformers
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
 
 
 def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str | None = None) -> Path:

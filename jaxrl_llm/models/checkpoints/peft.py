@@ -21,10 +21,10 @@ from jaxrl_llm.models.checkpoints.hf import (
 )
 from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem
 from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaf
-from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig
+from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig, Params
 from jaxrl_llm.models.families import Family, family_for
 from jaxrl_llm.models.lora import ADAPTERS, has_adapters, join, split_adapters, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -26,10 +26,10 @@ from jaxrl_llm.models.checkpoints.hf import (
 from jaxrl_llm.models.checkpoints.locate import locate
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 from jaxrl_llm.models.checkpoints.weights import load_weights
-from jaxrl_llm.models.config import DType, ModelConfig, Remat
+from jaxrl_llm.models.config import DType, ModelConfig, Params, Remat
 from jaxrl_llm.models.families import Family, family_for, family_of
 from jaxrl_llm.models.lora import has_adapters, merge_adapters, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

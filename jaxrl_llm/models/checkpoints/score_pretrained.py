@@ -24,11 +24,11 @@ from jaxrl_llm.models.checkpoints.hf import (
 from jaxrl_llm.models.checkpoints.locate import locate
 from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem
 from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaf
-from jaxrl_llm.models.config import DType, Remat
+from jaxrl_llm.models.config import DType, Params, Remat
 from jaxrl_llm.models.families import family_for, family_of
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import merge_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Moments
 
 STATISTICS = "score_statistics.json"

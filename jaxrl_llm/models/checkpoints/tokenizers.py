@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from jaxrl_llm.models.checkpoints.locate import locate
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from jaxrl_llm.models.checkpoints.locate import import_transformers, locate
 
 
 class Tokenizer(Protocol):
@@ -39,27 +34,6 @@ class Tokenizer(Protocol):
     def save_pretrained(self, folder: str) -> Any:
         """Writes the tokenizer's files."""
         ...
-
-
-def import_transformers() -> ModuleType:
-    """`transformers`, imported without its notice that PyTorch is missing: nothing here needs PyTorch."""
-    with _quiet() if "transformers" not in sys.modules else contextlib.nullcontext():
-        import transformers
-    return transformers
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 
 Index = tuple[slice, ...]
 

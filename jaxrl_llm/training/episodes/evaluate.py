@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxrl_llm.data.loader import eval_batches
 from jaxrl_llm.data.prompts import PromptDataset
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import row_shards

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.data.sources import nearest_name
+from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.rewards import RewardFunction, completion_text
 
 # What every reward function is given beside the columns of the data set.

@@ -25,7 +25,8 @@ from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards

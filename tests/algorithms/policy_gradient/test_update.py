@@ -23,7 +23,8 @@ from jaxrl_llm.algorithms.policy_gradient.presets import dapo, dr_grpo, grpo
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.logprobs import token_scores
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated, state_shardings

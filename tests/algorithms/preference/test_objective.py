@@ -19,7 +19,8 @@ from jaxrl_llm.algorithms.preference.presets import PAIRED
 from jaxrl_llm.algorithms.preference.scored_pairs import PairCounts, PairLoss, ReferenceFreeLoss, ScoredPairs
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses import aot_loss, cpo_loss, dpo_loss, ipo_loss, orpo_loss
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 

@@ -15,9 +15,9 @@ from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step, sampled_pairs
 from jaxrl_llm.algorithms.state import make_train_state, step_key
-from jaxrl_llm.models.config import LoraConfig
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.lora import split_trainable, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.types import Rollout
 

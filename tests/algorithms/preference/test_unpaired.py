@@ -17,7 +17,8 @@ from jaxrl_llm.algorithms.preference.presets import UNPAIRED, bco, kto
 from jaxrl_llm.algorithms.preference.unpaired import BCOObjective, KTOObjective, UnpairedBatch
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses import kto_kl, kto_loss
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 

@@ -20,8 +20,9 @@ from jaxrl_llm.algorithms.score_models.process_reward import (
 )
 from jaxrl_llm.algorithms.score_models.search import Prefixes
 from jaxrl_llm.losses.process_reward import prm_loss
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 

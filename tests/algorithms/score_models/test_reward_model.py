@@ -18,8 +18,9 @@ from jaxrl_llm.algorithms.score_models.reward_model import (
     make_score_statistics,
 )
 from jaxrl_llm.losses.reward import bradley_terry_loss, ranking_loss
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 

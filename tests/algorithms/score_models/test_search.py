@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.score_models.search import Beams, BeamSearch, BeamSearchConfig, Prefixes
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh

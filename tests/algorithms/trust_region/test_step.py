@@ -21,7 +21,8 @@ from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.trust_region.natural_gradient import trpo_step
 from jaxrl_llm.algorithms.trust_region.parameter_subset import ParameterSubset
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust_region_step
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings, replicated

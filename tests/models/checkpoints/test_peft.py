@@ -21,9 +21,9 @@ from jaxrl_llm.models.checkpoints.peft import (
     save_adapters,
 )
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_params, save_pretrained
-from jaxrl_llm.models.config import LoraConfig
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.lora import add_adapters, merge_adapters, split_adapters, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("query", "value", "down"))

@@ -12,8 +12,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from jaxrl_llm.models.checkpoints.locate import import_transformers
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_generation_config, save_pretrained
-from jaxrl_llm.models.checkpoints.tokenizers import import_transformers, load_tokenizer, stop_token_ids
+from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{{ '<|im_end|>\n' }}"

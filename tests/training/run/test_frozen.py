@@ -16,9 +16,9 @@ import pytest
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.state import make_train_state
-from jaxrl_llm.models.config import LoraConfig
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.lora import add_adapters, without_adapters
-from jaxrl_llm.models.transformer import Params, Transformer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.on_policy import Trainer

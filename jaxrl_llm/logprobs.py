@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.masking import fill_unusable
+
 CHUNK_LOGITS = 2**21
 """Logits in one chunk when `chunk_size` is not given: 8 MiB in float32, about what a cache holds."""
 
@@ -44,7 +46,9 @@ def scores_from_logits(logits: jax.Array, tokens: jax.Array, *, temperature: flo
         log p(x) = z_x / τ − log Σᵥ exp(zᵥ / τ)
         H = log Σᵥ exp(zᵥ / τ) − Σᵥ pᵥ zᵥ / τ
 
-    τ is the temperature. Unlike `token_scores`, it needs the logits of all tokens at once.
+    τ is the temperature. A token whose logits hold a NaN, +∞ or nothing but −∞ has scores of NaN and passes no gradient
+    on: a loss that masks it is as if it were not there. Unlike `token_scores`, it needs the logits of all tokens at
+    once.
 
     Args:
         logits: `[..., T, V]`; entry t scores `tokens[..., t]` (already aligned). −∞ marks an impossible token.
@@ -56,12 +60,14 @@ def scores_from_logits(logits: jax.Array, tokens: jax.Array, *, temperature: flo
     """
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(f"logits {logits.shape} must have the shape of tokens {tokens.shape} plus a vocabulary axis")
-    scaled = logits.astype(jnp.float32) / temperature
+    logits, usable = fill_unusable(logits.astype(jnp.float32))
+    scaled = logits / temperature
     normalizer = jax.nn.logsumexp(scaled, axis=-1)
     chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1)[..., 0]
     probabilities = jnp.exp(scaled - normalizer[..., None])
     mean = jnp.sum(probabilities * jnp.where(jnp.isneginf(scaled), 0.0, scaled), axis=-1)
-    return TokenScores(chosen - normalizer, normalizer - mean)
+    scores = TokenScores(chosen - normalizer, normalizer - mean)
+    return jax.tree.map(lambda score: jnp.where(usable, score, jnp.nan), scores)
 
 
 def token_scores(
@@ -77,8 +83,9 @@ def token_scores(
 
         scores_from_logits(z)        z = head · hidden,  or  logit_softcap · tanh(head · hidden / logit_softcap)
 
-    Differentiable in `hidden` and `head` through both outputs. Products are taken in the type of `hidden`, the rest
-    in float32. Unlike `scores_from_logits`, it never holds the logits of many tokens over the whole vocabulary.
+    Differentiable in `hidden` and `head` through both outputs; a token that a loss masks has no part in a gradient,
+    whatever its state holds. Products are taken in the type of `hidden`, the rest in float32. Unlike
+    `scores_from_logits`, it never holds the logits of many tokens over the whole vocabulary.
 
     Args:
         hidden: `[..., T, D]`; state t predicts `tokens[..., t]`.
@@ -244,6 +251,9 @@ def _forward(
 def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenScores) -> tuple:
     hidden, head, tokens, normalizer, entropy, kept = saved
     to_logprob, to_entropy = (x[..., None] for x in cotangent)
+    # What no loss reads may be NaN, and 0 times it would be.
+    is_read = (to_logprob != 0) | (to_entropy != 0)
+    states = jnp.where(is_read, hidden, 0)
     bits = slices.bits(head)
 
     def pull(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, jax.Array]) -> tuple:
@@ -253,12 +263,12 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         slope = to_logprob + to_entropy * (logprobs + entropy[..., None])
         is_token = slices.entries(index) == tokens[..., None]
         gradient = jnp.where(is_token, to_logprob, 0.0) - jnp.exp(logprobs) * slope
-        gradient = (gradient * slices.slope(logits)).astype(hidden.dtype)
+        gradient = jnp.where(is_read, gradient * slices.slope(logits), 0.0).astype(hidden.dtype)
         weight = slices.cut(bits, index).astype(hidden.dtype)
         if not slices.even:  # what overlaps counts once; below, it is written twice, the same
             weight = jnp.where(slices.fresh(index)[:, None], weight, 0)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
-        return (to_hidden, slices.paste(to_head, _outer_product(hidden, gradient).T, index)), None
+        return (to_hidden, slices.paste(to_head, _outer_product(states, gradient).T, index)), None
 
     def recompute_and_pull(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple:
         return pull(carry, (index, slices.logits(hidden, slices.cut(bits, index))))

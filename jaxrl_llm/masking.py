@@ -98,6 +98,18 @@ def fill_masked(x: ArrayLike, mask: ArrayLike, value: float = 0.0) -> Array:
     return jnp.where(check_mask(mask, x=x), as_float(x), value)
 
 
+def fill_unusable(logits: Array) -> tuple[Array, Array]:
+    """Logits `[..., V]` with zeros in the rows that are no distribution, and a mask `[...]` of the others.
+
+    A row with a NaN or +∞, or of nothing but −∞, has no softmax. (Hidden states `[..., D]` likewise.) What is computed
+    of its zeros is to be replaced by NaN: then the loss shows it, unless it masks it, and no gradient flows through it.
+    A `where` on the output alone would give 0 times the derivative at a NaN, which is NaN, also where the loss masks
+    it.
+    """
+    usable = jnp.isfinite(jnp.max(logits, axis=-1))  # NaN where there is one
+    return jnp.where(usable[..., None], logits, 0.0), usable
+
+
 def safe_divide(total: ArrayLike, count: ArrayLike) -> Array:
     """The quotient total / count, and 0 (value and gradient) where count is 0."""
     nonzero = jnp.asarray(count) != 0

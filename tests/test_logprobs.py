@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_llm import logprobs
 from jaxrl_llm.logprobs import TokenScores, scores_from_logits, token_scores
+from jaxrl_llm.masking import fill_masked
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 
@@ -411,3 +413,34 @@ def test_misuse_raises(shapes, settings, message):
 def test_unaligned_logits_raise():
     with pytest.raises(ValueError, match=r"logits \(2, 3, 7\)"):
         scores_from_logits(jnp.zeros((2, 3, 7)), jnp.zeros((2, 2), jnp.int32))
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
+def test_logits_and_states_of_masked_tokens_do_not_matter(junk: float) -> None:
+    """A loss that masks a token has a finite gradient, and the same one, whatever the token's logits are."""
+    case = make_case(shape=(2, 4))
+    mask = jnp.array([[True, True, False, True], [True, False, False, False]])
+
+    def loss(scores: TokenScores) -> jax.Array:
+        return jnp.sum(fill_masked(scores.logprobs, mask) * 2.0 - fill_masked(scores.entropy, mask))
+
+    def of_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logits = jnp.where(mask[..., None], hidden @ head.T, junk)
+        return loss(scores_from_logits(logits, case.tokens))
+
+    def of_states(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        hidden = jnp.where(mask[..., None], hidden, junk)
+        return loss(token_scores(hidden, head, case.tokens, chunk_size=3))
+
+    clean = jax.value_and_grad(lambda h, w: loss(scores_from_logits(h @ w.T, case.tokens)), argnums=(0, 1))
+    expected = clean(case.hidden, case.head)
+    for function in (of_logits, of_states):
+        given = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(case.hidden, case.head)
+        chex.assert_trees_all_close(given, expected, atol=5e-5)
+
+
+def test_logits_that_are_no_distribution_show_as_nan() -> None:
+    logits = jnp.array([[0.0, jnp.nan], [jnp.inf, 0.0], [-jnp.inf, -jnp.inf], [-jnp.inf, 1.0]])
+    scores = scores_from_logits(logits, jnp.ones(4, jnp.int32))
+    np.testing.assert_array_equal(scores.logprobs, [np.nan, np.nan, np.nan, 0.0])
+    np.testing.assert_array_equal(scores.entropy, [np.nan, np.nan, np.nan, 0.0])

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.kl import categorical_kl
-from jaxrl_llm.masking import as_float, check_mask, check_same_shape, fill_masked
+from jaxrl_llm.masking import as_float, check_mask, check_same_shape, fill_masked, fill_unusable
 from jaxrl_llm.records import Mean, Metrics
 
 CHUNK_LOGITS = 2**24
@@ -110,9 +110,10 @@ def generalized_jsd_from_hidden(
 
     def divergence(state: Array, teacher_state: Array) -> Array:
         narrow = wide_head.astype(head.dtype)
+        (state, usable), (teacher_state, teacher_usable) = fill_unusable(state), fill_unusable(teacher_state)
         student = jnp.einsum("...d,vd->...v", state, narrow, preferred_element_type=jnp.float32)
         teacher = jnp.einsum("...d,vd->...v", teacher_state, teacher_head, preferred_element_type=jnp.float32)
-        return _jsd_of_logits(student, teacher, beta, temperature)
+        return jnp.where(usable & teacher_usable, _jsd_of_logits(student, teacher, beta, temperature), jnp.nan)
 
     return _over_time(divergence, (hidden, teacher_hidden), head.shape[0], chunk_size)
 
@@ -207,8 +208,12 @@ def on_policy_distillation_advantages(old_logprobs: ArrayLike, teacher_logprobs:
 
 def _jsd_of_logits(student: Array, teacher: Array, beta: float, temperature: float) -> Array:
     """`generalized_jsd` of logits `[..., V]`, in one piece."""
-    student = jax.nn.log_softmax(as_float(student) / temperature)
-    teacher = jax.nn.log_softmax(as_float(teacher) / temperature)
+    (student, usable), (teacher, teacher_usable) = fill_unusable(as_float(student)), fill_unusable(as_float(teacher))
+    student, teacher = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    return jnp.where(usable & teacher_usable, _jsd_of_logprobs(student, teacher, beta), jnp.nan)
+
+
+def _jsd_of_logprobs(student: Array, teacher: Array, beta: float) -> Array:
     if beta == 0:
         return categorical_kl(teacher, student)
     if beta == 1:

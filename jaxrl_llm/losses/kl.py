@@ -35,7 +35,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.losses.ratio import clamp_log_ratio, importance_ratio
-from jaxrl_llm.masking import as_float, check_same_shape
+from jaxrl_llm.masking import as_float, check_choice, check_same_shape, fill_unusable
 
 KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "k3-ratio"]
 KLDirection = Literal["reverse", "forward"]
@@ -156,7 +156,8 @@ def kl_exact(logits: ArrayLike, ref_logits: ArrayLike, *, direction: KLDirection
 
     Value and gradient have no sampling noise, at the price of logits `[..., T, V]` in memory. The forward
     direction with the old policy as the reference is the constraint of TRPO. Unlike `kl_penalty`, it does not
-    depend on the token that was sampled. An entry with probability 0 under both policies adds nothing.
+    depend on the token that was sampled. An entry with probability 0 under both policies adds nothing; logits that are
+    no distribution (NaN) give NaN and no gradient.
 
     Args:
         logits: Logits (or log-probabilities) under the policy, `[..., V]`, temperature applied.
@@ -172,14 +173,11 @@ def kl_exact(logits: ArrayLike, ref_logits: ArrayLike, *, direction: KLDirection
     Source: Kullback & Leibler 1951; J. Schulman, "Approximating KL divergence" (2020).
     """
     check_same_shape(logits=logits, ref_logits=ref_logits)
-    policy = jax.nn.log_softmax(as_float(logits))
-    reference = jax.lax.stop_gradient(jax.nn.log_softmax(as_float(ref_logits)))
-    match direction:
-        case "reverse":
-            return categorical_kl(policy, reference)
-        case "forward":
-            return categorical_kl(reference, policy)
-    raise ValueError(f"unknown direction {direction!r}: choose one of {', '.join(get_args(KLDirection))}")
+    check_choice("direction", direction, KLDirection)
+    (logits, usable), (ref_logits, ref_usable) = fill_unusable(as_float(logits)), fill_unusable(as_float(ref_logits))
+    policy, reference = jax.nn.log_softmax(logits), jax.lax.stop_gradient(jax.nn.log_softmax(ref_logits))
+    kl = categorical_kl(policy, reference) if direction == "reverse" else categorical_kl(reference, policy)
+    return jnp.where(usable & ref_usable, kl, jnp.nan)
 
 
 def categorical_kl(logprobs: Array, other_logprobs: Array) -> Array:

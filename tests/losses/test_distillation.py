@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,3 +269,28 @@ def test_errors(rows):
     hidden = jnp.zeros((2, 3, 4))
     with pytest.raises(ValueError, match=r"hidden \(2, 3, 4\), head \(7, 4\), .* do not fit"):
         generalized_jsd_from_hidden(hidden, jnp.zeros((7, 4)), hidden, jnp.zeros((6, 4)))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("of", ["logits", "states"])
+def test_what_is_no_distribution_is_nan_and_passes_no_gradient_on(beta, of):
+    rng = np.random.default_rng(0)
+    student, teacher, head = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((4, 3), (4, 3), (5, 3)))
+    broken = student.at[1, 0].set(jnp.nan), teacher.at[2, 1].set(jnp.inf)
+    fine = jnp.array([True, False, False, True])
+
+    def divergence(student, head, teacher):
+        if of == "logits":
+            return generalized_jsd(student @ head.T, teacher @ head.T, beta=beta)
+        return generalized_jsd_from_hidden(student, head, teacher, head, beta=beta)
+
+    def loss(student, head, teacher, mask):
+        return jnp.sum(jnp.where(mask, divergence(student, head, teacher), 0.0))
+
+    values = divergence(broken[0], head, broken[1])
+    assert np.isfinite(values[fine]).all() and np.isnan(values[~fine]).all()
+    given = jax.grad(loss, argnums=(0, 1) if of == "states" else 0)(broken[0], head, broken[1], fine)
+    clean = jax.grad(loss, argnums=(0, 1) if of == "states" else 0)(student, head, teacher, fine)
+    if of == "logits":  # the product that makes the logits is not ours
+        given, clean = given[fine], clean[fine]
+    chex.assert_trees_all_close(given, clean, atol=1e-6)

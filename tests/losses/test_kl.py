@@ -268,3 +268,14 @@ def test_errors():
         kl_penalty(0.0, 0.0, estimator="k3", clip=-1)
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(3,\), but logprobs has shape \(2,\)"):
         kl_k3_ratio_weighted(jnp.zeros(2), jnp.zeros(3), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_logits_that_are_no_distribution_are_nan_and_pass_no_gradient_on(direction):
+    logits = jnp.array([[0.3, -1.0], [jnp.nan, 0.0], [0.5, 0.0]])
+    reference = jnp.array([[0.0, 0.5], [0.0, 1.0], [0.0, jnp.inf]])
+    fine = jnp.array([True, False, False])
+    values = kl_exact(logits, reference, direction=direction)
+    np.testing.assert_array_equal(np.isnan(values), ~fine)
+    gradient = jax.grad(lambda z: jnp.sum(jnp.where(fine, kl_exact(z, reference, direction=direction), 0.0)))(logits)
+    assert np.abs(gradient[0]).min() > 0.01 and not gradient[1:].any()

@@ -33,7 +33,7 @@ from preference_arithmetic import CONFIG as ARITHMETIC
 from preference_arithmetic import HeldOut, PreferenceArithmetic, Row, configured, problems, warm_start
 
 from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
-from jaxrl_llm.cli import Policy, parse_offline, plain_errors, train
+from jaxrl_llm.cli import Policy, parse_offline, plain_errors, run_setup, train
 from jaxrl_llm.config import OfflineDataConfig
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.rows import RowDataset
@@ -153,24 +153,24 @@ def make_trainer(config: Comparison, bench: Bench, name: str, seed: int) -> Comp
     train_set, eval_set = bench.singles if single else bench.pairs
     if single:  # as many completions a step
         training = dataclasses.replace(training, rows_per_step=2 * training.rows_per_step)
-    objective = objective_of(name)
+    own = dataclasses.replace(
+        config,
+        objective=objective_of(name),
+        seed=seed,
+        name=f"{name}-{seed}",
+        run_dir=str(run_folder(config, name, seed)),
+    )
     trainer = ComparedTrainer(
         model=bench.policy.model,
         params=bench.policy.params,
-        objective=objective,
+        objective=own.objective,
         dataset=train_set,
         eval_dataset=eval_set,
-        run_dir=run_folder(config, name, seed),
-        mesh=bench.mesh,
+        setup=run_setup(own, bench.mesh),
         training=training,
         update=config.update,
         optimizer=config.optimizer,
         evaluation=config.evaluation,
-        seed=seed,
-        resume=config.resume,
-        description=dataclasses.replace(config, objective=objective, seed=seed).settings(),
-        title=f"{name}-{seed}",
-        wandb=config.wandb if config.wandb.project else None,
     )
     trainer.held_out = bench.held_out
     return trainer
@@ -182,7 +182,7 @@ def run_one(config: Comparison, bench: Bench, name: str, seed: int) -> Result:
     with plain_errors():
         trainer = make_trainer(config, bench, name, seed)
     done = train(trainer)
-    lines = [line for line in read_metrics(trainer.run_dir / METRICS_FILE) if "loss" in line]
+    lines = [line for line in read_metrics(trainer.setup.folder / METRICS_FILE) if "loss" in line]
     first, last = ({key[5:]: value for key, value in e.items()} for e in (done.first_evaluation, done.last_evaluation))
     return {
         "preset": name,

@@ -200,7 +200,7 @@ def main(args: list[str] | None = None) -> TrainingResult:
         train_rows, eval_rows = problems(config)
         trainer = make_trainer(config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows)
         if trainer.saved is None:
-            folder = trainer.run_dir / WARM_START
+            folder = trainer.setup.folder / WARM_START
             save_pretrained(folder, policy.model, policy.params, tokenizer=policy.tokenizer, overwrite=True)
     result = train(trainer)
     next_steps = (

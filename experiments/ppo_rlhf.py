@@ -181,7 +181,7 @@ def main(args: list[str] | None = None) -> TrainingResult:
             critic_params=judge_params,
         )
         if trainer.saved is None:
-            folder = trainer.run_dir / WARM_START
+            folder = trainer.setup.folder / WARM_START
             save_pretrained(folder, policy.model, policy.params, tokenizer=policy.tokenizer, overwrite=True)
     result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began, panels=PANELS)

@@ -31,8 +31,8 @@ from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.cli import Policy, finish, parse, plain_errors, start, write_config
-from jaxrl_llm.config import DataConfig, Experiment
+from jaxrl_llm.cli import Policy, finish, make_star_trainer, parse, plain_errors, start, train
+from jaxrl_llm.config import DataConfig, StarExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationDataset
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
@@ -43,9 +43,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
-from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
-from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.star.trainer import StarConfig, StarTrainer
@@ -73,8 +71,8 @@ def right_answer(completions: list[str], answer: list[str], **columns: Any) -> l
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StarExperiment(Experiment):
-    """An `Experiment` of a model that writes its own training data."""
+class StarArithmetic(StarExperiment):
+    """A `StarExperiment` of a model that writes its own training data."""
 
     problems: int = 1500
     """Sums to learn from."""
@@ -82,8 +80,6 @@ class StarExperiment(Experiment):
     """Sums kept for evaluation."""
     warm_start: WarmStart = WarmStart(demonstrations=400, steps=200, batch_size=64, learning_rate=2e-3)
     """What the base model is shown."""
-    star: StarConfig = StarConfig()
-    """The iterations."""
 
     def __post_init__(self) -> None:
         """Rejects more sums than there are."""
@@ -95,7 +91,7 @@ class StarExperiment(Experiment):
             )
 
 
-CONFIG = StarExperiment(
+CONFIG = StarArithmetic(
     name="star_arithmetic",
     rewards=(right_answer,),
     data=DataConfig(max_prompt_length=12),
@@ -106,7 +102,7 @@ CONFIG = StarExperiment(
 )
 
 
-def sums(config: StarExperiment) -> tuple[list[Row], list[Row], list[Row]]:
+def sums(config: StarArithmetic) -> tuple[list[Row], list[Row], list[Row]]:
     """Random sums of two digits each: those that are shown, those to learn from, and those held out."""
     numbers = [(a, b) for a in range(100) for b in range(100)]
     random.Random(config.seed).shuffle(numbers)
@@ -120,7 +116,7 @@ def sums(config: StarExperiment) -> tuple[list[Row], list[Row], list[Row]]:
     return rows[:shown], rows[shown:learned], rows[learned:]
 
 
-def base_model(config: StarExperiment, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
+def base_model(config: StarArithmetic, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh) -> Policy:
     """A new model after a few demonstrations, half of them with hints; read again by a run that goes on."""
     model = character_model(tokenizer)
     folder, shardings = Path(config.run_dir or "") / WARM_START, None
@@ -134,7 +130,7 @@ def base_model(config: StarExperiment, tokenizer: CharTokenizer, mesh: jax.shard
 
 
 def fine_tune(
-    config: StarExperiment, model: Transformer, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh, shardings: Any
+    config: StarArithmetic, model: Transformer, tokenizer: CharTokenizer, mesh: jax.sharding.Mesh, shardings: Any
 ) -> Params:
     """Parameters after supervised steps on solved sums."""
     settings = config.warm_start
@@ -163,7 +159,7 @@ def fine_tune(
     return state.params
 
 
-def make_star(config: StarExperiment, policy: Policy, mesh: jax.sharding.Mesh) -> StarTrainer:
+def make_star(config: StarArithmetic, policy: Policy, mesh: jax.sharding.Mesh) -> StarTrainer:
     """The loop on these sums."""
     _, learned, held_out = sums(config)
 
@@ -173,29 +169,14 @@ def make_star(config: StarExperiment, policy: Policy, mesh: jax.sharding.Mesh) -
             rows, policy.tokenizer, max_prompt_length=config.data.max_prompt_length, prompt_format=given
         )
 
-    trainer = StarTrainer(
-        model=policy.model,
-        params=policy.params,
-        tokenizer=policy.tokenizer,
-        stop_tokens=policy.stop_tokens,
+    return make_star_trainer(
+        config,
+        policy,
+        mesh,
         problems=prompts(learned, "prompt"),
         hinted=prompts(learned, "hinted") if config.star.rationalize else None,
-        eval_problems=prompts(held_out[: config.evaluation.max_prompts], "prompt"),
-        rewards=RewardSum(config.rewards, config.reward_weights),
-        run_dir=config.run_dir or f"runs/{config.name}",
-        mesh=mesh,
-        star=config.star,
-        sampling=config.sampling,
-        optimizer=config.optimizer,
-        evaluation=config.evaluation,
-        micro_batches=config.update.micro_batches,
-        seed=config.seed,
-        resume=config.resume,
-        description=config.settings(),
-        title=config.name,
+        held_out=prompts(held_out[: config.evaluation.max_prompts], "prompt"),
     )
-    write_config(config, trainer.run_dir)
-    return trainer
 
 
 def main(args: list[str] | None = None) -> TrainingResult:
@@ -206,8 +187,7 @@ def main(args: list[str] | None = None) -> TrainingResult:
         mesh = make_mesh(config.mesh)
         policy = base_model(config, CharTokenizer("0123456789+=();"), mesh)
         trainer = make_star(config, policy, mesh)
-    with plain_errors((RewardError, ValueError, OSError)):
-        result = trainer.run()
+    result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began)
     return result
 

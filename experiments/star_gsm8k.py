@@ -27,8 +27,8 @@ import time
 from collections.abc import Sequence
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.cli import Policy, finish, load_policy, parse, plain_errors, start, write_config
-from jaxrl_llm.config import DataConfig, Experiment, ModelSource
+from jaxrl_llm.cli import Policy, finish, load_policy, make_star_trainer, parse, plain_errors, start, train
+from jaxrl_llm.config import DataConfig, ModelSource, StarExperiment
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.interfaces import Row
 from jaxrl_llm.data.prompts import PromptDataset
@@ -36,11 +36,9 @@ from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
-from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import TrainingResult
-from jaxrl_llm.training.star.trainer import StarConfig, StarTrainer
+from jaxrl_llm.training.star.trainer import StarConfig
 
 SYSTEM = """\
 Solve the problem in a few short lines of arithmetic, then write the answer alone on the last line after ####. \
@@ -54,16 +52,14 @@ HINT = "{question}\n(The answer is {number}. Show the steps that lead to it.)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StarExperiment(Experiment):
-    """An `Experiment` of a model that writes its own training data."""
+class StarGsm8k(StarExperiment):
+    """A `StarExperiment` of a model that writes its own training data."""
 
     hint: str = HINT
     """What the prompt is where the answer is given; a format string over the columns and `number`."""
-    star: StarConfig = StarConfig()
-    """The iterations."""
 
 
-CONFIG = StarExperiment(
+CONFIG = StarGsm8k(
     name="star_gsm8k",
     rewards=(gsm8k_reward,),
     model=ModelSource(remat="none"),
@@ -86,7 +82,7 @@ def with_number(source: str, limit: int | None) -> list[Row]:
     return numbered
 
 
-def load_problems(config: StarExperiment, policy: Policy) -> tuple[PromptDataset, PromptDataset | None, PromptDataset]:
+def load_problems(config: StarGsm8k, policy: Policy) -> tuple[PromptDataset, PromptDataset | None, PromptDataset]:
     """Problems, the same with hints, and held-out ones."""
     data = config.data
     if data.train is None or (config.evaluation.every and data.eval is None):
@@ -110,31 +106,8 @@ def main(args: list[str] | None = None) -> TrainingResult:
         mesh = make_mesh(config.mesh)
         policy = load_policy(config, mesh)
         problems, hinted, held_out = load_problems(config, policy)
-        trainer = StarTrainer(
-            model=policy.model,
-            params=policy.params,
-            tokenizer=policy.tokenizer,
-            stop_tokens=policy.stop_tokens,
-            problems=problems,
-            hinted=hinted,
-            eval_problems=held_out,
-            rewards=RewardSum(config.rewards, config.reward_weights),
-            run_dir=config.run_dir or f"runs/{config.name}",
-            mesh=mesh,
-            star=config.star,
-            sampling=config.sampling,
-            optimizer=config.optimizer,
-            evaluation=config.evaluation,
-            micro_batches=config.update.micro_batches,
-            seed=config.seed,
-            resume=config.resume,
-            description=config.settings(),
-            title=config.name,
-            wandb=config.wandb if config.wandb.project else None,
-        )
-        write_config(config, trainer.run_dir)
-    with plain_errors((RewardError, ValueError, OSError)):
-        result = trainer.run()
+        trainer = make_star_trainer(config, policy, mesh, problems=problems, hinted=hinted, held_out=held_out)
+    result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began)
     return result
 

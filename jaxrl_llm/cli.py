@@ -1,11 +1,12 @@
 """Running an experiment: what an experiment file calls, whichever module of `launch/` it lives in."""
 
 from jaxrl_llm.launch.errors import plain_errors, train
-from jaxrl_llm.launch.folder import start, write_config
+from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_rows
 from jaxrl_llm.launch.offline import OFFLINE_PANELS, make_offline_trainer, parse_offline, run_offline
 from jaxrl_llm.launch.on_policy import make_trainer, parse, run
 from jaxrl_llm.launch.preset_flag import take_preset
+from jaxrl_llm.launch.star import make_star_trainer
 from jaxrl_llm.launch.summary import finish
 
 __all__ = [
@@ -17,12 +18,14 @@ __all__ = [
     "load_prompts",
     "load_rows",
     "make_offline_trainer",
+    "make_star_trainer",
     "make_trainer",
     "parse",
     "parse_offline",
     "plain_errors",
     "run",
     "run_offline",
+    "run_setup",
     "start",
     "take_preset",
     "train",

@@ -26,6 +26,7 @@ from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingC
 from jaxrl_llm.training.on_policy import TrainingConfig
 from jaxrl_llm.training.run.distributed import ClusterConfig
 from jaxrl_llm.training.run.metrics import WandbConfig
+from jaxrl_llm.training.star.trainer import StarConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,14 @@ class Experiment(RunConfig):
     """Epochs, minibatches, micro-batches."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """When and how to evaluate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StarExperiment(Experiment):
+    """All settings of a run of a model that writes its own training data."""
+
+    star: StarConfig = StarConfig()
+    """The iterations."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
 from jaxrl_llm.training.on_policy import Trainer
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
+from jaxrl_llm.training.run.errors import RunError
+from jaxrl_llm.training.star.trainer import StarTrainer
 
 
 @contextlib.contextmanager
@@ -36,10 +37,10 @@ def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, Impo
         raise SystemExit(1 if refused else 2) from error
 
 
-def train(trainer: Trainer | OfflineTrainer) -> TrainingResult:
-    """Trains; a reward function that fails ends the program with one line, after the steps before are saved.
+def train(trainer: Trainer | OfflineTrainer | StarTrainer) -> TrainingResult:
+    """Trains; what stops a run (a reward function that fails) ends the program with one line, the steps before saved.
 
     So does a file of the run that goes on, if it cannot be read any more.
     """
-    with plain_errors((RewardError, DamagedRunError, ImportError, OSError)):
+    with plain_errors((RunError, DamagedRunError, ImportError, OSError)):
         return trainer.run()

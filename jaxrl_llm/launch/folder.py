@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
+import jax
+
 from jaxrl_llm.config import RunConfig, flatten
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.run.distributed import ClusterConfig, from_main_process, initialize, is_main_process
 from jaxrl_llm.training.run.resume import find_run
+from jaxrl_llm.training.run.setup import RunSetup
 
 RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 
@@ -69,6 +72,19 @@ def _new_folder(name: str) -> str:
         except FileExistsError:
             folder = Path(f"{first}-{number}")
     return str(folder)
+
+
+def run_setup(config: RunConfig, mesh: jax.sharding.Mesh) -> RunSetup:
+    """What the trainer of `config` is told of the run itself."""
+    return RunSetup(
+        folder=Path(config.run_dir or f"runs/{config.name}"),
+        mesh=mesh,
+        seed=config.seed,
+        resume=config.resume,
+        settings=config.settings(),
+        title=config.name,
+        wandb=config.wandb if config.wandb.project else None,
+    )
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ from jaxrl_llm.config import OfflineExperiment
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
-from jaxrl_llm.launch.folder import start, write_config
+from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokenizer_of
 from jaxrl_llm.launch.summary import Panels, finish
 from jaxrl_llm.sharding import make_mesh
@@ -64,19 +64,13 @@ def make_offline_trainer(
         objective=config.objective,
         dataset=rows[0],
         eval_dataset=rows[1],
-        run_dir=config.run_dir or f"runs/{config.name}",
-        mesh=mesh,
+        setup=run_setup(config, mesh),
         training=config.training,
         update=config.update,
         optimizer=config.optimizer,
         evaluation=config.evaluation,
-        seed=config.seed,
-        resume=config.resume,
-        description=config.settings(),
-        title=config.name,
-        wandb=config.wandb if config.wandb.project else None,
     )
-    write_config(config, trainer.run_dir)
+    write_config(config, trainer.setup.folder)
     return trainer
 
 

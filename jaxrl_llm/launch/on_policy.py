@@ -18,7 +18,7 @@ from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
-from jaxrl_llm.launch.folder import start, write_config
+from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.summary import finish
@@ -91,20 +91,14 @@ def make_trainer(
         trust_region=trust_region,
         algorithm=config.algorithm,
         critic=config.critic,
-        run_dir=config.run_dir or f"runs/{config.name}",
-        mesh=mesh,
+        setup=run_setup(config, mesh),
         training=config.training,
         update=config.update,
         optimizer=config.optimizer,
         sampling=config.sampling,
         evaluation=config.evaluation,
-        seed=config.seed,
-        resume=config.resume,
-        description=config.settings(),
-        title=config.name,
-        wandb=config.wandb if config.wandb.project else None,
     )
-    write_config(config, trainer.run_dir)
+    write_config(config, trainer.setup.folder)
     return trainer
 
 

@@ -7,20 +7,20 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.run.checkpoint import Checkpointer
 from jaxrl_llm.training.run.distributed import any_process, is_main_process
+from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state
-from jaxrl_llm.training.run.metrics import MetricsWriter, WandbConfig
+from jaxrl_llm.training.run.metrics import MetricsWriter
 from jaxrl_llm.training.run.report import Report, SampledCompletion
 from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun
+from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.training.run.stop import GracefulStop
 from jaxrl_llm.types import TrainState
 
@@ -93,10 +93,7 @@ class Stage(Protocol):
     Each phase of `iterate` and `evaluate` ends when the device has done its work, so that its seconds are true.
     """
 
-    run_dir: Path
-    title: str
-    description: dict[str, Any]
-    wandb: WandbConfig | None
+    setup: RunSetup
     saved: SavedRun | None
     abstract_state: TrainState
     state: TrainState
@@ -139,16 +136,16 @@ def run_stage(stage: Stage) -> TrainingResult:
     """Trains to the last step, or until SIGTERM or Ctrl-C; then saves and returns.
 
     Raises:
-        RewardError: a reward function failed; the steps before are saved.
+        RunError: it cannot go on, a reward function failed for instance; the steps before are saved.
     """
-    length, start = stage.length, stage.saved.step if stage.saved else None
+    setup, length, start = stage.setup, stage.length, stage.saved.step if stage.saved else None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())  # outermost, so that it also guards the last write
         stack.enter_context(stage.compilations)
         checkpoints = None
         if length.checkpoint_every or start:
             checkpoints = Checkpointer(
-                stage.run_dir / CHECKPOINTS,
+                setup.folder / CHECKPOINTS,
                 keep=length.keep_checkpoints,
                 best_metric=length.best_metric,
                 best_mode=length.best_mode,
@@ -162,10 +159,10 @@ def run_stage(stage: Stage) -> TrainingResult:
                 stage.state = join_state(restored, frozen)
         writer = stack.enter_context(
             MetricsWriter(
-                stage.run_dir,
+                setup.folder,
                 resume_step=start,
-                wandb=stage.wandb,
-                run_config=stage.description,
+                wandb=setup.wandb,
+                run_config=setup.settings,
                 is_main_process=is_main_process(),
             )
         )
@@ -173,7 +170,7 @@ def run_stage(stage: Stage) -> TrainingResult:
             Report(
                 length.steps,
                 start_step=start or 0,
-                title=stage.title,
+                title=setup.title,
                 samples_every=length.samples_every,
                 enabled=is_main_process(),
             )
@@ -223,11 +220,11 @@ class Loop:
         """Iterates until the last step or until `stop`; then all is saved.
 
         Raises:
-            RewardError: a reward function failed; the steps before are saved.
+            RunError: it cannot go on, a reward function failed for instance; the steps before are saved.
         """
         try:
             stopped = self._iterations()
-        except RewardError:
+        except RunError:
             if self.step > 0:
                 self._save(None)
                 self._say_how_to_resume(f"Failed after step {self.step}")
@@ -309,7 +306,7 @@ class Loop:
     def _save(self, evaluation: dict[str, float] | None) -> None:
         if self.checkpoints is None:
             return
-        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.description, self._frozen)
+        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
         with self._phase("checkpoint"):
             self.writer.flush()
             self.checkpoints.save(self.step, split_state(self.stage.state)[0], run.extra(), evaluation)
@@ -319,5 +316,5 @@ class Loop:
             self.report.message(f"{what}; nothing was saved, since training.checkpoint_every is 0.")
             return
         self.checkpoints.wait()
-        folder = self.stage.run_dir
+        folder = self.stage.setup.folder
         self.report.message(f"{what} and saved. Go on with the same command and --resume --run-dir={folder}")

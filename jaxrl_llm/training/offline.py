@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -26,8 +25,7 @@ from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
-from jaxrl_llm.training.run.metrics import WandbConfig
-from jaxrl_llm.training.run.resume import find_run
+from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.types import TrainState
 
 
@@ -104,17 +102,11 @@ class OfflineTrainer:
         objective: what it is trained towards.
         dataset: rows to train on.
         eval_dataset: held-out rows, or `None`.
-        run_dir: folder of metrics and checkpoints.
-        mesh: the device mesh.
+        setup: mesh, folder, seed (of the order of rows) and name of the run.
         training, update, optimizer, evaluation: see the records.
-        seed: of the order of rows.
-        resume: go on from the latest checkpoint in `run_dir` if there is one.
-        description: flat JSON-able record of all settings that a resumed run must share.
-        title: name of the run in the report.
-        wandb: also log to Weights & Biases.
 
     Raises:
-        ValueError: settings, data, model and mesh do not fit together, or `run_dir` holds another run; names what is
+        ValueError: settings, data, model and mesh do not fit together, or the folder holds another run; names what is
             wrong, before anything is compiled.
     """
 
@@ -125,28 +117,20 @@ class OfflineTrainer:
         params: Params,
         objective: Objective,
         dataset: RowDataset,
-        run_dir: str | Path,
-        mesh: jax.sharding.Mesh,
+        setup: RunSetup,
         eval_dataset: RowDataset | None = None,
         training: OfflineTrainingConfig | None = None,
         update: OfflineUpdateConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         evaluation: OfflineEvaluationConfig | None = None,
-        seed: int = 0,
-        resume: bool = False,
-        description: dict[str, Any] | None = None,
-        title: str = "",
-        wandb: WandbConfig | None = None,
     ):
         self.config, self.evaluation = training or OfflineTrainingConfig(), evaluation or OfflineEvaluationConfig()
         self.plan, optimizer = update or OfflineUpdateConfig(), optimizer or OptimizerConfig()
-        self.model, self.objective, self.mesh = model, objective, mesh
-        self.run_dir, self.title = Path(run_dir), title
-        self.description, self.wandb = description or {}, wandb
+        self.model, self.objective, self.setup = model, objective, setup
         self.dataset, self.eval_dataset = dataset, eval_dataset if self.evaluation.every else None
 
         # All that can be wrong is found before anything is compiled.
-        self.saved = find_run(run_dir, self.description, resume=resume)
+        self.saved = setup.find()
         if self.evaluation.every and eval_dataset is None:
             raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out rows")
         self._check(dataset, "training rows")
@@ -154,18 +138,18 @@ class OfflineTrainer:
             self._check(self.eval_dataset, "held-out rows")
         rows, shape = self.config.rows_per_step, dataset.batch([0]).mask.shape
         UpdateConfig(micro_batches=self.plan.micro_batches).group_split(
-            rows, shape[1], row_shards(mesh), whole_groups=objective.whole_groups
+            rows, shape[1], row_shards(setup.mesh), whole_groups=objective.whole_groups
         )
-        self.loader = RowLoader(dataset, batch_size=rows, seed=seed)
+        self.loader = RowLoader(dataset, batch_size=rows, seed=setup.seed)
         if self.saved:
             self.loader.set_state(self.saved.data)
         self.what_a_step_is = (
             f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
-            f"{rows} rows of {shape[1]} completion(s), on {mesh.size} device(s); {self.config.steps} steps are "
+            f"{rows} rows of {shape[1]} completion(s), on {setup.mesh.size} device(s); {self.config.steps} steps are "
             f"{self.config.steps * rows / len(dataset):.3g} epochs."
         )
         self.phases = ("data", "update")
-        self._prepare(params, optimizer, seed)
+        self._prepare(params, optimizer)
         self.compilations = CompilationCounter()
 
     def _check(self, dataset: RowDataset, what: str) -> None:
@@ -194,14 +178,14 @@ class OfflineTrainer:
                 if wrong.any():
                     raise ValueError(f"{what}: item {served.items[wrong.argmax()]} {problem}")
 
-    def _prepare(self, params: Params, config: OptimizerConfig, seed: int) -> None:
+    def _prepare(self, params: Params, config: OptimizerConfig) -> None:
         """The programs, still to be compiled, and what they work on: the state, and the reference if there is one."""
         schedule = make_schedule(config, self.config.steps)
         optimizer = make_optimizer(config, schedule)
         step = make_offline_step(self.model, optimizer, self.objective, micro_batches=self.plan.micro_batches)
-        self.abstract_state = abstract_train_state(self.model, optimizer, self.mesh)
+        self.abstract_state = abstract_train_state(self.model, optimizer, self.setup.mesh)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        whole = replicated(self.mesh)
+        whole = replicated(self.setup.mesh)
         self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
         self._evaluate = jax.jit(make_offline_evaluation(self.model, self.objective), out_shardings=whole)
         self._normalizer = jax.jit(self.objective.normalizer, out_shardings=whole)
@@ -209,8 +193,8 @@ class OfflineTrainer:
         self._reference_pass = jax.jit(make_reference_pass(self.model, micro_batches=1), out_shardings=whole)
         self._tables: dict[int, np.ndarray] = {}
         self._normalizers: Any = None
-        with jax.set_mesh(self.mesh):
-            start = jax.jit(lambda p: make_train_state(p, optimizer, seed), out_shardings=placed)
+        with jax.set_mesh(self.setup.mesh):
+            start = jax.jit(lambda p: make_train_state(p, optimizer, self.setup.seed), out_shardings=placed)
             self.state: TrainState = start(params)  # a copy of them: updates overwrite it
             self.reference = None
             if self.objective.needs_reference and (self.plan.reference == "ahead" or not has_adapters(params)):
@@ -246,7 +230,7 @@ class OfflineTrainer:
         self._refer_ahead(phase)
         with phase("data"):
             rows = self._with_reference(next(self.loader), self.dataset)
-        with phase("update"), jax.set_mesh(self.mesh):
+        with phase("update"), jax.set_mesh(self.setup.mesh):
             self.state, metrics = self.update(self.state, rows, self.reference)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         tokens = int(rows.prompt_lengths.sum() + _completion_lengths(rows.mask).sum())
@@ -256,7 +240,7 @@ class OfflineTrainer:
     def evaluate(self, phase: Phase) -> Outcome:
         """The objective's metrics and loss over all held-out rows, as if they were one batch."""
         self._refer_ahead(phase)
-        with phase("evaluate"), jax.set_mesh(self.mesh):
+        with phase("evaluate"), jax.set_mesh(self.setup.mesh):
             if self._normalizers is None:
                 each = jax.device_get([self._normalizer(rows) for rows in self._held_out()])
                 self._normalizers = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *each)
@@ -277,7 +261,7 @@ class OfflineTrainer:
 
     def _batches(self, dataset: RowDataset) -> Iterator[ServedRows]:
         """All rows of a data set in batches that fill the mesh."""
-        shards = row_shards(self.mesh)
+        shards = row_shards(self.setup.mesh)
         wanted = self.evaluation.batch_size or self.config.rows_per_step // self.plan.micro_batches
         size = -(-min(wanted, len(dataset)) // shards) * shards
         return batches_in_order(dataset, batch_size=size)
@@ -288,7 +272,7 @@ class OfflineTrainer:
         """Computes the reference's log-probs of all rows and lets its parameters go, if that is still to be done."""
         if self.reference is None or self.plan.reference == "in_step":
             return
-        with phase("reference"), jax.set_mesh(self.mesh):
+        with phase("reference"), jax.set_mesh(self.setup.mesh):
             for dataset in (self.dataset, self.eval_dataset):
                 if dataset is not None:
                     parts = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,14 +29,13 @@ from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
-from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.judging import Judge, compare
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource, Learner, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
-from jaxrl_llm.training.run.metrics import WandbConfig
-from jaxrl_llm.training.run.resume import find_run
+from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.types import Rollout, TrainState
 
 
@@ -89,8 +87,7 @@ class Trainer:
         rewards: reward functions and weights; `None` where all rewards are `device_rewards`: then an iteration is one
             program.
         algorithm: the objective.
-        run_dir: folder of metrics and checkpoints.
-        mesh: the device mesh.
+        setup: mesh, folder, seed and name of the run.
         device_rewards: rewards that are JAX functions, added to the others.
         eval_rewards: reward functions of the evaluation; `None`: `rewards`.
         judge: for algorithms that read verdicts (BRPO): see `jaxrl_llm.training.episodes.judging`.
@@ -99,14 +96,9 @@ class Trainer:
         critic_params: parameters of a `ScoreModel` from which a critic of its own starts; `None`: the policy's, with a
             new head.
         training, update, optimizer, sampling, evaluation: see the records.
-        seed: of samples, order of prompts and minibatches.
-        resume: go on from the latest checkpoint in `run_dir` if there is one.
-        description: flat JSON-able record of all settings that a resumed run must share.
-        title: name of the run in the report.
-        wandb: also log to Weights & Biases.
 
     Raises:
-        ValueError: settings, data and mesh do not fit together, or `run_dir` holds another run; names what is
+        ValueError: settings, data and mesh do not fit together, or the folder holds another run; names what is
             wrong, before anything is compiled.
     """
 
@@ -120,8 +112,7 @@ class Trainer:
         dataset: PromptDataset,
         rewards: RewardSum | None,
         algorithm: Algorithm,
-        run_dir: str | Path,
-        mesh: jax.sharding.Mesh,
+        setup: RunSetup,
         eval_dataset: PromptDataset | None = None,
         device_rewards: Sequence[DeviceReward] = (),
         eval_rewards: RewardSum | None = None,
@@ -134,37 +125,39 @@ class Trainer:
         optimizer: OptimizerConfig | None = None,
         sampling: SamplingConfig | None = None,
         evaluation: EvaluationConfig | None = None,
-        seed: int = 0,
-        resume: bool = False,
-        description: dict[str, Any] | None = None,
-        title: str = "",
-        wandb: WandbConfig | None = None,
     ):
         self.config, self.evaluation = training or TrainingConfig(), evaluation or EvaluationConfig()
         plan, sampling = update or UpdateConfig(), sampling or SamplingConfig()
         prompts, group = self.config.prompts_per_step, self.config.samples_per_prompt
-        self.model, self.mesh, self.tokenizer, self.algorithm = model, mesh, tokenizer, algorithm
+        self.model, self.tokenizer, self.algorithm = model, tokenizer, algorithm
+        self.setup, mesh = setup, setup.mesh
         self.rewards, self.device_rewards, self.judge = rewards, tuple(device_rewards), judge
-        self.run_dir, self.title = Path(run_dir), title
-        self.description, self.wandb = description or {}, wandb
 
         # All that can be wrong is found before anything is compiled.
         self._check_step(plan, trust_region)
         self._check_rewards()
-        self.saved = find_run(run_dir, self.description, resume=resume)
+        self.saved = setup.find()
         if rewards is not None:
             rewards.check_columns(dataset.column_names)
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
-        self.loader = PromptLoader(dataset, batch_size=prompts, seed=seed)
+        self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
         if self.saved:
             self.loader.set_state(self.saved.data)
         self.sampler = Sampler(
             model, sampling, group=group, stop_tokens=stop_tokens, mesh=mesh, greedy=algorithm.needs_greedy
         )
         self.sampler.check_length(dataset.longest)
-        self.evaluator = None
-        if self.evaluation.every:
-            self.evaluator = self._make_evaluator(eval_dataset, eval_rewards or rewards, sampling, stop_tokens)
+        self.evaluator = make_evaluator(
+            self.evaluation,
+            model,
+            eval_dataset,
+            tokenizer,
+            eval_rewards or rewards,
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            mesh=mesh,
+            rows=prompts * group,
+        )
         learner = make_learner(
             model,
             algorithm,
@@ -181,7 +174,7 @@ class Trainer:
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
-        self._start(learner, params, critic_params, seed)
+        self._start(learner, params, critic_params)
         self._make_programs(learner)
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
@@ -221,39 +214,14 @@ class Trainer:
                 "pass rewards=, or 0"
             )
 
-    def _make_evaluator(
-        self,
-        dataset: PromptDataset | None,
-        rewards: RewardSum | None,
-        sampling: SamplingConfig,
-        stop_tokens: tuple[int, ...],
-    ) -> Evaluator:
-        if dataset is None:
-            raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out prompts")
-        if rewards is None:
-            raise ValueError(
-                f"evaluation.every={self.evaluation.every}, but all rewards are JAX functions: pass eval_rewards"
-            )
-        return Evaluator(
-            self.model,
-            dataset,
-            self.tokenizer,
-            rewards,
-            self.evaluation,
-            sampling=sampling,
-            stop_tokens=stop_tokens,
-            mesh=self.mesh,
-            rows=self.config.prompts_per_step * self.config.samples_per_prompt,
-        )
-
-    def _start(self, learner: Learner, params: Params, critic_params: Params | None, seed: int) -> None:
+    def _start(self, learner: Learner, params: Params, critic_params: Params | None) -> None:
         """What the programs work on: the state, and the reference if there is one."""
-        self.abstract_state = learner.abstract_state(self.mesh)
+        self.abstract_state = learner.abstract_state(self.setup.mesh)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         start = jax.jit(learner.start, static_argnames="seed", out_shardings=placed)
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.setup.mesh):
             # a copy of the parameters: updates overwrite it
-            self.state: TrainState = start(params, critic_params, seed=seed)
+            self.state: TrainState = start(params, critic_params, seed=self.setup.seed)
             shardings = {name: placed.params[name] for name in params}
             # Without its adapters, a policy that has some is the base.
             needed = self.algorithm.needs_reference and not has_adapters(params)
@@ -262,7 +230,7 @@ class Trainer:
 
     def _make_programs(self, learner: Learner) -> None:
         """The programs, still to be compiled."""
-        placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.mesh)
+        placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.setup.mesh)
         self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole))
         self._score = self._iteration = None
         if self.device_rewards and self.rewards is not None:
@@ -304,7 +272,7 @@ class Trainer:
         if self._iteration is not None:
             return self._iterate_on_device(phase)
         rollout, episodes, drawn = self._collect(step, phase)
-        with phase("update"), jax.set_mesh(self.mesh):
+        with phase("update"), jax.set_mesh(self.setup.mesh):
             feedback = self._feedback(rollout, episodes, step)
             self.state, metrics = self.update(self.state, rollout, feedback, self.reference)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -339,7 +307,7 @@ class Trainer:
 
     def _with_device_rewards(self, rollout: Rollout, episodes: Episodes) -> Episodes:
         assert self._score is not None
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.setup.mesh):
             scores = jax.device_get(self._score([reward.params for reward in self.device_rewards], rollout))
         return episodes.plus(scores.total, scores.by_name)
 
@@ -358,7 +326,7 @@ class Trainer:
     def _iterate_on_device(self, phase: Phase) -> Outcome:
         """Samples, scores and updates in one program."""
         assert self._iteration is not None
-        with phase("iteration"), jax.set_mesh(self.mesh):
+        with phase("iteration"), jax.set_mesh(self.setup.mesh):
             batch = next(self.loader)
             given = [reward.params for reward in self.device_rewards]
             done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference)

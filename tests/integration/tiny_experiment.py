@@ -123,7 +123,7 @@ def send_signal(trainer: Trainer, name: str, place: str) -> None:
         trainer.update = update_or_send
     else:  # arrays are written, and the first folder of the unfinished checkpoint gets its final name
         # Such a hook stays for as long as the process: of this run alone, it does nothing to tests after this one.
-        unfinished = os.path.join(trainer.run_dir, "checkpoints", f"{step}.")
+        unfinished = os.path.join(trainer.setup.folder, "checkpoints", f"{step}.")
         sys.addaudithook(lambda event, args: send() if event == "os.rename" and unfinished in str(args[0]) else None)
 
 

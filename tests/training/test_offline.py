@@ -34,6 +34,7 @@ from jaxrl_llm.training.offline import (
     OfflineUpdateConfig,
 )
 from jaxrl_llm.training.run.metrics import comparable_metrics
+from jaxrl_llm.training.run.setup import RunSetup
 
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 TOKENIZER = CharTokenizer("0123456789+-*=")
@@ -90,7 +91,16 @@ def make(model_and_params: tuple[Transformer, Params], tmp_path: Path) -> Callab
 def factory(model_and_params: tuple[Transformer, Params], parent: Path) -> Callable[..., OfflineTrainer]:
     model, params = model_and_params
 
-    def make(folder: str = "run", *, anchored: bool = False, mesh: Mesh = ONE_DEVICE, **changes: Any) -> OfflineTrainer:
+    def make(
+        folder: str = "run",
+        *,
+        anchored: bool = False,
+        mesh: Mesh = ONE_DEVICE,
+        seed: int = 0,
+        resume: bool = False,
+        shared: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> OfflineTrainer:
         kind = AnchoredDataset if anchored else DemonstrationDataset
         settings: dict[str, Any] = {
             "objective": AnchoredObjective() if anchored else SupervisedObjective(),
@@ -101,10 +111,10 @@ def factory(model_and_params: tuple[Transformer, Params], parent: Path) -> Calla
             "evaluation": OfflineEvaluationConfig(every=2, batch_size=3),
             "update": OfflineUpdateConfig(),
         }
+        setup = RunSetup(parent / folder, mesh, seed, resume=resume, settings=shared or {})
         for name, value in changes.items():
-            is_change = isinstance(value, dict) and name != "description"
-            settings[name] = dataclasses.replace(settings[name], **value) if is_change else value
-        return OfflineTrainer(model=model, params=params, run_dir=parent / folder, mesh=mesh, **settings)
+            settings[name] = dataclasses.replace(settings[name], **value) if isinstance(value, dict) else value
+        return OfflineTrainer(model=model, params=params, setup=setup, **settings)
 
     return make
 
@@ -124,7 +134,7 @@ def whole(
 
 
 def metrics_of(trainer: OfflineTrainer) -> list[dict[str, float]]:
-    return comparable_metrics(trainer.run_dir / "metrics.jsonl")
+    return comparable_metrics(trainer.setup.folder / "metrics.jsonl")
 
 
 def assert_close(actual: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float = 1e-4) -> None:
@@ -147,7 +157,7 @@ def test_a_run_writes_its_metrics_and_compiles_each_program_once(whole) -> None:
     }
     assert [line["epoch"] for line in lines if "epoch" in line] == [8 * n / 30 for n in (1, 2, 3, 4)]
     assert lines[1]["learning_rate"] == pytest.approx(5e-3) and lines[2]["learning_rate"] == pytest.approx(1e-2)
-    assert {path.name for path in (trainer.run_dir / "checkpoints").iterdir() if path.name.isdigit()} == {"4"}
+    assert {path.name for path in (trainer.setup.folder / "checkpoints").iterdir() if path.name.isdigit()} == {"4"}
     assert trainer.compilations.counts == {"offline_step": 1, "evaluation": 1, "normalizer": 1, "_merged": 1}
 
 
@@ -205,7 +215,7 @@ def test_the_best_checkpoint_is_kept(make) -> None:
     )
     trainer.run()
     losses = [line["eval/loss"] for line in metrics_of(trainer) if "eval/loss" in line][1:]
-    kept = {int(path.name) for path in (trainer.run_dir / "checkpoints").iterdir() if path.name.isdigit()}
+    kept = {int(path.name) for path in (trainer.setup.folder / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {6, 1 + int(np.argmin(losses))} and len(kept) == 2
 
 
@@ -257,14 +267,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(make, whole, tiny: ModuleTy
 
 
 def test_another_run_is_not_gone_on_with(make) -> None:
-    make(training={"steps": 2}, description={"seed": 0}).run()
+    make(training={"steps": 2}, shared={"seed": 0}).run()
     with CompilationCounter() as counter:
         with pytest.raises(ValueError, match=r"holds a run \(a checkpoint of step 2\)"):
-            make(description={"seed": 0})
+            make(shared={"seed": 0})
         with pytest.raises(ValueError, match="with other settings: seed was 0 and is 1"):
-            make(description={"seed": 1}, resume=True)
+            make(shared={"seed": 1}, resume=True)
         with pytest.raises(ValueError, match="content was"):
-            make(description={"seed": 0}, resume=True, dataset=sums(SUMS[:30]))
+            make(shared={"seed": 0}, resume=True, dataset=sums(SUMS[:30]))
     assert counter.counts == {}
 
 

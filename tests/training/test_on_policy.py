@@ -67,11 +67,11 @@ def changed(config: Any, **changes: Any) -> Any:
 
 
 def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
-    return comparable_metrics(trainer.run_dir / "metrics.jsonl")
+    return comparable_metrics(trainer.setup.folder / "metrics.jsonl")
 
 
 def checkpoints_of(trainer: Trainer) -> set[str]:
-    return {path.name for path in (trainer.run_dir / "checkpoints").iterdir() if path.name.isdigit()}
+    return {path.name for path in (trainer.setup.folder / "checkpoints").iterdir() if path.name.isdigit()}
 
 
 # ---- Programs -----------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ def test_evaluation_may_be_switched_on_and_off(make) -> None:
 def test_a_folder_that_is_taken_is_refused_before_anything_is_compiled(make, tiny: ModuleType) -> None:
     trainer = make(training={"steps": 2})
     trainer.run()
-    before = (trainer.run_dir / "metrics.jsonl").read_bytes()
+    before = (trainer.setup.folder / "metrics.jsonl").read_bytes()
     mesh = ONE_DEVICE
     policy = tiny.make_policy(mesh)
-    config = changed(changed(tiny.CONFIG, **LEAN), run_dir=str(trainer.run_dir))
+    config = changed(changed(tiny.CONFIG, **LEAN), run_dir=str(trainer.setup.folder))
     rows = {"train_rows": tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS}
     with CompilationCounter() as counter:
         with pytest.raises(ValueError, match=r"run holds a run \(a checkpoint of step 2\): go on with --resume, or"):
@@ -210,7 +210,7 @@ def test_a_folder_that_is_taken_is_refused_before_anything_is_compiled(make, tin
         with pytest.raises(ValueError, match="rows was 10 and is 9"):
             tiny.make_trainer(changed(config, resume=True), policy, mesh, **other_rows)
     assert counter.counts == {}
-    assert (trainer.run_dir / "metrics.jsonl").read_bytes() == before
+    assert (trainer.setup.folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_metrics_without_a_checkpoint_are_not_overwritten(make) -> None:
@@ -288,7 +288,7 @@ def test_a_signal_where_nothing_is_saved(make, tiny: ModuleType, capsys: pytest.
     tiny.send_signal(trainer, "SIGTERM", "update:1")
     assert trainer.run().step == 1
     assert "nothing was saved, since training.checkpoint_every is 0" in capsys.readouterr().out
-    assert not (trainer.run_dir / "checkpoints").exists()
+    assert not (trainer.setup.folder / "checkpoints").exists()
 
 
 def test_a_reward_that_raises_loses_no_step(
@@ -303,7 +303,7 @@ def test_a_reward_that_raises_loses_no_step(
         return tiny.shared_characters(prompts, completions, answer)
 
     failing = make(rewards=(shared_characters,))
-    with pytest.raises(RewardError, match=r"'shared_characters' raised KeyError .*test_trainer.py:\d+\)") as caught:
+    with pytest.raises(RewardError, match=r"'shared_characters' raised KeyError .*test_on_policy.py:\d+\)") as caught:
         failing.run()
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert "Failed after step 3 and saved. Go on with the same command and --resume" in capsys.readouterr().out
@@ -387,7 +387,7 @@ def test_the_phases_are_timed_where_the_device_works(make) -> None:
 
     trainer.sampler = slow
     trainer.run()
-    last = read_metrics(trainer.run_dir / "metrics.jsonl")[-1]
+    last = read_metrics(trainer.setup.folder / "metrics.jsonl")[-1]
     assert last["perf/sample_seconds"] >= 0.2 > last["perf/update_seconds"]
     phases = sum(last[f"perf/{name}_seconds"] for name in ("sample", "reward", "update"))
     assert phases <= last["step_time"] < phases + 0.2

@@ -53,7 +53,7 @@ def make(tiny: ModuleType, tmp_path: Path):
 
 
 def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
-    return comparable_metrics(trainer.run_dir / "metrics.jsonl")
+    return comparable_metrics(trainer.setup.folder / "metrics.jsonl")
 
 
 def assert_same_params(one: Trainer, other: Trainer) -> None:
@@ -77,9 +77,9 @@ def test_ppo_in_two_programs(make, shares_trunk: bool) -> None:
 
 def test_a_policy_is_exported_without_the_critics_head(make, tiny: ModuleType) -> None:
     trainer = make(algorithm=presets.ppo(), critic=CriticSource(shares_trunk=True), training={"steps": 1})
-    config = dataclasses.replace(tiny.CONFIG, run_dir=str(trainer.run_dir))
+    config = dataclasses.replace(tiny.CONFIG, run_dir=str(trainer.setup.folder))
     finish(config, tiny.make_policy(ONE_DEVICE), trainer.run(), seconds=1.0)
-    _, params = from_pretrained(trainer.run_dir / "model")
+    _, params = from_pretrained(trainer.setup.folder / "model")
     np.testing.assert_array_equal(params["embed"]["weight"], trainer.state.params["embed"]["weight"])
 
 

@@ -15,11 +15,12 @@ import numpy as np
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.training.episodes.scoring import RewardScores, RewardSum
 from jaxrl_llm.training.run.distributed import any_process
+from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.types import Rollout
 
 
-class RewardError(Exception):
+class RewardError(RunError):
     """A reward function raised, or returned what is not one number a sample; its exception is the cause."""
 
 

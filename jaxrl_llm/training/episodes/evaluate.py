@@ -42,6 +42,19 @@ class EvaluationConfig:
             if value is not None and value < least:
                 raise ValueError(f"evaluation.{field}={value} must be at least {least}")
 
+    def solving_reward(self, rewards: RewardSum) -> str:
+        """The name of the function that says what is solved.
+
+        Raises:
+            ValueError: `solved_by` names none of them.
+        """
+        name = self.solved_by or rewards.names[0]
+        if name not in rewards.names:
+            raise ValueError(
+                f"evaluation.solved_by={name!r} is no reward function; there are {', '.join(rewards.names)}"
+            )
+        return name
+
 
 def pass_at_k(solved: np.ndarray, k: int) -> float:
     """Mean over prompts of the chance that one of k samples is right: 1 − C(n − c, k)/C(n, k).
@@ -87,11 +100,7 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
         rows: int,
     ):
-        self.solved_by = config.solved_by or rewards.names[0]
-        if self.solved_by not in rewards.names:
-            raise ValueError(
-                f"evaluation.solved_by={self.solved_by!r} is no reward function; there are {', '.join(rewards.names)}"
-            )
+        self.solved_by = config.solving_reward(rewards)
         rewards.check_columns(dataset.column_names)
         self._dataset, self._tokenizer, self._rewards = dataset, tokenizer, rewards
         shards = row_shards(mesh)
@@ -143,6 +152,53 @@ class Evaluator:
                 metrics[f"eval/pass@{k}"] = pass_at_k(solved, k)
         assert first is not None  # a data set is never empty
         return metrics, first
+
+
+def make_evaluator(
+    config: EvaluationConfig,
+    model: Transformer,
+    dataset: PromptDataset | None,
+    tokenizer: Any,
+    rewards: RewardSum | None,
+    *,
+    sampling: SamplingConfig,
+    stop_tokens: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    rows: int,
+) -> Evaluator | None:
+    """The evaluator that a run's settings ask for; `None`: they ask for none.
+
+    Args:
+        config: what to measure, and whether at all.
+        model: the transformer.
+        dataset: held-out prompts, if there are any.
+        tokenizer: decodes completions.
+        rewards: reward functions on the host, if there are any.
+        sampling: as `Evaluator`.
+        stop_tokens: ids that end a completion.
+        mesh: the device mesh.
+        rows: as `Evaluator`.
+
+    Raises:
+        ValueError: it asks for one, and prompts or reward functions are missing.
+    """
+    if not config.every:
+        return None
+    if dataset is None:
+        raise ValueError(f"evaluation.every={config.every}, but there are no held-out prompts")
+    if rewards is None:
+        raise ValueError(f"evaluation.every={config.every}, but all rewards are JAX functions: pass eval_rewards")
+    return Evaluator(
+        model,
+        dataset,
+        tokenizer,
+        rewards,
+        config,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        mesh=mesh,
+        rows=rows,
+    )
 
 
 def _valid(episodes: Episodes, valid: np.ndarray) -> dict[str, np.ndarray]:

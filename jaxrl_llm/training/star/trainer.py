@@ -7,9 +7,7 @@ of these phases leaves a file in `iterations/<number>`, so that a run that was k
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,15 +30,15 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.episodes import prompt_text, score_rollout
-from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
-from jaxrl_llm.training.run.distributed import from_main_process, is_main_process
+from jaxrl_llm.training.run.distributed import from_main_process
+from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import check_frozen
-from jaxrl_llm.training.run.metrics import WandbConfig
 from jaxrl_llm.training.run.report import SampledCompletion
-from jaxrl_llm.training.run.resume import find_run
-from jaxrl_llm.training.star.phase_files import once, write_whole
+from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.star.phase_files import check_settings, once, write_settings
 from jaxrl_llm.training.star.rationales import Rationales, Record, kept_rationales
 from jaxrl_llm.types import TrainState
 
@@ -96,19 +94,14 @@ class StarTrainer:
         problems: prompts without hints.
         hinted: the same rows as prompts that tell the answer, of the same width; `None` without rationalisation.
         rewards: reward functions; a completion is right where `solved_by` gives 1 or more, and it has ended.
-        run_dir: folder of metrics, checkpoints and the phases' files.
-        mesh: the device mesh.
+        setup: mesh, folder (also of the phases' files), seed (of samples and of the order of rationales) and name of
+            the run; one that goes on does so after the last phase that the folder holds.
         eval_problems: held-out prompts, or `None`.
         star, sampling, optimizer, evaluation: see the records. The learning rate must be constant after its warm-up.
         micro_batches: pieces in which a gradient is accumulated.
-        seed: of samples and of the order of rationales.
-        resume: go on after the last phase that `run_dir` holds.
-        description: flat JSON-able record of all settings that a resumed run must share.
-        title: name of the run in the report.
-        wandb: also log to Weights & Biases.
 
     Raises:
-        ValueError: settings and data do not fit together, or `run_dir` holds another run.
+        ValueError: settings and data do not fit together, or the folder holds another run.
     """
 
     def __init__(
@@ -121,31 +114,25 @@ class StarTrainer:
         problems: PromptDataset,
         hinted: PromptDataset | None,
         rewards: RewardSum,
-        run_dir: str | Path,
-        mesh: jax.sharding.Mesh,
+        setup: RunSetup,
         eval_problems: PromptDataset | None = None,
         star: StarConfig | None = None,
         sampling: SamplingConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         evaluation: EvaluationConfig | None = None,
         micro_batches: int = 1,
-        seed: int = 0,
-        resume: bool = False,
-        description: dict[str, Any] | None = None,
-        title: str = "",
-        wandb: WandbConfig | None = None,
     ):
         self.star, self.sampling = star or StarConfig(), sampling or SamplingConfig(temperature=0)
         self.evaluation, self._optimizer = evaluation or EvaluationConfig(), optimizer or OptimizerConfig()
-        self.model, self.mesh, self.tokenizer, self.rewards = model, mesh, tokenizer, rewards
-        self.problems, self.hinted, self._base, self._seed = problems, hinted, params, seed
-        self.run_dir, self.title = Path(run_dir), title
-        self.description, self.wandb = description or {}, wandb
+        self.model, self.tokenizer, self.rewards = model, tokenizer, rewards
+        self.problems, self.hinted, self._base = problems, hinted, params
+        self.setup, mesh, self._phase_files = setup, setup.mesh, setup.folder / ITERATIONS
         self._check(rewards)
-        self.solved_by = self.evaluation.solved_by or rewards.names[0]
+        self.solved_by = self.evaluation.solving_reward(rewards)
         UpdateConfig(micro_batches=micro_batches).group_split(self.star.rows_per_step, 1, row_shards(mesh))
-        self.saved = find_run(run_dir, self.description, resume=resume)
-        self._find_iterations(resume)
+        self.saved = setup.find()
+        self._settings = setup.settings | {"problems": problems.fingerprint}
+        check_settings(self._phase_files, self._settings, resume=setup.resume)
 
         shards = row_shards(mesh)
         self._batch_size = -(-min(self.star.problems_per_batch, len(problems)) // shards) * shards
@@ -153,22 +140,18 @@ class StarTrainer:
         for prompts in (problems, hinted):
             if prompts is not None:
                 self.sampler.check_length(prompts.longest)
-        self.evaluator = None
-        if self.evaluation.every:
-            if eval_problems is None:
-                raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out prompts")
-            self.evaluator = Evaluator(
-                model,
-                eval_problems,
-                tokenizer,
-                rewards,
-                self.evaluation,
-                sampling=self.sampling,
-                stop_tokens=stop_tokens,
-                mesh=mesh,
-                rows=self._batch_size,
-            )
-        self._prepare(seed, micro_batches)
+        self.evaluator = make_evaluator(
+            self.evaluation,
+            model,
+            eval_problems,
+            tokenizer,
+            rewards,
+            sampling=self.sampling,
+            stop_tokens=stop_tokens,
+            mesh=mesh,
+            rows=self._batch_size,
+        )
+        self._prepare(micro_batches)
         self.loader = _NoPosition()
         self.phases: tuple[str, ...] = ()
         self.what_a_step_is = (
@@ -199,20 +182,20 @@ class StarTrainer:
                 f"({problems.dropped} too long) must be of the same rows and width; is max_prompt_length too short?"
             )
 
-    def _prepare(self, seed: int, micro_batches: int) -> None:
+    def _prepare(self, micro_batches: int) -> None:
         """The programs, still to be compiled, and the state: a model, without an optimizer between iterations."""
         self._schedule = make_schedule(self._optimizer, 1)
         trained = make_optimizer(self._optimizer, self._schedule)
         placed: TrainState = jax.tree.map(
-            lambda leaf: leaf.sharding, abstract_train_state(self.model, trained, self.mesh)
+            lambda leaf: leaf.sharding, abstract_train_state(self.model, trained, self.setup.mesh)
         )
-        self.abstract_state = abstract_train_state(self.model, optax.identity(), self.mesh)
+        self.abstract_state = abstract_train_state(self.model, optax.identity(), self.setup.mesh)
         at_rest: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         step = make_offline_step(self.model, trained, SupervisedObjective(), micro_batches=micro_batches)
-        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))
-        self._begin = jax.jit(lambda params: make_train_state(params, trained, seed), out_shardings=placed)
-        with jax.set_mesh(self.mesh):
-            rest = jax.jit(lambda p: make_train_state(p, optax.identity(), seed), out_shardings=at_rest)
+        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(self.setup.mesh)))
+        self._begin = jax.jit(lambda params: make_train_state(params, trained, self.setup.seed), out_shardings=placed)
+        with jax.set_mesh(self.setup.mesh):
+            rest = jax.jit(lambda p: make_train_state(p, optax.identity(), self.setup.seed), out_shardings=at_rest)
             self.state: TrainState = rest(self._base)  # a copy of them
         check_frozen(self.saved, self.state)
 
@@ -239,11 +222,9 @@ class StarTrainer:
         """Iterates to the last one, or until SIGTERM or Ctrl-C; then saves and returns.
 
         Raises:
-            RewardError: a reward function failed; the iterations before are saved.
-            ValueError: no rationale was right.
+            RunError: a reward function failed, or no rationale was right; the iterations before are saved.
         """
-        if is_main_process():
-            write_whole(self.run_dir / ITERATIONS / "settings.json", json.dumps(self._settings, indent=2) + "\n")
+        write_settings(self._phase_files, self._settings)
         return run_stage(self)
 
     def evaluate(self, phase: Phase) -> Outcome:
@@ -255,7 +236,7 @@ class StarTrainer:
 
     def iterate(self, step: int, phase: Phase) -> Outcome:
         """One iteration: generate, rationalise, filter, train."""
-        folder, items = self.run_dir / ITERATIONS / f"{step:03d}", range(len(self.problems))
+        folder, items = self._phase_files / f"{step:03d}", range(len(self.problems))
         files = [folder / f"{name}.jsonl" for name in ("generated", "rationalized", "kept")]
         # A phase that was done before the run was killed is read, under another name: its programs are still to come.
         there = from_main_process([path.exists() for path in files])
@@ -273,11 +254,11 @@ class StarTrainer:
         with phase(self.phases[2]):
             kept = once(files[2], lambda: self._keep(first, hinted))
         if not kept:
-            raise ValueError(
+            raise RunError(
                 f"iteration {step}: none of {len(items)} problems was solved, and there is nothing to train on; give "
                 "an example in the prompt, or take a stronger model"
             )
-        with phase("train"), jax.set_mesh(self.mesh):
+        with phase("train"), jax.set_mesh(self.setup.mesh):
             trained = self._train(kept, step)
         rationalized = sum(record["rationalized"] for record in kept)
         metrics = trained | {
@@ -325,7 +306,7 @@ class StarTrainer:
         """Fine-tunes the base model, or the last one, on what was kept; the mean metrics of its steps."""
         prompts = self.hinted if self.star.hint_in_train else None
         rows = Rationales(kept, self.problems, prompts, self.sampling.max_tokens)
-        loader = RowLoader(rows, batch_size=self.star.rows_per_step, seed=(self._seed + step) % 2**32)
+        loader = RowLoader(rows, batch_size=self.star.rows_per_step, seed=(self.setup.seed + step) % 2**32)
         steps = training_steps(step, start=self.star.start_steps, growth=self.star.growth)
         state, metrics, tokens = self._begin(self._base if self.star.restart_from_base else self.state.params), [], 0
         for _ in range(steps):
@@ -343,21 +324,6 @@ class StarTrainer:
         prompts = self.problems.batch([record["item"] for record in shown]).prompts
         pairs = zip(prompts, shown, strict=True)
         return [SampledCompletion(prompt_text(p), record["completion"], record["reward"]) for p, record in pairs]
-
-    # ---- Files -------------------------------------------------------------------------------------
-
-    def _find_iterations(self, resume: bool) -> None:
-        """Compares the settings of the phases' files, which may be there before the first checkpoint, with ours."""
-        path = self.run_dir / ITERATIONS / "settings.json"
-        found = from_main_process(json.loads(path.read_text()) if path.exists() else None)
-        ours = json.loads(json.dumps(self.description | {"problems": self.problems.fingerprint}))
-        self._settings = ours
-        if found is None:
-            return
-        if not resume:
-            raise ValueError(f"{self.run_dir} holds a run: go on with --resume, or choose another --run-dir")
-        if other := sorted(name for name in found.keys() | ours.keys() if found.get(name) != ours.get(name)):
-            raise ValueError(f"cannot resume {self.run_dir} with other settings or problems: {', '.join(other)} differ")
 
 
 class _NoPosition:

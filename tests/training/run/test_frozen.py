@@ -119,9 +119,9 @@ def test_a_run_goes_on_from_a_checkpoint_without_the_base(make) -> None:
     resumed = make("run", steps=4, resume=True)
     resumed.run()
     jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
-    read = [comparable_metrics(trainer.run_dir / "metrics.jsonl") for trainer in (resumed, whole)]
+    read = [comparable_metrics(trainer.setup.folder / "metrics.jsonl") for trainer in (resumed, whole)]
     assert read[0] == read[1]
-    with Checkpointer(resumed.run_dir / "checkpoints", read_only=True) as checkpoints:
+    with Checkpointer(resumed.setup.folder / "checkpoints", read_only=True) as checkpoints:
         saved, _ = checkpoints.restore(split_state(resumed.abstract_state)[0])
     assert sorted(saved.params) == ["layers"]
     with pytest.raises(ValueError, match=r"cannot go on from step 4: the base .* is not the one"):

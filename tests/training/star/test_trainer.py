@@ -20,7 +20,9 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.metrics import comparable_metrics
+from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.training.star.rationales import Rationales, kept_rationales
 from jaxrl_llm.training.star.trainer import StarConfig, StarTrainer
 
@@ -45,7 +47,7 @@ def make(tiny_config):
     params = jax.jit(model.init)(jax.random.key(0))
     mesh = make_mesh(devices=jax.devices()[:1])
 
-    def trainer(run_dir: Path, *, star: StarConfig, **changes: Any) -> StarTrainer:
+    def trainer(run_dir: Path, *, star: StarConfig, resume: bool = False, **changes: Any) -> StarTrainer:
         settings: dict[str, Any] = {
             "problems": prompts("prompt"),
             "hinted": prompts("hinted"),
@@ -53,7 +55,6 @@ def make(tiny_config):
             "evaluation": EvaluationConfig(every=1),
             "optimizer": OptimizerConfig(learning_rate=1e-3),
             "sampling": SamplingConfig(max_tokens=5, temperature=1.0),
-            "description": {"growth": star.growth},
             "rewards": RewardSum((low_digit,)),
         }
         return StarTrainer(
@@ -61,8 +62,7 @@ def make(tiny_config):
             params=jax.tree.map(lambda leaf: leaf.copy(), params),
             tokenizer=TOKENIZER,
             stop_tokens=(TOKENIZER.eos_token_id,),
-            run_dir=run_dir,
-            mesh=mesh,
+            setup=RunSetup(run_dir, mesh, resume=resume, settings={"growth": star.growth}),
             star=star,
             **settings | changes,
         )
@@ -204,8 +204,9 @@ def test_equal_rationales_of_a_problem_count_once():
         ({"hinted": None}, "star.rationalize needs prompts with the answer as a hint"),
         ({"hinted": prompts("hinted", ROWS[:5])}, "must be of the same rows and width"),
         ({"eval_problems": None}, "there are no held-out prompts"),
+        ({"evaluation": EvaluationConfig(solved_by="high")}, "solved_by='high' is no reward function; there are low"),
     ],
-    ids=["greedy", "schedule", "no hints", "other rows", "no evaluation"],
+    ids=["greedy", "schedule", "no hints", "other rows", "no evaluation", "solved by nothing"],
 )
 def test_what_does_not_fit_raises(changes, message, make, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -227,7 +228,7 @@ def test_a_model_that_solves_nothing_says_so(make, tmp_path):
 
     trainer = make(tmp_path / "run", star=SMALL, evaluation=EvaluationConfig())
     trainer.rewards, trainer.solved_by = RewardSum((never,)), "never"
-    with pytest.raises(ValueError, match="none of 8 problems was solved"):
+    with pytest.raises(RunError, match="none of 8 problems was solved"):
         trainer.run()
 
 

@@ -1,0 +1,7 @@
+"""Why a run that has begun cannot go on, where that is no bug."""
+
+from __future__ import annotations
+
+
+class RunError(Exception):
+    """The run ends here; its message says why and what helps. The steps before are saved."""

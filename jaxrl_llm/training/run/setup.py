@@ -1,0 +1,36 @@
+"""What every run has, whatever it trains and on what."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl_llm.training.run.metrics import WandbConfig
+from jaxrl_llm.training.run.resume import SavedRun, find_run
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSetup:
+    """Where a run is computed and written, from which seed, and under which name."""
+
+    folder: Path
+    """Of metrics and checkpoints."""
+    mesh: jax.sharding.Mesh
+    """The devices."""
+    seed: int = 0
+    """Of samples, orders and noise; what else it seeds, the trainer says."""
+    resume: bool = False
+    """Go on from the latest checkpoint in `folder` if there is one."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Flat JSON-able record of all settings that a resumed run must share."""
+    title: str = ""
+    """Name of the run in the report."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases."""
+
+    def find(self) -> SavedRun | None:
+        """The run that is to go on, or `None`; errors as in `find_run`."""
+        return find_run(self.folder, self.settings, resume=self.resume)

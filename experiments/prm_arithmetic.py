@@ -53,6 +53,7 @@ from jaxrl_llm.cli import (
 )
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
+from jaxrl_llm.data.encoded_rows import EncodedRows
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.steps import LabelledSolution, StepDataset, StepFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
@@ -203,9 +204,11 @@ class Labeller:
 
     def _dataset(self, solutions: list[Solution], labels: list[Any]) -> StepDataset:
         return StepDataset(
-            [LabelledSolution.of(*solution, own) for solution, own in zip(solutions, labels, strict=True)],
-            max_prompt_length=self._config.data.max_prompt_length,
-            max_completion_length=self._config.data.max_completion_length,
+            EncodedRows.fitting(
+                [[LabelledSolution.of(*solution, own)] for solution, own in zip(solutions, labels, strict=True)],
+                max_prompt_length=self._config.data.max_prompt_length,
+                max_completion_length=self._config.data.max_completion_length,
+            )
         )
 
 

@@ -33,7 +33,7 @@ from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.cli import Policy, finish, make_star_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig, StarExperiment
-from jaxrl_llm.data.demonstrations import DemonstrationDataset
+from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
@@ -141,7 +141,7 @@ def fine_tune(
         for number, row in enumerate(sums(config)[0])
         for column in ("prompt", "hinted")[number % 2 :][:1]
     ]
-    shown = DemonstrationDataset(
+    shown = DemonstrationFormat().dataset(
         rows,
         tokenizer,
         max_prompt_length=config.data.max_prompt_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,8 +14,9 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
+from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.data.rows import Overlong, RowFormat
+from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.config import DType, LoraConfig, ModelConfig, Remat
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -70,7 +71,7 @@ class DataConfig:
     """The same for held-out prompts; `evaluation.every` says when they are evaluated."""
     max_prompt_length: int = 256
     """Tp: tokens of the longest prompt, special tokens included."""
-    overlong: Literal["raise", "drop"] = "raise"
+    overlong: Overlong = "raise"
     """What to do with longer prompts: stop at once, or drop and count them."""
     max_train_prompts: int | None = None
     """Use the first prompts only."""
@@ -126,9 +127,9 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share, flat and JSON-able.
 
-        Left out is what changes no result, but only memory, speed or what is observed; where the data lie, since
-        their content is compared; and, with a constant learning rate, the number of steps, so that a run can be
-        extended.
+        Left out is what changes no result, but only memory, speed or what is observed; where the data lie and the
+        class of their format, since their content is compared; and, with a constant learning rate, the number of
+        steps, so that a run can be extended.
         """
         free = _FREE if self.optimizer.schedule != "constant" else (*_FREE, "training.steps")
         return {
@@ -197,6 +198,8 @@ _FREE = (
     "evaluation",
     "data.train",
     "data.eval",
+    "data.format.part",
+    "data.format.pairs.part",
     "model.remat",
     "model.scan_layers",
     "sampling.slots",

@@ -10,7 +10,8 @@ from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
-from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineExperiment, flatten
+from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineDataConfig, OfflineExperiment, flatten
+from jaxrl_llm.data.unpaired import UnpairedFormat
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -100,6 +101,7 @@ def test_every_free_setting_exists() -> None:
     """A renamed field must not silently become one that blocks resuming."""
     from jaxrl_llm.config import _FREE
 
-    flat = flatten(CONFIG) | flatten(OfflineExperiment(name="offline"))
+    unpaired = OfflineExperiment(name="offline", data=OfflineDataConfig(format=UnpairedFormat()))
+    flat = flatten(CONFIG) | flatten(unpaired)
     for name in _FREE:
         assert any(key == name or key.startswith(f"{name}.") for key in flat), name

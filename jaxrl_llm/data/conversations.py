@@ -23,6 +23,11 @@ class Encoded(NamedTuple):
     mask: np.ndarray
     """bool, of the completion: what is trained."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the completion."""
+        return len(self.completion)
+
 
 def encode_text(prompt: str, completion: str, tokenizer: Any) -> Encoded:
     """A text prompt and its completion, ended by the end of sequence.

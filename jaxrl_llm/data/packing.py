@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrl_llm.algorithms.supervised import PackedDemonstrations
 from jaxrl_llm.data.conversations import Encoded
-from jaxrl_llm.data.rows import Ragged
+from jaxrl_llm.data.encoded_rows import Ragged
 
 _PADDING = -1
 """Segment of the padding of a packed row."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
-from jaxrl_llm.data.demonstrations import encode_conversation, encode_text
+from jaxrl_llm.data.conversations import encode_conversation, encode_text
+from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
 from jaxrl_llm.data.formats import Message, Prompt, PromptFormat, check_messages, column_of
-from jaxrl_llm.data.interfaces import Row, RowSource
-from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
+from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -36,14 +36,21 @@ class EncodedPair(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer completion."""
+        return max(len(self.chosen), len(self.rejected))
+
 
 @dataclass(frozen=True)
-class PreferenceFormat:
+class PreferenceFormat(RowFormat[EncodedPair, "PreferenceDataset"]):
     """How a row becomes a preference pair; a `RowFormat`.
 
     Either a prompt and two completions, each text or messages, or two whole dialogues, which have a beginning in
     common and differ in the assistant's last turn.
     """
+
+    _USABLE = "is a pair of dialogues with one beginning and two replies"
 
     prompt: PromptFormat = PromptFormat()
     """How a row becomes a prompt; of whole dialogues, its system message and `conversational` are used."""
@@ -59,26 +66,23 @@ class PreferenceFormat:
     line and "Human:" or "Assistant:". Rows whose two beginnings differ, or with an empty reply, are dropped and
     counted. Text stays text, which ends with "Assistant:", unless `prompt.conversational` makes it messages."""
 
-    def dataset(
-        self,
-        source: RowSource,
-        tokenizer: Any,
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        overlong: Overlong = "raise",
-        max_rows: int | None = None,
-    ) -> PreferenceDataset:
+    def encoder(self, tokenizer: Any) -> Callable[[Row], list[EncodedPair]]:
         """See `RowFormat`."""
-        return PreferenceDataset(
-            source,
-            tokenizer,
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-            preference_format=self,
-            overlong=overlong,
-            max_rows=max_rows,
-        )
+        stop_tokens = stop_token_ids(tokenizer)
+
+        def encode(row: Row) -> list[EncodedPair]:
+            pair = self.pair(row)
+            if pair is None:
+                return []
+            sides = (encode_completion(pair.prompt, side, tokenizer, stop_tokens) for side in pair[1:])
+            (prompt, chosen), (_, rejected) = sides
+            return [EncodedPair(prompt, chosen, rejected)]
+
+        return encode
+
+    def collect(self, encoded: EncodedRows[EncodedPair]) -> PreferenceDataset:
+        """See `RowFormat`."""
+        return PreferenceDataset(encoded)
 
     def pair(self, row: Row) -> Pair | None:
         """The pair of a row; `None` if its dialogues have no beginning in common, or a reply is empty.
@@ -111,82 +115,21 @@ class PreferenceFormat:
         return self.prompt.with_system(beginning), last
 
 
-class PreferenceDataset:
-    """A source's preference pairs, checked and tokenised once; a `RowDataset` of `PreferenceBatch`.
+class PreferenceDataset(EncodedDataset[EncodedPair]):
+    """Preference pairs, G = 2; a `RowDataset` of `PreferenceBatch`. Attributes as of `EncodedDataset`."""
 
-    Args:
-        source: The rows, as `open_source` gives them.
-        tokenizer: What `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes; not kept.
-        max_prompt_length: Tp, tokens per prompt.
-        max_completion_length: Tc, tokens per completion, the end of sequence included.
-        preference_format: How a row becomes a pair; columns `prompt`, `chosen` and `rejected` by default.
-        overlong: What to do with longer ones: `"raise"`, or `"drop"` the pair and count it.
-        max_rows: Use the first rows only.
-
-    Attributes:
-        overlong: Number of pairs that were too long.
-        unusable: Number of rows whose dialogues are no pair.
-        dropped: Both together.
-        fingerprint: Number of rows and of pairs and a hash of every token.
-
-    Raises:
-        ValueError: No rows, a row that gives no pair, or one that is too long; names its number.
-    """
-
-    def __init__(
-        self,
-        source: RowSource,
-        tokenizer: Any,
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        preference_format: PreferenceFormat | None = None,
-        overlong: Overlong = "raise",
-        max_rows: int | None = None,
-    ) -> None:
-        form, stop_tokens = preference_format or PreferenceFormat(), stop_token_ids(tokenizer)
-
-        def encode(row: Row) -> EncodedPair | None:
-            pair = form.pair(row)
-            if pair is None:
-                return None
-            prompt, chosen = encode_completion(pair.prompt, pair.chosen, tokenizer, stop_tokens)
-            return EncodedPair(prompt, chosen, encode_completion(pair.prompt, pair.rejected, tokenizer, stop_tokens)[1])
-
-        every = read_rows(source, encode, max_rows=max_rows)
-        pairs = [pair for pair in every if pair is not None]
-        if not pairs:
-            raise ValueError(f"none of {len(every)} rows is a pair of dialogues with one beginning and two replies")
-        fitting = rows_that_fit(
-            [len(pair.prompt) for pair in pairs],
-            [max(len(pair.chosen), len(pair.rejected)) for pair in pairs],
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-            overlong=overlong,
-        )
-        self.overlong, self.unusable = len(pairs) - len(fitting), len(every) - len(pairs)
-        self.dropped = self.overlong + self.unusable
-        self._widths = max_prompt_length, max_completion_length
-        self._pad = tokenizer.pad_token_id or 0  # never read: lengths and masks say what is a token
-        kept = [pairs[number] for number in fitting]
-        self._prompts = Ragged([pair.prompt for pair in kept])
-        self._sides = Ragged([pair.chosen for pair in kept]), Ragged([pair.rejected for pair in kept])
-        content = content_hash(self._prompts, *self._sides)
-        self.fingerprint = {"rows": len(every), "pairs": len(kept), "content": content}
-
-    def __len__(self) -> int:
-        return len(self._prompts.lengths)
+    def __init__(self, encoded: EncodedRows[EncodedPair]) -> None:
+        parts = [Ragged([pair[field] for pair in encoded.kept]) for field in range(3)]
+        super().__init__(encoded, "pairs", parts)
 
     def batch(self, items: Sequence[int] | np.ndarray, /) -> PreferenceBatch:
         """The pairs numbered `items` (0 to `len(self) - 1`); repeats are allowed."""
         numbers = np.asarray(items, np.int64)
-        prompt_width, width = self._widths
-        lengths = np.stack([side.lengths[numbers] for side in self._sides], axis=1)
+        lengths = np.stack([side.lengths[numbers] for side in self._parts], axis=1)
         return PreferenceBatch(
-            prompt=self._prompts.padded(numbers, prompt_width, fill=self._pad),
-            prompt_lengths=self._prompts.lengths[numbers],
-            completion=np.stack([side.padded(numbers, width, fill=self._pad) for side in self._sides], axis=1),
-            mask=np.arange(width) < lengths[..., None],
+            **self._served_prompts(numbers),
+            completion=np.stack([side.padded(numbers, self._width) for side in self._parts], axis=1),
+            mask=np.arange(self._width) < lengths[..., None],
         )
 
 
@@ -231,12 +174,3 @@ def encode_completion(
     if not encoded.mask.all():
         raise ValueError("the chat template writes something within the assistant's turn that is not the assistant's")
     return encoded.prompt, encoded.completion
-
-
-def content_hash(*parts: Ragged) -> str:
-    """A short hash of all lengths and values."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.lengths.tobytes())
-        digest.update(part.values.tobytes())
-    return digest.hexdigest()[:16]

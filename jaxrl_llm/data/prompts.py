@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.data.encoded_rows import Overlong, Ragged, read_rows, row_of, rows_that_fit
 from jaxrl_llm.data.formats import Prompt, PromptFormat, encode_prompt
 from jaxrl_llm.data.interfaces import Row, RowSource
 
@@ -75,61 +76,38 @@ class PromptDataset:
         *,
         max_prompt_length: int,
         prompt_format: PromptFormat | None = None,
-        overlong: Literal["raise", "drop"] = "raise",
+        overlong: Overlong = "raise",
         max_rows: int | None = None,
     ) -> None:
-        if overlong not in ("raise", "drop"):
-            raise ValueError(f"overlong is 'raise' or 'drop', got {overlong!r}")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be positive, got {max_rows}")
-        num_rows = len(source) if max_rows is None else min(max_rows, len(source))
-        if num_rows == 0:
-            raise ValueError("the data set has no rows")
         self.max_prompt_length = max_prompt_length
         self._source = source
         self._format = prompt_format or PromptFormat()
         self._pad = tokenizer.pad_token_id or 0  # never read: lengths say what is a token
-        encoded = self._read(num_rows, tokenizer)
-        lengths = np.array([len(ids) for ids in encoded], np.int32)
-        kept = np.flatnonzero(lengths <= max_prompt_length)
-        self.dropped = num_rows - len(kept)
-        if self.dropped and (overlong == "raise" or len(kept) == 0):
-            raise ValueError(_overlong_message(lengths, max_prompt_length))
-        self._rows = kept
-        self._lengths = lengths[kept]
-        self._starts = np.cumsum(self._lengths, dtype=np.int64) - self._lengths
-        self._tokens = np.concatenate([encoded[row] for row in kept])
-        self.longest = int(self._lengths.max())
-        self.fingerprint = {"rows": num_rows, "prompts": len(kept), "content": self._content}
+        names, digest = {}, hashlib.sha256()
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def _read(self, num_rows: int, tokenizer: Any) -> list[np.ndarray]:
-        """Tokenises every row, and gathers column names and the hash of the content on the way."""
-        encoded, names, digest = [], {}, hashlib.sha256()
-        for index in range(num_rows):
-            row = self._row(index)
-            try:
-                ids = encode_prompt(self._format.prompt(row), tokenizer)
-            except Exception as error:  # the tokenizer's and the template's own errors do not know the row
-                raise ValueError(f"row {index}: {error}") from error
-            encoded.append(np.asarray(ids, np.int32))
+        def read(row: Row) -> np.ndarray:
+            """Tokenises a row, and gathers the columns' names and the hash of the content on the way."""
+            ids = encode_prompt(self._format.prompt(row), tokenizer)
             names.update(dict.fromkeys(row))
             digest.update(_stable_text(row).encode("utf-8", "surrogatepass"))
+            return np.asarray(ids, np.int32)
+
+        encoded = read_rows(source, read, max_rows=max_rows)
         names.pop(self._format.consumed_column, None)
         self.column_names = tuple(names)
-        self._content = digest.hexdigest()[:16]
         clashing = [name for name in _REWARD_ARGUMENTS if name in names]
         if clashing:
             raise ValueError(f"the column {clashing[0]!r} clashes with an argument of reward functions; rename it")
-        return encoded
+        lengths = {"prompt": [len(ids) for ids in encoded]}
+        self._rows = rows_that_fit(lengths, {"prompt": max_prompt_length}, overlong=overlong)
+        self._prompts = Ragged([encoded[row] for row in self._rows])
+        self.dropped = len(encoded) - len(self._rows)
+        self.longest = int(self._prompts.lengths.max())
+        content = digest.hexdigest()[:16]
+        self.fingerprint = {"rows": len(encoded), "prompts": len(self._rows), "content": content}
 
-    def _row(self, index: int) -> Row:
-        row = self._source[index]
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {index} is a {type(row).__name__}, not a mapping of columns: {row!r:.200}")
-        return row
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def batch(
         self, items: Sequence[int] | np.ndarray, *, epoch: int = 0, valid: np.ndarray | None = None
@@ -142,31 +120,17 @@ class PromptDataset:
             valid: [P] bool, all True where None.
         """
         numbers = np.asarray(items, np.int64)
-        tokens = np.full((len(numbers), self.max_prompt_length), self._pad, np.int32)  # [P, Tp]
-        for slot, item in enumerate(numbers):
-            start, length = self._starts[item], self._lengths[item]
-            tokens[slot, :length] = self._tokens[start : start + length]
         indices = self._rows[numbers]
-        rows = [self._row(int(index)) for index in indices]
+        rows = [row_of(self._source, int(index)) for index in indices]
         return PromptBatch(
-            tokens=tokens,
-            lengths=self._lengths[numbers],
+            tokens=self._prompts.padded(numbers, self.max_prompt_length, fill=self._pad),
+            lengths=self._prompts.lengths[numbers],
             prompts=[self._format.prompt(row) for row in rows],
             columns={name: [row.get(name) for row in rows] for name in self.column_names},
             indices=indices,
             valid=np.ones(len(numbers), bool) if valid is None else valid,
             epoch=epoch,
         )
-
-
-def _overlong_message(lengths: np.ndarray, limit: int) -> str:
-    overlong = np.flatnonzero(lengths > limit)
-    row = overlong[0]
-    advice = "raise max_prompt_length" + (" or set overlong='drop'" if len(overlong) < len(lengths) else "")
-    return (
-        f"row {row}: the prompt has {lengths[row]} tokens, more than max_prompt_length={limit} "
-        f"({len(overlong)} of {len(lengths)} prompts are too long, the longest has {lengths.max()}); {advice}"
-    )
 
 
 def _stable_text(value: Any) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from jaxrl_llm.data.encoded_rows import EncodedRow, EncodedRows, Overlong, read_rows
 from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.loader import ShuffledLoader
-
-Overlong = Literal["raise", "drop"]
-EncodedT = TypeVar("EncodedT")
 
 
 class RowDataset(Protocol):
@@ -41,9 +40,32 @@ class RowDataset(Protocol):
         ...
 
 
-@runtime_checkable
-class RowFormat(Protocol):
-    """How rows of a source become rows of an objective; a frozen record, and so a group of flags."""
+EncodedT = TypeVar("EncodedT", bound=EncodedRow)
+DatasetT = TypeVar("DatasetT", bound=RowDataset, covariant=True)
+
+
+class RowFormat(abc.ABC, Generic[EncodedT, DatasetT]):
+    """How rows of a source become rows of an objective; a frozen record, and so a group of flags.
+
+    A format says what a row is as token ids and which data set holds them; reading is the same for all.
+    """
+
+    _USABLE = "can be used"
+    """What a row is that becomes something, for errors."""
+
+    @abc.abstractmethod
+    def encoder(self, tokenizer: Any) -> Callable[[Row], Sequence[EncodedT]]:
+        """Makes the function from a row to token ids: nothing, where it cannot be used, or one and more.
+
+        The function raises ValueError where a column is missing or is not what it should be.
+
+        Args:
+            tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
+        """
+
+    @abc.abstractmethod
+    def collect(self, encoded: EncodedRows[EncodedT]) -> DatasetT:
+        """The data set of what became of the rows."""
 
     def dataset(
         self,
@@ -54,21 +76,31 @@ class RowFormat(Protocol):
         max_completion_length: int,
         overlong: Overlong = "raise",
         max_rows: int | None = None,
-    ) -> RowDataset:
-        """Reads, checks and tokenises all rows.
+    ) -> DatasetT:
+        """Reads, checks and tokenises all rows, so that what cannot be used is found before training starts.
 
         Args:
             source: the rows, as `open_source` gives them.
-            tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
+            tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes; not kept.
             max_prompt_length: Tp, tokens per prompt.
             max_completion_length: Tc, tokens per completion, its end included.
-            overlong: what to do with longer ones: `"raise"`, or `"drop"` the row and count it.
+            overlong: what to do with longer ones: `"raise"`, or `"drop"` and count them.
             max_rows: use the first rows only.
 
         Raises:
-            ValueError: a row cannot be used; names its number.
+            ValueError: there are no rows, or one cannot be used or is too long; names its number.
         """
-        ...
+        encoded = read_rows(source, self.encoder(tokenizer), max_rows=max_rows)
+        if not any(encoded):
+            raise ValueError(f"none of {len(encoded)} rows {self._USABLE}")
+        return self.collect(
+            EncodedRows[EncodedT].fitting(
+                encoded,
+                max_prompt_length=max_prompt_length,
+                max_completion_length=max_completion_length,
+                overlong=overlong,
+            )
+        )
 
 
 class ServedRows(NamedTuple):
@@ -109,95 +141,3 @@ def batches_in_order(dataset: RowDataset, *, batch_size: int) -> Iterator[Served
         items, valid = positions % len(dataset), positions < len(dataset)
         rows = dataset.batch(items)
         yield ServedRows(items, valid, rows._replace(mask=rows.mask & valid[:, None, None]))
-
-
-class Ragged:
-    """Many sequences of different lengths in one array; kept at the size of their content.
-
-    Args:
-        sequences: one-dimensional arrays of one type; at least one.
-    """
-
-    def __init__(self, sequences: Sequence[np.ndarray]) -> None:
-        self.lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-        self.values = np.concatenate(sequences)
-        self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-
-    def padded(self, items: Sequence[int] | np.ndarray, width: int, *, fill: Any) -> np.ndarray:
-        """The sequences numbered `items` as `[len(items), width]`, right-padded with `fill`."""
-        out = np.full((len(items), width), fill, self.values.dtype)
-        for slot, item in enumerate(items):
-            start, length = self._starts[item], self.lengths[item]
-            out[slot, :length] = self.values[start : start + length]
-        return out
-
-
-def rows_to_read(source: RowSource, max_rows: int | None) -> int:
-    """The number of rows that are to be used.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be positive, got {max_rows}")
-    number = len(source) if max_rows is None else min(max_rows, len(source))
-    if number == 0:
-        raise ValueError("the data set has no rows")
-    return number
-
-
-def read_rows(source: RowSource, encode: Callable[[Row], EncodedT], *, max_rows: int | None = None) -> list[EncodedT]:
-    """What `encode` makes of each row.
-
-    Raises:
-        ValueError: there are no rows, or one is no mapping or cannot be encoded; names its number.
-    """
-    encoded = []
-    for index in range(rows_to_read(source, max_rows)):
-        row = source[index]
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {index} is a {type(row).__name__}, not a mapping of columns: {row!r:.200}")
-        try:
-            encoded.append(encode(row))
-        except Exception as error:  # the tokenizer's and the template's own errors do not know the row
-            raise ValueError(f"row {index}: {error}") from error
-    return encoded
-
-
-def rows_that_fit(
-    prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[int],
-    *,
-    max_prompt_length: int,
-    max_completion_length: int,
-    overlong: Overlong,
-) -> np.ndarray:
-    """Numbers of the rows that are short enough.
-
-    Args:
-        prompt_lengths: tokens of each row's prompt.
-        completion_lengths: tokens of each row's longest completion.
-        max_prompt_length: Tp.
-        max_completion_length: Tc.
-        overlong: whether others are an error.
-
-    Raises:
-        ValueError: a row is too long and `overlong` is `"raise"`, or none is left; names the row and the numbers.
-    """
-    if overlong not in ("raise", "drop"):
-        raise ValueError(f"overlong is 'raise' or 'drop', got {overlong!r}")
-    checks = (("prompt", prompt_lengths, max_prompt_length), ("completion", completion_lengths, max_completion_length))
-    fits = np.ones(len(prompt_lengths), bool)
-    for _, lengths, limit in checks:
-        fits &= np.asarray(lengths) <= limit
-    if fits.all() or (overlong == "drop" and fits.any()):
-        return np.flatnonzero(fits)
-    for what, lengths, limit in checks:
-        longer = np.flatnonzero(np.asarray(lengths) > limit)
-        if longer.size:
-            advice = f"raise max_{what}_length" + (" or set overlong='drop'" if fits.any() else "")
-            raise ValueError(
-                f"row {longer[0]}: the {what} has {lengths[longer[0]]} tokens, more than max_{what}_length={limit} "
-                f"({longer.size} of {fits.size} {what}s are too long, the longest has {max(lengths)}); {advice}"
-            )
-    raise AssertionError("a row that does not fit is too long in something")

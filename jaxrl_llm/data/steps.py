@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrl_llm.algorithms.score_models.process_reward import LabelledSteps
+from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
 from jaxrl_llm.data.formats import PromptFormat, column_of, encode_prompt
-from jaxrl_llm.data.interfaces import Row, RowSource
-from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
+from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.rows import RowFormat
 
 
 class LabelledSolution(NamedTuple):
@@ -26,6 +26,11 @@ class LabelledSolution(NamedTuple):
     """bool, of the completion: the last token of a step that has a label."""
     labels: np.ndarray
     """float32, of the completion: the label there, 0 elsewhere."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the completion."""
+        return len(self.completion)
 
     @classmethod
     def of(
@@ -84,7 +89,7 @@ def encode_steps(steps: Sequence[str], tokenizer: Any, *, separator: str = "\n")
 
 
 @dataclass(frozen=True)
-class StepFormat:
+class StepFormat(RowFormat[LabelledSolution, "StepDataset"]):
     """How a row becomes a solution with labelled steps; a `RowFormat`."""
 
     prompt: PromptFormat = PromptFormat()
@@ -99,88 +104,35 @@ class StepFormat:
     separator: str = "\n"
     """Text between steps."""
 
-    def dataset(
-        self,
-        source: RowSource,
-        tokenizer: Any,
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        overlong: Overlong = "raise",
-        max_rows: int | None = None,
-    ) -> StepDataset:
+    def encoder(self, tokenizer: Any) -> Callable[[Row], list[LabelledSolution]]:
         """See `RowFormat`."""
 
-        def encode(row: Row) -> LabelledSolution:
+        def encode(row: Row) -> list[LabelledSolution]:
             steps = [text.removesuffix(self.separator) for text in column_of(row, self.steps_column)]
             ids, ends = encode_steps(steps, tokenizer, separator=self.separator)
             prompt = encode_prompt(self.prompt.prompt(row), tokenizer)
-            return LabelledSolution.of(prompt, ids, ends, column_of(row, self.labels_column))
+            return [LabelledSolution.of(prompt, ids, ends, column_of(row, self.labels_column))]
 
-        return StepDataset(
-            read_rows(source, encode, max_rows=max_rows),
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-            overlong=overlong,
-        )
+        return encode
+
+    def collect(self, encoded: EncodedRows[LabelledSolution]) -> StepDataset:
+        """See `RowFormat`."""
+        return StepDataset(encoded)
 
 
-class StepDataset:
-    """Solutions with labelled steps; a `RowDataset` of `LabelledSteps`, G = 1.
+class StepDataset(EncodedDataset[LabelledSolution]):
+    """Solutions with labelled steps, G = 1; a `RowDataset` of `LabelledSteps`. Attributes as of `EncodedDataset`.
 
     Args:
-        solutions: Tokens and labels, of people or from `monte_carlo_labels`; at least one.
-        max_prompt_length: Tp, tokens per prompt.
-        max_completion_length: Tc, tokens per solution.
-        overlong: What to do with longer ones: `"raise"`, or `"drop"` and count them.
-
-    Attributes:
-        dropped: Number of solutions that were too long.
-        fingerprint: Number of solutions and a hash of all tokens and labels.
-
-    Raises:
-        ValueError: A solution is too long, or none is left; names its number.
+        encoded: Tokens and labels, of people (`StepFormat`) or from `monte_carlo_labels` (`EncodedRows.fitting`).
     """
 
-    def __init__(
-        self,
-        solutions: Sequence[LabelledSolution],
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        overlong: Overlong = "raise",
-    ) -> None:
-        if not solutions:
-            raise ValueError("the data set has no rows")
-        kept = rows_that_fit(
-            [len(solution.prompt) for solution in solutions],
-            [len(solution.completion) for solution in solutions],
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-            overlong=overlong,
-        )
-        self.dropped = len(solutions) - len(kept)
-        self._widths = max_prompt_length, max_completion_length
-        self._prompts, self._completions, self._masks, self._labels = (
-            Ragged([solutions[row][field] for row in kept]) for field in range(4)
-        )
-        digest = hashlib.sha256()
-        for part in (self._prompts, self._completions, self._masks, self._labels):
-            digest.update(part.lengths.tobytes())
-            digest.update(part.values.tobytes())
-        self.fingerprint = {"rows": len(solutions), "solutions": len(kept), "content": digest.hexdigest()[:16]}
-
-    def __len__(self) -> int:
-        return len(self._prompts.lengths)
+    def __init__(self, encoded: EncodedRows[LabelledSolution]) -> None:
+        parts = [Ragged([solution[field] for solution in encoded.kept]) for field in range(4)]
+        super().__init__(encoded, "solutions", parts)
 
     def batch(self, items: Sequence[int] | np.ndarray, /) -> LabelledSteps:
         """The solutions numbered `items` (0 to `len(self) - 1`); repeats are allowed."""
-        prompt_width, width = self._widths
-        # Lengths and masks say what is a token, and not what is behind.
-        return LabelledSteps(
-            prompt=self._prompts.padded(items, prompt_width, fill=0),
-            prompt_lengths=self._prompts.lengths[np.asarray(items, np.int64)],
-            completion=self._completions.padded(items, width, fill=0)[:, None],
-            mask=self._masks.padded(items, width, fill=False)[:, None],
-            labels=self._labels.padded(items, width, fill=0.0)[:, None],
-        )
+        numbers = np.asarray(items, np.int64)
+        completions, masks, labels = (part.padded(numbers, self._width)[:, None] for part in self._parts)
+        return LabelledSteps(**self._served_prompts(numbers), completion=completions, mask=masks, labels=labels)

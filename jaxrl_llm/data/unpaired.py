@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
+from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
 from jaxrl_llm.data.formats import Prompt, PromptFormat, column_of
-from jaxrl_llm.data.interfaces import Row, RowSource
-from jaxrl_llm.data.preferences import PreferenceFormat, content_hash, encode_completion
-from jaxrl_llm.data.rows import Overlong, Ragged, read_rows, rows_that_fit
+from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.preferences import PreferenceFormat, encode_completion
+from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 SHIFTS = 16
@@ -26,10 +27,17 @@ class Sample(NamedTuple):
     completion: np.ndarray
     label: bool
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the completion."""
+        return len(self.completion)
+
 
 @dataclass(frozen=True)
-class UnpairedFormat:
+class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
     """How a row becomes a labelled completion; a `RowFormat`."""
+
+    _USABLE = PreferenceFormat._USABLE
 
     prompt: PromptFormat = PromptFormat()
     """How a row becomes a prompt."""
@@ -49,26 +57,17 @@ class UnpairedFormat:
     mismatched: bool = True
     """Serve another prompt's completion with each sample, which the baseline of KTO is made of."""
 
-    def dataset(
-        self,
-        source: RowSource,
-        tokenizer: Any,
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        overlong: Overlong = "raise",
-        max_rows: int | None = None,
-    ) -> UnpairedDataset:
+    def encoder(self, tokenizer: Any) -> Callable[[Row], list[Sample]]:
         """See `RowFormat`."""
-        return UnpairedDataset(
-            source,
-            tokenizer,
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-            unpaired_format=self,
-            overlong=overlong,
-            max_rows=max_rows,
-        )
+        stop_tokens = stop_token_ids(tokenizer)
+        return lambda row: [
+            Sample(*encode_completion(prompt, completion, tokenizer, stop_tokens), label)
+            for prompt, completion, label in self.samples(row)
+        ]
+
+    def collect(self, encoded: EncodedRows[Sample]) -> UnpairedDataset:
+        """See `RowFormat`."""
+        return UnpairedDataset(encoded, mismatched=self.mismatched)
 
     def samples(self, row: Row) -> list[tuple[Prompt, Any, bool]]:
         """Prompt, completion and label of a row's samples: one, or of a pair two or none.
@@ -85,8 +84,8 @@ class UnpairedFormat:
         return [(self.prompt.prompt(row), column_of(row, self.completion_column), bool(label))]
 
 
-class UnpairedDataset:
-    """A source's labelled completions, checked and tokenised once; a `RowDataset` of `UnpairedBatch`.
+class UnpairedDataset(EncodedDataset[Sample]):
+    """Labelled completions; a `RowDataset` of `UnpairedBatch`.
 
     With mismatched completions, each sample has at index 1 the completion of the sample some places on in the data
     set, the same number of places for all. That number is small and such that, if possible, no sample meets its own
@@ -94,87 +93,38 @@ class UnpairedDataset:
     so that log-probs under a reference can be computed ahead.
 
     Args:
-        source: As `PreferenceDataset`.
-        tokenizer: As `PreferenceDataset`.
-        max_prompt_length: As `PreferenceDataset`.
-        max_completion_length: As `PreferenceDataset`.
-        unpaired_format: How a row becomes a sample; columns `prompt`, `completion` and `label` by default.
-        overlong: What to do with longer ones: `"raise"`, or `"drop"` the sample and count it.
-        max_rows: Use the first rows only.
+        encoded: The samples.
+        mismatched: Serve another prompt's completion with each of them.
 
-    Attributes:
-        overlong: Number of samples that were too long.
-        unusable: Number of rows whose dialogues are no pair.
-        dropped: Both together.
+    Attributes, besides those of `EncodedDataset`:
         num_desirable: Number of samples with label true; see `KTOObjective.balanced`.
         num_undesirable: Number of samples with label false.
-        fingerprint: Number of rows and of samples and a hash of every token and label.
 
     Raises:
-        ValueError: No rows, a row that gives no sample, or one that is too long; mismatched completions of a single
-            prompt.
+        ValueError: Mismatched completions of a single prompt.
     """
 
-    def __init__(
-        self,
-        source: RowSource,
-        tokenizer: Any,
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        unpaired_format: UnpairedFormat | None = None,
-        overlong: Overlong = "raise",
-        max_rows: int | None = None,
-    ) -> None:
-        form, stop_tokens = unpaired_format or UnpairedFormat(), stop_token_ids(tokenizer)
-
-        def encode(row: Row) -> list[Sample]:
-            return [
-                Sample(*encode_completion(prompt, completion, tokenizer, stop_tokens), label)
-                for prompt, completion, label in form.samples(row)
-            ]
-
-        every = read_rows(source, encode, max_rows=max_rows)
-        samples = [sample for row in every for sample in row]
-        if not samples:
-            raise ValueError(f"none of {len(every)} rows is a pair of dialogues with one beginning and two replies")
-        fitting = rows_that_fit(
-            [len(sample.prompt) for sample in samples],
-            [len(sample.completion) for sample in samples],
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-            overlong=overlong,
-        )
-        self.overlong, self.unusable = len(samples) - len(fitting), sum(not row for row in every)
-        self.dropped = self.overlong + self.unusable
-        self._widths = max_prompt_length, max_completion_length
-        self._pad = tokenizer.pad_token_id or 0  # never read: lengths and masks say what is a token
-        kept = [samples[number] for number in fitting]
-        self._prompts = Ragged([sample.prompt for sample in kept])
-        self._completions = Ragged([sample.completion for sample in kept])
-        self._labels = np.array([sample.label for sample in kept])
+    def __init__(self, encoded: EncodedRows[Sample], *, mismatched: bool = True) -> None:
+        prompts = Ragged([sample.prompt for sample in encoded.kept])
+        completions = Ragged([sample.completion for sample in encoded.kept])
+        self._completions, self._labels = completions, np.array([sample.label for sample in encoded.kept])
+        super().__init__(encoded, "samples", [prompts, completions, Ragged([self._labels])])
+        self.fingerprint["mismatched"] = mismatched
         self.num_desirable, self.num_undesirable = int(self._labels.sum()), int((~self._labels).sum())
-        self._others, self._has_other = _others(kept) if form.mismatched else (None, None)
-        content = content_hash(self._prompts, self._completions, Ragged([self._labels]))
-        self.fingerprint = {"rows": len(every), "samples": len(kept), "content": content, "mismatched": form.mismatched}
-
-    def __len__(self) -> int:
-        return len(self._labels)
+        self._others, self._has_other = _others(encoded.kept) if mismatched else (None, None)
 
     def batch(self, items: Sequence[int] | np.ndarray, /) -> UnpairedBatch:
         """The samples numbered `items` (0 to `len(self) - 1`); repeats are allowed."""
         numbers = np.asarray(items, np.int64)
-        prompt_width, width = self._widths
         sides = [numbers]
         lengths = [self._completions.lengths[numbers]]
         if self._others is not None and self._has_other is not None:
             sides.append(self._others[numbers])
             lengths.append(np.where(self._has_other[numbers], self._completions.lengths[sides[1]], 0))
         return UnpairedBatch(
-            prompt=self._prompts.padded(numbers, prompt_width, fill=self._pad),
-            prompt_lengths=self._prompts.lengths[numbers],
-            completion=np.stack([self._completions.padded(side, width, fill=self._pad) for side in sides], axis=1),
-            mask=np.arange(width) < np.stack(lengths, axis=1)[..., None],
+            **self._served_prompts(numbers),
+            completion=np.stack([self._completions.padded(side, self._width) for side in sides], axis=1),
+            mask=np.arange(self._width) < np.stack(lengths, axis=1)[..., None],
             labels=np.stack([self._labels[side] for side in sides], axis=1),
         )
 

@@ -93,7 +93,7 @@ def chat(row: dict[str, Any], tokenizer: Any = None, **settings: Any) -> tuple[s
 
 
 def test_text_ends_with_the_end_of_sequence() -> None:
-    dataset = DemonstrationDataset(ROWS, TEXT, max_prompt_length=5, max_completion_length=4)
+    dataset = DemonstrationFormat().dataset(ROWS, TEXT, max_prompt_length=5, max_completion_length=4)
     rows = dataset.batch([1, 0, 2, 1])
     assert rows.prompt.tolist() == [[17, 10, 17, 11, 0], [13, 10, 13, 11, 0], [2, 0, 0, 0, 0], [17, 10, 17, 11, 0]]
     assert rows.prompt_lengths.tolist() == [4, 4, 1, 4]
@@ -102,6 +102,8 @@ def test_text_ends_with_the_end_of_sequence() -> None:
     assert (rows.prompt.dtype, rows.completion.dtype, rows.mask.dtype) == (np.int32, np.int32, np.bool_)
     assert (len(dataset), dataset.dropped) == (3, 0)
     assert isinstance(DemonstrationFormat(), RowFormat)
+    # Of older runs, which go on.
+    assert dataset.fingerprint == {"rows": 3, "demonstrations": 3, "content": "e72ce275025ef830"}
 
 
 def test_columns_and_template() -> None:
@@ -228,7 +230,7 @@ def test_an_impossible_choice_and_a_tokenizer_without_an_end() -> None:
         eos_token_id = None
 
     with pytest.raises(ValueError, match="row 0: the tokenizer has no end of sequence"):
-        DemonstrationDataset(ROWS, Endless("1+=2"), **WIDE)
+        DemonstrationFormat().dataset(ROWS, Endless("1+=2"), **WIDE)
 
 
 @pytest.mark.parametrize(
@@ -240,19 +242,19 @@ def test_an_impossible_choice_and_a_tokenizer_without_an_end() -> None:
 )
 def test_what_is_too_long(limits: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message + ".*or set overlong='drop'"):
-        DemonstrationDataset(ROWS, TEXT, **{**WIDE, **limits})
-    kept = DemonstrationDataset(ROWS, TEXT, **{**WIDE, **limits}, overlong="drop")
+        DemonstrationFormat().dataset(ROWS, TEXT, **{**WIDE, **limits})
+    kept = DemonstrationFormat().dataset(ROWS, TEXT, **{**WIDE, **limits}, overlong="drop")
     assert len(kept) == 3 - kept.dropped and kept.dropped in (1, 2)
     assert kept.rows.tolist() == ([2] if kept.dropped == 2 else [0, 2])
     with pytest.raises(ValueError, match=r"raise max_prompt_length$"):
-        DemonstrationDataset(ROWS, TEXT, max_prompt_length=0, max_completion_length=9, overlong="drop")
+        DemonstrationFormat().dataset(ROWS, TEXT, max_prompt_length=0, max_completion_length=9, overlong="drop")
 
 
 # ---- Order --------------------------------------------------------------------------------------------
 
 
 def loader(seed: int = 0, rows: list[Any] = ROWS) -> RowLoader:
-    return RowLoader(DemonstrationDataset(rows, TEXT, **WIDE), batch_size=2, seed=seed)
+    return RowLoader(DemonstrationFormat().dataset(rows, TEXT, **WIDE), batch_size=2, seed=seed)
 
 
 def test_every_row_once_an_epoch_and_an_exact_continuation() -> None:
@@ -280,7 +282,7 @@ def test_a_position_in_other_data_is_refused() -> None:
 
 
 def test_the_last_batch_in_order_is_filled_up_with_nothing() -> None:
-    first, second = batches_in_order(DemonstrationDataset(ROWS, TEXT, **WIDE), batch_size=2)
+    first, second = batches_in_order(DemonstrationFormat().dataset(ROWS, TEXT, **WIDE), batch_size=2)
     assert (first.items.tolist(), second.items.tolist()) == ([0, 1], [2, 0])
     assert second.valid.tolist() == [True, False]
     assert second.rows.mask.any(axis=(1, 2)).tolist() == [True, False]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.data.preferences import PreferenceDataset, PreferenceFormat, dialogue_messages
+from jaxrl_llm.data.preferences import PreferenceFormat, dialogue_messages
 from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.data.unpaired import UnpairedDataset, UnpairedFormat
+from jaxrl_llm.data.unpaired import UnpairedFormat
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzHA:!\n 0123456789"
 TOKENIZER = CharTokenizer(LETTERS)
@@ -66,7 +66,7 @@ def shown(batch: Any) -> list[tuple[str, ...]]:
 
 
 def test_pairs():
-    dataset = PreferenceDataset(ROWS, TOKENIZER, **SIZE)
+    dataset = PreferenceFormat().dataset(ROWS, TOKENIZER, **SIZE)
     assert (len(dataset), dataset.dropped) == (3, 0)
     batch = dataset.batch([1, 2, 1])
     assert batch.prompt.shape == (3, 4) and batch.completion.shape == batch.mask.shape == (3, 2, 5)
@@ -83,8 +83,8 @@ def test_pairs():
 def test_too_long_pairs_raise_or_are_dropped_and_counted():
     short = {"max_prompt_length": 4, "max_completion_length": 4}
     with pytest.raises(ValueError, match=r"row 0: the completion has 5 tokens, more than max_completion_length=4"):
-        PreferenceDataset(ROWS, TOKENIZER, **short)
-    dataset = PreferenceDataset(ROWS, TOKENIZER, **short, overlong="drop")
+        PreferenceFormat().dataset(ROWS, TOKENIZER, **short)
+    dataset = PreferenceFormat().dataset(ROWS, TOKENIZER, **short, overlong="drop")
     assert (len(dataset), dataset.dropped, dataset.overlong) == (1, 2, 2)
     assert shown(dataset.batch([0])) == [("bcd", "yes<eos>", "no<eos>")]
 
@@ -92,24 +92,22 @@ def test_too_long_pairs_raise_or_are_dropped_and_counted():
 def test_dialogues_are_split_at_the_last_turn_of_the_assistant():
     """As text; those whose beginnings differ, and empty replies, are counted."""
     form = PreferenceFormat(whole_dialogues=True)
-    dataset = PreferenceDataset(DIALOGUES, TOKENIZER, preference_format=form, **LONG)
+    dataset = form.dataset(DIALOGUES, TOKENIZER, **LONG)
     assert (len(dataset), dataset.unusable, dataset.overlong, dataset.dropped) == (2, 2, 0, 2)
     assert shown(dataset.batch([0, 1])) == [
         (HH, " so<eos>", " no<eos>"),
         ("\n\nHuman: a\n\nAssistant:", " b<eos>", " c<eos>"),
     ]
-    dropped = PreferenceDataset(
-        DIALOGUES, TOKENIZER, preference_format=form, overlong="drop", max_prompt_length=30, max_completion_length=8
-    )
+    dropped = form.dataset(DIALOGUES, TOKENIZER, overlong="drop", max_prompt_length=30, max_completion_length=8)
     assert (len(dropped), dropped.unusable, dropped.overlong, dropped.dropped) == (1, 2, 1, 3)
     with pytest.raises(ValueError, match="none of 2 rows is a pair"):
-        PreferenceDataset(DIALOGUES[1:3], TOKENIZER, preference_format=form, **LONG)
+        form.dataset(DIALOGUES[1:3], TOKENIZER, **LONG)
 
 
 def test_dialogues_become_messages_for_the_chat_template():
     """The assistant's end of turn is trained, what the template writes after it is not."""
     form = PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True)
-    dataset = PreferenceDataset(DIALOGUES, Turns(), preference_format=form, **LONG)
+    dataset = form.dataset(DIALOGUES, Turns(), **LONG)
     assert shown(dataset.batch([0])) == [("H:hi!\nA:yes!\nH:why!\nA:", "so!", "no!")]
     assert (len(dataset), dataset.unusable) == (2, 2)
 
@@ -120,8 +118,8 @@ def test_message_dialogues_and_message_completions():
     whole = [{"chosen": [*prompt, yes], "rejected": [*prompt, no]}]
     split = [{"prompt": prompt, "chosen": [yes], "rejected": [no]}, {"prompt": prompt, "chosen": "yes", "rejected": no}]
     system = PromptFormat(system="be")
-    one = PreferenceDataset(whole, Turns(), preference_format=PreferenceFormat(system, whole_dialogues=True), **LONG)
-    other = PreferenceDataset(split, Turns(), preference_format=PreferenceFormat(system), **LONG)
+    one = PreferenceFormat(system, whole_dialogues=True).dataset(whole, Turns(), **LONG)
+    other = PreferenceFormat(system).dataset(split, Turns(), **LONG)
     expected = ("::be!\nH:hi!\nA:", "yes!", "no!")
     assert shown(one.batch([0])) == [expected]
     assert shown(other.batch([0, 1])) == [expected, expected]
@@ -144,7 +142,7 @@ def test_message_dialogues_and_message_completions():
 )
 def test_what_is_refused(rows, form, message):
     with pytest.raises(ValueError, match=message):
-        PreferenceDataset(rows, TOKENIZER, preference_format=PreferenceFormat(**form), **SIZE)
+        PreferenceFormat(**form).dataset(rows, TOKENIZER, **SIZE)
 
 
 def test_hh_rlhf_as_it_is_published():
@@ -162,11 +160,14 @@ def test_hh_rlhf_as_it_is_published():
 
 def test_fingerprint_follows_content():
     def fingerprint(rows: list[Any]) -> dict[str, Any]:
-        return PreferenceDataset(rows, TOKENIZER, **SIZE).fingerprint
+        return PreferenceFormat().dataset(rows, TOKENIZER, **SIZE).fingerprint
 
     assert fingerprint(ROWS) == fingerprint([dict(row) for row in ROWS])
     swapped = [ROWS[0] | {"chosen": ROWS[0]["rejected"], "rejected": ROWS[0]["chosen"]}, *ROWS[1:]]
     assert fingerprint(ROWS) != fingerprint(swapped)
+    assert fingerprint(ROWS) == {"rows": 3, "pairs": 3, "content": "eb8dc94cc72477d5"}  # of older runs, which go on
+    samples = UnpairedFormat().dataset(SAMPLES, TOKENIZER, **SIZE).fingerprint
+    assert samples == {"rows": 4, "samples": 4, "content": "55fb53301a80bbdc", "mismatched": True}
     assert json.dumps(fingerprint(ROWS))
     for form in (PreferenceFormat(), UnpairedFormat(from_pairs=True)):
         assert isinstance(form, RowFormat)
@@ -183,7 +184,7 @@ SAMPLES = [
 
 def test_samples_with_the_completion_of_another_prompt():
     """One place on, the first sample would meet its own prompt."""
-    dataset = UnpairedDataset(SAMPLES, TOKENIZER, **SIZE)
+    dataset = UnpairedFormat().dataset(SAMPLES, TOKENIZER, **SIZE)
     assert (len(dataset), dataset.dropped, dataset.num_desirable, dataset.num_undesirable) == (4, 0, 2, 2)
     batch = dataset.batch([0, 1, 2, 3])
     assert shown(batch) == [
@@ -199,27 +200,27 @@ def test_samples_with_the_completion_of_another_prompt():
 
 def test_a_sample_that_can_meet_no_other_prompt_has_none():
     rows = [{"prompt": p, "completion": c, "label": True} for p, c in (("a", "u"), ("a", "v"), ("b", "w"))]
-    batch = UnpairedDataset(rows, TOKENIZER, **SIZE).batch([0, 1, 2])
+    batch = UnpairedFormat().dataset(rows, TOKENIZER, **SIZE).batch([0, 1, 2])
     assert shown(batch) == [("a", "u<eos>", ""), ("a", "v<eos>", "w<eos>"), ("b", "w<eos>", "u<eos>")]
     with pytest.raises(ValueError, match="two prompts at least"):
-        UnpairedDataset(rows[:2], TOKENIZER, **SIZE)
-    alone = UnpairedDataset(rows[:2], TOKENIZER, unpaired_format=UnpairedFormat(mismatched=False), **SIZE)
+        UnpairedFormat().dataset(rows[:2], TOKENIZER, **SIZE)
+    alone = UnpairedFormat(mismatched=False).dataset(rows[:2], TOKENIZER, **SIZE)
     assert alone.batch([0, 1]).mask.shape == (2, 1, 5)
 
 
 def test_samples_of_pairs():
     form = UnpairedFormat(from_pairs=True, mismatched=False)
-    dataset = UnpairedDataset(ROWS, TOKENIZER, unpaired_format=form, **SIZE)
+    dataset = form.dataset(ROWS, TOKENIZER, **SIZE)
     assert len(dataset) == 6
     batch = dataset.batch([0, 1, 5])
     assert shown(batch) == [("a", "good<eos>"), ("a", "ok<eos>"), ("ef", "long<eos>")]
     assert batch.labels.tolist() == [[True], [False], [False]]
     dialogues = UnpairedFormat(from_pairs=True, pairs=PreferenceFormat(whole_dialogues=True))
-    counted = UnpairedDataset(DIALOGUES, TOKENIZER, unpaired_format=dialogues, **LONG)
+    counted = dialogues.dataset(DIALOGUES, TOKENIZER, **LONG)
     assert (len(counted), counted.unusable) == (4, 2)
 
 
 def test_labels_must_be_true_or_false():
     rows = [*SAMPLES, {"prompt": "a", "completion": "b", "label": 1}]
     with pytest.raises(ValueError, match=r"row 4: the column 'label' is 1: a label is true or false"):
-        UnpairedDataset(rows, TOKENIZER, **SIZE)
+        UnpairedFormat().dataset(rows, TOKENIZER, **SIZE)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
-from jaxrl_llm.data.demonstrations import DemonstrationDataset
+from jaxrl_llm.data.demonstrations import DemonstrationDataset, DemonstrationFormat
+from jaxrl_llm.data.encoded_rows import EncodedRows
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.losses.aggregate import aggregate, aggregation_normalizer
 from jaxrl_llm.masking import fill_masked
@@ -72,8 +73,13 @@ class AnchoredDataset(DemonstrationDataset):
         return Anchored(*super().batch(items))
 
 
-def sums(rows: list[dict[str, str]], kind: type[DemonstrationDataset] = DemonstrationDataset) -> DemonstrationDataset:
-    return kind(rows, TOKENIZER, max_prompt_length=5, max_completion_length=4)
+class AnchoredFormat(DemonstrationFormat):
+    def collect(self, encoded: EncodedRows[Any]) -> AnchoredDataset:
+        return AnchoredDataset(encoded)
+
+
+def sums(rows: list[dict[str, str]], form: DemonstrationFormat | None = None) -> Any:
+    return (form or DemonstrationFormat()).dataset(rows, TOKENIZER, max_prompt_length=5, max_completion_length=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +107,11 @@ def factory(model_and_params: tuple[Transformer, Params], parent: Path) -> Calla
         shared: dict[str, Any] | None = None,
         **changes: Any,
     ) -> OfflineTrainer:
-        kind = AnchoredDataset if anchored else DemonstrationDataset
+        form = AnchoredFormat() if anchored else DemonstrationFormat()
         settings: dict[str, Any] = {
             "objective": AnchoredObjective() if anchored else SupervisedObjective(),
-            "dataset": sums(TRAIN, kind),
-            "eval_dataset": sums(HELD_OUT, kind),
+            "dataset": sums(TRAIN, form),
+            "eval_dataset": sums(HELD_OUT, form),
             "training": OfflineTrainingConfig(steps=4, rows_per_step=8, checkpoint_every=2, keep_checkpoints=1),
             "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
             "evaluation": OfflineEvaluationConfig(every=2, batch_size=3),
@@ -300,11 +306,11 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(make, changes: 
 def test_rows_that_the_model_cannot_read(make, tmp_path: Path) -> None:
     other = CharTokenizer("0123456789+-*=abc")
     rows = [*SUMS[:3], {"prompt": "1", "completion": "c"}]
-    unknown = DemonstrationDataset(rows, other, max_prompt_length=5, max_completion_length=4)
+    unknown = DemonstrationFormat().dataset(rows, other, max_prompt_length=5, max_completion_length=4)
     with pytest.raises(ValueError, match="training rows: item 3 has a token outside the model's vocabulary of 16"):
         make(dataset=unknown)
     rows = [*SUMS[:1], {"prompt": "1+1=", "completion": "123456789012"}]
-    long = DemonstrationDataset(rows, TOKENIZER, max_prompt_length=5, max_completion_length=20)
+    long = DemonstrationFormat().dataset(rows, TOKENIZER, max_prompt_length=5, max_completion_length=20)
     with pytest.raises(ValueError, match="held-out rows: item 1 has 17 tokens, more than the model's 16 positions"):
         make(eval_dataset=long)
 

@@ -16,12 +16,13 @@ from jaxrl_llm.masking import as_float, check_same_shape, fill_masked, mask_or_a
 class DifficultyAnchor(NamedTuple):
     """How well the policy did in recent batches: the state of HA-DW, which a checkpoint holds.
 
-        C⁺ = (1 − η) C⁻ + η · accuracy,   η = eta · std(the last `window` anchors)
+        C⁺ = (1 − η) C⁻ + η · accuracy,   η = max(min_rate, eta · std(the last `window` anchors))
 
     C⁻ of a batch is C⁺ of the batch before; of the first one, its own accuracy. Until `window` anchors are there,
     η = eta. Each batch reads `prior` and then makes one update: `update`, or `update_moving_average`, the paper's
     "hard" variant, in which C⁺ is the mean accuracy of the last `window` batches. One run uses one of the two.
-    Unlike `EmaBaseline`, how fast it moves depends on how much it has moved.
+    The paper has no `min_rate`: there a slow anchor slows itself, and all but stands while the accuracy rises; 0.1
+    keeps up with it. Unlike `EmaBaseline`, how fast it moves depends on how much it has moved.
 
     Source: Yang et al. 2026, "Your group-relative advantage is biased" (2601.08521).
     """
@@ -48,10 +49,16 @@ class DifficultyAnchor(NamedTuple):
         """The standard deviation (of the population) of the history."""
         return jnp.std(self.history)
 
-    def update(self, accuracy: ArrayLike, *, eta: float = 1.0) -> DifficultyAnchor:
-        """Takes the mean accuracy of a batch in, after its use; eta · std is cut to [0, 1]."""
+    def update(self, accuracy: ArrayLike, *, eta: float = 1.0, min_rate: float = 0.0) -> DifficultyAnchor:
+        """Takes the mean accuracy of a batch in, after its use.
+
+        Args:
+            accuracy: of the batch.
+            eta: factor on the deviation of the anchors.
+            min_rate: least η, in [0, 1]; η itself is cut to 1. At 0, as published, a slow anchor slows itself.
+        """
         is_full = self.count >= self.history.size
-        rate = jnp.clip(eta * jnp.where(is_full, self.deviation(), 1.0), 0.0, 1.0)
+        rate = jnp.clip(eta * jnp.where(is_full, self.deviation(), 1.0), min_rate, 1.0)
         prior = self.prior(accuracy)
         value = prior + rate * (as_float(accuracy) - prior)
         return DifficultyAnchor(value, self._append(value), self.count + 1)

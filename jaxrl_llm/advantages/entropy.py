@@ -13,7 +13,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.statistics import check_row_groups, rows_total, safe_sqrt
-from jaxrl_llm.masking import check_choice, check_mask, fill_masked, group_total, masked_mean, per_token, safe_divide
+from jaxrl_llm.masking import (
+    as_float,
+    check_choice,
+    check_mask,
+    check_same_shape,
+    fill_masked,
+    group_total,
+    masked_mean,
+    per_token,
+    safe_divide,
+)
 
 EntropyNorm = Literal["separate", "joint"]
 
@@ -75,6 +85,7 @@ def gtpo_advantages(
     ddof: int = 0,
     eps: float = 1e-8,
     min_std: float = 1e-6,
+    added: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
 ) -> Array:
     """GTPO: the token rewards standardized over the tokens of a group's successes, and apart over its failures'.
@@ -97,6 +108,7 @@ def gtpo_advantages(
         ddof: 0 for the deviation of the population, 1 for the unbiased one.
         eps: Added to the deviation, outside the root.
         min_std: Deviation up to which the rewards count as equal.
+        added: Rewards `[..., G]` that completions have beside their outcome, such as `overlong_penalty`.
         group_ids: As `gtpo_rewards`.
 
     Returns:
@@ -108,8 +120,8 @@ def gtpo_advantages(
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
-    parts = _token_parts(entropy, successes, mask, shaping, group_ids)
-    return _standardize(*parts, norm, ddof, eps, min_std, group_ids)
+    base, *parts = _token_parts(entropy, successes, mask, shaping, group_ids)
+    return _standardize(_plus(base, added), *parts, norm, ddof, eps, min_std, group_ids)
 
 
 def grpo_s_rewards(
@@ -166,6 +178,7 @@ def grpo_s_advantages(
     ddof: int = 1,
     eps: float = 1e-6,
     min_std: float = 1e-6,
+    added: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
 ) -> Array:
     """GRPO-S: the sequence rewards standardized over the group, or apart over its successes and failures.
@@ -186,6 +199,7 @@ def grpo_s_advantages(
         ddof: As `gtpo_advantages`.
         eps: As `gtpo_advantages`.
         min_std: As `gtpo_advantages`.
+        added: As `gtpo_advantages`.
         group_ids: As `gtpo_rewards`.
 
     Returns:
@@ -197,8 +211,8 @@ def grpo_s_advantages(
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
-    parts = _sequence_parts(entropy, successes, mask, shaping, group_ids)
-    return _standardize(*parts, norm, ddof, eps, min_std, group_ids)[..., 0]
+    base, *parts = _sequence_parts(entropy, successes, mask, shaping, group_ids)
+    return _standardize(_plus(base, added), *parts, norm, ddof, eps, min_std, group_ids)[..., 0]
 
 
 _Shaping = tuple[float, float, float, bool]
@@ -240,6 +254,14 @@ def _share(x: Array, mask: Array, group_ids: ArrayLike | None) -> Array:
     """What each has of the sum at its position, times the number of those that share it: 1 on average."""
     total, count = rows_total(x, mask, group_ids), rows_total(mask, mask, group_ids)
     return jnp.where(mask, safe_divide(x * count, total), 0.0)
+
+
+def _plus(base: Array, added: ArrayLike | None) -> Array:
+    """Rewards `[..., G, T]` with what each completion has beside."""
+    if added is None:
+        return base
+    check_same_shape(base=base[..., 0], added=added)
+    return base + as_float(added)[..., None]
 
 
 def _standardize(

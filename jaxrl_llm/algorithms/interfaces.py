@@ -28,7 +28,9 @@ class Feedback(NamedTuple):
     greedy: Any = None
     """`[P]`: reward of the greedy completion of each prompt (ReMax)."""
     by_function: Any = None
-    """`[P, G, K]`: the K reward functions one by one (GDPO)."""
+    """`[P, G, K]`: the K reward functions one by one (GDPO); NaN where one does not apply to the sample."""
+    weights: Any = None
+    """`[K]`: theirs in the sum; `None`: all 1."""
     is_reference: Any = None
     """`[P, G]` bool: the sample of each group that a judge compared the others with (BRPO)."""
     preferred: Any = None
@@ -41,9 +43,10 @@ class Signals(NamedTuple):
     """All that an estimator may read; what it does not say that it needs is `None`."""
 
     rewards: jax.Array
-    """`[P, G]`: of whole completions; the sum over the tokens where rewards are given by token."""
+    """`[P, G]`: of whole completions, less the penalty for length; the sum over the tokens where rewards are given by
+    token."""
     token_rewards: jax.Array | None
-    """`[P, G, Tc]`, where rewards are given by token."""
+    """`[P, G, Tc]`, where rewards are given by token; the penalty for length is at the last one."""
     mask: jax.Array
     """`[P, G, Tc]` bool: the sampled tokens."""
     finished: jax.Array
@@ -54,6 +57,13 @@ class Signals(NamedTuple):
     entropy: Any = None
     values: Any = None
     """`[P, G, Tc]` each, of the policy, the reference and the critic before this batch's first update."""
+    unshaped: Any = None
+    """`[P, G]`: the rewards before the penalty for length (`algorithm.overlong`); `None`: as `rewards`."""
+
+    @property
+    def outcomes(self) -> jax.Array:
+        """`[P, G]`: the rewards as they were given, which say what was right: a right answer stays so if it is long."""
+        return self.rewards if self.unshaped is None else self.unshaped
 
 
 class Credit(NamedTuple):

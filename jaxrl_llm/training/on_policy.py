@@ -316,12 +316,18 @@ class Trainer:
         needs = self.algorithm.needs
         rewards = episodes.rewards if episodes.token_rewards is None else episodes.token_rewards
         if "by_function" in needs:
-            table = np.stack([np.nan_to_num(values) for values in episodes.by_name.values()], axis=-1)
-            return Feedback(rewards, by_function=table)
+            table = np.stack(list(episodes.by_name.values()), axis=-1)
+            return Feedback(rewards, by_function=table, weights=self._reward_weights())
         if self.judge is not None:
             verdicts = compare(self.judge, episodes, self.tokenizer, np.asarray(self.state.key), step)
             return Feedback(rewards, **verdicts)
         return rewards
+
+    def _reward_weights(self) -> np.ndarray:
+        """Of the reward functions and the rewards on the device, in the order of `Episodes.by_name`."""
+        assert self.rewards is not None
+        own = self.rewards.weights or (1.0,) * len(self.rewards.names)
+        return np.array([*own, *(reward.weight for reward in self.device_rewards)], np.float32)
 
     def _iterate_on_device(self, phase: Phase) -> Outcome:
         """Samples, scores and updates in one program."""

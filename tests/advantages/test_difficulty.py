@@ -31,15 +31,15 @@ def test_golden_numbers(examples):
     close(mean_accuracy_of_mixed_groups(0.1, 8), examples["hadw.E_phat_given_S_p0p1_G8"])
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.7, 30.0])
-def test_anchor_equals_the_definition(eta):
+@pytest.mark.parametrize(("eta", "min_rate"), [(1.0, 0.0), (0.7, 0.0), (30.0, 0.0), (1.0, 0.3), (0.7, 1.0)])
+def test_anchor_equals_the_definition(eta, min_rate):
     window, accuracies = 3, [0.2, 0.6, 0.5, 0.9, 0.1, 0.4]
     state, history, anchor = DifficultyAnchor.init(window), [], None
-    update = jax.jit(functools.partial(DifficultyAnchor.update, eta=eta))
+    update = jax.jit(functools.partial(DifficultyAnchor.update, eta=eta, min_rate=min_rate))
     for accuracy in accuracies:
         prior = accuracy if anchor is None else anchor
         close(state.prior(accuracy), prior)
-        rate = min(eta * (np.std(history[-window:]) if len(history) >= window else 1), 1)
+        rate = min(max(eta * (np.std(history[-window:]) if len(history) >= window else 1), min_rate), 1)
         anchor = (1 - rate) * prior + rate * accuracy
         history.append(anchor)
         state = update(state, accuracy)

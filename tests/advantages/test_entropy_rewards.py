@@ -124,6 +124,19 @@ def test_total_reward_is_conserved(ragged):
     close(np.where(lost, rewards, 0).sum(1), -lost.sum(1))
 
 
+@pytest.mark.parametrize("estimate", [gtpo_advantages, grpo_s_advantages])
+@pytest.mark.parametrize("norm", ["separate", "joint"])
+def test_added_rewards_are_part_of_what_is_standardized(ragged, estimate, norm):
+    """A constant changes nothing, and without an entropy's share what is left is their z-score."""
+    arrays = (ragged.entropy, ragged.successes, ragged.mask)
+    plain = estimate(*arrays, norm=norm)
+    close(estimate(*arrays, norm=norm, added=np.full(ragged.successes.shape, 0.3)), plain, atol=1e-4)
+    entropy, mask = np.ones((1, 3, 1)), np.ones((1, 3, 1), bool)
+    added, won = np.array([[0.0, -0.5, -1.0]]), np.ones((1, 3), bool)
+    A = estimate(entropy, won, mask, norm=norm, ddof=0, added=added)
+    close(np.reshape(A, (1, 3)), (added - added.mean()) / added.std(), atol=1e-5)
+
+
 def test_errors(ragged):
     arrays = (ragged.entropy, ragged.successes, ragged.mask)
     for estimate in (gtpo_advantages, grpo_s_advantages):
@@ -131,5 +144,7 @@ def test_errors(ragged):
             estimate(*arrays, norm="group")
         with pytest.raises(ValueError, match=r"successes has shape \(3,\), but the tokens have shape \(4, 3, 6\)"):
             estimate(ragged.entropy, ragged.successes[0], ragged.mask)
+        with pytest.raises(ValueError, match=r"added has shape \(3,\), but base has shape \(4, 3\)"):
+            estimate(*arrays, added=np.zeros(3))
         with pytest.raises(ValueError, match=r"group_ids has shape \(4,\), but mask has shape \(4, 3, 6\)"):
             estimate(*arrays, group_ids=np.zeros(4, int))

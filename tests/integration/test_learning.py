@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Credit, Feedback, Need, Signals
-from jaxrl_llm.algorithms.policy_gradient.estimators import GTPOAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient, ValueObjective
-from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS, dapo, dppo, gspo, gtpo, online_dpo, ppo, remax
+from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS, dapo, dppo, gspo, online_dpo, ppo, remax
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference.online import OnlinePreference
 from jaxrl_llm.models.transformer import Transformer
@@ -115,22 +114,17 @@ def model(tiny_config) -> Transformer:
     return Transformer(tiny_config(vocab_size=VOCABULARY))
 
 
-def gtpo_joint() -> PolicyGradient:
-    """Normalised apart, as its paper has it, half of the successes of a small group have negative advantages."""
-    return dataclasses.replace(gtpo(), advantage=GTPOAdvantage(norm="joint"))
-
-
 def dppo_wide() -> PolicyGradient:
     """No bounds are confirmed; these are wide."""
     return dppo(0.1, 0.1)
 
 
-LEARNING = [*(preset for preset in PRESETS if preset is not gtpo), gtpo_joint, dppo_wide]
+LEARNING = [*PRESETS, dppo_wide]
 
 
 def reward_for(preset: Callable[[], Algorithm]) -> Callable[[Rollout], np.ndarray]:
     """The one of the task, or the one that the algorithm can read."""
-    return REWARDS.get(preset.__name__.removesuffix("_joint"), says_it_and_stops)
+    return REWARDS.get(preset.__name__, says_it_and_stops)
 
 
 @pytest.mark.slow

@@ -165,6 +165,25 @@ def test_gdpo_reads_the_reward_functions_one_by_one(make, tiny: ModuleType) -> N
     assert metrics_of(trainer)[0]["grad_norm"] != metrics_of(other)[0]["grad_norm"]
 
 
+def test_gdpo_leaves_out_what_does_not_apply_and_weighs_as_told(make, tiny: ModuleType) -> None:
+    def even_only(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return [len(c) + 3.0 if int(p[0]) % 2 == 0 else None for p, c in zip(prompts, completions, strict=True)]
+
+    rewards = {"rewards": (tiny.shared_characters, even_only), "reward_weights": (0.5, 2.0)}
+    trainer = make(algorithm=presets.gdpo(), training={"steps": 1}, **rewards)
+    seen: list[Any] = []
+    update = trainer.update
+    trainer.update = lambda state, rollout, rewards, reference: (
+        seen.append(rewards) or update(state, rollout, rewards, reference)
+    )
+    trainer.run()
+    (feedback,) = seen
+    missing = np.isnan(feedback.by_function)
+    assert not missing[..., 0].any() and 0 < missing[..., 1].sum() < missing[..., 1].size
+    np.testing.assert_array_equal(feedback.weights, [0.5, 2.0])
+    assert np.isfinite(metrics_of(trainer)[0]["grad_norm"])
+
+
 # ---- Dynamic sampling ----------------------------------------------------------------------------------
 
 

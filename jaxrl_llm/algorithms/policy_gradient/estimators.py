@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -25,6 +26,7 @@ from jaxrl_llm.checks import check_fields, not_negative, one_of, positive, share
 from jaxrl_llm.records import Mean
 
 PREFIX = "algorithm.advantage"
+AnchorRule = Literal["deviation", "moving_average"]
 
 # ---- Groups ----------------------------------------------------------------------------------------
 
@@ -100,11 +102,11 @@ class PassAtKAdvantage(Advantage):
 class GDPOAdvantage(Advantage):
     """Each reward function normalised by itself, then summed and whitened; see `jaxrl_llm.advantages.gdpo_advantages`.
 
-    The functions are weighted here, not in the sum that the trainer reports.
+    One that does not apply to a sample has no part in its sum.
     """
 
     weights: tuple[float, ...] | None = None
-    """One a reward function; `None`: all 1."""
+    """One a reward function; `None`: those of the reward that is reported (`reward_weights`)."""
     normalize_over: NormalizeOver = "sequences"
     """What the last whitening counts."""
 
@@ -119,10 +121,12 @@ class GDPOAdvantage(Advantage):
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
+        rewards, given = signals.feedback.by_function, signals.feedback.weights
         return Credit(
             functions.gdpo_advantages(
-                signals.feedback.by_function,
-                weights=None if self.weights is None else jnp.array(self.weights),
+                rewards,
+                mask=~jnp.isnan(rewards),
+                weights=given if self.weights is None else jnp.array(self.weights),
                 normalize_over=self.normalize_over,
                 lengths=jnp.sum(signals.mask, axis=-1) if self.normalize_over == "tokens" else None,
             )
@@ -200,8 +204,9 @@ class ThresholdAdvantage(Advantage):
 class BRPOAdvantage(Advantage):
     """±1 by a judge's comparison with one sample of the group; see `jaxrl_llm.advantages.brpo_advantages`."""
 
-    inconsistent: InconsistentVerdict = "loss"
-    """What a sample is that was preferred in one order alone."""
+    inconsistent: InconsistentVerdict = "tie"
+    """What a sample is that was preferred in one order alone, or in none of a tie: 0, or "loss", as published, which
+    pushes right answers down where most pairs are alike."""
     max_skew: float | None = 0.6
     """Groups whose advantages sum to more than this share of G, either way, are left out; `None`: none are."""
 
@@ -238,17 +243,22 @@ class BRPOAdvantage(Advantage):
 class HADWAdvantage(Advantage):
     """A group's advantages weighted by how hard its prompt is for the policy; see `hadw_advantages`.
 
-    Rewards must be in [0, 1]: they are read as the chance of success.
+    Rewards must be in [0, 1]: they are read as the chance of success, before any penalty for length.
     """
 
     group: GroupAdvantage = GroupAdvantage()
     """The advantages that are weighted."""
     scale: float = 1.3
     """λ: factor on all of them."""
-    eta: float = 1.0
-    """How fast the anchor moves."""
+    anchor: AnchorRule = "deviation"
+    """How the anchor moves: by the deviation of the last anchors, or as the mean accuracy of the last batches."""
     window: int = 10
-    """Anchors whose deviation sets the pace."""
+    """Anchors, or batches, that it looks back on."""
+    eta: float = 1.0
+    """Factor on the deviation, which is the share of the way to a batch's accuracy that the anchor goes."""
+    min_rate: float = 0.1
+    """Least share of the way. At 0, as published, the anchor all but stands once the window is full, while the accuracy
+    rises: a slow one slows itself."""
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
@@ -256,8 +266,10 @@ class HADWAdvantage(Advantage):
             PREFIX,
             self,
             scale=positive(self.scale),
-            eta=not_negative(self.eta),
+            anchor=one_of(self.anchor, AnchorRule),
             window=(self.window >= 1, "be at least 1"),
+            eta=not_negative(self.eta),
+            min_rate=share(self.min_rate),
         )
 
     def start(self) -> DifficultyAnchor:
@@ -266,14 +278,17 @@ class HADWAdvantage(Advantage):
 
     def __call__(self, signals: Signals, memory: DifficultyAnchor) -> Credit:
         """Advantages `[P, G]`."""
-        anchor = memory.prior(jnp.mean(signals.rewards))
+        anchor = memory.prior(jnp.mean(signals.outcomes))
         plain = self.group(signals, ()).advantages
-        weighted = functions.hadw_advantages(plain, signals.rewards, anchor, scale=self.scale)
+        weighted = functions.hadw_advantages(plain, signals.outcomes, anchor, scale=self.scale)
         return Credit(weighted, metrics={"hadw/anchor": Mean.of(anchor)})
 
     def remember(self, signals: Signals, memory: DifficultyAnchor) -> DifficultyAnchor:
         """Moves the anchor towards the batch's accuracy."""
-        return memory.update(jnp.mean(signals.rewards), eta=self.eta)
+        accuracy = jnp.mean(signals.outcomes)
+        if self.anchor == "moving_average":
+            return memory.update_moving_average(accuracy)
+        return memory.update(accuracy, eta=self.eta, min_rate=self.min_rate)
 
 
 # ---- Groups, with the entropies of the policy --------------------------------------------------------
@@ -288,11 +303,12 @@ class EntropyAdvantage(Advantage):
     entropy_weight: float = 0.1
     """Weight of the entropy's share."""
     success_reward: float = 1.0
-    """Reward from which on a completion is a success."""
+    """Reward from which on a completion is a success, whatever its length is punished with."""
     shape_failures: bool = True
     """Whether failures are shaped, too."""
-    norm: EntropyNorm = "separate"
-    """Whether successes and failures are normalised apart or together."""
+    norm: EntropyNorm = "joint"
+    """Whether successes and failures are normalised together or apart ("separate"), as published for GTPO: then half of
+    the tokens of successes are pushed down, and the policy forgets what it knew."""
     mixed_groups_only: bool = True
     """Whether a group of successes alone, or of failures alone, has no advantages: DAPO's dynamic sampling, on which
     the paper builds, leaves such groups out, and normalised they would reward entropy and nothing else."""
@@ -312,12 +328,19 @@ class EntropyAdvantage(Advantage):
             norm=one_of(self.norm, EntropyNorm),
         )
 
-    def _arguments(self, signals: Signals) -> tuple[Any, jax.Array, jax.Array]:
-        return signals.entropy, signals.rewards >= self.success_reward, signals.mask
-
-    def _credit(self, advantages: jax.Array, signals: Signals) -> Credit:
+    def _credit(self, function: Callable[..., jax.Array], signals: Signals) -> Credit:
+        won = signals.outcomes >= self.success_reward
+        advantages = function(
+            signals.entropy,
+            won,
+            signals.mask,
+            success_weight=self.success_weight,
+            entropy_weight=self.entropy_weight,
+            shape_failures=self.shape_failures,
+            norm=self.norm,
+            added=signals.rewards - signals.outcomes,
+        )
         if self.mixed_groups_only:
-            won = signals.rewards >= self.success_reward
             mixed = jnp.any(won, axis=1) & ~jnp.all(won, axis=1)
             advantages = jnp.where(mixed.reshape(-1, *(1,) * (advantages.ndim - 1)), advantages, 0.0)
         return Credit(advantages)
@@ -329,29 +352,13 @@ class GTPOAdvantage(EntropyAdvantage):
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G, Tc]`."""
-        advantages = functions.gtpo_advantages(
-            *self._arguments(signals),
-            success_weight=self.success_weight,
-            entropy_weight=self.entropy_weight,
-            shape_failures=self.shape_failures,
-            norm=self.norm,
-        )
-        return self._credit(advantages, signals)
+        return self._credit(functions.gtpo_advantages, signals)
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSAdvantage(EntropyAdvantage):
     """One advantage a completion, by its mean entropy; see `jaxrl_llm.advantages.grpo_s_advantages`."""
 
-    norm: EntropyNorm = "joint"
-
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
-        advantages = functions.grpo_s_advantages(
-            *self._arguments(signals),
-            success_weight=self.success_weight,
-            entropy_weight=self.entropy_weight,
-            shape_failures=self.shape_failures,
-            norm=self.norm,
-        )
-        return self._credit(advantages, signals)
+        return self._credit(functions.grpo_s_advantages, signals)

@@ -216,7 +216,7 @@ class PolicyGradient(Algorithm):
         return self.advantage.start()
 
     def shape(self, rewards: jax.Array, lengths: jax.Array, width: int) -> jax.Array:
-        """Rewards `[P, G]` less the penalty for length."""
+        """Rewards less the penalty for length; `lengths` are those of their completions, of a shape that broadcasts."""
         if self.overlong is None:
             return rewards
         if self.overlong.cache >= width:

@@ -1,7 +1,8 @@
 """What distinguishes the published algorithms, as one table of settings.
 
-Defaults are those of the papers, as `docs/objectives.md` has them. `--preset=NAME` of an experiment begins with one,
-and any flag of it can be changed: `--preset=dapo --algorithm.surrogate.clip-high=0.3`.
+Defaults are those of the papers, as `docs/objectives.md` has them, but for three that do not learn as published
+(`gtpo`, `brpo`, `ha_dw`: each says which flag gives the paper's reading). `--preset=NAME` of an experiment begins with
+one, and any flag of it can be changed: `--preset=dapo --algorithm.surrogate.clip-high=0.3`.
 """
 
 from __future__ import annotations
@@ -144,7 +145,10 @@ def cispo() -> PolicyGradient:
 
 
 def gtpo() -> PolicyGradient:
-    """GTPO (Tan et al. 2025, 2508.04349): token rewards shaped by the policy's entropy; DAPO's loss."""
+    """GTPO (Tan et al. 2025, 2508.04349): token rewards shaped by the policy's entropy; DAPO's loss.
+
+    Successes and failures are normalised together; as published, apart: `--algorithm.advantage.norm=separate`.
+    """
     return PolicyGradient(advantage=GTPOAdvantage(), surrogate=Clipped(clip_high=0.28), aggregation="token-mean")
 
 
@@ -179,12 +183,18 @@ def pass_at_k() -> PolicyGradient:
 
 
 def ha_dw() -> PolicyGradient:
-    """HA-DW (2601.08521) on GRPO: advantages weighted by how hard a prompt is compared with the run's history."""
+    """HA-DW (2601.08521) on GRPO: advantages weighted by how hard a prompt is compared with the run's history.
+
+    The history's anchor keeps up with it; as published, a slow one slows itself: `--algorithm.advantage.min-rate=0`.
+    """
     return PolicyGradient(advantage=HADWAdvantage(), aggregation="seq-mean-token-mean")
 
 
 def brpo() -> PolicyGradient:
-    """BRPO (Jia et al. 2025, 2506.00103): ±1 by a judge's comparison with one sample of the group; DAPO's loss."""
+    """BRPO (Jia et al. 2025, 2506.00103): ±1 by a judge's comparison with one sample of the group; DAPO's loss.
+
+    A tie is a tie; as published, it is a loss: `--algorithm.advantage.inconsistent=loss`.
+    """
     return PolicyGradient(advantage=BRPOAdvantage(), surrogate=Clipped(clip_high=0.28), aggregation="token-mean")
 
 

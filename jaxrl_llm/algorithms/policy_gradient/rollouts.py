@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxrl_llm.advantages.group import zero_std_groups
 from jaxrl_llm.algorithms.interfaces import Feedback, Signals
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
-from jaxrl_llm.masking import masked_var
+from jaxrl_llm.masking import masked_var, segment_last
 from jaxrl_llm.records import Max, Mean, Metrics
 from jaxrl_llm.types import Rollout
 
@@ -35,19 +35,26 @@ def read_rollout(
             raise ValueError(f"{type(algorithm.advantage).__name__} reads {need}: pass Feedback with it")
     token_rewards = jnp.where(rollout.mask, rewards, 0.0) if by_token else None
     total = jnp.sum(token_rewards, axis=-1) if token_rewards is not None else rewards
-    mask = rollout.mask
-    shaped = algorithm.shape(total, rollout.completion_lengths, mask.shape[-1])
+    mask, lengths = rollout.mask, rollout.completion_lengths
+    if token_rewards is not None:  # the last one bears the penalty for length
+        shaped = algorithm.shape(token_rewards, lengths[..., None], mask.shape[-1])
+        token_rewards = jnp.where(segment_last(mask), shaped, token_rewards)
+    signals = Signals(
+        rewards=algorithm.shape(total, lengths, mask.shape[-1]),
+        token_rewards=token_rewards,
+        mask=mask,
+        finished=rollout.finished,
+        feedback=feedback,
+        unshaped=total,
+    )
     if algorithm.mask_truncated:
         mask &= rollout.finished[..., None]
-    signals = Signals(
-        rewards=shaped, token_rewards=token_rewards, mask=rollout.mask, finished=rollout.finished, feedback=feedback
-    )
     batch = LearnerBatch(
         prompt=rollout.prompt,
         prompt_lengths=rollout.prompt_lengths,
         completion=rollout.completion,
         mask=mask,
-        advantages=shaped,
+        advantages=signals.rewards,
         sampler_logprobs=rollout.sampler_logprobs,
         seeds=jnp.zeros(shape[:1], jnp.uint32),
         model_logprobs=rollout.logprobs,

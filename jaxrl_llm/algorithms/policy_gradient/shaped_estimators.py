@@ -188,7 +188,7 @@ class GAEAdvantage(ShapedAdvantage):
     whiten: bool = True
     """Scale the advantages of the batch to mean 0 and variance 1."""
     score_clip: float | None = None
-    """Bound on the reward of a completion."""
+    """Bound on the reward of a completion; where rewards are given by token, on that of a token."""
     missing_eos_penalty: float | None = None
     """Taken off the reward of a completion that was cut."""
     kl_target: float | None = None
@@ -273,7 +273,10 @@ def shaped_rewards(
         missing_eos_penalty=missing_eos_penalty,
         finished=signals.finished,
     )
-    return shaped if given is None else shaped + jnp.where(signals.mask, given, 0.0)
+    if given is None:
+        return shaped
+    bounded = given if score_clip is None else jnp.clip(given, -score_clip, score_clip)
+    return shaped + jnp.where(signals.mask, bounded, 0.0)
 
 
 def _sequence_kl(signals: Signals) -> jax.Array:

@@ -15,6 +15,7 @@ import pytest
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.algorithms.interfaces import Feedback, Signals
 from jaxrl_llm.algorithms.policy_gradient import presets
+from jaxrl_llm.algorithms.policy_gradient.estimators import GDPOAdvantage, HADWAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import Correction, LearnerBatch, OverlongPenalty, PolicyGradient
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.masking import whiten
@@ -89,7 +90,7 @@ ADVANTAGES: dict[str, Callable[[], Any]] = {
     "ppo": expected_of_ppo,
     "dr_grpo": lambda: group(scale="none"),
     "lite_ppo": lambda: group(scale="batch"),
-    "gtpo": lambda: advantages.gtpo_advantages(*BY_TOKEN) * MIXED[..., None],
+    "gtpo": lambda: advantages.gtpo_advantages(*BY_TOKEN, norm="joint") * MIXED[..., None],
     "grpo_s": lambda: advantages.grpo_s_advantages(*BY_TOKEN) * MIXED,
     "gpg": lambda: advantages.gpg_advantages(SIGNALS.rewards),
     "opo": lambda: advantages.opo_advantages(SIGNALS.rewards, LENGTHS),
@@ -101,6 +102,7 @@ ADVANTAGES: dict[str, Callable[[], Any]] = {
         SIGNALS.feedback.preferred,
         SIGNALS.feedback.is_reference,
         preferred_swapped=SIGNALS.feedback.preferred_swapped,
+        inconsistent="tie",
     ),
     "grpo_threshold": lambda: advantages.threshold_filter(SIGNALS.rewards).advantages,
 }
@@ -242,6 +244,46 @@ def test_memories_move_after_their_use() -> None:
     first, second = (estimator(SIGNALS, memory).advantages for memory in (start, after))
     moved = np.where(SIGNALS.mask, float(SIGNALS.rewards.mean()), 0)
     np.testing.assert_allclose(first - second, moved, atol=1e-6)
+
+
+def anchors(estimator: HADWAdvantage, accuracies: np.ndarray) -> np.ndarray:
+    """The anchor after each batch of these mean accuracies."""
+
+    def after(memory: Any, accuracy: jax.Array) -> tuple[Any, jax.Array]:
+        given = SIGNALS._replace(rewards=jnp.full((PROMPTS, GROUP), accuracy))
+        memory = estimator.remember(given, memory)
+        return memory, memory.value
+
+    return np.asarray(jax.lax.scan(after, estimator.start(), jnp.float32(accuracies))[1])
+
+
+RISING = np.concatenate([np.linspace(0.2, 0.9, 500), np.full(300, 0.9)])
+
+
+@pytest.mark.parametrize("estimator", [HADWAdvantage(), HADWAdvantage(anchor="moving_average")], ids=lambda e: e.anchor)
+@pytest.mark.parametrize("accuracies", [RISING, RISING[::-1], RISING + 0.05 * np.sin(np.arange(800))])
+def test_the_anchor_of_ha_dw_follows_the_accuracy(estimator, accuracies):
+    np.testing.assert_allclose(anchors(estimator, accuracies)[20:], accuracies[20:], atol=0.07)
+
+
+def test_the_published_anchor_falls_behind():
+    """It is a setting, and no default."""
+    published = anchors(HADWAdvantage(min_rate=0), RISING)
+    assert RISING[300] - RISING[20] > 0.35
+    assert abs(published[300] - published[20]) < 0.01
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 2.0)])
+def test_a_reward_function_that_does_not_apply_has_no_part_in_gdpo(weights):
+    rewards = np.array(SIGNALS.feedback.by_function)
+    rewards[0, 1, 0] = rewards[1, :, 1] = rewards[2, 3] = np.nan
+    given = SIGNALS._replace(feedback=Feedback(SIGNALS.rewards, by_function=jnp.asarray(rewards), weights=weights))
+    expected = advantages.gdpo_advantages(np.nan_to_num(rewards, nan=7.0), mask=~np.isnan(rewards), weights=weights)
+    found = presets.gdpo().advantage(given, ()).advantages
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    own = GDPOAdvantage(weights=(1.0, 3.0))
+    expected = advantages.gdpo_advantages(rewards, mask=~np.isnan(rewards), weights=(1.0, 3.0))
+    np.testing.assert_allclose(own(given, ()).advantages, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("preset", [presets.gtpo, presets.grpo_s])

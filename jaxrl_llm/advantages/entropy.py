@@ -120,8 +120,8 @@ def gtpo_advantages(
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
-    base, *parts = _token_parts(entropy, successes, mask, shaping, group_ids)
-    return _standardize(_plus(base, added), *parts, norm, ddof, eps, min_std, group_ids)
+    base, shaped, mask, won = _token_parts(entropy, successes, mask, shaping, group_ids)
+    return _standardize(_plus(base, added), shaped, mask, won, norm, ddof, eps, min_std, group_ids)
 
 
 def grpo_s_rewards(
@@ -211,8 +211,8 @@ def grpo_s_advantages(
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
-    base, *parts = _sequence_parts(entropy, successes, mask, shaping, group_ids)
-    return _standardize(_plus(base, added), *parts, norm, ddof, eps, min_std, group_ids)[..., 0]
+    base, shaped, mask, won = _sequence_parts(entropy, successes, mask, shaping, group_ids)
+    return _standardize(_plus(base, added), shaped, mask, won, norm, ddof, eps, min_std, group_ids)[..., 0]
 
 
 _Shaping = tuple[float, float, float, bool]

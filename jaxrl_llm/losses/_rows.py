@@ -72,7 +72,10 @@ def policy_rows(
 
 
 def ratio_metrics(rows: PolicyRows, log_ratio: Array | None = None, where: Array | None = None) -> Metrics:
-    """The metrics `ratio/mean` and `ratio/max` of each token's ratio, and `approx_kl` of the old policy to this one.
+    """The metrics `ratio/mean` and `ratio/max` of each token's ratio, and KL(old policy ‖ policy) by two estimators.
+
+    These are `approx_kl/k1`, the mean of −log r, unbiased and possibly negative, and `approx_kl/k3`, the mean of
+    r − 1 − log r, which is never negative.
 
     Args:
         rows: The rows of the loss.
@@ -85,17 +88,18 @@ def ratio_metrics(rows: PolicyRows, log_ratio: Array | None = None, where: Array
     return {
         "ratio/mean": Mean.of(ratio, where),
         "ratio/max": Max.of(ratio, where),
-        "approx_kl": Mean.of(kl_k3(jnp.zeros_like(tokens), tokens), rows.mask),
+        "approx_kl/k1": Mean.of(-tokens, rows.mask),
+        "approx_kl/k3": Mean.of(kl_k3(jnp.zeros_like(tokens), tokens), rows.mask),
     }
 
 
 def clip_metrics(clipped: ClipIndicators, where: Array) -> Metrics:
-    """The metrics `clip_ratio/low_mean`, `clip_ratio/high_mean` and `clip_ratio/region_mean` over the places marked."""
-    return {
-        "clip_ratio/low_mean": Mean.of(clipped.low, where),
-        "clip_ratio/high_mean": Mean.of(clipped.high, where),
-        "clip_ratio/region_mean": Mean.of(clipped.region, where),
-    }
+    """The metrics `clip_ratio/low_mean`, `…/high_mean` and `…/region_mean` over the places marked.
+
+    With a dual clip or a cap on the ratio, `…/dual_mean` and `…/cap_mean`, too.
+    """
+    shares = clipped._asdict() | {"region": clipped.region}
+    return {f"clip_ratio/{name}_mean": Mean.of(share, where) for name, share in shares.items() if share is not None}
 
 
 def check_positive(**numbers: ArrayLike | None) -> None:

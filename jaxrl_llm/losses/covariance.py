@@ -137,7 +137,7 @@ def kl_cov_loss(
         segment_ids: As `grpo_loss`; the loss is the same with and without.
 
     Returns:
-        The loss, a float32 scalar, and the metrics `ratio/mean`, `ratio/max` and `approx_kl` of `grpo_loss`.
+        The loss, a float32 scalar, and the metrics of `grpo_loss` that are about the ratio.
 
     Raises:
         ValueError: As `grpo_loss`, and on a fraction that is negative.

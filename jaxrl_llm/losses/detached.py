@@ -62,7 +62,7 @@ def cispo_loss(
     Returns:
         The loss, a float32 scalar, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean` and
         `clip_ratio/region_mean` (the tokens whose weight is bounded, whatever the sign of A), `ratio/mean`,
-        `ratio/max` and `approx_kl`.
+        `ratio/max`, `approx_kl/k1` and `approx_kl/k3`.
 
     Raises:
         ValueError: As `grpo_loss`, and on bounds in the wrong order.
@@ -171,7 +171,8 @@ def dppo_loss(
         segment_ids: As `grpo_loss`; the loss is the same with and without.
 
     Returns:
-        The loss, a float32 scalar, and the metrics of `grpo_loss` but `kl`; clipped are the tokens cut off.
+        The loss, a float32 scalar, and the metrics of `grpo_loss` but `kl`, where clipped are the tokens that are cut
+        off, and `ratio/capped_mean`, the share of tokens that are kept with a weight of w_max.
 
     Raises:
         ValueError: As `grpo_loss` and `divergence_mask`.
@@ -181,10 +182,10 @@ def dppo_loss(
     check_positive(w_max=w_max)
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     keep = divergence_mask(*rows.inputs, delta_low=delta_low, delta_high=delta_high, divergence=divergence)
-    ratio = jnp.minimum(jax.lax.stop_gradient(importance_ratio(rows.logprobs, rows.old_logprobs)), w_max)
-    losses = rows.weigh(jnp.where(keep, -ratio * rows.advantages * rows.logprobs, 0.0))
-    rising = rows.advantages > 0
-    metrics = clip_metrics(ClipIndicators(low=~keep & ~rising, high=~keep & rising), rows.mask)
+    ratio = jax.lax.stop_gradient(importance_ratio(rows.logprobs, rows.old_logprobs))
+    losses = rows.weigh(jnp.where(keep, -jnp.minimum(ratio, w_max) * rows.advantages * rows.logprobs, 0.0))
+    cut = ClipIndicators(low=~keep & (rows.advantages < 0), high=~keep & (rows.advantages > 0))
+    metrics = clip_metrics(cut, rows.mask) | {"ratio/capped_mean": Mean.of(keep & (ratio > w_max), rows.mask)}
     return aggregate(losses, rows.mask, mode="token-mean", normalizer=normalizer), metrics | ratio_metrics(rows)
 
 
@@ -272,8 +273,8 @@ def vespo_loss(
         segment_ids: As `grpo_loss`.
 
     Returns:
-        The loss, a float32 scalar, and metrics: `vespo/phi_seq_mean` over sequences, and `ratio/mean`, `ratio/max`
-        and `approx_kl` over tokens.
+        The loss, a float32 scalar, and metrics: `vespo/phi_seq_mean` over sequences, and `ratio/mean`, `ratio/max`,
+        `approx_kl/k1` and `approx_kl/k3` over tokens.
 
     Raises:
         ValueError: As `grpo_loss` and `vespo_weights`.

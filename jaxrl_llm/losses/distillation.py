@@ -129,6 +129,8 @@ def gkd_loss(
     normalizer: ArrayLike | None = None,
     max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[Array, Metrics]:
     """Generalized knowledge distillation: the student's distributions are drawn to the teacher's, token by token.
@@ -150,6 +152,8 @@ def gkd_loss(
         normalizer: Denominator of the whole batch, if these rows are a part of it.
         max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
+        group_ids: Labels `[...]` of the rows, for the group modes.
+        count_empty: Whether sequences without a valid token count.
         chunk_size: As `generalized_jsd`.
 
     Returns:
@@ -175,7 +179,14 @@ def gkd_loss(
         chunk_size=chunk_size,
     )
     loss = aggregate(
-        divergence, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+        divergence,
+        mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
     )
     return loss, {"jsd": Mean.of(jax.lax.stop_gradient(divergence), mask)}
 

@@ -13,10 +13,12 @@ from jax.typing import ArrayLike
 from jaxrl_llm.losses._rows import check_positive, policy_rows, ratio_metrics
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.ratio import importance_ratio
-from jaxrl_llm.masking import as_float, per_token
+from jaxrl_llm.losses.sequence import sequence_log_ratio
+from jaxrl_llm.masking import as_float, check_choice, per_token, segment_first
 from jaxrl_llm.records import Metrics
 
 SoftGate = Literal["sigmoid", "sech2", "sech2_literal"]
+RatioLevel = Literal["token", "sequence"]
 
 
 def soft_gate(
@@ -87,6 +89,7 @@ def sapo_loss(
     tau_neg: float = 1.05,
     gate: SoftGate = "sigmoid",
     gate_scale: bool = True,
+    ratio_level: RatioLevel = "token",
     weights: ArrayLike | None = None,
     aggregation: AggregationMode = "seq-mean-token-mean",
     normalizer: ArrayLike | None = None,
@@ -112,6 +115,7 @@ def sapo_loss(
         tau_neg: As `tau_pos`.
         gate: As `tau_pos`.
         gate_scale: As `tau_pos`.
+        ratio_level: "token", or "sequence" for the ratio of `gspo_loss`, which all tokens of a sequence share.
         weights: As `grpo_loss`.
         aggregation: As `grpo_loss`.
         normalizer: As `grpo_loss`.
@@ -121,7 +125,7 @@ def sapo_loss(
         count_empty: As `grpo_loss`.
 
     Returns:
-        The loss, a float32 scalar, and the metrics `ratio/mean`, `ratio/max` and `approx_kl` of `grpo_loss`.
+        The loss, a float32 scalar, and the metrics of `grpo_loss` that are about the ratio.
 
     Raises:
         ValueError: As `grpo_loss` and `soft_gate`.
@@ -129,7 +133,13 @@ def sapo_loss(
     Source: Gao et al. 2025, "Soft adaptive policy optimization" (2511.20347).
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    gates = soft_gate(*rows.inputs, tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, gate_scale=gate_scale)
+    check_choice("ratio_level", ratio_level, RatioLevel)
+    ratio, log_ratio, first = rows.inputs, None, None
+    if ratio_level == "sequence":
+        first = segment_first(rows.mask, segment_ids)
+        log_ratio = sequence_log_ratio(rows.logprobs, rows.old_logprobs, rows.mask, segment_ids=segment_ids)
+        ratio = log_ratio, jnp.zeros_like(log_ratio), rows.advantages
+    gates = soft_gate(*ratio, tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, gate_scale=gate_scale)
     loss = aggregate(
         rows.weigh(-rows.advantages * gates),
         rows.mask,
@@ -140,4 +150,4 @@ def sapo_loss(
         group_ids=group_ids,
         count_empty=count_empty,
     )
-    return loss, ratio_metrics(rows)
+    return loss, ratio_metrics(rows, log_ratio, first)

@@ -51,7 +51,8 @@ def gmpo_loss(
 
     Returns:
         The loss, a float32 scalar, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-        `clip_ratio/region_mean` and `approx_kl` over tokens, `ratio/mean` and `ratio/max` of s over sequences.
+        `clip_ratio/region_mean`, `approx_kl/k1` and `approx_kl/k3` over tokens, `ratio/mean` and `ratio/max` of s over
+        sequences.
 
     Raises:
         ValueError: As `grpo_loss`, and on a negative bound.

@@ -30,7 +30,10 @@ def ppo_loss(
     entropy_coef: ArrayLike = 0.0,
     aggregation: AggregationMode = "token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """Proximal policy optimization: the policy's part of the loss.
 
@@ -52,9 +55,12 @@ def ppo_loss(
         weights: As `grpo_loss`.
         entropy: Entropy of the policy at each token in nats, `[..., T]`, differentiated. None: no bonus.
         entropy_coef: Weight of the entropy bonus.
-        aggregation: As `grpo_loss`; a mode that takes no further arguments.
+        aggregation: As `grpo_loss`.
         normalizer: As `grpo_loss`.
+        max_length: As `grpo_loss`.
         segment_ids: As `grpo_loss`.
+        group_ids: As `grpo_loss`.
+        count_empty: As `grpo_loss`.
 
     Returns:
         As `grpo_loss`, and the metric `entropy` if there is one.
@@ -64,6 +70,14 @@ def ppo_loss(
 
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms" (1707.06347).
     """
+    reduction = {
+        "aggregation": aggregation,
+        "normalizer": normalizer,
+        "max_length": max_length,
+        "segment_ids": segment_ids,
+        "group_ids": group_ids,
+        "count_empty": count_empty,
+    }
     loss, metrics = grpo_loss(
         logprobs,
         old_logprobs,
@@ -75,14 +89,11 @@ def ppo_loss(
         ratio_cap=ratio_cap,
         kl_coef=0,
         weights=weights,
-        aggregation=aggregation,
-        normalizer=normalizer,
-        segment_ids=segment_ids,
+        **reduction,
     )
     _check_present("entropy_coef", entropy_coef, "entropy", entropy)
     if entropy is not None:
-        options = {"aggregation": aggregation, "normalizer": normalizer, "segment_ids": segment_ids}
-        bonus, entropy_metrics = entropy_bonus(entropy, mask, entropy_coef=entropy_coef, **options)
+        bonus, entropy_metrics = entropy_bonus(entropy, mask, entropy_coef=entropy_coef, **reduction)
         loss, metrics = loss + bonus, metrics | entropy_metrics
     return loss, metrics
 
@@ -142,9 +153,10 @@ def grpo_loss(
 
     Returns:
         The loss, a float32 scalar, and metrics over the valid tokens: `clip_ratio/low_mean`,
-        `clip_ratio/high_mean`, `clip_ratio/region_mean` (`ClipIndicators`), `ratio/mean`, `ratio/max`,
-        `approx_kl` (k3 between the old policy and this one) and, with a reference, `kl` (the estimator's
-        value). All are `Mean` records, a sum with its count, but `ratio/max`, a `Max`.
+        `clip_ratio/high_mean`, `clip_ratio/region_mean` (`ClipIndicators`; with the options, `clip_ratio/dual_mean`
+        and `clip_ratio/cap_mean`), `ratio/mean`, `ratio/max`, `approx_kl/k1` and `approx_kl/k3` (estimates of the KL
+        of the old policy from this one) and, with a reference, `kl` (the estimator's value). All are `Mean` records, a
+        sum with its count, but `ratio/max`, a `Max`.
 
     Raises:
         ValueError: On shapes that do not fit, a mask that is not bool, or a KL term without a reference.
@@ -152,9 +164,8 @@ def grpo_loss(
     Source: Shao et al. 2024, "DeepSeekMath" (2402.03300).
     """
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
-    bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    surrogate = clipped_surrogate(*rows.inputs, **bounds, dual_clip=dual_clip, ratio_cap=ratio_cap)
-    losses = rows.weigh(surrogate)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "ratio_cap": ratio_cap}
+    losses = rows.weigh(clipped_surrogate(*rows.inputs, **bounds))
     metrics = clip_metrics(clip_indicators(*rows.inputs, **bounds), rows.mask) | ratio_metrics(rows)
     _check_present("kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     if ref_logprobs is not None:

@@ -81,6 +81,8 @@ def prm_loss(
     normalizer: ArrayLike | None = None,
     max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """The loss of a process reward model: cross-entropy at the ends of the steps of a solution.
 
@@ -101,6 +103,8 @@ def prm_loss(
         normalizer: Denominator of the whole batch, if these rows are a part of it.
         max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed solutions.
+        group_ids: Labels `[...]` of the rows, for the group modes.
+        count_empty: Whether sequences without a valid token count.
 
     Returns:
         The loss, a float32 scalar, and metrics over the labelled steps: `accuracy` (the likelier side is that of the
@@ -132,7 +136,14 @@ def prm_loss(
         losses = jax.nn.softplus(z) - labels * z
         correct = (z > 0) == (labels > 0.5)
     loss = aggregate(
-        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+        losses,
+        mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
     )
     probability = jax.lax.stop_gradient(step_probability(logits))
     return loss, {"accuracy": Mean.of(correct, mask), "step/prob_mean": Mean.of(probability, mask)}

@@ -100,10 +100,14 @@ class ClipIndicators(NamedTuple):
     """A < 0 and r < 1 − clip_low: the token was made rarer than the range allows."""
     high: Array
     """A > 0 and r > 1 + clip_high: the token was made more frequent than the range allows."""
+    dual: Array | None = None
+    """A < 0 and r > dual_clip, where there is a dual clip: the loss has reached its bound."""
+    cap: Array | None = None
+    """A < 0 and r > ratio_cap, where there is a cap: the loss has reached its bound."""
 
     @property
     def region(self) -> Array:
-        """Either of them: the tokens whose gradient is cut."""
+        """Low or high: the tokens whose gradient the clip range cuts."""
         return self.low | self.high
 
 
@@ -114,11 +118,15 @@ def clip_indicators(
     *,
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
 ) -> ClipIndicators:
     """Marks the tokens whose gradient `clipped_surrogate` cuts, because their loss is the clipped one, strictly.
 
         A < 0 and r < 1 − clip_low        "low"
         A > 0 and r > 1 + clip_high       "high"
+        A < 0 and r > dual_clip           "dual"
+        A < 0 and r > ratio_cap           "cap"
 
     Their means over the valid tokens are the clip fractions that trainers log. Unlike a test of the ratio alone, a
     token that has moved against its advantage does not count, since its gradient is not cut.
@@ -129,6 +137,8 @@ def clip_indicators(
         advantages: As `clipped_surrogate`.
         clip_low: As `clipped_surrogate`.
         clip_high: As `clipped_surrogate`.
+        dual_clip: As `clipped_surrogate`.
+        ratio_cap: As `clipped_surrogate`.
 
     Returns:
         `ClipIndicators` of bool `[..., T]`; not masked.
@@ -138,14 +148,17 @@ def clip_indicators(
 
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms" (1707.06347).
     """
-    check_clip_bounds(clip_low, clip_high, None, None)
+    check_clip_bounds(clip_low, clip_high, dual_clip, ratio_cap)
     ratio = importance_ratio(logprobs, old_logprobs)
     advantages = per_token(ratio, advantages=advantages)
+    falling = advantages < 0
     lower, upper = clip_range(clip_low, clip_high)
     never = jnp.zeros(ratio.shape, bool)
     return ClipIndicators(
-        low=never if lower is None else (ratio < lower) & (advantages < 0),
+        low=never if lower is None else (ratio < lower) & falling,
         high=never if upper is None else (ratio > upper) & (advantages > 0),
+        dual=None if dual_clip is None else (ratio > dual_clip) & falling,
+        cap=None if ratio_cap is None else (ratio > ratio_cap) & falling,
     )
 
 

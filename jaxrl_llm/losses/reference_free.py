@@ -17,6 +17,7 @@ from jaxrl_llm.losses._pairs import (
     check_lengths,
     check_together,
     divide_by_count,
+    divide_by_lengths,
     divide_pairs_by_lengths,
     make_pairs,
     mean_over,
@@ -24,11 +25,12 @@ from jaxrl_llm.losses._pairs import (
     reduce_pairs,
 )
 from jaxrl_llm.losses._rows import check_not_negative, check_positive
-from jaxrl_llm.losses.preference_terms import dpo_term, f_divergence_score
-from jaxrl_llm.masking import as_float, check_choice, check_same_shape, fill_masked, masked_sum
+from jaxrl_llm.losses.preference_terms import cdpo_term, dpo_term, f_divergence_score
+from jaxrl_llm.masking import as_float, check_choice, check_same_shape, count_true, fill_masked, masked_sum
 from jaxrl_llm.records import Mean, Metrics
 
 OddsLogprob = Literal["mean", "sum"]
+NLLOver = Literal["tokens", "sequences"]
 
 LOG_PROBABILITY_LIMIT = -1e-7
 """The odds of a completion are those of this log-probability at most: at 0 they are infinite."""
@@ -102,7 +104,9 @@ def cpo_loss(
     chosen_lengths: ArrayLike,
     *,
     beta: ArrayLike = 0.1,
+    label_smoothing: ArrayLike = 0.0,
     nll_coef: ArrayLike = 1.0,
+    nll_over: NLLOver = "tokens",
     weights: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
@@ -112,21 +116,26 @@ def cpo_loss(
 
         mean over pairs of  −log σ(beta (log π(y_w) − log π(y_l)))  +  nll_coef · mean over chosen tokens of  −log π
 
-    Unlike `dpo_loss` without a reference, the likelihood term keeps the chosen completion likely.
+    With `label_smoothing` ε, the first term is (1 − ε) times that plus ε times that of the pair turned round. Unlike
+    `dpo_loss` without a reference, the likelihood term keeps the chosen completion likely.
 
     Args:
         chosen_logprobs: As `simpo_loss`.
         rejected_logprobs: As `simpo_loss`.
         chosen_lengths: As `simpo_loss`.
         beta: Inverse temperature.
+        label_smoothing: The share of labels taken to be wrong, in [0, 0.5).
         nll_coef: Weight of the likelihood term, the paper's alpha.
+        nll_over: "tokens", one mean over all chosen tokens; or "sequences", the mean over pairs of the mean over a
+            completion's tokens, so that a long one has no more say.
         weights: As `dpo_loss`; not on the likelihood term.
         mask: As `dpo_loss`.
         normalizer: As `dpo_loss`.
-        nll_normalizer: Number of chosen tokens of the whole batch, if these pairs are a part of it. None: those here.
+        nll_normalizer: Number of chosen tokens (or completions) of the whole batch, if these pairs are a part of it.
+            None: those here.
 
     Returns:
-        As `dpo_loss`, where a reward is beta · log π(y), and the metric `nll`, the mean over the chosen tokens.
+        As `dpo_loss`, where a reward is beta · log π(y), and the metric `nll`, the mean of the likelihood term.
 
     Raises:
         ValueError: As `dpo_loss`.
@@ -137,9 +146,9 @@ def cpo_loss(
     check_same_shape(chosen_logprobs=chosen_logprobs, chosen_lengths=chosen_lengths)
     check_lengths(chosen_lengths=chosen_lengths)
     pairs = make_pairs(chosen_logprobs, rejected_logprobs, None, None, mask)
-    losses = dpo_term(pairs.margin, beta=beta)
+    losses = cdpo_term(pairs.margin, beta=beta, label_smoothing=label_smoothing)
     loss, metrics = reduce_pairs(losses, pairs, beta=beta, weights=weights, normalizer=normalizer)
-    nll, metrics["nll"] = _token_nll(chosen_logprobs, chosen_lengths, pairs.mask, nll_normalizer)
+    nll, metrics["nll"] = _mean_nll(chosen_logprobs, chosen_lengths, pairs.mask, nll_over, nll_normalizer)
     return loss + nll_coef * nll, metrics
 
 
@@ -197,6 +206,7 @@ def orpo_loss(
     *,
     odds_coef: ArrayLike = 0.1,
     odds_logp: OddsLogprob = "mean",
+    nll_over: NLLOver = "tokens",
     nll_logprobs: ArrayLike | None = None,
     nll_lengths: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -209,9 +219,9 @@ def orpo_loss(
         mean over tokens of  −log π  +  odds_coef · mean over pairs of  −log σ(log odds(y_w) − log odds(y_l))
         odds(y) = P / (1 − P)        P = π(y)^(1/|y|), the geometric mean of its tokens' probabilities
 
-    One stage, from a base model, without a reference. The likelihood term is over the tokens of the chosen completions;
-    the authors' code and TRL count the prompt's tokens, too: pass their sums and numbers as `nll_logprobs` and
-    `nll_lengths`.
+    One stage, from a base model, without a reference. The likelihood term is over the tokens of the chosen completions,
+    or the mean of their means (`nll_over="sequences"`); the authors' code and TRL count the prompt's tokens, too: pass
+    their sums and numbers as `nll_logprobs` and `nll_lengths`.
 
     Unlike `cpo_loss`, the contrast is of odds of mean probabilities, which is weak where both are unlikely.
 
@@ -222,15 +232,16 @@ def orpo_loss(
         rejected_lengths: As `simpo_loss`.
         odds_coef: Weight of the odds ratio, the paper's λ and TRL's `beta`.
         odds_logp: "mean", or "sum" for P = π(y), of which the odds are P itself unless the completion is short.
+        nll_over: As `cpo_loss`.
         nll_logprobs: Sums of log-probabilities over the tokens of the likelihood term, `[...]`. None: the chosen ones.
         nll_lengths: Numbers of these tokens, `[...]`.
         weights: As `dpo_loss`; not on the likelihood term.
         mask: As `dpo_loss`.
         normalizer: As `dpo_loss`.
-        nll_normalizer: Number of tokens of the likelihood term in the whole batch. None: those here.
+        nll_normalizer: As `cpo_loss`.
 
     Returns:
-        As `dpo_loss`, where a reward is odds_coef · log P, and the metrics `nll`, the mean over its tokens,
+        As `dpo_loss`, where a reward is odds_coef · log P, and the metrics `nll`, the mean of the likelihood term,
         `log_odds_chosen`, the mean log odds ratio, and `log_odds_ratio`, the mean of log σ of it (TRL's names).
 
     Raises:
@@ -252,7 +263,7 @@ def orpo_loss(
     metrics["log_odds_ratio"] = Mean.of(jax.lax.stop_gradient(-losses), sums.mask)
     if nll_logprobs is None or nll_lengths is None:
         nll_logprobs, nll_lengths = chosen_logprobs, chosen_lengths
-    nll, metrics["nll"] = _token_nll(nll_logprobs, nll_lengths, sums.mask, nll_normalizer)
+    nll, metrics["nll"] = _mean_nll(nll_logprobs, nll_lengths, sums.mask, nll_over, nll_normalizer)
     return nll + odds_coef * loss, metrics
 
 
@@ -277,12 +288,17 @@ def log_odds(logprobs: ArrayLike) -> Array:
     return a - jnp.where(likely, near_one, jnp.log1p(-jnp.exp(jnp.where(likely, -1.0, a))))
 
 
-def _token_nll(
-    logprobs: ArrayLike, lengths: ArrayLike, mask: Array, normalizer: ArrayLike | None
+def _mean_nll(
+    logprobs: ArrayLike, lengths: ArrayLike, mask: Array, over: NLLOver, normalizer: ArrayLike | None
 ) -> tuple[Array, Mean]:
-    """−Σ log π over the tokens of the valid rows, divided by their number; and the record for the metrics."""
+    """The mean of −log π over the tokens of the valid rows, or of the rows' means; and the record for the metrics."""
+    check_choice("nll_over", over, NLLOver)
     check_same_shape(mask=mask, nll_logprobs=logprobs, nll_lengths=lengths)
     check_lengths(nll_lengths=lengths)
-    total, count = -masked_sum(logprobs, mask), masked_sum(lengths, mask)
+    if over == "tokens":
+        total, count = -masked_sum(logprobs, mask), masked_sum(lengths, mask)
+    else:
+        total = -jnp.sum(divide_by_lengths(fill_masked(logprobs, mask), lengths, mask, "nll_lengths"))
+        count = count_true(mask)
     loss = divide_by_count(total, count, normalizer, "nll_normalizer")
     return loss, Mean(jax.lax.stop_gradient(total), count)

@@ -60,8 +60,11 @@ def gspo_loss(
     clip_high: float | None = 4e-4,
     length_normalize: bool = True,
     weights: ArrayLike | None = None,
+    aggregation: AggregationMode = "seq-mean-token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
     count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """Group sequence policy optimization: PPO's clip on the ratio of the sequence, the unit that has the reward.
@@ -82,13 +85,18 @@ def gspo_loss(
         clip_high: Distance of the upper bound of s from 1. None: no bound.
         length_normalize: Whether s has the exponent 1/n.
         weights: As `grpo_loss`; weights of tokens are averaged over the sequence.
-        normalizer: As `grpo_loss`: the number of sequences in the whole batch.
+        aggregation: As `grpo_loss`. "token-mean" weighs a sequence by its length: it is what TRL computes with
+            `importance_sampling_level="sequence"` and its default `loss_type`.
+        normalizer: As `grpo_loss`: by default, the number of sequences in the whole batch.
+        max_length: As `grpo_loss`.
         segment_ids: As `grpo_loss`.
+        group_ids: As `grpo_loss`.
         count_empty: As `grpo_loss`.
 
     Returns:
         The loss, a float32 scalar, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-        `clip_ratio/region_mean`, `ratio/mean` and `ratio/max` over sequences, `approx_kl` over tokens.
+        `clip_ratio/region_mean`, `ratio/mean` and `ratio/max` over sequences, `approx_kl/k1` and `approx_kl/k3` over
+        tokens.
 
     Raises:
         ValueError: As `grpo_loss`.
@@ -100,7 +108,17 @@ def gspo_loss(
         rows.logprobs, rows.old_logprobs, rows.mask, length_normalize=length_normalize, segment_ids=segment_ids
     )
     losses, metrics = _clip_sequences(log_ratio, rows, clip_low, clip_high, segment_ids)
-    return _mean_over_sequences(losses, rows, normalizer, segment_ids, count_empty), metrics
+    loss = aggregate(
+        losses,
+        rows.mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
+    )
+    return loss, metrics
 
 
 def gspo_token_loss(
@@ -112,8 +130,11 @@ def gspo_token_loss(
     clip_low: float | None = 3e-4,
     clip_high: float | None = 4e-4,
     weights: ArrayLike | None = None,
+    aggregation: AggregationMode = "seq-mean-token-mean",
     normalizer: ArrayLike | None = None,
+    max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
     count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """GSPO for advantages that differ between the tokens of a sequence.
@@ -132,13 +153,17 @@ def gspo_token_loss(
         clip_low: As `gspo_loss`.
         clip_high: As `gspo_loss`.
         weights: As `grpo_loss`.
+        aggregation: As `gspo_loss`.
         normalizer: As `gspo_loss`.
+        max_length: As `grpo_loss`.
         segment_ids: As `grpo_loss`.
+        group_ids: As `grpo_loss`.
         count_empty: As `grpo_loss`.
 
     Returns:
         The loss, a float32 scalar, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-        `clip_ratio/region_mean` and `approx_kl` over tokens, `ratio/mean` and `ratio/max` over sequences.
+        `clip_ratio/region_mean`, `approx_kl/k1` and `approx_kl/k3` over tokens, `ratio/mean` and `ratio/max` over
+        sequences.
 
     Raises:
         ValueError: As `grpo_loss`.
@@ -150,7 +175,17 @@ def gspo_token_loss(
     # The bracket is exactly 0, with the gradient of the token.
     log_ratio = jax.lax.stop_gradient(of_sequence) + (rows.logprobs - jax.lax.stop_gradient(rows.logprobs))
     losses, metrics = _clip_sequences(_clamp(log_ratio), rows, clip_low, clip_high, segment_ids, by_token=True)
-    return _mean_over_sequences(losses, rows, normalizer, segment_ids, count_empty), metrics
+    loss = aggregate(
+        losses,
+        rows.mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
+    )
+    return loss, metrics
 
 
 def luspo_loss(
@@ -196,8 +231,8 @@ def luspo_loss(
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     log_ratio = sequence_log_ratio(rows.logprobs, rows.old_logprobs, rows.mask, segment_ids=segment_ids)
     losses, metrics = _clip_sequences(log_ratio, rows, clip_low, clip_high, segment_ids)
-    mean = _mean_over_sequences(losses, rows, normalizer, segment_ids, count_empty, mode="seq-mean-token-sum")
-    return mean, metrics
+    options = {"normalizer": normalizer, "segment_ids": segment_ids, "count_empty": count_empty}
+    return aggregate(losses, rows.mask, mode="seq-mean-token-sum", **options), metrics
 
 
 def grpo_s_loss(
@@ -286,15 +321,3 @@ def _clip_sequences(
     first = segment_first(rows.mask, segment_ids)
     clipped = clip_metrics(clip_indicators(*ratio, **bounds), rows.mask if by_token else first)
     return rows.weigh(clipped_surrogate(*ratio, **bounds)), clipped | ratio_metrics(rows, log_ratio, first)
-
-
-def _mean_over_sequences(
-    losses: Array,
-    rows: PolicyRows,
-    normalizer: ArrayLike | None,
-    segment_ids: ArrayLike | None,
-    count_empty: bool,
-    mode: AggregationMode = "seq-mean-token-mean",
-) -> Array:
-    options = {"normalizer": normalizer, "segment_ids": segment_ids, "count_empty": count_empty}
-    return aggregate(losses, rows.mask, mode=mode, **options)

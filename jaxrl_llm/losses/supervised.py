@@ -24,6 +24,8 @@ def sft_loss(
     normalizer: ArrayLike | None = None,
     max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """Negative log-likelihood of the tokens that `mask` marks.
 
@@ -46,6 +48,8 @@ def sft_loss(
         normalizer: Denominator of the whole batch, if these rows are a part of it.
         max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
+        group_ids: Labels `[...]` of the rows, for the group modes.
+        count_empty: Whether sequences without a valid token count.
 
     Returns:
         The loss, a float32 scalar, and the metric `nll`, the mean of −logprobs per token; with the extras also
@@ -74,7 +78,14 @@ def sft_loss(
         losses = losses + z_loss_coef * z_loss
         metrics["z_loss"] = Mean.of(jax.lax.stop_gradient(z_loss), mask)
     loss = aggregate(
-        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+        losses,
+        mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
     )
     return loss, metrics
 
@@ -87,6 +98,8 @@ def dft_loss(
     normalizer: ArrayLike | None = None,
     max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """Dynamic fine-tuning: the negative log-likelihood of a token, weighted with its own probability.
 
@@ -103,6 +116,8 @@ def dft_loss(
         normalizer: Denominator of the whole batch, if these rows are a part of it.
         max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
+        group_ids: Labels `[...]` of the rows, for the group modes.
+        count_empty: Whether sequences without a valid token count.
 
     Returns:
         The loss, a float32 scalar, and metrics over the valid tokens: `nll`, the mean of −logprobs, and
@@ -118,7 +133,14 @@ def dft_loss(
     probability = jax.lax.stop_gradient(jnp.exp(logprobs))
     losses = -probability * jnp.where(probability > 0, logprobs, 0.0)  # 0 · −∞ is 0
     loss = aggregate(
-        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+        losses,
+        mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
     )
     nll = jax.lax.stop_gradient(-logprobs)
     return loss, {"nll": Mean.of(nll, mask), "token_prob/mean": Mean.of(probability, mask)}

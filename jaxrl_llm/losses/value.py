@@ -63,6 +63,8 @@ def value_loss(
     normalizer: ArrayLike | None = None,
     max_length: float | None = None,
     segment_ids: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    count_empty: bool = False,
 ) -> tuple[Array, Metrics]:
     """The clipped squared error of PPO's critic.
 
@@ -83,6 +85,8 @@ def value_loss(
         normalizer: Denominator of the whole batch, if these rows are a part of it.
         max_length: Constant of the aggregation "seq-mean-token-sum-norm".
         segment_ids: Integers `[..., T]` where rows hold several packed sequences.
+        group_ids: Labels `[...]` of the rows, for the group modes.
+        count_empty: Whether sequences without a valid token count.
 
     Returns:
         The loss, a float32 scalar, and metrics over the valid tokens: `vf/clip_frac` (tokens whose clipped error is
@@ -101,7 +105,14 @@ def value_loss(
     errors = clipped_value_error(values, old, returns, clip=clip)
     losses = 0.5 * errors if kind == "half_mse" else errors
     loss = aggregate(
-        losses, mask, mode=aggregation, normalizer=normalizer, max_length=max_length, segment_ids=segment_ids
+        losses,
+        mask,
+        mode=aggregation,
+        normalizer=normalizer,
+        max_length=max_length,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        count_empty=count_empty,
     )
 
     values, returns = jax.lax.stop_gradient((values, returns))

@@ -89,10 +89,16 @@ def test_dppo_equals_the_definition(ragged, divergence):
     weights = np.where(keep, np.minimum(np.exp(ragged.logprobs - ragged.old), 1.2), 0)
     check_detached(lambda x: dppo_loss(x, *args, ragged.mask, **options, w_max=1.2), ragged, weights)
 
-    _, metrics = dppo_loss(ragged.logprobs, *args, ragged.mask, **options)
-    rising = ragged.token_advantages > 0
-    close(metrics["clip_ratio/low_mean"].value(), (~keep & ~rising)[ragged.mask].mean())
-    close(metrics["clip_ratio/high_mean"].value(), (~keep & rising)[ragged.mask].mean())
+    _, metrics = dppo_loss(ragged.logprobs, *args, ragged.mask, **options, w_max=1.2)
+    advantages = ragged.token_advantages
+    close(metrics["clip_ratio/low_mean"].value(), (~keep & (advantages < 0))[ragged.mask].mean())
+    close(metrics["clip_ratio/high_mean"].value(), (~keep & (advantages > 0))[ragged.mask].mean())
+    capped = (keep & (np.exp(ragged.logprobs - ragged.old) > 1.2))[ragged.mask].mean()
+    assert capped > 0
+    close(metrics["ratio/capped_mean"].value(), capped)
+    # Where nothing is to be learned, nothing is cut.
+    _, metrics = dppo_loss(ragged.logprobs, ragged.old, 0 * advantages, ragged.mask, **options)
+    assert metrics["clip_ratio/region_mean"].value() == 0
 
 
 def test_binary_kl_is_exact_for_likely_and_unlikely_tokens():

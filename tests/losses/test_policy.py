@@ -1,8 +1,11 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.kl import kl_k3
 from jaxrl_llm.losses.policy import dapo_loss, dr_grpo_loss, grpo_loss, ppo_loss
 from jaxrl_llm.records import Max, Mean
@@ -54,7 +57,8 @@ def test_grpo_golden_numbers(examples, tok):
     close(metrics["kl"].value(), examples["kl.k3_token_mean"])
     close((loss - grpo_loss(*args, kl_coef=0)[0]) / 0.04, examples["grpo.kl_k3_seqmean"])
     close(metrics["clip_ratio/region_mean"].value(), examples["ppo.clipfrac"])
-    close(metrics["approx_kl"].value(), examples["ppo.approx_kl_k1_k2_k3"][2])
+    close(metrics["approx_kl/k1"].value(), examples["ppo.approx_kl_k1_k2_k3"][0])
+    close(metrics["approx_kl/k3"].value(), examples["ppo.approx_kl_k1_k2_k3"][2])
     close(metrics["ratio/max"].value(), np.exp(0.2))
     plain = grpo_loss(*args, kl_coef=0)[0]
     close(plain, examples["grpo.loss_seqmean_beta0"])
@@ -135,7 +139,8 @@ def test_metrics_equal_the_definition(ragged):
         "clip_ratio/region_mean": (low | high).mean(),
         "ratio/mean": r.mean(),
         "ratio/max": r.max(),
-        "approx_kl": (r - 1 - np.log(r)).mean(),
+        "approx_kl/k1": -np.log(r).mean(),
+        "approx_kl/k3": (r - 1 - np.log(r)).mean(),
         "kl": (np.exp(-d) - 1 + d).mean(),
     }
     assert set(metrics) == set(expected)
@@ -185,7 +190,7 @@ def test_without_old_policy_it_is_the_policy_itself(ragged):
     logprobs = jnp.float32(ragged.logprobs)
     (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(logprobs, None)
     assert metrics["ratio/mean"].value() == metrics["ratio/max"].value() == 1
-    assert metrics["clip_ratio/region_mean"].value() == metrics["approx_kl"].value() == 0
+    assert metrics["clip_ratio/region_mean"].value() == metrics["approx_kl/k3"].value() == 0
     with_old = jax.value_and_grad(loss, has_aux=True)(logprobs, logprobs)
     jax.tree.map(np.testing.assert_array_equal, with_old, ((value, metrics), grad))
     # The policy gradient: −A for each valid token.
@@ -244,3 +249,28 @@ def test_errors():
 def test_errors_name_the_reference(tok):
     with pytest.raises(ValueError, match=r"ref_logprobs has shape \(4,\)"):
         grpo_loss(tok.logprobs, tok.old, tok.advantages, tok.mask, ref_logprobs=tok.ref[0])
+
+
+def test_fractions_cut_by_dual_clip_and_cap(ragged):
+    """Beside the clip range, which cuts neither: they bound what A < 0 asks for."""
+    old = ragged.logprobs - 6 * (ragged.logprobs - ragged.old)  # so far off that some are beyond the bounds
+    args = (ragged.logprobs, old, ragged.token_advantages, ragged.mask)
+    _, metrics = ppo_loss(*args, dual_clip=1.5, ratio_cap=2.5)
+    ratio, advantages = np.exp(ragged.logprobs - old)[ragged.mask], ragged.token_advantages[ragged.mask]
+    for name, bound in (("dual", 1.5), ("cap", 2.5)):
+        share = ((ratio > bound) & (advantages < 0)).mean()
+        assert 0 < share < 1
+        close(metrics[f"clip_ratio/{name}_mean"].value(), share)
+    assert not {"clip_ratio/dual_mean", "clip_ratio/cap_mean"} & set(ppo_loss(*args)[1])
+
+
+def test_every_aggregation_is_within_reach_of_ppo(ragged):
+    """With its entropy bonus, which takes part in the same mean."""
+    entropy = np.where(ragged.mask, 0.7, np.nan)
+    needed = {"seq-mean-token-sum-norm": {"max_length": 9}}
+    for mode in get_args(AggregationMode):
+        options = {"count_empty": True, **needed.get(mode, {})}
+        arguments = (ragged.logprobs, ragged.old, ragged.advantages, ragged.mask)
+        plain, _ = grpo_loss(*arguments, kl_coef=0, aggregation=mode, **options)
+        loss, _ = ppo_loss(*arguments, aggregation=mode, entropy=entropy, entropy_coef=0.1, **options)
+        close(plain - loss, 0.07 * aggregate(np.ones(ragged.mask.shape), ragged.mask, mode=mode, **options))

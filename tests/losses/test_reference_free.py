@@ -83,6 +83,33 @@ def test_cpo_equals_the_definition(ragged_pairs):
     close(metrics["rewards/margins"].value(), np.mean(loop(ragged_pairs, lambda w, r, nw, nl: 0.2 * (w - r))))
 
 
+def test_cpo_with_smoothed_labels(ragged_pairs):
+    def smoothed(w, r, nw, nl):
+        return -0.8 * log_sigma(0.2 * (w - r)) - 0.2 * log_sigma(0.2 * (r - w))
+
+    arrays = of(ragged_pairs, "chosen_lengths")
+    loss, _ = cpo_loss(**arrays, beta=0.2, nll_coef=0.0, label_smoothing=0.2)
+    close(loss, np.mean(loop(ragged_pairs, smoothed)))
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.5"):
+        cpo_loss(**arrays, label_smoothing=0.5)
+
+
+@pytest.mark.parametrize("loss", [cpo_loss, orpo_loss])
+def test_the_likelihood_of_each_completion_may_count_alike(ragged_pairs, loss):
+    names = ("chosen_lengths", "rejected_lengths") if loss is orpo_loss else ("chosen_lengths",)
+    arrays = of(ragged_pairs, *names)
+    by_token, of_tokens = loss(**arrays)
+    by_sequence, of_sequences = loss(**arrays, nll_over="sequences")
+    expected = np.mean(loop(ragged_pairs, lambda w, r, nw, nl: -w / nw))
+    assert abs(expected - token_nll(ragged_pairs)) > 0.01
+    close(of_sequences["nll"].value(), expected)
+    close(by_sequence - by_token, expected - of_tokens["nll"].value())
+    part = {"normalizer": ragged_pairs["mask"].sum(), "nll_normalizer": 2 * ragged_pairs["mask"].sum()}
+    close(loss(**arrays, nll_over="sequences", **part)[0], by_sequence - expected / 2)
+    with pytest.raises(ValueError, match="unknown nll_over 'rows'"):
+        loss(**arrays, nll_over="rows")
+
+
 def test_slic_equals_the_definition(ragged_pairs):
     loss, metrics = slic_loss(**of(ragged_pairs), margin=2.0, nll_coef=0.5)
     close(loss, np.mean(loop(ragged_pairs, lambda w, r, nw, nl: max(0, 2 - w + r) - 0.5 * w)))

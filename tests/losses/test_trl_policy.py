@@ -197,8 +197,13 @@ def test_sequence_level(data):
     metrics = agree(run_trl(data, settings), loss, data)
     assert metrics["clip_ratio/region_mean"].total > 0
 
+    def by_default(x):
+        return gspo_loss(x, data.old, data.advantages, data.mask, **clip, aggregation="token-mean")
+
+    agree((*run_trl(data, settings | {"loss_type": "dapo"})[:3], {}), by_default, data)
+
     def by_tokens(x):
-        """From the terms, with an aggregation that no named loss has."""
+        """From the terms, with a cap that no named loss of sequences has."""
         log_ratio = sequence_log_ratio(x, data.old, data.mask)
         losses = clipped_surrogate(log_ratio, jnp.zeros_like(log_ratio), data.advantages, **clip, ratio_cap=1.3)
         return aggregate(losses, data.mask, mode="token-mean"), {}
@@ -236,6 +241,15 @@ def test_sapo(data, beta):
         policy, metrics = sapo_loss(x, *args, tau_pos=0.8, tau_neg=2.0)
         kl, _ = kl_loss(x, data.ref, data.mask, kl_coef=beta, aggregation="seq-mean-token-mean")
         return policy + kl, metrics
+
+    agree(run_trl(data, settings), loss, data)
+
+
+def test_sapo_on_ratios_of_sequences(data):
+    settings = {"loss_type": "sapo", "importance_sampling_level": "sequence", "sapo_temperature_neg": 2.0}
+
+    def loss(x):
+        return sapo_loss(x, data.old, data.advantages, data.mask, tau_neg=2.0, ratio_level="sequence")
 
     agree(run_trl(data, settings), loss, data)
 

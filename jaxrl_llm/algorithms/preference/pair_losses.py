@@ -16,7 +16,7 @@ from jaxrl_llm.losses.dpo import cdpo_loss, dpo_loss, robust_dpo_loss
 from jaxrl_llm.losses.preference import discopop_loss, exo_loss, hinge_loss, ipo_loss
 from jaxrl_llm.losses.preference_sides import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_loss, sppo_loss
 from jaxrl_llm.losses.preference_terms import FDivergence
-from jaxrl_llm.losses.reference_free import OddsLogprob, cpo_loss, orpo_loss, simpo_loss, slic_loss
+from jaxrl_llm.losses.reference_free import NLLOver, OddsLogprob, cpo_loss, orpo_loss, simpo_loss, slic_loss
 from jaxrl_llm.masking import count_true, safe_divide
 from jaxrl_llm.records import Metrics
 
@@ -278,8 +278,12 @@ class CPO(ReferenceFreeLoss):
 
     beta: float = 0.1
     """As DPO."""
+    label_smoothing: float = 0.0
+    """Share of wrong labels, in [0, 0.5)."""
     nll_coef: float = 1.0
     """Weight of the likelihood."""
+    nll_over: NLLOver = "tokens"
+    """Its mean is over all chosen tokens, or over completions, of which a long one then counts no more."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -287,8 +291,10 @@ class CPO(ReferenceFreeLoss):
             *pairs.policy,
             pairs.lengths[:, 0],
             beta=self.beta,
+            label_smoothing=self.label_smoothing,
             nll_coef=self.nll_coef,
-            nll_normalizer=pairs.counts.chosen_tokens,
+            nll_over=self.nll_over,
+            nll_normalizer=pairs.counts.of_likelihood(self.nll_over),
             **pairs.common,
         )
 
@@ -315,6 +321,8 @@ class ORPO(ReferenceFreeLoss):
     """Weight of the odds ratio, the paper's λ."""
     odds_logp: OddsLogprob = "mean"
     """Probability of a completion: per token, or of the whole."""
+    nll_over: NLLOver = "tokens"
+    """As CPO."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -323,7 +331,8 @@ class ORPO(ReferenceFreeLoss):
             *pairs.both_lengths,
             odds_coef=self.odds_coef,
             odds_logp=self.odds_logp,
-            nll_normalizer=pairs.counts.chosen_tokens,
+            nll_over=self.nll_over,
+            nll_normalizer=pairs.counts.of_likelihood(self.nll_over),
             **pairs.common,
         )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypedDict
 
 import jax
 
+from jaxrl_llm.losses.reference_free import NLLOver
 from jaxrl_llm.records import Metrics
 
 
@@ -20,6 +21,10 @@ class PairCounts(NamedTuple):
     """Number of tokens of their chosen completions."""
     rows: int
     """P of the whole batch, a static number."""
+
+    def of_likelihood(self, over: NLLOver) -> jax.Array:
+        """The denominator of a mean over the chosen tokens, or over the chosen completions."""
+        return self.chosen_tokens if over == "tokens" else self.pairs
 
 
 class Common(TypedDict):

@@ -26,7 +26,7 @@ from jaxrl_llm.types import Rollout
 
 PADDING = 5
 """The row of `pairs` that is none."""
-OF_PAIRS = Mixture((DPO(), CPO(), ORPO(), IPO(length_normalized=True)), (1.0, 0.5, 2.0, 0.01))
+OF_PAIRS = Mixture((DPO(), CPO(), ORPO(nll_over="sequences"), IPO(length_normalized=True)), (1.0, 0.5, 2.0, 0.01))
 EVERYTHING = PreferenceObjective(Mixture((*OF_PAIRS.losses, AOT()), (*OF_PAIRS.weights, 3.0)), nll_coef=0.25)
 
 
@@ -91,7 +91,7 @@ def test_gradient_is_that_of_the_losses_of_repeated_prompts(
             return (
                 dpo_loss(chosen, rejected, *ref)[0]
                 + 0.5 * cpo_loss(chosen, rejected, lengths[:, 0])[0]
-                + 2.0 * orpo_loss(chosen, rejected, lengths[:, 0], lengths[:, 1])[0]
+                + 2.0 * orpo_loss(chosen, rejected, lengths[:, 0], lengths[:, 1], nll_over="sequences")[0]
                 + 0.01 * ipo_loss(chosen, rejected, *ref, **per_token)[0]
                 + 3.0 * aot_loss(chosen, rejected, *ref)[0]
                 + 0.25 * nll

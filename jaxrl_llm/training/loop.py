@@ -19,7 +19,7 @@ from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state
 from jaxrl_llm.training.run.metrics import MetricsWriter
 from jaxrl_llm.training.run.report import Report, SampledCompletion
-from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun
+from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun, restore_run
 from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.training.run.stop import GracefulStop
 from jaxrl_llm.types import TrainState
@@ -86,6 +86,10 @@ class Data(Protocol):
         """The position, JSON-able."""
         ...
 
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to a position that `get_state` returned."""
+        ...
+
 
 class Stage(Protocol):
     """What a loop drives: programs, data, and a state that is replaced step by step.
@@ -142,7 +146,7 @@ def run_stage(stage: Stage) -> TrainingResult:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())  # outermost, so that it also guards the last write
         stack.enter_context(stage.compilations)
-        checkpoints = None
+        checkpoints, remarks = None, []
         if length.checkpoint_every or start:
             checkpoints = Checkpointer(
                 setup.folder / CHECKPOINTS,
@@ -151,11 +155,14 @@ def run_stage(stage: Stage) -> TrainingResult:
                 best_mode=length.best_mode,
             )
             stack.enter_context(checkpoints)
-            if start:
+            if start and stage.saved:
                 begun, frozen = split_state(stage.state)
                 for leaf in jax.tree.leaves(begun):  # room for what is restored
                     leaf.delete()
-                restored, _ = checkpoints.restore(split_state(stage.abstract_state)[0], start)
+                found, restored, remarks = restore_run(checkpoints, stage.saved, split_state(stage.abstract_state)[0])
+                if found.step != start:
+                    start, stage.saved = found.step, found
+                    stage.loader.set_state(found.data)
                 stage.state = join_state(restored, frozen)
         writer = stack.enter_context(
             MetricsWriter(
@@ -175,6 +182,8 @@ def run_stage(stage: Stage) -> TrainingResult:
                 enabled=is_main_process(),
             )
         )
+        for remark in remarks:
+            report.message(remark)
         report.message(stage.what_a_step_is)
         loop = Loop(stage, checkpoints if length.checkpoint_every else None, writer, report, stop)
         loop.train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -16,19 +15,23 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxrl_llm.training.run.damaged_files import reading_checkpoint
+from jaxrl_llm.training.run.checksums import check_arrays, check_seal, make_seal, sealed_arrays
+from jaxrl_llm.training.run.damaged_files import DamagedRunError, reading_checkpoint
+from jaxrl_llm.training.run.distributed import any_process
+from jaxrl_llm.training.run.library_noise import hush
 from jaxrl_llm.training.run.state_tree import check_savable, differences, leaves_by_path
 
-_DELETED = "deleted"
+_DELETED, _DAMAGED = "deleted", "damaged"
 
 
 class Checkpointer:
     """The checkpoints of one run, in one folder; a context manager.
 
     Each is a folder named by its step, written by Orbax: the state's arrays (by path, `params/embed/weight`),
-    and `extra`, a JSON object. A checkpoint is written under another name and renamed when it is complete, so
-    a process killed at any moment leaves the earlier ones valid and the unfinished one unseen; the next
-    `Checkpointer` on the folder removes it. For the same reason an old one is renamed before it is removed.
+    `extra`, a JSON object, and `seal`, by which what is read is known to be what was saved. A checkpoint is
+    written under another name and renamed when it is complete, so a process killed at any moment leaves the
+    earlier ones valid and the unfinished one unseen; the next `Checkpointer` on the folder removes it. For the
+    same reason an old one is renamed before it is removed.
 
     `save` copies the arrays and returns; the caller may donate them at once. An error while writing is raised
     by the next call (`save`, `wait`, `close`, or any that reads), and leaves the earlier checkpoints.
@@ -58,6 +61,7 @@ class Checkpointer:
         Raises:
             ValueError: If `keep` or `best_mode` is out of range.
             FileNotFoundError: If `read_only` and there is no such folder.
+            DamagedRunError: If the metrics of a checkpoint cannot be read.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, so that a run can resume; got {keep}")
@@ -92,9 +96,12 @@ class Checkpointer:
         for item, save, restore in (
             ("state", ocp.args.StandardSave, ocp.args.StandardRestore),
             ("extra", ocp.args.JsonSave, ocp.args.JsonRestore),
+            ("seal", ocp.args.JsonSave, ocp.args.JsonRestore),
         ):
             handlers.add(item, save)
             handlers.add(item, restore)
+        hush()
+        self._check_metrics()
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
         self._remove_deleted()
 
@@ -137,13 +144,13 @@ class Checkpointer:
         check_savable(arrays)
         # A copy, as it is now: the caller may change its dict while the file is being written.
         copied = json.loads(json.dumps(dict(extra or {})))
-        with _silenced("Requested `tracked_metric`"):  # not every checkpoint has an evaluation
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(copied)),
-                metrics=self._tracked(metrics),
-                force=True,  # the caller decides when to save, not a policy
-            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            extra=ocp.args.JsonSave(copied),
+            seal=ocp.args.JsonSave(make_seal(step, arrays, copied)),
+        )
+        # force: the caller decides when to save, not a policy
+        self._manager.save(step, args=items, metrics=self._tracked(metrics), force=True)
         self._current = self._saving = step
         return True
 
@@ -167,22 +174,27 @@ class Checkpointer:
         for path, leaf in leaves.items():
             if getattr(leaf, "sharding", None) is None:
                 raise ValueError(f"restore needs a sharding for every array of abstract_state; {path} has none")
-        with reading_checkpoint(self.folder, step, self.all_steps()):
-            saved = self._manager.item_metadata(step)["state"].tree
+        abstract = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in leaves.items()
+        }
+        with self._reading(step):
+            extra, seal = self._read_extra(step)
+            saved = sealed_arrays(seal)
         if found := differences(saved, leaves):
             raise ValueError(
                 f"step {step} in {self.folder} is a checkpoint of another model or optimizer:\n  " + "\n  ".join(found)
             )
-        abstract = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in leaves.items()
-        }
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
-        with reading_checkpoint(self.folder, step, self.all_steps()):
-            restored = self._manager.restore(step, args=items)
+        with self._reading(step):
+            # Not by way of the manager, which waits for the other processes: one of them may fail alone.
+            folder = self.folder / str(step) / "state"
+            handler = ocp.StandardCheckpointHandler()
+            handler.metadata(folder)  # without its file arrays could be read, but not by other programs
+            restored = handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+        with self._reading(step):
+            check_arrays(seal, restored)
         self._current = step
         # Every path was compared: the order of the leaves is that of abstract_state.
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored["state"][p] for p in leaves])
-        return state, restored["extra"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[path] for path in leaves]), extra
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """Reads `extra` alone: to compare the configuration of a run before its arrays are read.
@@ -192,8 +204,8 @@ class Checkpointer:
             DamagedRunError: If the file is missing or damaged.
         """
         step = self._existing(step)
-        with reading_checkpoint(self.folder, step, self.all_steps()):
-            return self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+        with self._reading(step):
+            return self._read_extra(step)[0]
 
     def latest_step(self) -> int | None:
         """The latest complete checkpoint's step, or None."""
@@ -218,6 +230,24 @@ class Checkpointer:
                 self._manager.delete(later)
         self._remove_deleted()
 
+    def set_aside_after(self, step: int) -> list[int]:
+        """Moves the checkpoints of later steps, which are damaged, into the folder `damaged`, out of the way.
+
+        Returns:
+            The steps of those that were moved.
+        """
+        self._check_writable()
+        later = [found for found in self.all_steps() if found > step]
+        if jax.process_index() == 0:
+            for found in later:
+                aside = self.folder / _DAMAGED / str(found)
+                aside.parent.mkdir(exist_ok=True)
+                aside.rmtree(missing_ok=True)  # of the same step, from before
+                (self.folder / str(found)).rename(aside)
+        any_process(False)  # the others go on when it is done
+        self._manager.reload()
+        return later
+
     def wait(self) -> None:
         """Waits until the checkpoint being written is complete.
 
@@ -232,9 +262,10 @@ class Checkpointer:
         except Exception as error:  # of any kind: from the background threads, by way of the file system's driver
             self._manager.reload()  # what is on disk, without the failed one
             self._current = None
+            cause = " ".join(str(error).split())
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} (is the disk full?); "
-                f"complete ones: {sorted(self._manager.all_steps()) or 'none'}. Cause: {error}"
+                f"complete ones: {sorted(self._manager.all_steps()) or 'none'}. Cause: {cause:.200}"
             ) from error
         self._remove_deleted()
 
@@ -262,6 +293,26 @@ class Checkpointer:
         if self._read_only:
             raise ValueError(f"the checkpoints in {self.folder} were opened with read_only=True")
 
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Damage that one process finds is raised in all, so that none waits for another."""
+        failure = None
+        try:
+            with reading_checkpoint(self.folder, step, self.all_steps()):
+                yield
+        except DamagedRunError as error:
+            failure = error
+        if any_process(failure is not None):
+            raise failure or DamagedRunError(f"checkpoint {step} in {self.folder} is damaged: see another process")
+
+    def _read_extra(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`extra` and the seal, which belong to each other and to this step."""
+        extra, seal = (
+            json.loads((self.folder / str(step) / item / "metadata").read_text()) for item in ("extra", "seal")
+        )
+        check_seal(seal, step, extra)
+        return extra, seal
+
     def _existing(self, step: int | None) -> int:
         steps = self.all_steps()
         if not steps:
@@ -283,21 +334,19 @@ class Checkpointer:
         value = float(metrics[self._best_metric])
         return {self._best_metric: value} if math.isfinite(value) else None
 
+    def _check_metrics(self) -> None:
+        """Orbax reads them all at its start."""
+        if self._best_metric is None:
+            return
+        for file in self.folder.glob("[0-9]*/metrics/metrics"):
+            try:
+                float(json.loads(file.read_text())[self._best_metric])
+            except (ValueError, LookupError, TypeError) as error:
+                raise DamagedRunError(
+                    f"{file} is damaged ({type(error).__name__}: {error}); delete {file.parent}, and checkpoint "
+                    f"{file.parent.parent.name} no longer counts as the best"
+                ) from error
+
     def _remove_deleted(self) -> None:
         if not self._read_only and jax.process_index() == 0:
             (self.folder / _DELETED).rmtree(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _silenced(start: str) -> Iterator[None]:
-    """Leaves log messages of Orbax that start like this out."""
-
-    def differs(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(start)
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(differs)
-    try:
-        yield
-    finally:
-        logger.removeFilter(differs)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxrl_llm.models.lora import join, split_trainable
+from jaxrl_llm.training.run.checksums import checksums
 from jaxrl_llm.training.run.resume import SavedRun
 from jaxrl_llm.training.run.state_tree import leaves_by_path
 from jaxrl_llm.types import TrainState
@@ -41,9 +39,9 @@ def fingerprint(frozen: dict[str, Any]) -> str | None:
     """A few characters that tell frozen parameters from others, on whatever mesh; `None` where there are none."""
     if not frozen:
         return None
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(frozen))
-    lines = [f"{path} {leaf.dtype} {leaf.shape}" for path, leaf in leaves_by_path(frozen).items()]
-    lines += [f"{int(value):08x}" for value in jax.tree.leaves(sums)]
+    leaves = leaves_by_path(frozen)
+    lines = [f"{path} {leaf.dtype} {leaf.shape}" for path, leaf in leaves.items()]
+    lines += [f"{value:08x}" for value in checksums(leaves).values()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -59,19 +57,3 @@ def check_frozen(saved: SavedRun | None, state: TrainState) -> None:
         f"cannot go on from step {saved.step}: the base beside the adapters is not the one that the run began with "
         f"(fingerprint {saved.frozen}, now {now}). Give the same checkpoint, or choose another --run-dir"
     )
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """Σ mixed(bits, index) mod 2³²: exact in any order, and another one for entries that change or change places."""
-    narrow = x.dtype.itemsize == 2
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if narrow else jnp.uint32).astype(jnp.uint32)
-    for axis in range(bits.ndim):
-        bits = _mixed(bits + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
-    return jnp.sum(bits)
-
-
-def _mixed(bits: jax.Array) -> jax.Array:
-    """A bijection of 32 bits of which each depends on all, so that no two changes cancel each other in a sum."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return bits ^ (bits >> 16)

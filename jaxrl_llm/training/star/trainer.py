@@ -331,3 +331,6 @@ class _NoPosition:
 
     def get_state(self) -> dict[str, Any]:
         return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Nothing to move."""

@@ -77,7 +77,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_llm.training.run import distributed
+import orbax.checkpoint as ocp
 from jaxrl_llm.training.run.checkpoint import Checkpointer
+from jaxrl_llm.training.run.damaged_files import DamagedRunError
 from jaxrl_llm.training.run.metrics import MetricsWriter
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -101,6 +103,14 @@ with Checkpointer(folder / "checkpoints", keep=1) as checkpointer:
     out["extra"] = extra
     out["restored"] = [np.asarray(s.data).tolist() for s in restored["w"].addressable_shards]
     out["steps"] = checkpointer.all_steps()
+    if process == 1:
+        def unreadable(*args, **kwargs):
+            raise ValueError("DATA_LOSS")
+        ocp.StandardCheckpointHandler.restore = unreadable
+    try:
+        checkpointer.restore(state)
+    except DamagedRunError as error:
+        out["damaged"] = "DATA_LOSS" in str(error) if process == 1 else "see another process" in str(error)
 with MetricsWriter(folder, tensorboard=False, is_main_process=distributed.is_main_process()) as writer:
     writer.write(1, {"reward": 1.0})
 print(json.dumps(out))
@@ -123,6 +133,7 @@ def test_two_processes_agree(two_processes, tmp_path: Path) -> None:
         "none": None,
         "extra": {"process": 0, "step": 2},
         "steps": [2],
+        "damaged": True,
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

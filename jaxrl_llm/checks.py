@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 
@@ -20,21 +20,44 @@ def one_of(value: Any, choices: Any) -> tuple[bool, str]:
     return value in get_args(choices), f"be one of {get_args(choices)}"
 
 
-def not_negative(value: float) -> tuple[bool, str]:
-    """The condition that a number is finite and at least 0."""
-    return 0 <= value < math.inf, "not be negative"
+def finite(value: float) -> tuple[bool, str]:
+    """The condition that a number is neither infinite nor NaN."""
+    return math.isfinite(value), "be finite"
+
+
+def not_negative(value: float | None, *, optional: bool = False) -> tuple[bool, str]:
+    """The condition that a number is finite and at least 0, or `None` where that is allowed."""
+    return _number(value, lambda x: x >= 0, "not be negative", "be None, or not negative" if optional else None)
 
 
 def positive(value: float | None, *, optional: bool = False) -> tuple[bool, str]:
     """The condition that a number is finite and above 0, or `None` where that is allowed."""
-    if value is None:
-        return optional, "be positive"
-    return 0 < value < math.inf, "be None, or positive" if optional else "be positive"
+    return _number(value, lambda x: x > 0, "be positive", "be None, or positive" if optional else None)
+
+
+def at_least(value: float | None, least: float, *, optional: bool = False) -> tuple[bool, str]:
+    """The condition that a number is finite and not below a bound, or `None` where that is allowed."""
+    wanted = f"at least {least}"
+    return _number(value, lambda x: x >= least, f"be {wanted}", f"be None, or {wanted}" if optional else None)
 
 
 def share(value: float) -> tuple[bool, str]:
     """The condition that a number is in [0, 1]."""
     return 0 <= value <= 1, "be between 0 and 1"
+
+
+def below_one(value: float | None, *, optional: bool = False) -> tuple[bool, str]:
+    """The condition that a number is in [0, 1), or `None` where that is allowed."""
+    wanted = "at least 0 and below 1"
+    return _number(value, lambda x: 0 <= x < 1, f"be {wanted}", f"be None, or {wanted}" if optional else None)
+
+
+def _number(value: float | None, holds: Callable[[float], bool], wanted: str, or_none: str | None) -> tuple[bool, str]:
+    """A condition on a finite number; `or_none` is what is wanted where `None` will do as well."""
+    wanted = or_none or wanted
+    if value is None:
+        return or_none is not None, wanted
+    return (holds(value), wanted) if math.isfinite(value) else (False, f"be finite, and {wanted.removeprefix('be ')}")
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.checks import check_fields, one_of
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
@@ -63,9 +64,12 @@ class SupervisedObjective:
 
     def __post_init__(self) -> None:
         """Rejects what there is not."""
-        for field, choices in (("kind", SupervisedLoss), ("aggregation", Aggregation)):
-            if getattr(self, field) not in get_args(choices):
-                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {get_args(choices)}")
+        check_fields(
+            "objective",
+            self,
+            kind=one_of(self.kind, SupervisedLoss),
+            aggregation=one_of(self.aggregation, Aggregation),
+        )
 
     @property
     def needs_reference(self) -> bool:

@@ -154,7 +154,7 @@ def test_packed_demonstrations_train_as_unpacked_ones(whole, demonstrations, ass
 
 
 def test_a_kind_that_there_is_not():
-    with pytest.raises(ValueError, match=r"kind='mse' is not one of .*'nll', 'dft'"):
+    with pytest.raises(ValueError, match=r"objective.kind='mse' must be one of .*'nll', 'dft'"):
         SupervisedObjective(kind="mse")  # pyright: ignore[reportArgumentType]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,10 +23,11 @@ from jaxrl_llm.advantages import (
     ThresholdScale,
 )
 from jaxrl_llm.algorithms.interfaces import Advantage, Credit, Need, Signals
-from jaxrl_llm.checks import check_fields, not_negative, one_of, positive, share
+from jaxrl_llm.checks import at_least, check_fields, finite, not_negative, one_of, positive, share
 from jaxrl_llm.records import Mean
 
 PREFIX = "algorithm.advantage"
+GFPOMetric = Literal["short", "efficient"]
 AnchorRule = Literal["deviation", "moving_average"]
 
 # ---- Groups ----------------------------------------------------------------------------------------
@@ -116,8 +118,17 @@ class GDPOAdvantage(Advantage):
         return frozenset({"by_function"})
 
     def __post_init__(self) -> None:
-        """Rejects an unknown mode."""
-        check_fields(PREFIX, self, normalize_over=one_of(self.normalize_over, NormalizeOver))
+        """Rejects settings that cannot be meant."""
+        weights = self.weights
+        check_fields(
+            PREFIX,
+            self,
+            weights=(
+                weights is None or (any(weights) and all(math.isfinite(weight) for weight in weights)),
+                "be None, or finite numbers that are not all 0",
+            ),
+            normalize_over=one_of(self.normalize_over, NormalizeOver),
+        )
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
@@ -139,7 +150,7 @@ class GFPOAdvantage(Advantage):
 
     keep: int = 4
     """k: samples of a group that are trained on."""
-    metric: Literal["short", "efficient"] = "short"
+    metric: GFPOMetric = "short"
     """What is best: the shortest completion, or the most reward per token."""
 
     def __post_init__(self) -> None:
@@ -147,8 +158,8 @@ class GFPOAdvantage(Advantage):
         check_fields(
             PREFIX,
             self,
-            keep=(self.keep >= 2, "be at least 2"),
-            metric=(self.metric in ("short", "efficient"), "be 'short' or 'efficient'"),
+            keep=at_least(self.keep, 2),
+            metric=one_of(self.metric, GFPOMetric),
         )
 
     @property
@@ -267,7 +278,7 @@ class HADWAdvantage(Advantage):
             self,
             scale=positive(self.scale),
             anchor=one_of(self.anchor, AnchorRule),
-            window=(self.window >= 1, "be at least 1"),
+            window=at_least(self.window, 1),
             eta=not_negative(self.eta),
             min_rate=share(self.min_rate),
         )
@@ -325,6 +336,7 @@ class EntropyAdvantage(Advantage):
             self,
             success_weight=not_negative(self.success_weight),
             entropy_weight=not_negative(self.entropy_weight),
+            success_reward=finite(self.success_reward),
             norm=one_of(self.norm, EntropyNorm),
         )
 

@@ -12,7 +12,7 @@ from jaxrl_llm.advantages import overlong_penalty
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Need
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped, PolicyTokens, Reduction, Surrogate
-from jaxrl_llm.checks import check_fields, not_negative, one_of, positive
+from jaxrl_llm.checks import at_least, check_fields, not_negative, one_of, positive
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses import (
     AggregationMode,
@@ -29,6 +29,8 @@ from jaxrl_llm.losses import (
     value_loss,
 )
 from jaxrl_llm.records import Mean, Metrics
+
+CorrectionRule = Literal["tis", "mis", "icepop", "geometric"]
 
 
 class LearnerBatch(NamedTuple):
@@ -66,7 +68,7 @@ class LearnerBatch(NamedTuple):
 class Correction:
     """Weights for a sampler whose log-probs are not quite the learner's; see `jaxrl_llm.losses.correction`."""
 
-    rule: Literal["tis", "mis", "icepop", "geometric"] = "tis"
+    rule: CorrectionRule = "tis"
     """tis: truncate; mis: mask above w_max; icepop: mask tokens outside the bounds; geometric: drop sequences."""
     level: CorrectionLevel = "token"
     """tis and mis: whether tokens or sequences have weights."""
@@ -80,7 +82,7 @@ class Correction:
         check_fields(
             "algorithm.correction",
             self,
-            rule=(self.rule in ("tis", "mis", "icepop", "geometric"), "be tis, mis, icepop or geometric"),
+            rule=one_of(self.rule, CorrectionRule),
             level=one_of(self.level, CorrectionLevel),
             w_min=positive(self.w_min, optional=True),
             w_max=positive(self.w_max, optional=True),
@@ -112,9 +114,7 @@ class OverlongPenalty:
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
-        check_fields(
-            "algorithm.overlong", self, cache=(self.cache >= 1, "be at least 1"), scale=not_negative(self.scale)
-        )
+        check_fields("algorithm.overlong", self, cache=at_least(self.cache, 1), scale=not_negative(self.scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class PolicyGradient(Algorithm):
             kl_clip=positive(self.kl_clip, optional=True),
             entropy_coef=not_negative(self.entropy_coef),
             aggregation=one_of(self.aggregation, AggregationMode),
-            max_length=(self.max_length is None or self.max_length >= 1, "be None, or at least 1"),
+            max_length=at_least(self.max_length, 1, optional=True),
         )
         if allowed is not None and self.aggregation not in allowed:
             raise ValueError(
@@ -240,11 +240,6 @@ class PolicyGradient(Algorithm):
             normalizer: denominator over all rows of the optimizer step.
         """
         reduction = Reduction(self.aggregation, normalizer, self.max_length or batch.mask.shape[-1])
-        common = {
-            "aggregation": reduction.mode,
-            "normalizer": reduction.normalizer,
-            "max_length": reduction.max_length,
-        }
         weights, metrics = None, {}
         if self.correction is not None:
             old = jax.lax.stop_gradient(scores.logprobs) if batch.old_logprobs is None else batch.old_logprobs
@@ -270,11 +265,13 @@ class PolicyGradient(Algorithm):
                 kl_estimator=self.kl_estimator,
                 kl_clip=self.kl_clip,
                 old_logprobs=batch.old_logprobs,
-                **common,
+                **reduction.arguments,
             )
             loss, metrics = loss + kl, metrics | own
         if self.entropy_coef:
-            bonus, own = entropy_bonus(scores.entropy, batch.mask, entropy_coef=self.entropy_coef, **common)
+            bonus, own = entropy_bonus(
+                scores.entropy, batch.mask, entropy_coef=self.entropy_coef, **reduction.arguments
+            )
             return loss + bonus, metrics | own
         return loss, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), batch.mask)}
 

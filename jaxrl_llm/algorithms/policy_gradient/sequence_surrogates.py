@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jaxrl_llm import losses as functions
-from jaxrl_llm.algorithms.policy_gradient.surrogates import Clip, Loss, PolicyTokens, Reduction, Surrogate
+from jaxrl_llm.algorithms.policy_gradient.surrogates import PREFIX, Clip, Loss, PolicyTokens, Reduction, Surrogate
+from jaxrl_llm.checks import check_fields, not_negative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,7 @@ class SequenceClipped(Clip):
         """The rows' part of the loss, and its metrics."""
         return functions.gspo_loss(
             *tokens.arrays,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.bounds,
             length_normalize=self.length_normalize,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
@@ -44,8 +44,7 @@ class SequenceTokenClipped(Clip):
         """The rows' part of the loss, and its metrics."""
         return functions.gspo_token_loss(
             *tokens.arrays,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.bounds,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
         )
@@ -64,8 +63,7 @@ class LengthWeightedSequenceClipped(Clip):
         """The rows' part of the loss, and its metrics."""
         return functions.luspo_loss(
             *tokens.arrays,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.bounds,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
         )
@@ -76,16 +74,20 @@ class GeometricMeanClipped(Clip):
     """GMPO: tokens clipped in log space, then their geometric mean; see `jaxrl_llm.losses.gmpo_loss`."""
 
     clip_low: float | None = 0.4
+    """Distance of the lower bound of the ratio's logarithm from 0; `None` for no bound."""
     clip_high: float | None = 0.4
+    """Distance of its upper bound from 0; `None` for no bound."""
 
     aggregations = ("seq-mean-token-mean",)
+
+    def _lower_bound(self) -> tuple[bool, str]:
+        return not_negative(self.clip_low, optional=True)
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""
         return functions.gmpo_loss(
             *tokens.arrays,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.bounds,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
         )
@@ -105,6 +107,11 @@ class VESPO(Surrogate):
     """Decay for the others."""
 
     aggregations = ("token-mean",)
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        names = [field.name for field in dataclasses.fields(self)]
+        check_fields(PREFIX, self, **{name: not_negative(getattr(self, name)) for name in names})
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""

@@ -12,7 +12,7 @@ from jaxrl_llm import advantages as functions
 from jaxrl_llm.advantages import EmaBaseline, NormalizeOver, RewardKLEstimator
 from jaxrl_llm.algorithms.interfaces import Advantage, Credit, Need, Signals
 from jaxrl_llm.algorithms.policy_gradient.estimators import PREFIX
-from jaxrl_llm.checks import check_fields, not_negative, one_of, positive, share
+from jaxrl_llm.checks import below_one, check_fields, not_negative, one_of, positive, share
 from jaxrl_llm.masking import masked_sum, whiten
 from jaxrl_llm.records import Mean, Metrics
 
@@ -99,6 +99,11 @@ class ReinforcePlusPlusAdvantage(ShapedAdvantage):
     gamma: float = 1.0
     """Discount from token to token."""
 
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        super().__post_init__()
+        check_fields(PREFIX, self, gamma=share(self.gamma))
+
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G, Tc]`."""
         return Credit(
@@ -149,12 +154,8 @@ class ReinforceAdvantage(ShapedAdvantage):
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
         super().__post_init__()
-        decay = self.baseline_decay
         check_fields(
-            PREFIX,
-            self,
-            gamma=share(self.gamma),
-            baseline_decay=(decay is None or 0 <= decay < 1, "be None, or at least 0 and below 1"),
+            PREFIX, self, gamma=share(self.gamma), baseline_decay=below_one(self.baseline_decay, optional=True)
         )
 
     def start(self) -> EmaBaseline | tuple[()]:
@@ -205,10 +206,7 @@ class GAEAdvantage(ShapedAdvantage):
             gamma=share(self.gamma),
             lam=share(self.lam),
             score_clip=positive(self.score_clip, optional=True),
-            missing_eos_penalty=(
-                self.missing_eos_penalty is None or self.missing_eos_penalty >= 0,
-                "be None, or not negative",
-            ),
+            missing_eos_penalty=not_negative(self.missing_eos_penalty, optional=True),
             kl_target=positive(self.kl_target, optional=True),
             kl_horizon=positive(self.kl_horizon),
         )

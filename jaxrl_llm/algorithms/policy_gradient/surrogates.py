@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar, NamedTuple
+import math
+from typing import ClassVar, NamedTuple, TypedDict
 
 import jax
 
 from jaxrl_llm import losses as functions
-from jaxrl_llm.checks import check_fields, not_negative, one_of, positive, share
+from jaxrl_llm.checks import check_fields, finite, not_negative, one_of, positive, share
 from jaxrl_llm.losses import AggregationMode, BinaryDivergence, SoftGate
 from jaxrl_llm.records import Metrics
 
@@ -39,6 +40,14 @@ class PolicyTokens(NamedTuple):
         return self.logprobs, self.old_logprobs, self.advantages, self.mask
 
 
+class ReductionArguments(TypedDict):
+    """How a loss names what `Reduction` holds."""
+
+    aggregation: AggregationMode
+    normalizer: jax.Array
+    max_length: int
+
+
 class Reduction(NamedTuple):
     """How token losses become one number."""
 
@@ -46,6 +55,18 @@ class Reduction(NamedTuple):
     normalizer: jax.Array
     """The denominator that all rows of one optimizer step share."""
     max_length: int
+
+    @property
+    def arguments(self) -> ReductionArguments:
+        """Those of a loss that exists with every aggregation; the others take the normalizer alone."""
+        return {"aggregation": self.mode, "normalizer": self.normalizer, "max_length": self.max_length}
+
+
+class ClipArguments(TypedDict):
+    """How a loss names its range around a ratio of 1."""
+
+    clip_low: float | None
+    clip_high: float | None
 
 
 class Surrogate(abc.ABC):
@@ -61,10 +82,6 @@ class Surrogate(abc.ABC):
         """The rows' part of the loss, and its metrics."""
 
 
-def _distance(value: float | None) -> tuple[bool, str]:
-    return value is None or value >= 0, "be None, or a distance from 1 that is not negative"
-
-
 @dataclasses.dataclass(frozen=True)
 class Clip(Surrogate):
     """Settings that surrogates with a range around a ratio of 1 share."""
@@ -76,7 +93,23 @@ class Clip(Surrogate):
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
-        check_fields(PREFIX, self, clip_low=_distance(self.clip_low), clip_high=_distance(self.clip_high))
+        high = self.clip_high
+        check_fields(
+            PREFIX,
+            self,
+            clip_low=self._lower_bound(),
+            clip_high=(high is None or 0 <= high < math.inf, "be None, or a distance from 1 that is not negative"),
+        )
+
+    def _lower_bound(self) -> tuple[bool, str]:
+        """The condition on `clip_low`: from 1 on, no ratio is so small."""
+        low = self.clip_low
+        return low is None or 0 <= low < 1, "be None, or a distance from 1 that is at least 0 and below 1"
+
+    @property
+    def bounds(self) -> ClipArguments:
+        """The range, as a loss names it."""
+        return {"clip_low": self.clip_low, "clip_high": self.clip_high}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,23 +128,23 @@ class Clipped(Clip):
         check_fields(
             PREFIX,
             self,
-            dual_clip=(self.dual_clip is None or self.dual_clip > 1, "be None, or above 1"),
-            ratio_cap=(cap is None or (high is not None and cap > 1 + high), "be None, or above 1 + clip_high"),
+            dual_clip=(self.dual_clip is None or 1 < self.dual_clip < math.inf, "be None, or above 1"),
+            ratio_cap=(
+                cap is None or (high is not None and 1 + high < cap < math.inf),
+                "be None, or above 1 + clip_high",
+            ),
         )
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""
         return functions.grpo_loss(
             *tokens.arrays,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.bounds,
             dual_clip=self.dual_clip,
             ratio_cap=self.ratio_cap,
             kl_coef=0,
             weights=tokens.weights,
-            aggregation=reduction.mode,
-            normalizer=reduction.normalizer,
-            max_length=reduction.max_length,
+            **reduction.arguments,
         )
 
 
@@ -126,9 +159,7 @@ class LogProb(Surrogate):
             tokens.advantages,
             tokens.mask,
             weights=tokens.weights,
-            aggregation=reduction.mode,
-            normalizer=reduction.normalizer,
-            max_length=reduction.max_length,
+            **reduction.arguments,
         )
 
 
@@ -164,9 +195,7 @@ class SoftGated(Surrogate):
             gate=self.gate,
             gate_scale=self.gate_scale,
             weights=tokens.weights,
-            aggregation=reduction.mode,
-            normalizer=reduction.normalizer,
-            max_length=reduction.max_length,
+            **reduction.arguments,
         )
 
 
@@ -182,7 +211,10 @@ class CISPO(Surrogate):
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
         check_fields(
-            PREFIX, self, w_min=not_negative(self.w_min), w_max=(self.w_max > self.w_min, "be larger than w_min")
+            PREFIX,
+            self,
+            w_min=not_negative(self.w_min),
+            w_max=(self.w_min < self.w_max < math.inf, "be larger than w_min, and finite"),
         )
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
@@ -192,9 +224,7 @@ class CISPO(Surrogate):
             w_min=self.w_min,
             w_max=self.w_max,
             weights=tokens.weights,
-            aggregation=reduction.mode,
-            normalizer=reduction.normalizer,
-            max_length=reduction.max_length,
+            **reduction.arguments,
         )
 
 
@@ -259,8 +289,13 @@ class CovarianceClipped(Clip):
             PREFIX,
             self,
             fraction=share(self.fraction),
-            cov_high=(self.cov_high > self.cov_low, "be larger than cov_low"),
+            cov_low=finite(self.cov_low),
+            cov_high=(self.cov_low < self.cov_high < math.inf, "be larger than cov_low, and finite"),
         )
+
+    def _lower_bound(self) -> tuple[bool, str]:
+        low = self.clip_low
+        return low is None or 0 <= low <= 1, "be None, or a distance from 1 between 0 and 1"
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""
@@ -270,8 +305,7 @@ class CovarianceClipped(Clip):
             fraction=self.fraction,
             cov_low=self.cov_low,
             cov_high=self.cov_high,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.bounds,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxrl_llm.algorithms.preference.pair_losses import DPO
 from jaxrl_llm.algorithms.preference.scored_pairs import PairCounts, PairLoss, ScoredPairs
 from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.checks import check_fields, not_negative, share
 from jaxrl_llm.losses.sequence_logprobs import sequence_logprobs, wpo_weights
 from jaxrl_llm.losses.supervised import sft_loss
 from jaxrl_llm.masking import count_true
@@ -55,10 +56,12 @@ class PreferenceObjective:
 
     def __post_init__(self) -> None:
         """Rejects coefficients that make no sense."""
-        if not self.nll_coef >= 0:
-            raise ValueError(f"nll_coef={self.nll_coef} must not be negative")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha={self.ld_alpha} must be between 0 and 1")
+        check_fields(
+            "objective",
+            self,
+            nll_coef=not_negative(self.nll_coef),
+            ld_alpha=(True, "") if self.ld_alpha is None else share(self.ld_alpha),
+        )
 
     @property
     def needs_reference(self) -> bool:

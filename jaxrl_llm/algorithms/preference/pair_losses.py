@@ -6,11 +6,13 @@ A new one is a record with `__call__`; see `preference_presets` for the settings
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.preference.scored_pairs import PairLoss, ReferenceFreeLoss, ScoredPairs
+from jaxrl_llm.algorithms.preference.scored_pairs import PREFIX, PairLoss, ReferenceFreeLoss, ScoredPairs
+from jaxrl_llm.checks import check_fields, positive
 from jaxrl_llm.losses.aot import aot_loss
 from jaxrl_llm.losses.dpo import cdpo_loss, dpo_loss, robust_dpo_loss
 from jaxrl_llm.losses.preference import discopop_loss, exo_loss, hinge_loss, ipo_loss
@@ -126,6 +128,11 @@ class EXO(PairLoss):
     """As DPO."""
     label_smoothing: float = 1e-3
     """Probability of the rejected completion in the label, in (0, 0.5)."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        super().__post_init__()
+        check_fields(PREFIX, self, label_smoothing=positive(self.label_smoothing))  # at 0 the divergence is infinite
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -351,8 +358,11 @@ class Mixture(PairLoss):
 
     def __post_init__(self) -> None:
         """Rejects a mixture that is none."""
+        super().__post_init__()
         if not self.losses or len(self.losses) != len(self.weights):
             raise ValueError(f"{len(self.losses)} losses with {len(self.weights)} weights: give one weight for each")
+        sound = any(self.weights) and all(0 <= weight < math.inf for weight in self.weights)
+        check_fields(PREFIX, self, weights=(sound, "be finite and not negative, and not all 0"))
 
     @property
     def needs_reference(self) -> bool:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 
-from jaxrl_llm.losses.reference_free import NLLOver
+from jaxrl_llm.checks import check_fields, finite, not_negative, one_of, positive
+from jaxrl_llm.losses.preference_terms import FDivergence
+from jaxrl_llm.losses.reference_free import NLLOver, OddsLogprob
 from jaxrl_llm.records import Metrics
+
+PREFIX = "objective.pair_loss"
 
 
 class PairCounts(NamedTuple):
@@ -79,9 +85,35 @@ class ScoredPairs(NamedTuple):
         return {"weights": self.weights, "mask": self.mask, "normalizer": self.counts.pairs}
 
 
+def below_half(value: float) -> tuple[bool, str]:
+    """The condition on a share of wrong labels: at one half they say nothing."""
+    return 0 <= value < 0.5, "be at least 0 and below 0.5"
+
+
+_CONDITIONS: Mapping[str, Callable[[Any], tuple[bool, str]]] = MappingProxyType(
+    {
+        **dict.fromkeys(("beta", "tau"), positive),
+        **dict.fromkeys(("gamma", "margin", "nll_coef", "odds_coef"), not_negative),
+        **dict.fromkeys(("alpha", "f_alpha", "reward_shift"), finite),
+        "label_smoothing": below_half,
+        "f_divergence": lambda value: one_of(value, FDivergence),
+        "odds_logp": lambda value: one_of(value, OddsLogprob),
+        "nll_over": lambda value: one_of(value, NLLOver),
+    }
+)
+"""What a setting may be, by its name: it means the same in every loss that has it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PairLoss(abc.ABC):
     """A loss of preference pairs with its hyper-parameters."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        check_fields(
+            PREFIX, self, **{name: _CONDITIONS[name](settings[name]) for name in settings if name in _CONDITIONS}
+        )
 
     @property
     def needs_reference(self) -> bool:

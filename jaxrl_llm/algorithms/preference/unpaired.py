@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.checks import check_fields, not_negative, one_of, positive
 from jaxrl_llm.losses.bco import RewardShift, ShiftAverage, bco_loss
 from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs
@@ -73,6 +74,18 @@ class KTOObjective:
     """Average each side by itself, then the two."""
     baseline: KTOBaseline = "mismatched"
     """z₀ of "kto": from completions of other prompts, or from the samples with the other label, which is cheaper."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(
+            "objective",
+            self,
+            variant=one_of(self.variant, KTOVariant),
+            beta=positive(self.beta),
+            lambda_d=not_negative(self.lambda_d),
+            lambda_u=not_negative(self.lambda_u),
+            baseline=one_of(self.baseline, KTOBaseline),
+        )
 
     @property
     def needs_reference(self) -> bool:
@@ -149,6 +162,10 @@ class BCOObjective:
     """Inverse temperature."""
     average: ShiftAverage = "samples"
     """δ is the mean over all samples, or the mean of both sides' means."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields("objective", self, beta=positive(self.beta), average=one_of(self.average, ShiftAverage))
 
     @property
     def needs_reference(self) -> bool:

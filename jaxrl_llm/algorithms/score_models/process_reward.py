@@ -17,6 +17,7 @@ import numpy as np
 from jaxrl_llm.advantages.process import StepRewardKind, dense_step_rewards, find_step_ends, steps_to_tokens
 from jaxrl_llm.advantages.selection import StepAggregation, aggregate_step_scores
 from jaxrl_llm.algorithms.score_models.reward_model import in_pieces
+from jaxrl_llm.checks import check_fields, one_of
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
 from jaxrl_llm.losses.process_reward import NeutralSteps, prm_loss, step_labels, step_probability
 from jaxrl_llm.masking import segment_last
@@ -56,6 +57,10 @@ class ProcessRewardObjective:
     """What a neutral rating is to a model of one or two outputs: correct, or left out."""
     per_solution: bool = False
     """Average over solutions the mean over their steps, in place of over all steps of the batch."""
+
+    def __post_init__(self) -> None:
+        """Rejects an unknown reading."""
+        check_fields("objective", self, neutral=one_of(self.neutral, NeutralSteps))
 
     @property
     def needs_reference(self) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
+from jaxrl_llm.checks import check_fields, finite, not_negative
 from jaxrl_llm.losses.reward import bradley_terry_loss, normalize_scores, ranking_loss
 from jaxrl_llm.masking import count_true
 from jaxrl_llm.models.config import Params
@@ -69,8 +70,7 @@ class RewardModelObjective:
 
     def __post_init__(self) -> None:
         """Rejects a weight that would drive scores apart."""
-        if not self.center_coef >= 0:
-            raise ValueError(f"center_coef={self.center_coef} must not be negative")
+        check_fields("objective", self, margin=finite(self.margin), center_coef=not_negative(self.center_coef))
 
     @property
     def needs_reference(self) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.advantages.selection import select_beams
+from jaxrl_llm.checks import at_least, check_fields
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
@@ -34,11 +35,9 @@ class BeamSearchConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        for field, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{field}={value} must be at least 1")
-        if self.beams % self.width:
-            raise ValueError(f"width={self.width} must divide beams={self.beams}")
+        counts = {field: at_least(value, 1) for field, value in dataclasses.asdict(self).items()}
+        check_fields("search", self, **counts)
+        check_fields("search", self, width=(self.beams % self.width == 0, f"divide beams={self.beams}"))
 
 
 class Prefixes(NamedTuple):

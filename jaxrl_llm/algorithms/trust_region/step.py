@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.algorithms.trust_region.natural_gradient import trpo_step
 from jaxrl_llm.algorithms.trust_region.parameter_subset import ParameterSubset, Part, Trainable
 from jaxrl_llm.algorithms.trust_region.policy_divergence import DivergenceRows, FisherKind, PolicyDivergence
+from jaxrl_llm.checks import at_least, check_fields, not_negative, one_of, positive
 from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
 from jaxrl_llm.masking import safe_divide
 from jaxrl_llm.models.config import Params
@@ -64,21 +65,21 @@ class TrustRegionConfig:
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
-        for field, holds, wanted in (
-            ("max_kl", 0 < self.max_kl < math.inf, "be positive"),
-            ("damping", 0 <= self.damping < math.inf, "not be negative"),
-            ("cg_iterations", self.cg_iterations >= 1, "be at least 1"),
-            ("cg_tolerance", 0 <= self.cg_tolerance < math.inf, "not be negative"),
-            ("tries", self.tries >= 1, "be at least 1"),
-            ("shrink", 0 < self.shrink < 1, "be between 0 and 1"),
-            ("kl_tolerance", 0 < self.kl_tolerance < math.inf, "be positive"),
-            ("fisher", self.fisher in get_args(FisherKind), f"be one of {get_args(FisherKind)}"),
-            ("fisher_fraction", 0 < self.fisher_fraction <= 1, "be above 0 and at most 1"),
-            ("trainable", self.trainable in get_args(Trainable), f"be one of {get_args(Trainable)}"),
-            ("last_layers", self.last_layers >= 1, "be at least 1"),
-        ):
-            if not holds:
-                raise ValueError(f"trust_region.{field}={getattr(self, field)!r} must {wanted}")
+        check_fields(
+            "trust_region",
+            self,
+            max_kl=positive(self.max_kl),
+            damping=not_negative(self.damping),
+            cg_iterations=at_least(self.cg_iterations, 1),
+            cg_tolerance=not_negative(self.cg_tolerance),
+            tries=at_least(self.tries, 1),
+            shrink=(0 < self.shrink < 1, "be between 0 and 1"),
+            kl_tolerance=positive(self.kl_tolerance),
+            fisher=one_of(self.fisher, FisherKind),
+            fisher_fraction=(0 < self.fisher_fraction <= 1, "be above 0 and at most 1"),
+            trainable=one_of(self.trainable, Trainable),
+            last_layers=at_least(self.last_layers, 1),
+        )
 
 
 def make_trust_region_step(

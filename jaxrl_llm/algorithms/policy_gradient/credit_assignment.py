@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
 from jaxrl_llm.algorithms.interfaces import Credit, Feedback
@@ -30,7 +31,7 @@ class Credited(NamedTuple):
     batch: LearnerBatch
     """With advantages, and the scores that the losses read."""
     memory: Any
-    """What the estimator remembers after this batch."""
+    """What the estimator remembers after this batch; as before it, where something in the new one is not finite."""
     metrics: Metrics
     split: int
     """Rows that each group is dealt to; see `UpdateConfig.group_split`."""
@@ -95,7 +96,7 @@ class CreditAssignment:
             values = self._pass_over(batch, functools.partial(self.critic.values, params))
             signals, batch = signals._replace(values=values), batch._replace(values=values)
         credit = algorithm.advantage(signals, state.memory)
-        memory = algorithm.advantage.remember(signals, state.memory)
+        memory = _if_finite(algorithm.advantage.remember(signals, state.memory), state.memory)
         return Credited(_credited(batch, credit), memory, metrics | credit.metrics, split, old)
 
     def _reference_logprobs(self, state: TrainState, batch: LearnerBatch, reference: Params | None) -> jax.Array:
@@ -107,6 +108,15 @@ class CreditAssignment:
     def _pass_over(self, batch: LearnerBatch, function: Callable[[LearnerBatch], Any]) -> Any:
         """What a forward pass under constant parameters gives for the whole batch."""
         return map_groups(function, batch, self.plan, whole_groups=self.algorithm.needs_whole_groups)
+
+
+def _if_finite(new: Any, old: Any) -> Any:
+    """The new memory if all of it is finite, else all of the old one: a part of each would not fit together.
+
+    One reward that is NaN would otherwise stay in every baseline to come, and in the checkpoint.
+    """
+    finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)], True)
+    return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
 
 
 def _credited(batch: LearnerBatch, credit: Credit) -> LearnerBatch:

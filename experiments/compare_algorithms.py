@@ -37,7 +37,6 @@ from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
-from jaxrl_llm.algorithms.policy_gradient.surrogates import LogProb
 from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.sharding import make_mesh
@@ -101,7 +100,7 @@ def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: s
     """One algorithm with one seed, from the warm start."""
     folder = run_folder(config, name, seed)
     algorithm = ALGORITHMS[name]
-    clips = isinstance(algorithm, PolicyGradient) and not isinstance(algorithm.surrogate, LogProb)
+    clips = isinstance(algorithm, PolicyGradient) and not algorithm.surrogate.on_policy
     own = dataclasses.replace(
         config,
         algorithm=algorithm,

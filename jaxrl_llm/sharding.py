@@ -165,10 +165,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_for_sampling(params: Any, axes: Any, dtype: Any) -> Any:
-    """Parameters in `dtype`, still split over `tensor` but no longer over `fsdp`: what a decoding loop wants."""
+    """Parameters in `dtype`, still split over `tensor` but no longer over `fsdp`: what a decoding loop wants.
+
+    Scales of norms keep their type: norms are computed in float32, in the learner, too.
+    """
 
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
-        return constrain(leaf.astype(dtype), *(None if name == "embed" else name for name in names))
+        leaf = leaf if names[-1] == "norm" else leaf.astype(dtype)
+        return constrain(leaf, *(None if name == "embed" else name for name in names))
 
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
 

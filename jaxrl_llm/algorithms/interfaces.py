@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxrl_llm.records import Metrics
 
-Need = Literal["old", "reference", "entropy", "values", "greedy", "by_function", "verdicts"]
+Need = Literal["old", "reference", "entropy", "values", "final_values", "greedy", "by_function", "verdicts"]
 """A score or a reward that costs something: log-probs under the old policy or under the reference, entropies of the
-old policy, values of a critic, the reward of a greedy completion, the reward functions one by one, a judge's verdicts.
-"""
+old policy, values of a critic, also of what follows the last token, the reward of a greedy completion, the reward
+functions one by one, a judge's verdicts."""
 
 
 Rewards = jax.Array | np.ndarray
@@ -57,6 +57,8 @@ class Signals(NamedTuple):
     entropy: Any = None
     values: Any = None
     """`[P, G, Tc]` each, of the policy, the reference and the critic before this batch's first update."""
+    final_values: Any = None
+    """`[P, G]`: of the same critic, of the state after the last token."""
     unshaped: Any = None
     """`[P, G]`: the rewards before the penalty for length (`algorithm.overlong`); `None`: as `rewards`."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated
 from jaxrl_llm.training.compilation import CompilationCounter
@@ -92,6 +95,23 @@ def test_the_rollout_type_may_be_narrower(tiny_config, lively_params, make_sampl
     assert same.mean() > 0.5
     gap = np.abs(first - other)[same]
     assert 0 < gap.max() < 0.2
+
+
+def test_scales_of_norms_are_not_rounded(tiny_config, lively_params, make_sampler, prompts, key):
+    """The sampler is no farther from the learner than where scales are such that rounding changes nothing."""
+    model = Transformer(tiny_config(dtype="bfloat16", qk_norm=True))
+    sampler, learned = make_sampler(model, group=16, stop_tokens=()), jax.jit(Scorer(model))
+
+    def gap(params: Params) -> float:
+        rollout = sampler(params, *prompts, key, 0)
+        return float(np.mean(np.abs(learned(params, rollout).logprobs - rollout.logprobs)))
+
+    def representable(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype("bfloat16").astype("float32") if path[-1].key == "scale" else leaf
+
+    given = [lively_params(model, seed) for seed in range(3)]
+    rounded = [jax.tree_util.tree_map_with_path(representable, params) for params in given]
+    assert np.mean([gap(params) for params in given]) < 1.1 * np.mean([gap(params) for params in rounded])
 
 
 def test_lengths_that_do_not_fit_raise(tiny_config, lively_params, make_sampler, prompts, key):

@@ -92,9 +92,9 @@ class CreditAssignment:
                 )
                 batch = batch._replace(old_logprobs=old.logprobs)
         if self.critic is not None:
-            params = state.params if state.critic is None else state.critic.params
-            values = self._pass_over(batch, functools.partial(self.critic.values, params))
-            signals, batch = signals._replace(values=values), batch._replace(values=values)
+            values, final_values = self._values(state, batch, rollout.completion_lengths)
+            signals = signals._replace(values=values, final_values=final_values)
+            batch = batch._replace(values=values)
         credit = algorithm.advantage(signals, state.memory)
         memory = _if_finite(algorithm.advantage.remember(signals, state.memory), state.memory)
         return Credited(_credited(batch, credit), memory, metrics | credit.metrics, split, old)
@@ -104,6 +104,21 @@ class CreditAssignment:
         if params is None:
             raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
         return self._pass_over(batch, lambda rows: self.scorer(params, rows).logprobs)
+
+    def _values(
+        self, state: TrainState, batch: LearnerBatch, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The critic's values `[P, G, Tc]`, and where they are read those `[P, G]` of the state after the last token.
+
+        One place more of padding brings the latter along in the same pass.
+        """
+        assert self.critic is not None
+        params = state.params if state.critic is None else state.critic.params
+        if "final_values" not in self.algorithm.needs:
+            return self._pass_over(batch, functools.partial(self.critic.values, params)), None
+        longer = jnp.pad(batch.completion, ((0, 0), (0, 0), (0, 1)))
+        values = self._pass_over(batch._replace(completion=longer), functools.partial(self.critic.values, params))
+        return values[..., :-1], jnp.take_along_axis(values, lengths[..., None], axis=-1)[..., 0]
 
     def _pass_over(self, batch: LearnerBatch, function: Callable[[LearnerBatch], Any]) -> Any:
         """What a forward pass under constant parameters gives for the whole batch."""

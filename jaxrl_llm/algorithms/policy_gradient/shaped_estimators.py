@@ -192,6 +192,9 @@ class GAEAdvantage(ShapedAdvantage):
     """Bound on the reward of a completion; where rewards are given by token, on that of a token."""
     missing_eos_penalty: float | None = None
     """Taken off the reward of a completion that was cut."""
+    bootstrap_truncated: bool = False
+    """Let a completion that was cut be worth, from there on, what the critic says, in place of nothing; see
+    `jaxrl_llm.advantages.bootstrap_truncated`."""
     kl_target: float | None = None
     """KL of a completion, in nats, that `kl_coef` is adapted to reach; `None`: it stays as it is."""
     kl_horizon: float = 10_000
@@ -216,7 +219,8 @@ class GAEAdvantage(ShapedAdvantage):
     @property
     def needs(self) -> frozenset[Need]:
         """Values as well."""
-        return super().needs | frozenset[Need]({"values"})
+        of_critic: frozenset[Need] = frozenset({"values", "final_values"} if self.bootstrap_truncated else {"values"})
+        return super().needs | of_critic
 
     def start(self) -> Any:
         """The coefficient of the first batch, where it is adapted."""
@@ -232,6 +236,10 @@ class GAEAdvantage(ShapedAdvantage):
             score_clip=self.score_clip,
             missing_eos_penalty=self.missing_eos_penalty,
         )
+        if self.bootstrap_truncated:
+            rewards = functions.bootstrap_truncated(
+                rewards, signals.final_values, signals.finished, signals.mask, gamma=self.gamma
+            )
         assert signals.values is not None
         estimate = functions.gae(rewards, signals.values, signals.mask, gamma=self.gamma, lam=self.lam)
         advantages = whiten(estimate.advantages, signals.mask) if self.whiten else estimate.advantages

@@ -76,6 +76,8 @@ class Surrogate(abc.ABC):
     """The aggregations that it exists with; `None`: all."""
     whole_batch: ClassVar[bool] = False
     """Whether it compares the tokens of a batch, so that there can be no micro-batches."""
+    on_policy: ClassVar[bool] = False
+    """Whether it has no ratio to the policy that sampled, so that a batch makes one optimizer step and no more."""
 
     @abc.abstractmethod
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
@@ -151,6 +153,8 @@ class Clipped(Clip):
 @dataclasses.dataclass(frozen=True)
 class LogProb(Surrogate):
     """−A · log-prob of each token, without a ratio: REINFORCE, GPG; see `jaxrl_llm.losses.reinforce_loss`."""
+
+    on_policy = True
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""

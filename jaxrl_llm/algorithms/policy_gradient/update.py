@@ -105,6 +105,13 @@ def _check(algorithm: PolicyGradient, plan: UpdateConfig, critic: Critic | None)
             f"{type(algorithm.surrogate).__name__} compares all tokens of a minibatch, so that it cannot be cut into "
             f"update.micro_batches={plan.micro_batches}: pass 1"
         )
+    if algorithm.surrogate.on_policy and plan.optimizer_steps > 1:
+        raise ValueError(
+            f"update.epochs={plan.epochs} × update.minibatches={plan.minibatches}: from the second optimizer step on, "
+            f"{type(algorithm.surrogate).__name__} would learn from samples of another policy, and it has no ratio to "
+            "correct that; pass --update.epochs=1 --update.minibatches=1 (update.micro_batches saves memory, too), or a "
+            "surrogate with a ratio, as --preset=cispo has"
+        )
 
 
 # ---- Losses of some rows -------------------------------------------------------------------------

@@ -297,3 +297,19 @@ def test_entropy_shapes_only_groups_with_successes_and_failures(preset: Callable
     assert np.abs(advantages_of[0]).max() > 0.1
     every = dataclasses.replace(estimator, mixed_groups_only=False)
     assert np.abs(np.asarray(every(uniform, ()).advantages[1])).max() > 0.1
+
+
+def test_ppo_may_continue_what_was_cut_with_the_critics_value() -> None:
+    estimator = dataclasses.replace(presets.ppo().advantage, bootstrap_truncated=True, gamma=0.9, whiten=False)
+    assert estimator.needs - presets.ppo().advantage.needs == {"final_values"}
+    final = jnp.asarray(np.random.default_rng(2).normal(size=(PROMPTS, GROUP)), jnp.float32)
+    rewards = advantages.shape_rewards(SIGNALS.rewards, SIGNALS.mask, **KL, kl_coef=0.05)
+    rewards = advantages.bootstrap_truncated(rewards, final, SIGNALS.finished, SIGNALS.mask, gamma=0.9)
+    expected = advantages.gae(rewards, SIGNALS.values, SIGNALS.mask, gamma=0.9, lam=0.95)
+    credit = estimator(SIGNALS._replace(final_values=final), ())
+    np.testing.assert_allclose(credit.advantages, expected.advantages, rtol=1e-6)
+    np.testing.assert_allclose(credit.returns, expected.returns, rtol=1e-6)
+    plain = dataclasses.replace(estimator, bootstrap_truncated=False)(SIGNALS, ())
+    cut = ~np.asarray(SIGNALS.finished)
+    assert 0 < cut.sum() < cut.size
+    np.testing.assert_array_equal((np.asarray(plain.returns != credit.returns) & SIGNALS.mask).any(-1), cut)

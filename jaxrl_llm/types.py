@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from jaxrl_llm.masking import length_mask
@@ -32,6 +33,14 @@ class Rollout(struct.PyTreeNode):
     def mask(self) -> jax.Array:
         """Which completion positions hold sampled tokens, bool `[P, G, Tc]`; from lengths, never from ids."""
         return length_mask(self.completion_lengths, self.completion.shape[-1])
+
+    def of_tokens(self, values: jax.Array) -> jax.Array:
+        """Values `[P, G, Tc]` where there are sampled tokens, 0 at padding, whatever stands there."""
+        return jnp.where(self.mask, values, 0.0)
+
+    def of_completions(self, values: jax.Array) -> jax.Array:
+        """Values of completions `[P, G]` as they are, those of tokens `[P, G, Tc]` summed over the sampled ones."""
+        return values if values.ndim == 2 else jnp.sum(self.of_tokens(values), axis=-1)
 
     def samples(self, start: int | None, stop: int | None = None) -> Rollout:
         """The rollout with only these samples of each prompt: indices along the group, as of a slice."""

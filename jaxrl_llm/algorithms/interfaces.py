@@ -26,7 +26,8 @@ class Feedback(NamedTuple):
     rewards: Rewards
     """`[P, G]` float32, or `[P, G, Tc]`: rewards of tokens, such as a process reward model gives."""
     greedy: Any = None
-    """`[P]`: reward of the greedy completion of each prompt (ReMax)."""
+    """`[P]`: reward of the greedy completion of each prompt (ReMax), less the penalty for its length if there is one.
+    `None`: the last sample of each group is greedy."""
     by_function: Any = None
     """`[P, G, K]`: the K reward functions one by one (GDPO); NaN where one does not apply to the sample."""
     weights: Any = None

@@ -34,7 +34,7 @@ class DeviceScores(NamedTuple):
     """What device rewards give for a rollout."""
 
     total: jax.Array
-    """The weighted sum, `[P, G]`, or `[P, G, Tc]` if one of them is given by token."""
+    """The weighted sum, `[P, G]`, or `[P, G, Tc]` if one of them is given by token: then 0 at padding."""
     by_name: dict[str, jax.Array]
     """`[P, G]` each, without weights."""
 
@@ -63,21 +63,16 @@ def make_device_scores(rewards: Sequence[DeviceReward]) -> Callable[[Sequence[An
             for reward, values in zip(rewards, given, strict=True)
         ]
         total = jnp.sum(jnp.stack(parts), axis=0)
-        return DeviceScores(total, dict(zip(names, (_of_completion(v, rollout) for v in given), strict=True)))
+        return DeviceScores(total, dict(zip(names, map(rollout.of_completions, given), strict=True)))
 
     return scores
 
 
 def _at_last_token(values: jax.Array, rollout: Rollout) -> jax.Array:
-    """Rewards of completions as rewards of tokens."""
+    """Rewards of completions as rewards of tokens; those of tokens, 0 at padding."""
     if values.ndim == 3:
-        return values
+        return rollout.of_tokens(values)
     return jnp.where(segment_last(rollout.mask), values[..., None], 0.0)
-
-
-def _of_completion(values: jax.Array, rollout: Rollout) -> jax.Array:
-    """Rewards of tokens as rewards of completions."""
-    return values if values.ndim == 2 else jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=-1)
 
 
 class Iteration(NamedTuple):

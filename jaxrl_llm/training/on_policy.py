@@ -276,6 +276,7 @@ class Trainer:
             feedback = self._feedback(rollout, episodes, step)
             self.state, metrics = self.update(self.state, rollout, feedback, self.reference)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        episodes = episodes.first(self.config.samples_per_prompt)  # what is told is told of the samples alone
         remarks = [
             f"the reward function {name!r} returned None for all {episodes.rewards.size} samples, and has no part in "
             "their reward; can it read the gold answers in the data?"
@@ -338,7 +339,7 @@ class Trainer:
             done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference)
             self.state, metrics, rollout, scores = done
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        episodes = unscored(rollout, batch).plus(*jax.device_get(scores))
+        episodes = unscored(rollout, batch).plus(*jax.device_get(scores)).first(self.config.samples_per_prompt)
         return Outcome(metrics | episodes.reward_metrics(), partial(episodes.samples, self.tokenizer))
 
     def evaluate(self, phase: Phase) -> Outcome:

@@ -107,7 +107,12 @@ def test_the_greedy_completion_is_the_baseline_of_remax(make, tiny: ModuleType) 
     trainer.run()
     (rollout, rewards) = seen[0]
     assert rollout.completion.shape[:2] == rewards.shape == (4, 5)  # four samples, and the greedy one
-    assert metrics_of(trainer)[-1]["reward"] == pytest.approx(rewards[:, :-1].mean(), rel=1e-6)
+    line = metrics_of(trainer)[-1]
+    assert rewards[:, :-1].mean() != pytest.approx(rewards.mean(), rel=1e-3)
+    for name in ("reward", "rewards/shared_characters/mean"):  # of the samples alone
+        assert line[name] == pytest.approx(rewards[:, :-1].mean(), rel=1e-6)
+    assert line["completions/mean_length"] == pytest.approx(rollout.completion_lengths[:, :-1].mean())
+    assert line["num_tokens"] == rollout.completion_lengths.sum() + rollout.prompt_lengths.sum()  # of all
     assert trainer.compilations.counts == {"sample": 1, "update_step": 1}
 
 
@@ -272,6 +277,40 @@ def test_a_process_reward_model_rewards_ppo_in_one_program(make, tiny: ModuleTyp
     lines = metrics_of(trainer)
     assert all(line["reward"] == pytest.approx(line["rewards/steps/mean"]) != 0 for line in lines)
     assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def padding_is_rewarded(params: Any, rollout: Rollout) -> jax.Array:
+    """No token has a reward; the padding has, and one that differs from row to row."""
+    row = jnp.arange(rollout.mask.shape[1])[:, None]
+    return jnp.where(rollout.mask, 0.0, 1.0 + row)
+
+
+def test_rewards_at_the_padding_do_not_count(make) -> None:
+    """Neither for dynamic sampling, which would take equal groups for mixed ones, nor for what is told."""
+    rewards = {"rewards": (mostly_equal,), "algorithm": presets.reinforce_plus_plus_baseline()}
+    training = {"training": {"steps": 2, "dynamic_sampling": 4}}
+    parts = {"device_rewards": (DeviceReward("padding", padding_is_rewarded),)}
+    plain = make("plain", **rewards, **training)
+    plain.run()
+    padded = make("padded", **rewards, **training, parts=parts)
+    padded.run()
+    for one, other in zip(metrics_of(plain), metrics_of(padded), strict=True):
+        assert other.pop("rewards/padding/mean") == other.pop("rewards/padding/std") == 0
+        assert other == pytest.approx(one, rel=1e-6)
+    assert min(line["dynamic_sampling/kept"] for line in metrics_of(padded)) < 1
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_metrics_of_a_greedy_baseline_agree_on_the_device(fused, make) -> None:
+    """Of one program as of two, by token as by completion: rewards are those of the samples."""
+    rewards = (SPREAD, DeviceReward("each_token", each_token))
+    given = {"rewards": ()} if fused else {}
+    trainer = make(algorithm=presets.remax(), parts={"device_rewards": rewards}, training={"steps": 1}, **given)
+    trainer.run()
+    line = metrics_of(trainer)[-1]
+    means = [value for name, value in line.items() if name.startswith("rewards/") and name.endswith("/mean")]
+    assert len(means) == (2 if fused else 3)
+    assert line["reward"] == pytest.approx(sum(means), rel=1e-5)
 
 
 def test_an_evaluation_of_a_fused_run_has_rewards_of_its_own(make, tiny: ModuleType) -> None:

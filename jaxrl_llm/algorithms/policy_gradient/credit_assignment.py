@@ -105,9 +105,7 @@ class CreditAssignment:
             raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
         return self._pass_over(batch, lambda rows: self.scorer(params, rows).logprobs)
 
-    def _values(
-        self, state: TrainState, batch: LearnerBatch, lengths: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _values(self, state: TrainState, batch: LearnerBatch, lengths: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The critic's values `[P, G, Tc]`, and where they are read those `[P, G]` of the state after the last token.
 
         One place more of padding brings the latter along in the same pass.

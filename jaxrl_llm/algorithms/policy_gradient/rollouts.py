@@ -17,15 +17,11 @@ def read_rollout(
     algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback
 ) -> tuple[Signals, LearnerBatch, Metrics]:
     """What the estimator and the losses read of a rollout, as yet without any score, and the rollout's metrics."""
+    computed = _num_tokens(rollout)
     if algorithm.needs_greedy and feedback.greedy is None:
-        rollout, feedback = _without_greedy(rollout, feedback)
+        rollout, feedback = _without_greedy(algorithm, rollout, feedback)
     shape, rewards = rollout.completion_lengths.shape, jnp.asarray(feedback.rewards)
-    by_token = rewards.ndim == 3
-    if rewards.shape != (rollout.completion.shape if by_token else shape):
-        raise ValueError(
-            f"rewards has shape {rewards.shape}, but the rollout holds {shape} prompts and samples: pass one reward "
-            f"for each completion, or for each of its tokens, {rollout.completion.shape}"
-        )
+    _check_rewards(rewards, rollout)
     for need, given in (
         ("greedy", feedback.greedy),
         ("by_function", feedback.by_function),
@@ -33,9 +29,8 @@ def read_rollout(
     ):
         if need in algorithm.advantage.needs and given is None:
             raise ValueError(f"{type(algorithm.advantage).__name__} reads {need}: pass Feedback with it")
-    token_rewards = jnp.where(rollout.mask, rewards, 0.0) if by_token else None
-    total = jnp.sum(token_rewards, axis=-1) if token_rewards is not None else rewards
-    mask, lengths = rollout.mask, rollout.completion_lengths
+    token_rewards = rollout.of_tokens(rewards) if rewards.ndim == 3 else None
+    total, mask, lengths = rollout.of_completions(rewards), rollout.mask, rollout.completion_lengths
     if token_rewards is not None:  # the last one bears the penalty for length
         shaped = algorithm.shape(token_rewards, lengths[..., None], mask.shape[-1])
         token_rewards = jnp.where(segment_last(mask), shaped, token_rewards)
@@ -59,18 +54,35 @@ def read_rollout(
         seeds=jnp.zeros(shape[:1], jnp.uint32),
         model_logprobs=rollout.logprobs,
     )
-    return signals, batch, rollout_metrics(rollout, total)
+    return signals, batch, rollout_metrics(rollout, total) | {"num_tokens": computed}
 
 
-def _without_greedy(rollout: Rollout, feedback: Feedback) -> tuple[Rollout, Feedback]:
-    """A rollout whose last samples are greedy, without them; their rewards `[P]` are a baseline."""
-    if feedback.rewards.shape != rollout.completion_lengths.shape or feedback.rewards.shape[1] < 2:
+def _check_rewards(rewards: jax.Array, rollout: Rollout) -> None:
+    shape = rollout.completion_lengths.shape
+    if rewards.shape not in (shape, rollout.completion.shape):
         raise ValueError(
-            f"rewards has shape {feedback.rewards.shape}, but of {rollout.completion_lengths.shape} samples "
-            "the last of each group is the greedy baseline: pass one reward for each of two samples or more"
+            f"rewards has shape {rewards.shape}, but the rollout holds {shape} prompts and samples: pass one reward "
+            f"for each completion, or for each of its tokens, {rollout.completion.shape}"
         )
+
+
+def _without_greedy(algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback) -> tuple[Rollout, Feedback]:
+    """A rollout whose last samples are greedy, without them; their rewards `[P]` are a baseline.
+
+    That is shaped as the samples' rewards are, so that a penalty for length does not fall on one side alone.
+    """
+    rewards, greedy = jnp.asarray(feedback.rewards), rollout.samples(-1)
+    _check_rewards(rewards, rollout)
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards has shape {rewards.shape}, but the last sample of each group is the greedy baseline: "
+            "pass rewards for two samples or more"
+        )
+    baseline = algorithm.shape(
+        greedy.of_completions(rewards[:, -1:]), greedy.completion_lengths, greedy.completion.shape[-1]
+    )
     rest = jax.tree.map(lambda x: x[:, :-1], feedback)
-    return rollout.samples(None, -1), rest._replace(greedy=feedback.rewards[:, -1])
+    return rollout.samples(None, -1), rest._replace(greedy=baseline[:, 0])
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -96,7 +108,11 @@ def sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float
 
 
 def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> Metrics:
-    """Metrics of a rollout with its rewards `[P, G]`, whatever the algorithm."""
+    """Metrics of a rollout with its rewards `[P, G]`, whatever the algorithm.
+
+    All are of the samples that are trained on: not of greedy completions that are a baseline, but for `num_tokens`,
+    which counts what was computed.
+    """
     lengths = rollout.completion_lengths
     every = jnp.ones(rewards.shape, bool)
     return {
@@ -107,5 +123,9 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> Metrics:
         "completions/min_length": Mean.of(jnp.min(lengths)),
         "completions/max_length": Mean.of(jnp.max(lengths)),
         "completions/clipped_ratio": Mean.of(~rollout.finished),
-        "num_tokens": Mean.of(jnp.sum(lengths) + jnp.sum(rollout.prompt_lengths)),
+        "num_tokens": _num_tokens(rollout),
     }
+
+
+def _num_tokens(rollout: Rollout) -> Mean:
+    return Mean.of(jnp.sum(rollout.completion_lengths) + jnp.sum(rollout.prompt_lengths))

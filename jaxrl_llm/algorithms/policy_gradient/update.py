@@ -109,8 +109,8 @@ def _check(algorithm: PolicyGradient, plan: UpdateConfig, critic: Critic | None)
         raise ValueError(
             f"update.epochs={plan.epochs} × update.minibatches={plan.minibatches}: from the second optimizer step on, "
             f"{type(algorithm.surrogate).__name__} would learn from samples of another policy, and it has no ratio to "
-            "correct that; pass --update.epochs=1 --update.minibatches=1 (update.micro_batches saves memory, too), or a "
-            "surrogate with a ratio, as --preset=cispo has"
+            "correct that; pass --update.epochs=1 --update.minibatches=1 (update.micro_batches saves memory, too), or "
+            "a surrogate with a ratio, as --preset=cispo has"
         )
 
 

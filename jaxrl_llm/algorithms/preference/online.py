@@ -103,8 +103,7 @@ def make_online_preference_step(
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        if jnp.ndim(rewards) == 3:
-            rewards = jnp.sum(jnp.where(rollout.mask, rewards, 0.0), axis=-1)
+        rewards = rollout.of_completions(rewards)
         pairs = sampled_pairs(rollout, rewards - algorithm.missing_eos_penalty * ~rollout.finished)
         plan.group_split(len(pairs.prompt), 2, row_shards(), whole_groups=True)  # raises where pairs would be cut
         pairs = with_reference(objective, pairs, reference_of(state.params, reference), reference_logprobs)

@@ -39,10 +39,10 @@ class Episodes:
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """The other columns of the data, one value a prompt."""
     token_rewards: np.ndarray | None = None
-    """`[P, G, Tc]` float32, where rewards are given by token; `rewards` is their sum."""
+    """`[P, G, Tc]` float32, where rewards are given by token, 0 at padding; `rewards` is their sum."""
 
     def plus(self, extra: np.ndarray, by_name: dict[str, np.ndarray]) -> Episodes:
-        """The same with further rewards, `[P, G]` or `[P, G, Tc]`, and what they are by name, `[P, G]` each."""
+        """The same with more rewards, `[P, G]` or `[P, G, Tc]` (0 at padding), and each of them by name, `[P, G]`."""
         names = self.by_name | by_name
         if len(names) < len(self.by_name) + len(by_name):
             raise RewardError(f"two rewards are named {sorted(self.by_name.keys() & by_name.keys())}: rename one")
@@ -69,6 +69,17 @@ class Episodes:
             [self.completion_ids[p * size + g] for p in chosen for g in range(size)],
             {name: [values[p] for p in chosen] for name, values in self.columns.items()},
             None if self.token_rewards is None else self.token_rewards[chosen],
+        )
+
+    def first(self, count: int) -> Episodes:
+        """Only the first so many samples of each prompt: without the greedy one that may lie behind them."""
+        size = self.rewards.shape[1]
+        return dataclasses.replace(
+            self,
+            rewards=self.rewards[:, :count],
+            by_name={name: values[:, :count] for name, values in self.by_name.items()},
+            completion_ids=[ids for n, ids in enumerate(self.completion_ids) if n % size < count],
+            token_rewards=None if self.token_rewards is None else self.token_rewards[:, :count],
         )
 
     @classmethod

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
+
+PathT = TypeVar("PathT", str, str | None)
 
 
 def check_fields(prefix: str, record: object, **conditions: tuple[bool, str]) -> None:
@@ -23,6 +26,13 @@ def one_of(value: Any, choices: Any) -> tuple[bool, str]:
 def finite(value: float) -> tuple[bool, str]:
     """The condition that a number is neither infinite nor NaN."""
     return math.isfinite(value), "be finite"
+
+
+def count(value: int | None, *, least: int = 1) -> tuple[bool, str]:
+    """The condition that a count is at least so much, and no more than 32 bits hold; `None`, where allowed, is none."""
+    if value is None or value >= 2**31:
+        return value is None, f"be below {2**31}, which is what counters hold"
+    return value >= least, f"be at least {least}"
 
 
 def not_negative(value: float | None, *, optional: bool = False) -> tuple[bool, str]:
@@ -58,6 +68,11 @@ def _number(value: float | None, holds: Callable[[float], bool], wanted: str, or
     if value is None:
         return or_none is not None, wanted
     return (holds(value), wanted) if math.isfinite(value) else (False, f"be finite, and {wanted.removeprefix('be ')}")
+
+
+def expand_home(path: PathT) -> PathT:
+    """A path given as a setting, with `~` or `~name` at its beginning written out; `None` stays `None`."""
+    return os.path.expanduser(path) if isinstance(path, str) else path  # pyright: ignore[reportReturnType]
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str:

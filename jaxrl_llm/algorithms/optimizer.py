@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 import optax
 
 from jaxrl_llm.models.lora import ADAPTERS
@@ -76,6 +77,26 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     # The first step already moves: step i of the warm-up has the rate (i + 1)/(steps + 1).
     first = peak / (config.warmup_steps + 1)
     return optax.join_schedules([optax.linear_schedule(first, peak, config.warmup_steps), after], [config.warmup_steps])
+
+
+class Rates:
+    """The learning rates of a schedule by the number of steps made, computed some thousand at a time."""
+
+    _BLOCK = 4096
+
+    def __init__(self, schedule: optax.Schedule):
+        self._program = jax.jit(jax.vmap(schedule))
+        self._number, self._rates = 0, self._block(0)  # compiled now, not in the middle of a run
+
+    def __getitem__(self, step: int) -> float:
+        """The rate after so many steps."""
+        number, place = divmod(step, self._BLOCK)
+        if number != self._number:
+            self._number, self._rates = number, self._block(number)
+        return float(self._rates[place])
+
+    def _block(self, number: int) -> np.ndarray:
+        return np.asarray(self._program(number * self._BLOCK + np.arange(self._BLOCK)))
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -10,21 +10,35 @@ from typing import Any, TypeVar
 
 import tyro
 
-ConfigT = TypeVar("ConfigT")
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.launch.errors import plain_errors
+from jaxrl_llm.launch.settings import check_effects
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def read_flags(config: ConfigT, args: list[str] | None, description: str) -> ConfigT:
+def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own: RunConfig | None = None) -> ConfigT:
     """`config` with the changes of `args` (`None`: the command line's).
 
-    tyro names the nearest of an unknown flag only where its path is right; here its last part finds it elsewhere.
+    Flags without effect are refused. Of an unknown one tyro names the nearest only where its path is right; here its
+    last part finds it elsewhere.
+
+    Args:
+        config: settings that the flags change.
+        args: the command line.
+        description: of the experiment, for `--help`.
+        own: the experiment's own settings, where a flag that was read before has changed them to `config`.
     """
     try:
-        return tyro.cli(type(config), args=args, default=config, description=description)
+        changed = tyro.cli(type(config), args=args, default=config, description=description)
     except SystemExit as stop:
         if stop.code == 2:
             for hint in _hints(config, sys.argv[1:] if args is None else args):
                 print(hint, file=sys.stderr)
         raise
+    with plain_errors():
+        check_effects(own or config, changed)
+    return changed
 
 
 def _hints(config: Any, args: list[str]) -> Iterator[str]:

@@ -13,8 +13,10 @@ from typing import TypeVar
 
 import jax
 
+from jaxrl_llm.checks import expand_home
 from jaxrl_llm.config import RunConfig, flatten
 from jaxrl_llm.launch.errors import plain_errors
+from jaxrl_llm.launch.settings import CONFIG_FILE, check_names, check_resumed, check_step, remarks_on_resuming
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.run.distributed import ClusterConfig, from_main_process, initialize, is_main_process
 from jaxrl_llm.training.run.resume import find_run
@@ -30,6 +32,8 @@ def start(config: RunConfigT) -> RunConfigT:
         The configuration with `run_dir` filled in: the folder is there, and nothing has been written to it.
     """
     with plain_errors():
+        config = with_home(config)
+        check_names(config)
         if config.resume and config.run_dir is None:
             raise ValueError("--resume needs --run-dir=<folder of the run>")
         if config.distributed:
@@ -38,12 +42,24 @@ def start(config: RunConfigT) -> RunConfigT:
         elif config.cluster != ClusterConfig():
             raise ValueError("--cluster.* says where other processes are: add --distributed, or leave it out")
         enable_persistent_cache()
+        check_step(config)
         folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
-        find_run(folder, config.settings(), resume=config.resume)
+        saved, remarks = find_run(folder, config.settings(), resume=config.resume), []
+        if config.resume:
+            remarks = check_resumed(folder, saved) + remarks_on_resuming(folder, config)
         config = dataclasses.replace(config, run_dir=str(folder))
         if is_main_process():
             _make_folder(folder)
+            for remark in remarks:
+                print(remark)
     return config
+
+
+def with_home(config: RunConfigT) -> RunConfigT:
+    """The configuration with `~` in its paths written out, as a shell does where it begins a word."""
+    model = config.model
+    model = dataclasses.replace(model, path=expand_home(model.path), adapters=expand_home(model.adapters))
+    return dataclasses.replace(config, run_dir=expand_home(config.run_dir), model=model)
 
 
 def _make_folder(folder: Path, *, exist_ok: bool = True) -> None:
@@ -91,4 +107,4 @@ def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the resolved configuration to `config.json` in the run's folder."""
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps(flatten(config), indent=2) + "\n")

@@ -37,13 +37,13 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     `--preset=gspo` puts that published algorithm in place of `config.algorithm`, whose flags may change it further.
     An unknown flag or preset ends the program at once and names the nearest one.
     """
-    presets = {preset.__name__: preset for preset in PRESETS}
+    own, presets = config, {preset.__name__: preset for preset in PRESETS}
     with plain_errors():
         chosen, args = take_preset(sys.argv[1:] if args is None else args, list(presets))
     if chosen is not None:
         config = dataclasses.replace(config, algorithm=presets[chosen]())
     description = f"{description}\n\n--preset=NAME begins with a published algorithm: {', '.join(presets)}."
-    return read_flags(config, args, description)
+    return read_flags(config, args, description, own=own)
 
 
 def make_trainer(

@@ -15,18 +15,20 @@ def take_preset(args: Sequence[str], names: Sequence[str]) -> tuple[str | None, 
         names: of all presets; a dash is as good as an underscore.
 
     Raises:
-        ValueError: there is no such preset; names the nearest.
+        ValueError: there is no such preset (names the nearest), or two are named.
     """
-    rest, name, arguments = [], None, iter(args)
+    rest, named, arguments = [], [], iter(args)
     for argument in arguments:
         flag, given, value = argument.partition("=")
-        if flag != "--preset":
-            rest.append(argument)
+        if flag == "--preset":
+            named.append(value if given else next(arguments, ""))
         else:
-            name = value if given else next(arguments, "")
-    if name is None:
+            rest.append(argument)
+    if not named:
         return None, rest
-    wanted = name.replace("-", "_")
-    if wanted not in names:
-        raise ValueError(f"no preset is named {name!r}{nearest_name(wanted, names)}; there are {', '.join(names)}")
-    return wanted, rest
+    if len(named) > 1:
+        raise ValueError(f"--preset is given {len(named)} times ({', '.join(named)}), and one would be lost: give one")
+    name = named[0].replace("-", "_")
+    if name not in names:
+        raise ValueError(f"no preset is named {named[0]!r}{nearest_name(name, names)}; there are {', '.join(names)}")
+    return name, rest

@@ -50,6 +50,8 @@ class Sampler:
         outside = [token for token in stop_tokens if not 0 <= token < model.config.vocab_size]
         if outside:
             raise ValueError(f"stop tokens {outside} are outside the vocabulary of {model.config.vocab_size}")
+        if (top_k := config.top_k or 0) > (vocabulary := model.config.vocab_size):
+            raise ValueError(f"sampling.top_k={top_k} is more than the {vocabulary} tokens of the model: leave it out")
         self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
         self.stop_tokens = tuple(stop_tokens)
         self.mesh, self.dtype = mesh, jnp.dtype(dtype or model.config.dtype)

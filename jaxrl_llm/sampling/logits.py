@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_LEAST_TEMPERATURE = 1e-3  # logits of float32 are known to about a millionth: divided by it, to a thousandth
 _IMPOSSIBLE = -1e30  # finite, so that no difference of two of them is NaN
 
 
@@ -42,6 +43,11 @@ class SamplingConfig:
         ):
             if not good:
                 raise ValueError(f"sampling.{field}={getattr(self, field)!r} is out of range")
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature={self.temperature!r} must be at least {_LEAST_TEMPERATURE}, below which neither "
+                "log-probs nor their gradients have any precision, or 0 to decode greedily"
+            )
 
     @property
     def greedy(self) -> bool:

@@ -71,6 +71,19 @@ class Learner:
         return abstract_train_state(self.policy, self.optimizer, mesh, algorithm=self.algorithm, critic=self.critic)
 
 
+def check_group(algorithm: Algorithm, samples: int) -> None:
+    """Checks that so many samples of each prompt can teach an algorithm anything.
+
+    Raises:
+        ValueError: it compares a sample with others, and there are none.
+    """
+    if samples < (least := algorithm.smallest_group):
+        raise ValueError(
+            f"training.samples_per_prompt={samples} cannot learn: {algorithm.reader} compares a "
+            f"sample with the others of its prompt; pass --training.samples-per-prompt={least} or more"
+        )
+
+
 def make_learner(
     policy: Transformer,
     algorithm: Algorithm,
@@ -98,7 +111,16 @@ def make_learner(
         ValueError: these do not fit together.
         TypeError: the algorithm is of a type that has no step.
     """
+    if trust_region is not None and plan.optimizer_steps > 1:
+        raise ValueError(
+            f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
+            "region makes one step of a batch; pass 1"
+        )
     total = iterations * plan.optimizer_steps
+    if total >= 2**31:
+        raise ValueError(
+            f"training.steps={iterations} × {plan.optimizer_steps} optimizer steps are more than counters hold"
+        )
     schedule = make_schedule(optimizer, total)
     rule = make_optimizer(optimizer, schedule)
     value_function = critic.critic_of(policy, total) if algorithm.needs_critic else None

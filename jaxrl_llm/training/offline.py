@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, make_offline_step, make_reference_pass
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import has_adapters, reference_of
@@ -44,9 +45,8 @@ class OfflineTrainingConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        for field, least in (("steps", 1), ("rows_per_step", 1), ("keep_checkpoints", 1), ("checkpoint_every", 0)):
-            if (value := getattr(self, field)) < least:
-                raise ValueError(f"training.{field}={value} must be at least {least}")
+        least = {"steps": 1, "rows_per_step": 1, "keep_checkpoints": 1, "checkpoint_every": 0}
+        check_fields("training", self, **{name: count(getattr(self, name), least=n) for name, n in least.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,8 @@ class OfflineEvaluationConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        for field, least in (("every", 0), ("max_rows", 1), ("batch_size", 1)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ValueError(f"evaluation.{field}={value} must be at least {least}")
+        least = {"every": 0, "max_rows": 1, "batch_size": 1}
+        check_fields("evaluation", self, **{name: count(getattr(self, name), least=n) for name, n in least.items()})
         if self.best_mode not in ("min", "max"):
             raise ValueError(f"evaluation.best_mode={self.best_mode!r} is neither 'min' nor 'max'")
 
@@ -202,8 +200,7 @@ class OfflineTrainer:
                 shardings = reference_of(placed.params, None) or placed.params
                 self.reference = jax.device_put(base, shardings)
         check_frozen(self.saved, self.state)
-        every_step = np.arange(self.config.steps)
-        self._learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(every_step))
+        self._rates = Rates(schedule)
 
     @property
     def length(self) -> RunLength:
@@ -219,7 +216,7 @@ class OfflineTrainer:
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step."""
-        return float(self._learning_rates[step - 1])
+        return self._rates[step - 1]
 
     def run(self) -> TrainingResult:
         """Trains to the last step, or until SIGTERM or Ctrl-C; then saves and returns."""

@@ -16,8 +16,9 @@ import numpy as np
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.interfaces import Algorithm, Feedback
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.models.config import Params
@@ -32,7 +33,7 @@ from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscor
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.judging import Judge, compare
 from jaxrl_llm.training.episodes.scoring import RewardSum
-from jaxrl_llm.training.learner import CriticSource, Learner, make_learner
+from jaxrl_llm.training.learner import CriticSource, Learner, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.setup import RunSetup
@@ -61,12 +62,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        for field in ("steps", "prompts_per_step", "samples_per_prompt", "keep_checkpoints"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"training.{field}={getattr(self, field)} must be at least 1")
-        for field in ("checkpoint_every", "samples_every", "dynamic_sampling"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"training.{field}={getattr(self, field)} must not be negative")
+        some = ("steps", "prompts_per_step", "samples_per_prompt", "keep_checkpoints")
+        perhaps_none = ("checkpoint_every", "samples_every", "dynamic_sampling")
+        check_fields("training", self, **{field: count(getattr(self, field)) for field in some})
+        check_fields("training", self, **{field: count(getattr(self, field), least=0) for field in perhaps_none})
 
 
 EVALUATION_KEY = np.uint32(0x5EED)
@@ -134,7 +133,7 @@ class Trainer:
         self.rewards, self.device_rewards, self.judge = rewards, tuple(device_rewards), judge
 
         # All that can be wrong is found before anything is compiled.
-        self._check_step(plan, trust_region)
+        check_group(algorithm, group)
         self._check_rewards()
         self.saved = setup.find()
         if rewards is not None:
@@ -179,25 +178,14 @@ class Trainer:
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
 
-    def _check_step(self, plan: UpdateConfig, trust_region: TrustRegionConfig | None) -> None:
-        """Raises if a step of this size cannot learn, or not in this way."""
-        group, least = self.config.samples_per_prompt, self.algorithm.smallest_group
-        if group < least:  # there is nothing to compare with
-            raise ValueError(
-                f"training.samples_per_prompt={group} cannot learn: {self.algorithm.reader} compares a "
-                f"sample with the others of its prompt; pass --training.samples-per-prompt={least} or more"
-            )
-        if trust_region is not None and plan.optimizer_steps > 1:
-            raise ValueError(
-                f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
-                "region makes one step of a batch; pass 1"
-            )
-
     def _check_rewards(self) -> None:
         """Raises if what is rewarded and what the algorithm reads do not fit together."""
         needs, name = self.algorithm.needs, self.algorithm.reader
         if self.rewards is None and not self.device_rewards:
             raise ValueError("there is no reward: pass rewards=, or device_rewards=")
+        weights = self.rewards.weights if self.rewards is not None else None
+        if weights and not any(weights) and not self.device_rewards:
+            raise ValueError(f"reward_weights={tuple(weights)} are all 0, and nothing would be learned: give others")
         if ("verdicts" in needs) != (self.judge is not None):
             raise ValueError(
                 f"{name} reads a judge's verdicts: pass judge=, as experiments/compare_algorithms.py does"
@@ -239,12 +227,11 @@ class Trainer:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
             shardings: Any = (placed, whole, whole, whole)
             self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
-        every_step = np.arange(self.config.steps * self._optimizer_steps)
-        self._learning_rates = np.asarray(jax.jit(jax.vmap(learner.schedule))(every_step))
+        self._rates = Rates(learner.schedule)
 
     def learning_rate(self, step: int) -> float:
         """The rate of the last optimizer step of an iteration."""
-        return float(self._learning_rates[step * self._optimizer_steps - 1])
+        return self._rates[step * self._optimizer_steps - 1]
 
     @property
     def length(self) -> RunLength:

@@ -52,6 +52,10 @@ OFFLINE_SMALL = (
 )
 
 
+STAR = ("star_arithmetic", "star_gsm8k")
+"""Those whose step is an iteration of STaR."""
+STAR_SMALL = ("--optimizer.warmup-steps=0", "--evaluation.every=2", "--evaluation.max-prompts=3")
+
 REPLIES = (("chosen", ", I think."), ("rejected", "!"))
 
 
@@ -130,6 +134,7 @@ def test_two_steps(
 
     run_dir = tmp_path / "run"
     small, measured = (OFFLINE_SMALL, "eval/loss") if path.stem in OFFLINE + SCORE_MODELS else (SMALL, "eval/accuracy")
+    small = STAR_SMALL if path.stem in STAR else small
     monkeypatch.setattr(sys, "argv", [str(path), *small, *debug_size(path.stem), f"--run-dir={run_dir}"])
     monkeypatch.syspath_prepend(path.parent)  # an experiment may build on another one
     monkeypatch.setattr("grpo_arithmetic.character_model", small_model)

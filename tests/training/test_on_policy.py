@@ -252,7 +252,7 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(make, changes: 
 def test_counts_of_nothing(field: str) -> None:
     with pytest.raises(ValueError, match=f"training.{field}=0 must be at least 1"):
         TrainingConfig(**{field: 0})
-    with pytest.raises(ValueError, match=r"training.checkpoint_every=-1 must not be negative"):
+    with pytest.raises(ValueError, match=r"training.checkpoint_every=-1 must be at least 0"):
         TrainingConfig(checkpoint_every=-1)
 
 

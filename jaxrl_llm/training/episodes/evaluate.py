@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.loader import eval_batches
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.models.config import Params
@@ -37,10 +38,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        for field, least in (("every", 0), ("max_prompts", 1), ("samples", 0), ("batch_size", 1)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ValueError(f"evaluation.{field}={value} must be at least {least}")
+        least = {"every": 0, "max_prompts": 1, "samples": 0, "batch_size": 1}
+        check_fields("evaluation", self, **{name: count(getattr(self, name), least=n) for name, n in least.items()})
 
     def solving_reward(self, rewards: RewardSum) -> str:
         """The name of the function that says what is solved.

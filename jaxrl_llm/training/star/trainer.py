@@ -21,6 +21,7 @@ from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make
 from jaxrl_llm.algorithms.star import training_steps
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
 from jaxrl_llm.models.config import Params
@@ -76,9 +77,7 @@ class StarConfig:
     def __post_init__(self) -> None:
         """Rejects what cannot be meant."""
         counts = ("iterations", "start_steps", "rows_per_step", "problems_per_batch", "samples", "keep_checkpoints")
-        for field in (*counts, "growth"):
-            if not (value := getattr(self, field)) >= 1:
-                raise ValueError(f"star.{field}={value} must be at least 1")
+        check_fields("star", self, **{field: count(getattr(self, field)) for field in (*counts, "growth")})
         if self.hint_in_train and not self.rationalize:
             raise ValueError("star.hint_in_train has no hint to show without star.rationalize")
 

@@ -30,6 +30,25 @@ from jaxrl_llm.training.run.metrics import WandbConfig
 from jaxrl_llm.training.star.trainer import StarConfig
 
 
+def _read_arguments(words: list[str]) -> dict[str, Any]:
+    arguments = json.loads(words[0])
+    if not isinstance(arguments, dict):
+        raise ValueError(f"expected a JSON object, got {words[0]}")
+    return arguments
+
+
+TemplateArguments = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_read_arguments,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
     """Which checkpoint to train, and in which types."""
@@ -48,6 +67,12 @@ class ModelSource:
     """Train low-rank adapters beside the weights, in place of these: --model.lora.rank=16."""
     adapters: str | None = None
     """Folder of adapters in PEFT's format to begin with; rank, alpha and targets are then theirs."""
+
+    chat_template: str | None = None
+    """File or text of a chat template (Jinja), in place of the tokenizer's."""
+    template_arguments: TemplateArguments = dataclasses.field(default_factory=dict)
+    """What the chat template is given beside the conversation: --model.template-arguments='{"enable_thinking": false}'.
+    They are written into the template of the exported model, as its defaults."""
 
     def applied_to(self, config: ModelConfig) -> ModelConfig:
         """The configuration of a checkpoint, computed as these settings say."""

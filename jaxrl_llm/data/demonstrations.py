@@ -9,12 +9,14 @@ from typing import Any, get_args
 import numpy as np
 
 from jaxrl_llm.algorithms.supervised import Demonstrations
-from jaxrl_llm.data.conversations import Encoded, TrainOn, encode_conversation, encode_text
+from jaxrl_llm.data.conversations import Encoded, encode_conversation, encode_text
 from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
-from jaxrl_llm.data.formats import Message, PromptFormat, check_messages, column_of
+from jaxrl_llm.data.formats import PromptFormat, column_of
 from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.messages import Message, check_messages, tools_of
 from jaxrl_llm.data.packing import PackedDataset
 from jaxrl_llm.data.rows import RowFormat
+from jaxrl_llm.data.turns import TrainOn
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
 
@@ -58,8 +60,9 @@ class DemonstrationFormat(RowFormat[Encoded, "DemonstrationDataset | PackedDatas
         def encode(row: Row) -> list[Encoded]:
             shown = self.demonstration(row)
             if isinstance(shown, tuple):
-                return [encode_text(*shown, tokenizer)]
-            return [encode_conversation(shown, tokenizer, train_on=self.train_on, stop_tokens=stop_tokens)]
+                return [encode_text(*shown, tokenizer, stop_tokens=stop_tokens)]
+            tools = tools_of(row, shown)
+            return [encode_conversation(shown, tokenizer, train_on=self.train_on, stop_tokens=stop_tokens, tools=tools)]
 
         return encode
 

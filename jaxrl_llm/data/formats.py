@@ -1,4 +1,4 @@
-"""From a row to a prompt, and from a prompt to tokens.
+"""From a row to a prompt.
 
 A prompt is plain text or conversational: a list of messages with `role` and `content`. Both are what reward
 functions receive, before any chat template.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.messages import Message, check_messages
 
-Message = dict[str, Any]
 Prompt = str | list[Message]
 
 
@@ -99,42 +98,6 @@ class PromptFormat:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Returns the token ids of a prompt, special tokens once.
-
-    Text gets the special tokens the tokenizer puts in front of a text, no second BOS if it starts with one,
-    and no EOS at its end. Messages get what the chat template writes, up to the start of the assistant's
-    turn, and nothing else.
-
-    Args:
-        prompt: Text or messages.
-        tokenizer: What `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
-
-    Raises:
-        ValueError: Messages for a tokenizer without a chat template, or a prompt of no tokens.
-    """
-    if isinstance(prompt, str):
-        ids = _encode_text(prompt, tokenizer)
-    elif tokenizer.chat_template is None:
-        raise ValueError("the prompt is conversational, but the tokenizer has no chat template; use text prompts")
-    else:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        ids = list(tokenizer.encode(text, add_special_tokens=False))
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    return ids
-
-
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
-    ids = list(tokenizer.encode(text, add_special_tokens=True))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        del ids[0]
-    if ids and ids[-1] == eos and tokenizer.encode(text, add_special_tokens=False)[-1:] != [eos]:
-        del ids[-1]
-    return ids
-
-
 def column_of(row: Row, name: str) -> Any:
     """The value of a column.
 
@@ -146,21 +109,3 @@ def column_of(row: Row, name: str) -> Any:
     if row[name] is None:
         raise ValueError(f"the column {name!r} is empty (None)")
     return row[name]
-
-
-def check_messages(conversation: Any) -> list[Message]:
-    """A list of messages, copied without the empty entries that Parquet adds.
-
-    Raises:
-        ValueError: it is none, or a message has no role or no content.
-    """
-    if not isinstance(conversation, list | tuple) or not conversation:
-        raise ValueError(f"expected text or a list of messages, got {conversation!r:.200}")
-    messages = []
-    for message in conversation:
-        if not isinstance(message, Mapping):
-            raise ValueError(f"a message is an object with role and content, got {message!r:.200}")
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message needs role and content, both text, got {dict(message)!r:.200}")
-        messages.append({name: value for name, value in message.items() if value is not None})
-    return messages

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
-from jaxrl_llm.data.conversations import encode_conversation, encode_text
+from jaxrl_llm.data.conversations import encode_answers
 from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
-from jaxrl_llm.data.formats import Message, Prompt, PromptFormat, check_messages, column_of
+from jaxrl_llm.data.formats import Prompt, PromptFormat, column_of
 from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.messages import Message, check_messages, tools_of
 from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
@@ -74,9 +75,8 @@ class PreferenceFormat(RowFormat[EncodedPair, "PreferenceDataset"]):
             pair = self.pair(row)
             if pair is None:
                 return []
-            sides = (encode_completion(pair.prompt, side, tokenizer, stop_tokens) for side in pair[1:])
-            (prompt, chosen), (_, rejected) = sides
-            return [EncodedPair(prompt, chosen, rejected)]
+            prompt, sides = encode_completions(row, pair.prompt, pair[1:], tokenizer, stop_tokens)
+            return [EncodedPair(prompt, *sides)]
 
         return encode
 
@@ -150,27 +150,27 @@ def _content(reply: Any) -> str:
     return reply if isinstance(reply, str) else reply["content"]
 
 
-def encode_completion(
-    prompt: Prompt, completion: Any, tokenizer: Any, stop_tokens: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a prompt and of a completion, its end included.
+def encode_completions(
+    row: Row, prompt: Prompt, completions: Sequence[Any], tokenizer: Any, stop_tokens: Sequence[int]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Token ids of a row's prompt and of its completions, text or messages, their ends included.
 
     Raises:
         ValueError: they do not go together, or the tokenizer cannot write them.
     """
     if isinstance(prompt, str):
-        if not isinstance(completion, str):
+        if not all(isinstance(completion, str) for completion in completions):
             raise ValueError("the prompt is text and the completion is not: make both text, or both messages")
-        encoded = encode_text(prompt, completion, tokenizer)
-    else:
-        if isinstance(completion, str):
-            completion = {"role": "assistant", "content": completion}
-        answer = check_messages(completion if isinstance(completion, list | tuple) else [completion])
-        if len(answer) != 1 or answer[0]["role"] != "assistant":
-            raise ValueError(f"a completion is one message of the assistant, got {answer!r:.200}")
-        encoded = encode_conversation(
-            [*prompt, *answer], tokenizer, train_on="completion_only", stop_tokens=stop_tokens
-        )
-    if not encoded.mask.all():
-        raise ValueError("the chat template writes something within the assistant's turn that is not the assistant's")
-    return encoded.prompt, encoded.completion
+        return encode_answers(prompt, completions, tokenizer, stop_tokens=stop_tokens)
+    answers = [_answer(completion) for completion in completions]
+    return encode_answers(prompt, answers, tokenizer, stop_tokens=stop_tokens, tools=tools_of(row, prompt))
+
+
+def _answer(completion: Any) -> list[Message]:
+    """A completion as the assistant's message, in a list."""
+    if isinstance(completion, str):
+        completion = {"role": "assistant", "content": completion}
+    answer = check_messages(completion if isinstance(completion, list | tuple) else [completion])
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise ValueError(f"a completion is one message of the assistant, got {answer!r:.200}")
+    return answer

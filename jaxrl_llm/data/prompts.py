@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.data.encoded_rows import Overlong, Ragged, read_rows, row_of, rows_that_fit
-from jaxrl_llm.data.formats import Prompt, PromptFormat, encode_prompt
+from jaxrl_llm.data.formats import Prompt, PromptFormat
 from jaxrl_llm.data.interfaces import Row, RowSource
+from jaxrl_llm.data.messages import tools_of
+from jaxrl_llm.data.tokens import encode_prompt
 
 # Reward functions receive these beside the columns.
 _REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -87,7 +89,8 @@ class PromptDataset:
 
         def read(row: Row) -> np.ndarray:
             """Tokenises a row, and gathers the columns' names and the hash of the content on the way."""
-            ids = encode_prompt(self._format.prompt(row), tokenizer)
+            prompt = self._format.prompt(row)
+            ids = encode_prompt(prompt, tokenizer, tools=tools_of(row, prompt))
             names.update(dict.fromkeys(row))
             digest.update(_stable_text(row).encode("utf-8", "surrogatepass"))
             return np.asarray(ids, np.int32)

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_llm.algorithms.score_models.process_reward import LabelledSteps
+from jaxrl_llm.data.conversations import end_of_sequence
 from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
-from jaxrl_llm.data.formats import PromptFormat, column_of, encode_prompt
+from jaxrl_llm.data.formats import PromptFormat, column_of
 from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.data.messages import tools_of
 from jaxrl_llm.data.rows import RowFormat
+from jaxrl_llm.data.tokens import encode, encode_parts, encode_prompt, render, stop_texts, without_end
 
 
 class LabelledSolution(NamedTuple):
@@ -56,34 +59,40 @@ class LabelledSolution(NamedTuple):
         return cls(np.array(prompt, np.int32), np.array(completion, np.int32), mask, values)
 
 
-def encode_steps(steps: Sequence[str], tokenizer: Any, *, separator: str = "\n") -> tuple[list[int], list[int]]:
+def encode_steps(
+    steps: Sequence[str], tokenizer: Any, *, separator: str = "\n", prompt: str = ""
+) -> tuple[list[int], list[int]]:
     """Token ids of a solution, and the index of each step's last token.
 
-    Each step is tokenised by itself and followed by the separator, the last one by the end of sequence, since
-    a tokenizer may merge a separator with what is beside it, and the end of a step would be no token of its own.
+    Each step is followed by the separator, the last one by the end of sequence. They are tokenised as one text, in
+    which no token crosses the beginning of a step or of a separator (see `encode_parts`), so that the end of a step is
+    a token of its own.
 
     Args:
         steps: their texts, without separators.
         tokenizer: what `jaxrl_llm.models.checkpoints.tokenizers.Tokenizer` describes.
         separator: text between steps, one token or more; the last of them is the end of a step.
+        prompt: the text that they follow.
 
     Raises:
         ValueError: there are no steps, a step is empty or holds the separator, or that is no token.
     """
-    between = list(tokenizer.encode(separator, add_special_tokens=False))
-    if not between:
+    end = end_of_sequence(tokenizer)
+    if not encode(separator, tokenizer):
         raise ValueError(f"the separator {separator!r} has no tokens, and so no step would have an end")
     if not steps:
         raise ValueError("the solution has no steps")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end of sequence, and so a solution could not be ended")
+    *others, last = steps
+    last = without_end(last, stop_texts(tokenizer, [end]))[0]
+    for number, step in enumerate([*others, last]):
+        if not step or separator in step:
+            raise ValueError(f"step {number} is empty, or holds the separator {separator!r}: {step!r:.200}")
+    parts = [part for step in others for part in (step, separator)]
+    _, *pieces = encode_parts([prompt, *parts, last], tokenizer)
     ids: list[int] = []
     ends: list[int] = []
-    for number, step in enumerate(steps):
-        own = list(tokenizer.encode(step, add_special_tokens=False))
-        if not own or separator in step:
-            raise ValueError(f"step {number} is empty, or holds the separator {separator!r}: {step!r:.200}")
-        ids += own + (between if number < len(steps) - 1 else [tokenizer.eos_token_id])
+    for own, between in zip(pieces[::2], [*pieces[1::2], [end]], strict=True):
+        ids += own + between
         ends.append(len(ids) - 1)
     return ids, ends
 
@@ -109,9 +118,12 @@ class StepFormat(RowFormat[LabelledSolution, "StepDataset"]):
 
         def encode(row: Row) -> list[LabelledSolution]:
             steps = [text.removesuffix(self.separator) for text in column_of(row, self.steps_column)]
-            ids, ends = encode_steps(steps, tokenizer, separator=self.separator)
-            prompt = encode_prompt(self.prompt.prompt(row), tokenizer)
-            return [LabelledSolution.of(prompt, ids, ends, column_of(row, self.labels_column))]
+            prompt = self.prompt.prompt(row)
+            tools = tools_of(row, prompt)
+            text = prompt if isinstance(prompt, str) else render(prompt, tokenizer, start=True, tools=tools)
+            ids, ends = encode_steps(steps, tokenizer, separator=self.separator, prompt=text)
+            start = encode_prompt(prompt, tokenizer, tools=tools)
+            return [LabelledSolution.of(start, ids, ends, column_of(row, self.labels_column))]
 
         return encode
 

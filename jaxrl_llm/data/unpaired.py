@@ -12,7 +12,7 @@ from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
 from jaxrl_llm.data.encoded_rows import EncodedDataset, EncodedRows, Ragged
 from jaxrl_llm.data.formats import Prompt, PromptFormat, column_of
 from jaxrl_llm.data.interfaces import Row
-from jaxrl_llm.data.preferences import PreferenceFormat, encode_completion
+from jaxrl_llm.data.preferences import PreferenceFormat, encode_completions
 from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 
@@ -60,10 +60,15 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
     def encoder(self, tokenizer: Any) -> Callable[[Row], list[Sample]]:
         """See `RowFormat`."""
         stop_tokens = stop_token_ids(tokenizer)
-        return lambda row: [
-            Sample(*encode_completion(prompt, completion, tokenizer, stop_tokens), label)
-            for prompt, completion, label in self.samples(row)
-        ]
+
+        def encode(row: Row) -> list[Sample]:
+            samples = []
+            for prompt, completion, label in self.samples(row):
+                ids, (answer,) = encode_completions(row, prompt, [completion], tokenizer, stop_tokens)
+                samples.append(Sample(ids, answer, label))
+            return samples
+
+        return encode
 
     def collect(self, encoded: EncodedRows[Sample]) -> UnpairedDataset:
         """See `RowFormat`."""

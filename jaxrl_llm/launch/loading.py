@@ -47,7 +47,7 @@ def load_tokenizer_of(source: ModelSource) -> Any:
     """
     path = _path(source)
     load_config(path)
-    return load_tokenizer(path)
+    return load_tokenizer(path, chat_template=source.chat_template, template_arguments=source.template_arguments)
 
 
 def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
@@ -57,7 +57,7 @@ def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = Non
         ValueError: none is named, or it cannot be used; says why.
     """
     path = _path(config.model)
-    tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+    tokenizer = load_tokenizer_of(config.model) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
     model, params = load_model(config.model, mesh, seed=config.seed)
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)

@@ -1,7 +1,8 @@
 import pytest
 
-from jaxrl_llm.data.formats import PromptFormat, encode_prompt
+from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.data.tokens import encode_prompt
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -61,7 +62,7 @@ def test_conversational():
         (PromptFormat(), {"prompt": []}, r"list of messages, got \[\]"),
         (PromptFormat(), {"prompt": ["Hi"]}, "a message is an object with role and content, got 'Hi'"),
         (PromptFormat(), {"prompt": [{"from": "user", "content": "Hi"}]}, "needs role and content"),
-        (PromptFormat(), {"prompt": [{"role": "user", "content": [1]}]}, "needs role and content, both text"),
+        (PromptFormat(), {"prompt": [{"role": "user", "content": [1]}]}, "message 0, part 0: content .* type 'int'"),
         (PromptFormat(), {"prompt": [USER, ASSISTANT]}, "last message is the assistant's"),
         (PromptFormat(conversational=False), {"prompt": [USER]}, "conversational=False, but .* list"),
         (PromptFormat(system="x"), {"prompt": [SYSTEM, USER]}, "has a system message already"),

@@ -29,6 +29,9 @@ class Merging:
         del add_special_tokens
         return list(map(ord, text.replace(";3", "#")))
 
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
 
 def dataset(rows: Any = ROWS, **settings: Any) -> StepDataset:
     widths = {"max_prompt_length": 8, "max_completion_length": 14}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
+from jaxrl_llm.models.checkpoints.chat_templates import apply_template
 from jaxrl_llm.models.checkpoints.locate import import_transformers, locate
 
 
@@ -36,20 +38,34 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+def load_tokenizer(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> Any:
     """The tokenizer of a checkpoint, with its chat template.
 
     Args:
         name: a folder, a `.gguf` file, or a hub id.
         revision: branch, tag or commit of a hub id.
+        chat_template: a file or the text of another template.
+        template_arguments: what the template is given beside the conversation, such as `{"enable_thinking": False}`.
 
     Returns:
         A `transformers` fast tokenizer (see `Tokenizer` for the part of it that is used).
 
     Raises:
-        ValueError: there is no such checkpoint, it has no tokenizer, or one that is not known.
+        ValueError: there is no such checkpoint, it has no tokenizer, or one that is not known, or the template cannot
+            be used.
     """
-    path = locate(name, weights=False, revision=revision)
+    tokenizer = _load(locate(name, weights=False, revision=revision))
+    apply_template(tokenizer, chat_template, template_arguments or {})
+    return tokenizer
+
+
+def _load(path: Path) -> Any:
     if path.suffix == ".gguf" and path.is_file():
         from jaxrl_llm.models.checkpoints.gguf_tokenizer import gguf_tokenizer
 
@@ -83,16 +99,27 @@ def stop_token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None =
     return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
 
+_PROBES = (("user", "assistant"), ("system", "user", "assistant"), ("assistant",))
+"""Conversations of which chat templates accept at least one."""
+
+
 def _end_of_turn(tokenizer: Any) -> int | None:
     """The special token that directly follows an assistant's message in the chat template."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     said = "jaxrl"
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    tail = tokenizer.encode(text.rpartition(said)[2].lstrip(), add_special_tokens=False)
-    special = {
-        *tokenizer.all_special_ids,
-        *(n for n, t in tokenizer.added_tokens_decoder.items() if t.special),
-    }
-    return tail[0] if tail and tail[0] in special else None
+    for roles in _PROBES:
+        messages = [{"role": role, "content": said if role == "assistant" else "hello"} for role in roles]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # templates raise errors of their own, of whatever type, where they refuse
+            continue
+        if said not in text:
+            continue
+        tail = tokenizer.encode(text.rpartition(said)[2].lstrip(), add_special_tokens=False)
+        special = {
+            *tokenizer.all_special_ids,
+            *(n for n, t in tokenizer.added_tokens_decoder.items() if t.special),
+        }
+        return tail[0] if tail and tail[0] in special else None
+    return None

@@ -36,6 +36,7 @@ def make_think_answer_reward(
     reasoning_tag: str = "think",
     answer_tag: str = "answer",
     graded: bool = False,
+    must_open: bool = False,
     name: str = "think_answer_reward",
 ) -> RewardFunction:
     """Returns the reward for `<think>…</think><answer>…</answer>`.
@@ -49,10 +50,14 @@ def make_think_answer_reward(
     a model that seldom gets everything right by chance. A tag that is repeated counts nothing, so spamming
     does not pay.
 
+    Where the prompt ends in the opening tag (many templates write it), the completion begins inside the first
+    block. A completion without that tag, whose first block does end, is taken so.
+
     Args:
         reasoning_tag: The first block's tag, without brackets.
         answer_tag: The second block's tag, without brackets.
         graded: Whether to give partial credit.
+        must_open: Whether the completion itself must write the first tag.
         name: The metric's name.
 
     Raises:
@@ -65,6 +70,8 @@ def make_think_answer_reward(
 
     def score(text: str) -> float:
         """1 for a reasoning block, then an answer block, nothing else; graded: 1/5 for each single tag."""
+        if not must_open and tags[0] not in text and tags[1] in text:
+            text = tags[0] + text
         single = sum(text.count(tag) == 1 for tag in tags)
         well_formed = single == len(tags) and whole.fullmatch(text) is not None
         return (single + well_formed) / (len(tags) + 1) if graded else float(well_formed)

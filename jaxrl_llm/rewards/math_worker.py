@@ -1,8 +1,9 @@
-"""The process in which `rewards/math.py` runs math-verify: `python math_worker.py TIME_LIMIT_IN_SECONDS`.
+"""The process in which `rewards/math_pool.py` runs math-verify: `python math_worker.py TIME_LIMIT_IN_SECONDS`.
 
-It reads one JSON object `{"gold": ..., "text": ...}` a line and answers, a word a line, `unparsable`, or
-`gold` once the gold answer is parsed and then `right` or `wrong`. It is run as a file and imports nothing of
-the package, so that neither JAX nor the user's script is loaded in it.
+It reads one JSON object `{"gold": ..., "text": ...}` a line, each a formula in LaTeX, and answers, a word a
+line, `unread`, or `gold` once the gold answer is parsed and computed with, and then, unless the text is null,
+`right` or `wrong`. It is run as a file and imports nothing of the package, so that neither JAX nor the user's
+script is loaded in it.
 """
 
 from __future__ import annotations
@@ -12,42 +13,46 @@ import functools
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Integer
 
 # Enough for any honest answer; a sampled power tower gets a MemoryError instead of the machine's memory.
-MEMORY_LIMIT_BYTES = 4 * 2**30
+MEMORY_LIMIT_BYTES = 2 * 2**30
 
-# The box is where an answer is looked for first.
-_TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-_DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed\b|\\fbox\b")
-# A word between white space: "72 dollars" is text around a number, "xy + 1" and "x = 1 or x = 2" are not.
-_PROSE = re.compile(r"(?<!\S)(?!(?:and|or)\b)[A-Za-z]{2,}[.,;:!?]?(?!\S)")
+# Units are left out before; math-verify would take "5ab" for 5 of them.
+_NORMALIZATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+)
+_TARGETS = (LatexExtractionConfig(boxed_match_priority=-1, normalization_config=_NORMALIZATION),)
 
 
-def as_latex(gold: str) -> str:
-    """Returns a bare formula between dollar signs: without, math-verify reads 2^{10} as 2."""
-    if _DELIMITER.search(gold) or ("\\" not in gold and _PROSE.search(gold)):
-        return gold
-    return f"${gold.strip()}$"
+def parse_formula(formula: str) -> tuple[Any, ...]:
+    """Returns the parsed forms of a formula; empty if it is none."""
+    # As a whole or not at all: no fallback to a number within it. And without math-verify's own time limits:
+    # they cannot interrupt a long operation on big integers.
+    return tuple(
+        parse(f"${formula}$", _TARGETS, fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    )
 
 
 @functools.lru_cache(maxsize=1024)
 def parse_gold(gold: str) -> tuple[Any, ...]:
-    """Returns the parsed forms of a gold answer; empty if it has none beyond its own characters."""
-    # Without math-verify's own time limits: they cannot interrupt a long operation on big integers.
-    forms = parse(as_latex(gold), _TARGETS, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    return tuple(forms) if any(not isinstance(form, str) for form in forms) else ()
+    """Returns the parsed forms of a gold answer that can be computed with; empty if it has none."""
+    forms = parse_formula(gold)
+    if forms:
+        # A power tower parses at once, and takes for ever as soon as it meets a number.
+        verify(list(forms), [Integer(4)], timeout_seconds=None)
+    return forms
 
 
-def is_right(gold: tuple[Any, ...], text: str) -> bool:
-    """Whether the final answer in `text` is equivalent to the gold one."""
-    answer = parse(text, _TARGETS, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    return verify(list(gold), answer, timeout_seconds=None)
+def is_right(gold: tuple[Any, ...], formula: str) -> bool:
+    """Whether the formula is equivalent to the gold answer."""
+    return verify(list(gold), list(parse_formula(formula)), timeout_seconds=None)
 
 
 def _guard(function: Any, *args: Any) -> Any:
@@ -94,9 +99,10 @@ def main(timeout_s: float) -> None:
         gold = _guard(parse_gold, request["gold"])
         if gold:
             say("gold")
-            say("right" if _guard(is_right, gold, request["text"]) else "wrong")
+            if request["text"] is not None:
+                say("right" if _guard(is_right, gold, request["text"]) else "wrong")
         else:
-            say("unparsable")
+            say("unread")
         set_alarm(0.0)
 
 

@@ -39,9 +39,38 @@ def make_per_sample_reward(
         score: Called as `score(text, *values)` with the completion's text and the sample's value of each of
             `columns`.
         name: The function's `__name__`, hence the metric `rewards/<name>/mean`.
+        columns: The columns that the rule reads, as in `make_batch_reward`.
+
+    Raises:
+        ValueError: If a column's name is not a Python identifier.
+    """
+
+    def score_all(prompts: Sequence[Any], texts: list[str], *values: Sequence[Any]) -> list[float | None]:
+        return [score(text, *sample) for text, *sample in zip(texts, *values, strict=True)]
+
+    reward = make_batch_reward(score_all, name, columns)
+    reward.__doc__ = score.__doc__
+    return reward
+
+
+def make_batch_reward(
+    score_all: Callable[..., list[float | None]],
+    name: str,
+    columns: Sequence[str] = (),
+    *,
+    check: Callable[..., str | None] | None = None,
+) -> RewardFunction:
+    """Returns the reward function that scores all completions of a call together.
+
+    Args:
+        score_all: Called as `score_all(prompts, texts, *columns)` with lists of one entry a sample.
+        name: The function's `__name__`, hence the metric `rewards/<name>/mean`.
         columns: The columns that the rule reads. They are part of the returned function's signature,
             `name(prompts, completions, <columns>, **other_columns)`, so that a missing one is found before
             training.
+        check: Called as `check(*values)` with one row's value of each of `columns`: why no completion could be
+            scored on that row, or None. It becomes the attribute `check_row(**columns) -> str | None`, which
+            is asked about each row before training, and names the columns.
 
     Raises:
         ValueError: If a column's name is not a Python identifier.
@@ -60,11 +89,17 @@ def make_per_sample_reward(
             arguments = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{name}(): {error}") from None
-        values = [arguments[column] for column in columns]
-        samples = zip(arguments["completions"], *values, strict=True)
-        return [score(completion_text(completion), *sample) for completion, *sample in samples]
+        texts = [completion_text(completion) for completion in arguments["completions"]]
+        return score_all(arguments["prompts"], texts, *(arguments[column] for column in columns))
+
+    def check_row(**values: Any) -> str | None:
+        assert check is not None
+        problem = check(*(values[column] for column in columns))
+        return None if problem is None else f"{', '.join(map(repr, columns))}: {problem}"
 
     reward.__name__ = reward.__qualname__ = name
-    reward.__doc__ = score.__doc__
+    reward.__doc__ = score_all.__doc__
     reward.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    if check is not None:
+        reward.check_row = check_row  # pyright: ignore[reportFunctionMemberAccess]
     return reward

@@ -49,7 +49,13 @@ THINK_ANSWER = [
     ("<think>a</think><answer>b</answer><answer>c</answer>", 2, False),
     ("<think>a</think><answer>b</answer>" * 2, 0, False),
     ("<Think>a</Think><answer>b</answer>", 2, False),
-    ("<think >a</think><answer>b</answer>", 3, False),
+    ("<think >a</think><answer>b</answer>", 4, True),
+    ("a</think><answer>b</answer>", 4, True),
+    ("a\n</think>\n", 2, False),
+    ("a</think>so <answer>b</answer>", 4, False),
+    ("a</think></think><answer>b</answer>", 3, False),
+    ("a<answer>b</answer>", 2, False),
+    ("<answer>b</answer>a</think>", 4, False),
     ("<think>" * 50_000, 0, False),
 ]
 
@@ -66,6 +72,15 @@ def test_graded_reward_rises_tag_by_tag_and_ends_at_one():
         text += part
         rewards.append(score(make_think_answer_reward(graded=True), text))
     assert rewards == pytest.approx([0.2, 0.4, 0.6, 1.0])
+
+
+def test_a_completion_that_must_open_its_thought():
+    reward = make_think_answer_reward(must_open=True)
+    assert score(reward, "<think>a</think><answer>b</answer>") == 1.0
+    assert score(reward, "a</think><answer>b</answer>") == 0.0
+    assert score(reward, "<think >a</think><answer>b</answer>") == 0.0
+    graded = make_think_answer_reward(must_open=True, graded=True)
+    assert score(graded, "a</think><answer>b</answer>") == pytest.approx(3 / 5)
 
 
 def test_think_answer_with_other_tags():

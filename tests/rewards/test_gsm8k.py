@@ -86,7 +86,14 @@ def test_comparison_is_exact():
         ("The answer is 72.", 1.0),
         ("It costs $72, I think.", 1.0),
         ("100-28 = 72", 1.0),
-        ("first 5, then 100-72", 1.0),
+        ("first 5, then 72 of them", 1.0),
+        ("first 5, then 100-72", 0.0),
+        ("72 or 73", 0.0),
+        ("73 or 72", 0.0),
+        ("3 hours and 72 minutes", 0.0),
+        ("The answer is 7 200", 0.0),
+        ("The first line has 5\n72", 1.0),
+        (r"It is \boxed{72}, since 70 + 2 = 72", 1.0),
         ("71 + 1 = 72 (not 70)", 0.0),
         ("The answer is -72", 0.0),
         ("72 #### none", 1.0),
@@ -99,9 +106,48 @@ def test_not_strict_falls_back_to_the_last_number(completion, expected):
     assert score(completion, strict=False) == expected
 
 
-@pytest.mark.parametrize("gold", ["72", "", "####", "#### none", None])
-def test_gold_without_a_number_is_none(gold):
+@pytest.mark.parametrize("gold", [72, "72", 72.0, "72.", "$72", "so 70 + 2\n#### 72"])
+def test_gold_may_be_the_bare_number(gold):
+    assert score("#### 72", gold) == 1.0
+    assert score("#### 73", gold) == 0.0
+    assert gsm8k_reward.check_row(question="?", answer=gold) is None
+
+
+@pytest.mark.parametrize(
+    "gold", ["", "####", "#### none", "####72x", None, True, "70 + 2", "so it is 72 in all, or 73", float("nan")]
+)
+def test_gold_without_a_number_is_none_and_named_before_training(gold):
     assert score("#### 72", gold) is None
+    problem = make_gsm8k_reward(answer_column="solution").check_row(solution=gold)
+    assert problem is not None and problem.startswith(f"'solution': {gold!r}") and "#### <number>" in problem
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>#### 5</think>\n#### 72", 1.0),
+        ("<think>#### 72</think>\n#### 5", 0.0),
+        ("<think>#### 72", 0.0),
+        ("<think>#### 72</think>", 0.0),
+        ("#### 5</think>#### 72", 1.0),
+        ("<answer>#### 72</answer>", 1.0),
+        ("#### 72\n\n#### Notes\nnone", 1.0),
+        ("#### Step 1\n#### 72", 1.0),
+        ("#### 72\n#### 72 or 73", 0.0),
+        ("#### 72. That is 5 more.", 1.0),
+        ("#### 72, or rather 73", 0.0),
+        (r"#### \boxed{72}", 1.0),
+    ],
+)
+def test_thoughts_headings_and_second_thoughts(completion, expected):
+    assert score(completion) == expected
+
+
+def test_a_prompt_that_opens_a_thought():
+    prompts = ["Assistant: <think>\n", [{"role": "assistant", "content": "<think>"}], "Assistant:"]
+    completions = ["#### 72", "#### 72", "#### 72"]
+    assert gsm8k_reward(prompts, completions, answer=[72] * 3) == [0.0, 0.0, 1.0]
+    assert gsm8k_reward(prompts, ["hm</think>#### 72"] * 3, answer=[72] * 3) == [1.0, 1.0, 1.0]
 
 
 def test_names_and_column():

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from jaxrl_llm.rewards import make_math_reward, math_reward
-from jaxrl_llm.rewards import math as math_module
+from jaxrl_llm.rewards import make_math_reward, math_pool, math_reward
+from jaxrl_llm.rewards.math_pool import MathPool, Question
 
 # Parses at once; comparing it with a number computes a power with more digits than there are atoms.
 HANGING = r"\boxed{9^{9^{9^{9}}}}"
@@ -71,9 +71,20 @@ def test_not_equivalent(reward, gold, completion):
     assert score(reward, completion, gold) == 0.0
 
 
-@pytest.mark.parametrize("gold", [None, "", "hello there", r"\frac{", "$$"])
-def test_gold_that_cannot_be_parsed_is_none(reward, gold):
+@pytest.mark.parametrize(
+    "gold", [None, "", " ", r"\frac{", "$$", r"\boxed{}", r"\boxed{7", "so " * 100, "(((", r"5 \foo 7"]
+)
+def test_gold_that_cannot_be_read_is_none_and_named_before_training(reward, gold):
     assert score(reward, "72", gold) is None
+    problem = reward.check_row(prompt="?", answer=gold)
+    assert problem is not None and problem.startswith("'answer': ") and repr(gold)[:100] in problem
+
+
+@pytest.mark.parametrize(
+    "gold", [7, 0.5, "7", "A", "no solution", r"\sqrt{2}", r"so \boxed{\frac12}", "10:30", "hello there"]
+)
+def test_gold_that_can_be_read_is_no_problem(reward, gold):
+    assert reward.check_row(prompt="?", answer=gold) is None
 
 
 def test_hanging_answers_are_stopped_in_time_and_the_next_one_is_scored():
@@ -103,7 +114,52 @@ def test_works_from_several_threads_at_once():
     assert results == {0: [1.0, 0.0, 0.0], 1: [1.0, 0.0, 0.0], 2: [1.0, 0.0, 1.0]}
 
 
-def test_a_gold_answer_that_hangs_is_none_and_a_dead_process_is_replaced(tmp_path, monkeypatch):
+def test_a_gold_answer_that_cannot_be_computed_with_is_none_and_named_before_training():
+    reward = make_math_reward(timeout_s=0.5)
+    assert score(reward, r"\boxed{4}", HANGING) is None
+    assert "is no gold answer that can be read within the time limit" in reward.check_row(answer=HANGING)
+
+
+def test_many_hanging_answers_are_bounded_together_and_cost_no_other_answer():
+    reward = make_math_reward(timeout_s=1.0, batch_timeout_s=3.0)
+    score(reward, r"\boxed{x}", "y+1")  # starts the process
+    bombs = [rf"\boxed{{9^{{9^{{9^{{{index}}}}}}}}}" for index in range(10, 60)]
+    start = time.monotonic()
+    values = reward([], [*bombs, r"\boxed{1+x}"], answer=["x+1"] * 51)
+    assert values == [0.0] * 50 + [1.0]
+    assert time.monotonic() - start < 25.0  # one after the other: 50
+
+
+def test_equal_answers_are_asked_about_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(math_pool._Worker, "ask", _recording(asked, math_pool._Worker.ask))
+    reward = make_math_reward(timeout_s=20.0)
+    assert reward([], [r"\boxed{1+x}"] * 5, answer=["x+1"] * 5) == [1.0] * 5
+    assert len(asked) == 1
+
+
+def _recording(asked, ask):
+    def record(worker, question, timeout_s):
+        asked.append(question)
+        ask(worker, question, timeout_s)
+
+    return record
+
+
+def test_numbers_letters_and_words_start_no_process(monkeypatch):
+    monkeypatch.setattr(math_pool, "_Worker", None)
+    completions = [
+        r"\boxed{1{,}000}",
+        "The answer is B.",
+        r"\boxed{\text{Yes}}",
+        r"\boxed{x^2}",
+        r"\boxed{5 apples or 6}",
+    ]
+    golds = ["1000", "B", "yes", "x^2", "5"]
+    assert make_math_reward()([], completions, answer=golds) == [1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_dead_process_is_replaced(tmp_path, monkeypatch):
     # A stand-in for the worker's file, which is run in its place.
     worker = tmp_path / "math_worker.py"
     worker.write_text(
@@ -116,32 +172,32 @@ def test_a_gold_answer_that_hangs_is_none_and_a_dead_process_is_replaced(tmp_pat
         "    if request['text'] == 'crash': sys.exit(1)\n"
         "    print(request['text'], flush=True)\n"
     )
-    monkeypatch.setattr(math_module, "__file__", str(tmp_path / "math.py"))
-    reward = make_math_reward(timeout_s=0.5)
-    completions = ["right", "right", "crash", "wrong", "right"]
-    golds = ["1", "hang", "1", "1", "1"]
-    assert reward([""] * 5, completions, answer=golds) == [1.0, None, 0.0, 0.0, 1.0]
+    monkeypatch.setattr(math_pool, "__file__", str(tmp_path / "math_pool.py"))
+    pool = MathPool(timeout_s=0.5, batch_timeout_s=60.0)
+    questions = [("1", "right"), ("hang", "right"), ("1", "crash"), ("1", "wrong"), ("2", "right")]
+    verdicts = pool.ask([Question(*question) for question in questions])
+    assert verdicts == ["right", "unread", "late", "wrong", "right"]
 
 
 def test_an_interrupt_leaves_no_verdict_for_the_next_question(monkeypatch):
-    verifier = math_module._Verifier(timeout_s=20.0)
-    assert verifier.score("1", "1") == 1.0
+    pool = MathPool(timeout_s=20.0, batch_timeout_s=60.0)
+    assert pool.ask([Question("1", "1")]) == ["right"]
     with monkeypatch.context() as patch:
 
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(math_module._Worker, "next_word", interrupt)
+        patch.setattr(MathPool, "_heard", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            verifier.score("right: 1", "1")
-    assert verifier.score("2", "1") == 0.0
+            pool.ask([Question("1", "1")])
+    assert pool.ask([Question("1", "2")]) == ["wrong"]
 
 
 def test_a_process_that_does_not_start_is_an_error(tmp_path, monkeypatch, capfd):
     (tmp_path / "math_worker.py").write_text("import no_such_package")
-    monkeypatch.setattr(math_module, "__file__", str(tmp_path / "math.py"))
+    monkeypatch.setattr(math_pool, "__file__", str(tmp_path / "math_pool.py"))
     with pytest.raises(RuntimeError, match="pip install math-verify"):
-        score(make_math_reward(), "1", "1")
+        score(make_math_reward(), r"\boxed{x}", "y+1")
     assert "no_such_package" in capfd.readouterr().err
 
 
@@ -152,21 +208,23 @@ def run_script(script):
 
 def test_the_process_ends_with_the_interpreter_and_can_be_started_beside_jax():
     result = run_script(
-        "import jax, os, jaxrl_llm.rewards.math as m\n"
+        "import jax, os\n"
+        "from jaxrl_llm.rewards.math_pool import MathPool, Question\n"
         "jax.devices()\n"
-        "verifier = m._Verifier(timeout_s=1000.0)\n"
-        "print(verifier.score('1', '1'), os.getsid(verifier._worker._process.pid) != os.getsid(0))\n"
+        "pool = MathPool(1000.0, 1000.0)\n"
+        "print(pool.ask([Question('1', '1')]), os.getsid(pool._workers[1]._process.pid) != os.getsid(0))\n"
     )
-    assert (result.stdout, result.stderr, result.returncode) == ("1.0 True\n", "", 0)
+    assert (result.stdout, result.stderr, result.returncode) == ("['right'] True\n", "", 0)
 
 
 def test_a_hanging_process_ends_even_if_the_trainer_was_killed():
     start = time.monotonic()
     result = run_script(
-        "import os, signal, threading, time, jaxrl_llm.rewards.math as m\n"
-        "verifier = m._Verifier(timeout_s=1.0)\n"
-        "verifier.score('1', '1')\n"
-        f"threading.Thread(target=verifier.score, args=({HANGING!r}, '72')).start()\n"
+        "import os, signal, threading, time\n"
+        "from jaxrl_llm.rewards.math_pool import MathPool, Question\n"
+        "pool = MathPool(1.0, 60.0)\n"
+        "pool.ask([Question('1', '1')])\n"
+        "threading.Thread(target=pool.ask, args=([Question('72', '9^{9^{9^{9}}}')],)).start()\n"
         "time.sleep(0.3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -182,3 +240,5 @@ def test_names_column_and_limit():
     assert reward([""], ["1"], solution=["1"], answer=["2"]) == [1.0]
     with pytest.raises(ValueError, match="timeout_s must be positive and finite, got 0"):
         make_math_reward(timeout_s=0)
+    with pytest.raises(ValueError, match="batch_timeout_s must be positive and finite, got inf"):
+        make_math_reward(batch_timeout_s=float("inf"))

@@ -91,7 +91,7 @@ class DataConfig:
     """Prompts to train and to evaluate on."""
 
     train: str | None = None
-    """File (.jsonl, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
+    """File (.jsonl, .json, .csv, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
     eval: str | None = None
     """The same for held-out prompts; `evaluation.every` says when they are evaluated."""
     max_prompt_length: int = 256
@@ -109,7 +109,7 @@ class OfflineDataConfig:
     """Rows to train and to evaluate on."""
 
     train: str | None = None
-    """File (.jsonl, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
+    """File (.jsonl, .json, .csv, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
     eval: str | None = None
     """The same for held-out rows; `evaluation.every` says when they are evaluated."""
     max_prompt_length: int = 256

@@ -7,48 +7,50 @@ of dicts is one, and so is a `datasets.Dataset`.
 from __future__ import annotations
 
 import ast
-import difflib
-import gzip
-import importlib
-import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from jaxrl_llm.checks import nearest_name
+from jaxrl_llm.checks import expand_home, nearest_name
+from jaxrl_llm.data.files import import_datasets, is_saved, load_saved, open_file
 from jaxrl_llm.data.interfaces import Row, RowSource
+from jaxrl_llm.data.memory import rows_in_memory
 from jaxrl_llm.data.reasoning import reasoning_gym_rows
 
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
-
-def open_source(spec: str | os.PathLike[str] | RowSource) -> RowSource:
+def open_source(spec: Any, *, max_rows: int | None = None) -> RowSource:
     """Opens rows from wherever they are.
 
     | spec | rows |
     |---|---|
-    | `train.jsonl`, `train.jsonl.gz`, `train.parquet` | a file |
+    | `train.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.parquet` | a file |
+    | a folder that `datasets` saved (`save_to_disk`) | its rows; of several splits name one: `folder/train` |
     | `hf:openai/gsm8k,config=main,split=train` | Hugging Face `datasets` (downloads) |
     | `tfds:gsm8k,split=train,data_dir=~/tfds` | TensorFlow Datasets, prepared as array_record |
     | `reasoning_gym:chain_sum,size=1000,seed=0` | generated; further options are the task's own |
     | a list of dicts, a `datasets.Dataset`, any `RowSource` | those very rows |
+    | a pandas or polars frame, an Arrow table | its rows; what is missing is `None` |
+    | a mapping with one split (`DatasetDict`) | that one |
+    | a stream (`IterableDataset`, a generator) | its first `max_rows` |
 
     Args:
         spec: One of the above.
+        max_rows: How many rows are going to be read; only streams need it here.
 
     Raises:
         FileNotFoundError: The file is missing; the message names the path and files near it.
         ValueError: Unknown ending or option, no rows, a malformed line, or rows that are not objects.
     """
     if not isinstance(spec, str | os.PathLike):
-        source, name = _rows_in_memory(spec), f"the given {type(spec).__name__}"
+        source, name = rows_in_memory(spec, max_rows), f"the given {type(spec).__name__}"
     else:
         name = os.fspath(spec)
         kind, _, rest = name.partition(":")
+        if not name.strip():
+            raise ValueError("the name of the data is empty: give a file, hf:NAME, tfds:NAME or reasoning_gym:NAME")
         if kind == "hf":
             dataset, options = _parse_options(rest, ("config", "split"))
             source = load_hugging_face(dataset, **options)
@@ -58,70 +60,10 @@ def open_source(spec: str | os.PathLike[str] | RowSource) -> RowSource:
         elif kind == "reasoning_gym":
             source = _open_reasoning_gym(rest)
         else:
-            source = _open_file(Path(spec).expanduser())
+            source = open_file(Path(expand_home(name)))
     if len(source) == 0:
         raise ValueError(f"{name} has no rows")
     return source
-
-
-def read_json_lines(path: str | os.PathLike[str]) -> list[Row]:
-    """Reads a file of one JSON object per line, gzipped if it ends in `.gz`; blank lines are skipped.
-
-    The whole file is read, so that a malformed line is found before training starts; for data larger than
-    memory use Parquet or array_record.
-
-    Raises:
-        ValueError: A line is not JSON or not an object (names path, line and text), or the file is damaged.
-    """
-    path = Path(path)
-    rows: list[Row] = []
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append(_parse_line(line, f"{path}:{number}"))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} could not be read after {len(rows)} rows: {error}") from error
-    return rows
-
-
-def _parse_line(line: str, place: str) -> Row:
-    line = line.strip()
-    text = line if len(line) <= 200 else line[:200] + "…"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error.msg}, column {error.colno}): {text}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{place}: expected an object such as {{"prompt": …}}, got {type(row).__name__}: {text}')
-    return row
-
-
-class ParquetSource:
-    """The rows of a Parquet file, held as Arrow columns.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: The file is not Parquet.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            self._table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{os.fspath(path)} could not be read as Parquet: {error}") from error
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: int, /) -> Row:
-        return self._table.slice(index, 1).to_pylist()[0]
 
 
 class TfdsSource:
@@ -142,7 +84,9 @@ class TfdsSource:
     def __init__(self, name: str, *, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> None:
         import tensorflow_datasets as tfds
 
-        folder = None if data_dir is None else os.path.expanduser(data_dir)
+        if not name:
+            raise ValueError("tfds: names no data set; write one after it, as in tfds:gsm8k,split=train")
+        folder = expand_home(None if data_dir is None else os.fspath(data_dir))
         try:
             # One split was asked for, so it is one sequence.
             self._source = cast(Sequence[Any], tfds.data_source(name, split=split, data_dir=folder))
@@ -163,59 +107,29 @@ class TfdsSource:
         return {name: _as_python(value, f"row {index}, column {name!r}") for name, value in row.items()}
 
 
-def load_hugging_face(name: str, *, config: str | None = None, split: str = "train") -> RowSource:
+def load_hugging_face(name: str, *, config: str | None = None, split: str | None = None) -> RowSource:
     """Loads a data set with Hugging Face `datasets`, from the hub or a local folder.
 
     Args:
-        name: Hub id such as `openai/gsm8k`, or a folder.
+        name: Hub id such as `openai/gsm8k`, or a folder, also one that `save_to_disk` wrote.
         config: Configuration (subset) name.
-        split: Split, with slicing: `train`, `train[:1000]`.
+        split: Split, with slicing: `train[:1000]`; by default `train`, or the only one of a saved folder.
 
     Raises:
+        ValueError: no name is given, or it cannot be loaded; says why.
         ImportError: `datasets` is not installed.
     """
+    if not name:
+        raise ValueError("hf: names no data set; write one after it, as in hf:openai/gsm8k,config=main,split=train")
+    folder = Path(expand_home(name))
+    if folder.is_dir() and is_saved(folder):
+        return load_saved(folder, split)
+    datasets = import_datasets(f"hf:{name}")
     try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(f"hf:{name} needs Hugging Face datasets: pip install 'jaxrl-llm[datasets]'") from error
-    return datasets.load_dataset(name, config, split=split)
-
-
-def _open_file(path: Path) -> RowSource:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name one file of it: {_files_near(path)}")
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no data file {path}; files near it: {_files_near(path)} (data sets that are no files are "
-            "written hf:NAME, tfds:NAME or reasoning_gym:NAME)"
-        )
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return read_json_lines(path)
-    if path.suffix == ".parquet":
-        return ParquetSource(path)
-    raise ValueError(f"{path} has an unknown ending; known are {', '.join(FILE_ENDINGS)}")
-
-
-def _files_near(path: Path) -> str:
-    """Lists data files in the nearest existing folder, the names most like `path` first."""
-    folder = path if path.is_dir() else path.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(FILE_ENDINGS)]
-    names.sort(key=lambda name: (-difflib.SequenceMatcher(None, name, path.name).ratio(), name))
-    return ", ".join(str(folder / name) for name in names[:5]) or f"none in {folder.resolve()}"
-
-
-def _rows_in_memory(rows: Any) -> RowSource:
-    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise ValueError(f"a source needs len() and [index], which {type(rows).__name__} has not; make it a list")
-    if isinstance(rows, Mapping):
-        raise ValueError(f"expected rows, got a mapping with the keys {list(rows)}; choose one of them (a split?)")
-    if isinstance(rows, list | tuple):
-        for index, row in enumerate(rows):
-            if not isinstance(row, Mapping):
-                raise ValueError(f"row {index} is a {type(row).__name__}, not a mapping of columns: {row!r:.200}")
-    return rows
+        dataset = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split or "train")
+    except Exception as error:  # of many kinds: no such name, configuration or split; HTTP, cache, offline mode
+        raise ValueError(f"hf:{name} could not be loaded: {type(error).__name__}: {error}") from error
+    return rows_in_memory(dataset)
 
 
 def _open_reasoning_gym(spec: str) -> RowSource:

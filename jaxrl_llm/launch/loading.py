@@ -204,7 +204,7 @@ def _load_both(
         )
 
     def load(source: str | RowSource, name: str, limit: int | None) -> DatasetT:
-        rows = open_source(source)
+        rows = open_source(source, max_rows=limit)
         try:
             return read(rows, limit)
         except ValueError as error:

@@ -314,6 +314,10 @@ def test_an_empty_data_set(refused) -> None:
     assert refused(f"--data.train={good}", f"--data.eval={empty}", "--evaluation.every=1") == "empty.jsonl has no rows"
 
 
+def test_data_without_a_name(refused) -> None:
+    assert refused("--data.train=hf:").startswith("hf: names no data set; write one after it")
+
+
 def test_a_line_that_is_no_json(refused) -> None:
     assert refused(f"--data.train={write('train.jsonl', ROW, '{oops')}").startswith("train.jsonl:2: not valid JSON")
 

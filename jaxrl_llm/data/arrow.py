@@ -1,0 +1,105 @@
+"""Rows held as Arrow columns: Parquet files, Arrow tables, Hugging Face's data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxrl_llm.data.interfaces import Row, RowSource
+
+if TYPE_CHECKING:  # most runs read JSON
+    import pyarrow
+
+
+class ArrowRows:
+    """The rows of an Arrow table, as plain Python values, without the nulls that Arrow adds (`without_added_nulls`).
+
+    Args:
+        table: The columns.
+    """
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int, /) -> Row:
+        return without_added_nulls(self._table.slice(index, 1).to_pylist()[0])
+
+
+class WithoutAddedNulls:
+    """The rows of a source that holds them as Arrow columns (`datasets.Dataset`), by `without_added_nulls`."""
+
+    def __init__(self, source: RowSource) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int, /) -> Row:
+        return without_added_nulls(self._source[index])
+
+
+def without_added_nulls(row: Row) -> Row:
+    """A row whose messages and tools have the entries that they were written with.
+
+    A column of Arrow has one type, so that each message has an entry for whatever any other has, and the arguments
+    of each call those of all other calls: null where there was none, which a chat template would write. Other columns
+    stay as they are.
+    """
+    return {name: _without_nulls(value) if _is_conversation(value) else value for name, value in row.items()}
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a column holds a message or tool, or a list of them."""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, Mapping) and not first.keys().isdisjoint(("role", "function", "parameters"))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def read_parquet(path: str | os.PathLike[str]) -> ArrowRows:
+    """The rows of a Parquet file.
+
+    Raises:
+        ValueError: the file is damaged, or not Parquet; names the row group and its rows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    name = os.fspath(path)
+    with open(path, "rb") as file:  # what may not be read is told as of other files
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{name} could not be read as Parquet, its footer is damaged or missing ({_said(error)}): "
+                "write or fetch the file again"
+            ) from error
+        groups, first = [], 0
+        for number in range(parquet.num_row_groups):
+            size = parquet.metadata.row_group(number).num_rows
+            try:
+                group = parquet.read_row_group(number)
+                group.validate(full=True)  # text is UTF-8, offsets lie within their columns
+                if group.num_rows != size:
+                    raise pyarrow.ArrowInvalid(f"{group.num_rows} rows where the footer says {size}")
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+                raise ValueError(
+                    f"{name} could not be read: row group {number} of {parquet.num_row_groups} (rows {first} to "
+                    f"{first + size - 1}) is damaged ({_said(error)}): write or fetch the file again"
+                ) from error
+            groups.append(group)
+            first += size
+        return ArrowRows(pyarrow.concat_tables(groups) if groups else parquet.schema_arrow.empty_table())
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error of Arrow."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

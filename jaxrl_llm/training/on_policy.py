@@ -31,7 +31,7 @@ from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
-from jaxrl_llm.training.episodes.judging import Judge, compare
+from jaxrl_llm.training.episodes.judging import Judge, check_judge, compare
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource, Learner, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
@@ -192,6 +192,8 @@ class Trainer:
                 if self.judge is None
                 else f"{name} reads no verdicts"
             )
+        if self.judge is not None:
+            check_judge(self.judge)
         if self.rewards is not None:
             return
         if needs & {"verdicts", "by_function"}:
@@ -307,7 +309,9 @@ class Trainer:
             table = np.stack(list(episodes.by_name.values()), axis=-1)
             return Feedback(rewards, by_function=table, weights=self._reward_weights())
         if self.judge is not None:
-            verdicts = compare(self.judge, episodes, self.tokenizer, np.asarray(self.state.key), step)
+            assert self.rewards is not None  # an algorithm that reads verdicts has them
+            timeout = self.rewards.timeout
+            verdicts = compare(self.judge, episodes, self.tokenizer, np.asarray(self.state.key), step, timeout=timeout)
             return Feedback(rewards, **verdicts)
         return rewards
 

@@ -16,8 +16,8 @@ from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.episodes.episodes import RewardError
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.user_functions import RewardError
 from jaxrl_llm.training.loop import RecompilationWarning
 from jaxrl_llm.training.on_policy import Trainer, TrainingConfig
 from jaxrl_llm.training.run.metrics import comparable_metrics, read_metrics

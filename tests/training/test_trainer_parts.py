@@ -25,6 +25,7 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.user_functions import RewardError
 from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.on_policy import Trainer
 from jaxrl_llm.training.run.metrics import comparable_metrics
@@ -150,11 +151,27 @@ def test_brpo_asks_a_judge_in_both_orders(make) -> None:
         assert reference in one["first"][4 * p : 4 * p + 4]
 
 
+def test_a_judge_that_fails_loses_no_step(make, capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing(LongerIsBetter):
+        def __call__(self, **given: Any) -> list[bool]:
+            if len(self.asked) == 3:  # the second order of the second step
+                raise ConnectionError("judge API: 503")
+            return super().__call__(**given)
+
+    failing = make(algorithm=presets.brpo(), parts={"judge": Failing()}, training={"checkpoint_every": 9})
+    with pytest.raises(RewardError, match=r"the judge 'Failing' raised ConnectionError on 16 pairs: judge API: 503"):
+        failing.run()
+    assert "Failed after step 1 and saved. Go on with the same command and --resume" in capsys.readouterr().out
+    assert (failing.setup.folder / "checkpoints" / "1").is_dir()
+
+
 def test_a_judge_that_is_missing_or_not_read_is_told_at_once(make) -> None:
     with pytest.raises(ValueError, match="BRPOAdvantage reads a judge's verdicts: pass judge="):
         make(algorithm=presets.brpo())
     with pytest.raises(ValueError, match="GroupAdvantage reads no verdicts"):
         make(parts={"judge": LongerIsBetter()})
+    with pytest.raises(ValueError, match=r"the judge '<lambda>' must take prompts=, first=, second= and columns="):
+        make(algorithm=presets.brpo(), parts={"judge": lambda prompts, first, second: []})
 
 
 def test_gdpo_reads_the_reward_functions_one_by_one(make, tiny: ModuleType) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sysconfig
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +11,10 @@ import jax
 import numpy as np
 
 from jaxrl_llm.data.prompts import PromptBatch
-from jaxrl_llm.training.episodes.scoring import RewardScores, RewardSum
-from jaxrl_llm.training.run.distributed import any_process
-from jaxrl_llm.training.run.errors import RunError
+from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.user_functions import RewardError, together
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.types import Rollout
-
-
-class RewardError(RunError):
-    """A reward function raised, or returned what is not one number a sample; its exception is the cause."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +147,13 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
             return text
         return [{"role": "assistant", "content": text}]
 
-    scores = _score(
-        rewards,
+    given = (
         [batch.prompts[sample // group] for sample in own],
         [completion_of(sample) for sample in own],
         [ids[sample] for sample in own],
         {name: [values[sample // group] for sample in own] for name, values in batch.columns.items()},
     )
+    scores = together(lambda: rewards(*given), "a reward function")
     table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
     total, *named = table.reshape(-1, prompts, group)
     return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids, batch.columns)
@@ -176,30 +169,6 @@ def _sampled_ids(rollout: Rollout) -> list[list[int]]:
     completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
     rows, ends = completion.reshape(-1, completion.shape[-1]), lengths.ravel()
     return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
-
-
-def _score(rewards: RewardSum, *arguments: Any) -> RewardScores:
-    """Calls the reward functions; if that fails in one process, it fails in all, and none waits for another."""
-    scores, failure = None, None
-    try:
-        scores = rewards(*arguments)
-    except (RuntimeError, ValueError) as error:
-        failure = error
-    if any_process(failure is not None) or scores is None:
-        raise RewardError(_message(failure)) from failure
-    return scores
-
-
-def _message(failure: Exception | None) -> str:
-    """What failed, and the line of the reward function's code where it did, not that of a library it called."""
-    if failure is None:
-        return "a reward function failed in another process"
-    if failure.__cause__ is None:
-        return str(failure)
-    frames = traceback.extract_tb(failure.__cause__.__traceback__)
-    libraries = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-    frames = [frame for frame in frames[1:] if not frame.filename.startswith(libraries)] or frames
-    return f"{failure} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def _gather(table: np.ndarray, own: range, size: int) -> np.ndarray:

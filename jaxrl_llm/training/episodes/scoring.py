@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.checks import nearest_name
-from jaxrl_llm.rewards import RewardFunction, completion_text
+from jaxrl_llm.checks import nearest_name, positive
+from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.training.episodes.user_functions import UserFunction, excerpt
 
 # What every reward function is given beside the columns of the data set.
 _SAMPLE_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -34,7 +36,7 @@ class RewardSum:
     """A weighted sum of reward functions: rᵢ = Σₖ wₖ rₖᵢ over the functions k that apply to sample i.
 
     Raises:
-        ValueError: If there is no function, one is not callable or has no `__name__`, two bear the same name,
+        ValueError: If there is no function, one is not callable, is async or has no `__name__`, two bear the same name,
             or the weights are not one finite number a function.
     """
 
@@ -43,6 +45,8 @@ class RewardSum:
     is given only what it names."""
     weights: Sequence[float] | None = None
     """One a function; all 1 unless given. A function of weight 0 is only logged."""
+    timeout: float | None = None
+    """Seconds that one call of a function may take; `None`: any time."""
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -60,6 +64,14 @@ class RewardSum:
             raise ValueError(
                 f"reward weights must be one finite number a function, got {list(weights)} for {self.names}"
             )
+        if not positive(self.timeout, optional=True)[0]:
+            raise ValueError(f"timeout={self.timeout!r} must be None, or positive seconds")
+        _ = self._called  # each is checked
+
+    @functools.cached_property
+    def _called(self) -> list[UserFunction]:
+        wanted = "finite numbers or None"
+        return [UserFunction(function, "reward function", "sample", wanted) for function in self.functions]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,7 +126,7 @@ class RewardSum:
                 samples.
 
         Raises:
-            RuntimeError: If a function raises; its exception is the cause.
+            UserCodeError: If a function raises, or takes too long; its exception is the cause.
             ValueError: If a column is missing or an argument has not N entries; if a function returns another
                 number of values, or something that is no finite number; if none applies to a sample.
         """
@@ -126,8 +138,8 @@ class RewardSum:
                 raise ValueError(f"there are {count} completions, but {name!r} has {len(values)} values")
 
         by_name = {
-            function.__name__: _rewards_of(function, {**arguments, **columns}, completions)
-            for function in self.functions
+            function.name: _rewards_of(function, {**arguments, **columns}, completions, self.timeout)
+            for function in self._called
         }
         rewards = np.stack(list(by_name.values()))  # [functions, N]
         none_applies = np.flatnonzero(np.isnan(rewards).all(axis=0))
@@ -135,55 +147,40 @@ class RewardSum:
             index = int(none_applies[0])
             raise ValueError(
                 f"every reward function ({', '.join(self.names)}) returned None for sample {index}, "
-                f"completion {_excerpt(completions[index])} ({none_applies.size} of {count} samples in all): "
+                f"completion {excerpt(completions[index])} ({none_applies.size} of {count} samples in all): "
                 "at least one function must apply to each sample"
             )
         weights = np.ones(len(rewards)) if self.weights is None else np.asarray(self.weights, np.float64)
         total = np.where(np.isnan(rewards), 0.0, weights[:, None] * rewards).sum(axis=0)
+        if (beyond := np.flatnonzero(~(np.abs(total) <= _LARGEST))).size:
+            index, of = int(beyond[0]), weights.tolist()
+            parts = {name: float(values[index]) for name, values in by_name.items()}
+            raise ValueError(f"the rewards {parts} of sample {index}, weighted by {of}, add up beyond float32")
         return RewardScores(total=total.astype(np.float32), by_name=by_name)
 
 
-def _rewards_of(function: RewardFunction, arguments: Mapping[str, Any], completions: Sequence[Any]) -> np.ndarray:
+def _rewards_of(
+    function: UserFunction, arguments: Mapping[str, Any], completions: Sequence[Any], timeout: float | None
+) -> np.ndarray:
     """Calls the function and returns its values as float32 [N], NaN for None."""
-    name, count = function.__name__, len(completions)
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function.call).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         arguments = {key: value for key, value in arguments.items() if key in parameters}
-    try:
-        values = function(**arguments)
-    except Exception as error:  # the user's code, which may raise anything
-        raise RuntimeError(
-            f"the reward function {name!r} raised {type(error).__name__} on {count} samples: {error}"
-        ) from error
-    try:
-        returned = len(values)
-    except TypeError:
-        raise ValueError(
-            f"the reward function {name!r} must return a list of {count} values, got {values!r:.80}"
-        ) from None
-    if returned != count:
-        raise ValueError(f"the reward function {name!r} must return {count} values, one a sample, got {returned}")
-    return np.asarray(
-        [_number(value, name, index, completions[index]) for index, value in enumerate(values)], np.float32
-    )
+    values = function.values(arguments, completions, timeout=timeout)
+    return np.asarray([_number(function, *row) for row in zip(values, range(len(values)), completions, strict=True)])
 
 
-def _number(value: Any, name: str, index: int, completion: Any) -> float:
-    """Returns the value as a float, NaN for None."""
+def _number(function: UserFunction, value: Any, index: int, completion: Any) -> np.float32:
+    """Returns the value as a number, NaN for None."""
     if value is None:
-        return math.nan
+        return np.float32(math.nan)
+    # float() would read a number from a string, leave out an imaginary part, and take an array of one entry.
+    if isinstance(value, str | bytes | complex | np.complexfloating) or getattr(value, "ndim", 0) > 0:
+        raise function.refuse(value, index, completion)
     try:
-        # float() would read a number from a string.
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+        number = float(value)
+    except Exception as error:  # of any kind: a __float__ of the user's
+        raise function.refuse(value, index, completion, why=f" ({type(error).__name__})") from error
     if not abs(number) <= _LARGEST:
-        raise ValueError(
-            f"the reward function {name!r} must return finite numbers or None, got {value!r:.80} for sample "
-            f"{index}, completion {_excerpt(completion)}"
-        )
-    return number
-
-
-def _excerpt(completion: Any) -> str:
-    return repr(completion_text(completion)[:80])
+        raise function.refuse(value, index, completion)
+    return np.float32(number)

@@ -9,8 +9,9 @@ import pytest
 
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.training.episodes.episodes import Episodes, RewardError, mean_of_known, score_rollout
+from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.user_functions import RewardError
 from jaxrl_llm.types import Rollout
 
 TOKENIZER = CharTokenizer("abc")

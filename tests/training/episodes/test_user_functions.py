@@ -1,0 +1,308 @@
+"""What reward functions and judges may do and return, and how it is told what they may not."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.training.episodes.episodes import Episodes
+from jaxrl_llm.training.episodes.judging import check_judge, compare
+from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.user_functions import RewardError, UserCodeError
+
+COMPLETIONS = ["right", "b" * 200, "\ud800 broken"]
+KEY = np.zeros(2, np.uint32)
+
+
+def score(*functions: Callable[..., Any], completions: Sequence[Any] = COMPLETIONS, **settings: Any) -> np.ndarray:
+    columns = {"answer": [["x"], ["y"], ["z"]], "level": [1, 2, 3]}
+    return RewardSum(functions, **settings)(["p", "p", "q"], list(completions), [[1], [1, 2], [3]], columns).total
+
+
+def returning(values: Any) -> Callable[..., Any]:
+    def fixed(completions: list[str], **columns: Any) -> Any:
+        return values
+
+    return fixed
+
+
+class NoFloat:
+    def __float__(self) -> float:
+        raise RuntimeError("no")
+
+
+class NoRepr(dict[str, Any]):
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+# ---- What is returned ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({0: 1.0, 1: 1.0, 2: 1.0}, {1.0, 2.0, 3.0}, frozenset({1, 2, 3}), {1: 1, 2: 2, 3: 3}.keys(), "123", b"123"),
+        *(1.0, np.float32(1), jnp.ones(()), iter([1, 2, 3]), NoRepr(a=1, b=2, c=3)),
+    ],
+)
+def test_rewards_are_a_list(values: Any) -> None:
+    with pytest.raises(ValueError, match=r"the reward function 'fixed' must return a list of 3 values, got "):
+        score(returning(values))
+
+
+@pytest.mark.parametrize(
+    "value", [NoFloat(), "1", b"1", 1j, np.complex64(1), [1.0], (1.0,), np.ones(1), jnp.ones((1, 1)), object(), np.inf]
+)
+def test_a_reward_is_a_number(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"'fixed' must return finite numbers or None, got .* for sample 1, completion"
+    ):
+        score(returning([0.0, value, 1.0]))
+
+
+def test_numbers_of_every_kind_are_rewards() -> None:
+    values = [True, Fraction(1, 2), jnp.float32(2)]
+    for returned in (values, tuple(values), np.float64([1, 0.5, 2]), jnp.float32([1, 0.5, 2])):
+        np.testing.assert_array_equal(score(returning(returned)), np.float32([1, 0.5, 2]))
+
+
+def test_a_sum_that_is_not_finite_is_told() -> None:
+    with pytest.raises(ValueError, match=r"rewards \{'fixed': .*\} of sample 0, .* add up beyond float32"):
+        score(returning([3e38, 1, 1]), weights=[2.0])
+
+
+# ---- What is done -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["clear", "append", "reverse", "items", "keys"])
+def test_a_function_has_lists_of_its_own(harm: str) -> None:
+    def changes(prompts: list[Any], completions: list[Any], completion_ids: list[Any], answer: Any, level: Any) -> Any:
+        count = len(completions)
+        for values in (prompts, completions, completion_ids, answer, level):
+            if harm in ("clear", "reverse"):
+                getattr(values, harm)()
+            elif harm == "append":
+                values.append(None)
+        if harm == "items":
+            answer[0].append("more")
+            completion_ids[0][0] = 9
+            completions[0][0]["content"] = "9"
+        if harm == "keys":
+            completions[0][0].clear()
+        return [0.0] * count
+
+    def sees(prompts: Any, completions: Any, completion_ids: Any, answer: Any, level: Any) -> list[float]:
+        seen.append((prompts, completions, completion_ids, answer, level))
+        return [0.0] * 3
+
+    seen: list[Any] = []
+    completions = [[{"role": "assistant", "content": text}] for text in "abc"]
+    score(changes, sees, completions=completions)
+    untouched = [[{"role": "assistant", "content": text}] for text in "abc"]
+    assert seen == [(["p", "p", "q"], untouched, [[1], [1, 2], [3]], [["x"], ["y"], ["z"]], [1, 2, 3])]
+    assert completions == untouched
+
+
+def fails(completions: list[str], **columns: Any) -> list[float]:
+    return [1 / (len(completion) - 200) for completion in completions]
+
+
+def test_what_raises_is_told_with_its_sample_and_place() -> None:
+    place = rf"\({__file__}:{fails.__code__.co_firstlineno + 1}\)"
+    message = (
+        f"^the reward function 'fails' raised ZeroDivisionError on 3 samples: .*, at sample 1, completion '{'b' * 80}'"
+    )
+    with pytest.raises(UserCodeError, match=f"{message} {place}$"):
+        score(fails)
+
+
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("\udcff bytes\nof a path"), r"ValueError on 3 samples: \\udcff bytes of a path"),
+        (Unreadable(), r"Unreadable on 3 samples: \(its text cannot be read\)"),
+        (SystemExit(3), "SystemExit on 3 samples: 3"),
+        (StopIteration(), "StopIteration on 3 samples, at"),
+        (KeyError("long" * 1000), "KeyError on 3 samples: '(long){124}l"),
+    ],
+)
+def test_an_error_of_any_text_is_one_line_that_can_be_printed(error: BaseException, text: str) -> None:
+    def broken(completions: list[str], **columns: Any) -> list[float]:
+        for _completion in reversed(completions):
+            raise error
+        return []
+
+    with pytest.raises(UserCodeError, match=f"'broken' raised {text}") as caught:
+        score(broken)
+    message = str(caught.value)
+    assert "\n" not in message and message.encode()
+    assert r"at sample 2, completion '\ud800 broken'" in message
+
+
+def test_what_cannot_be_called_as_a_reward_function_is_refused_at_once() -> None:
+    async def later(completions: list[str]) -> list[float]:
+        return [1.0] * len(completions)
+
+    class Later:
+        __name__ = "later"
+
+        async def __call__(self, completions: list[str]) -> list[float]:
+            return [1.0] * len(completions)
+
+    for function in (later, Later()):
+        with pytest.raises(ValueError, match=r"the reward function 'later' is async, .* call asyncio.run in"):
+            RewardSum([function])
+    with pytest.raises(ValueError, match="the reward function 'max' does not say what it takes"):
+        RewardSum([max])
+    with pytest.raises(ValueError, match=r"must return a list of 3 values, got <coroutine .*: it is async"):
+        score(lambda_of(later))
+    for timeout in (0, -1.0, np.nan):
+        with pytest.raises(ValueError, match=r"timeout=.* must be None, or positive seconds"):
+            RewardSum([fails], timeout=timeout)
+
+
+def lambda_of(later: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda completions, **columns: later(completions)
+
+
+def stuck(completions: list[str], **columns: Any) -> list[float]:
+    for completion in completions:
+        try:
+            while completion.startswith("b"):
+                time.sleep(0.01)
+        except Exception:  # such a function catches everything that it should
+            continue
+    return [0.0] * len(completions)
+
+
+def backtracks(completions: list[str], **columns: Any) -> list[float]:
+    return [float(bool(re.match("(b|b?)*c", completion))) for completion in completions]
+
+
+@pytest.mark.parametrize("function", [stuck, backtracks])
+def test_a_call_that_takes_too_long_is_ended_and_told_with_its_sample(function: Callable[..., Any]) -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    message = (
+        rf"'{function.__name__}' took longer than 0.2 s on 3 samples, at sample 1, completion 'b{{80}}' \({__file__}:"
+    )
+    with pytest.raises(UserCodeError, match=message):
+        score(function, timeout=0.2)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    np.testing.assert_array_equal(score(returning([1, 2, 3]), timeout=5.0), [1, 2, 3])
+
+
+def test_a_time_limit_that_cannot_be_kept_is_refused() -> None:
+    def in_thread() -> None:
+        with pytest.raises(ValueError, match="cannot be stopped after 1 s outside the main thread"):
+            score(returning([1, 2, 3]), timeout=1.0)
+        done.append(True)
+
+    done: list[bool] = []
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+# ---- Judges -------------------------------------------------------------------------------------------
+
+
+def judged(judge: Any, **settings: Any) -> dict[str, np.ndarray]:
+    rewards = np.zeros((1, 3), np.float32)
+    episodes = Episodes(rewards, {}, ["p"], [[2], [3, 3], [4, 4, 4]], {"answer": [["x"]]})
+    return compare(judge, episodes, CharTokenizer("abc"), KEY, 1, **settings)
+
+
+def verdicts_of(make: Callable[[list[str]], Any]) -> Callable[..., Any]:
+    def judge(*, prompts: Any, first: Any, second: Any, columns: Any) -> Any:
+        return make(first)
+
+    return judge
+
+
+@pytest.mark.parametrize("value", [None, "true", "", float("nan"), 0.7, 1.0, 2, 1, 0, [True], np.array([True]), -1])
+def test_a_verdict_is_true_or_false(value: Any) -> None:
+    with pytest.raises(RewardError, match=r"the judge 'judge' must return True .* or False, got .* for pair 1, comp"):
+        judged(verdicts_of(lambda first: [True, value, False]))
+
+
+@pytest.mark.parametrize("values", [None, True, {0: True}, {True, False, 2}, "yes", [True], np.True_, [True] * 4])
+def test_verdicts_are_a_list_of_one_a_pair(values: Any) -> None:
+    with pytest.raises(RewardError, match=r"the judge 'judge' must return (a list of )?3 values, .*got "):
+        judged(verdicts_of(lambda first: values))
+
+
+def test_verdicts_of_every_kind() -> None:
+    expected = [[True, False, True]]
+    for values in (expected[0], np.array(expected[0]), jnp.array(expected[0]), [np.True_, False, jnp.array(True)]):
+        np.testing.assert_array_equal(judged(verdicts_of(lambda first, v=values: v))["preferred"], expected)
+
+
+def test_a_judge_that_raises_or_hangs_is_named_with_its_pair_and_place() -> None:
+    def judge(*, prompts: Any, first: Any, second: Any, columns: Any) -> list[bool]:
+        for text in first:
+            if text == "bb":
+                raise ConnectionError("judge API: 503")
+        return []
+
+    def slow(*, prompts: Any, first: Any, second: Any, columns: Any) -> list[bool]:
+        time.sleep(60)
+        return []
+
+    message = (
+        rf"the judge 'judge' raised ConnectionError on 3 pairs: judge API: 503, at pair 1, completion 'bb' \({__file__}"
+    )
+    with pytest.raises(RewardError, match=message):
+        judged(judge)
+    with pytest.raises(RewardError, match=r"the judge 'slow' took longer than 0.1 s on 3 pairs \("):
+        judged(slow, timeout=0.1)
+
+
+def test_a_judge_has_lists_of_its_own() -> None:
+    def judge(*, prompts: Any, first: Any, second: Any, columns: Any) -> list[bool]:
+        asked.append((list(prompts), list(first), columns["answer"][0].copy()))
+        prompts.clear(), first.clear(), second.clear()
+        columns["answer"][0].append("more")
+        return [False] * 3
+
+    asked: list[Any] = []
+    judged(judge)
+    assert [(prompts, answer) for prompts, _, answer in asked] == [(["p"] * 3, ["x"])] * 2
+
+
+def test_what_is_no_judge_is_refused_at_once() -> None:
+    async def later(*, prompts: Any, first: Any, second: Any, columns: Any) -> list[bool]:
+        return []
+
+    def fewer(prompts: Any, first: Any, second: Any) -> list[bool]:
+        return []
+
+    def more(prompts: Any, first: Any, second: Any, columns: Any, model: Any) -> list[bool]:
+        return []
+
+    for judge, message in (
+        ("gpt", "a judge must be a function, got 'gpt'"),
+        (later, "the judge 'later' is async"),
+        (fewer, "the judge 'fewer' must take prompts=, first=, second= and columns=: got an unexpected .* 'columns'"),
+        (more, "the judge 'more' must take .*: missing a required argument: 'model'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_judge(judge)
+    check_judge(verdicts_of(lambda first: []))
+    check_judge(lambda **given: [])

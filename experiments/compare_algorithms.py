@@ -104,6 +104,7 @@ def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: s
     own = dataclasses.replace(
         config,
         algorithm=algorithm,
+        critic=config.critic if algorithm.needs_critic else CriticSource(),
         update=config.update if clips and name != "trpo" else UpdateConfig(),
         seed=seed,
         run_dir=str(folder),

@@ -40,6 +40,11 @@ class TrustRegionExperiment(ArithmeticExperiment):
     trust_region: TrustRegionConfig = TrustRegionConfig()
     """How far a batch moves the policy."""
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """The optimizer's settings as well."""
+        return super().without_effect | {"optimizer": "a trust region takes the optimizer's place; see trust_region"}
+
 
 CONFIG = TrustRegionExperiment(
     name="trpo_arithmetic",

@@ -1,11 +1,14 @@
-"""What a setting may be: the checks of all records, and the nearest of the names that there are."""
+"""What a setting may be: the checks of all records, what has no effect, and the nearest of the names that there are."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, TypeVar, get_args
 
 PathT = TypeVar("PathT", str, str | None)
@@ -73,6 +76,34 @@ def _number(value: float | None, holds: Callable[[float], bool], wanted: str, or
 def expand_home(path: PathT) -> PathT:
     """A path given as a setting, with `~` or `~name` at its beginning written out; `None` stays `None`."""
     return os.path.expanduser(path) if isinstance(path, str) else path  # pyright: ignore[reportReturnType]
+
+
+def check_idle(config: Any, default: Any, prefix: str = "") -> None:
+    """Raises ValueError where `config` differs from `default` in a setting that changes nothing as the others are.
+
+    A record says which of its settings these are: its property `without_effect` maps their dotted paths to what is
+    missing. What the default holds is never refused, since who took it over has not asked for it; a record that is
+    there of a kind of its own is compared with one of its kind.
+    """
+    if not dataclasses.is_dataclass(config):
+        return
+    if type(default) is not type(config):
+        default = SimpleNamespace(**{field.name: field.default for field in dataclasses.fields(config)})
+    for path, missing in getattr(config, "without_effect", {}).items():
+        read = attrgetter(path)
+        for changed, value in changes(read(config), read(default), prefix + path):
+            raise ValueError(f"{changed}={value!r} would have no effect: {missing}")
+    for name in [field.name for field in dataclasses.fields(config)]:
+        check_idle(getattr(config, name), getattr(default, name), f"{prefix}{name}.")
+
+
+def changes(record: Any, default: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The dotted paths of the settings in which two records of a kind, or two values, differ, and the first's value."""
+    if dataclasses.is_dataclass(record) and type(record) is type(default):
+        for field in dataclasses.fields(record):
+            yield from changes(getattr(record, field.name), getattr(default, field.name), f"{path}.{field.name}")
+    elif record != default:
+        yield path, record
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str:

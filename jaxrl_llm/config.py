@@ -187,6 +187,15 @@ class Experiment(RunConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     """When and how to evaluate."""
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        if not self.algorithm.needs_critic:
+            return {"critic": f"{self.algorithm.reader} has no critic; --preset=ppo has one"}
+        if self.critic.shares_trunk:
+            return {}
+        return {"algorithm.value.coef": "a critic of its own has its own optimizer; set critic.optimizer.learning_rate"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StarExperiment(Experiment):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from jaxrl_llm.checks import check_idle
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.settings import check_effects
@@ -38,6 +39,7 @@ def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own
         raise
     with plain_errors():
         check_effects(own or config, changed)
+        check_idle(changed, config)
     return changed
 
 

@@ -26,6 +26,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.on_policy import Trainer, TrainingResult
 
 ConfigT = TypeVar("ConfigT", bound=Experiment)
@@ -41,7 +42,9 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     with plain_errors():
         chosen, args = take_preset(sys.argv[1:] if args is None else args, list(presets))
     if chosen is not None:
-        config = dataclasses.replace(config, algorithm=presets[chosen]())
+        algorithm = presets[chosen]()
+        critic = config.critic if algorithm.needs_critic else CriticSource()
+        config = dataclasses.replace(config, algorithm=algorithm, critic=critic)
     description = f"{description}\n\n--preset=NAME begins with a published algorithm: {', '.join(presets)}."
     return read_flags(config, args, description, own=own)
 

@@ -16,6 +16,7 @@ from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep, make_update_
 from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust_region_step
+from jaxrl_llm.checks import changes
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
@@ -33,6 +34,13 @@ class CriticSource:
     """With a shared trunk, let only the head learn from the values."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     """Of a critic of its own."""
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        if self.shares_trunk:
+            return {"optimizer": "the policy's trains a critic on its trunk; leave critic.shares_trunk out"}
+        return {"stop_gradient": "a critic of its own has no part in the policy; set critic.shares_trunk, too"}
 
     def critic_of(self, policy: Transformer, optimizer_steps: int) -> Critic:
         """The critic of a policy that is trained for so many optimizer steps."""
@@ -116,6 +124,11 @@ def make_learner(
             f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
             "region makes one step of a batch; pass 1"
         )
+    if not algorithm.needs_critic:
+        for path, value in changes(critic, CriticSource(), "critic"):
+            raise ValueError(f"{path}={value!r} would have no effect: {algorithm.reader} has no critic; PPO has one")
+    if isinstance(algorithm, PolicyGradient):
+        algorithm.check_width(sampling.max_tokens)
     total = iterations * plan.optimizer_steps
     if total >= 2**31:
         raise ValueError(

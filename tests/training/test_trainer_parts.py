@@ -125,6 +125,12 @@ def test_one_sample_a_prompt_is_enough_where_nothing_is_compared(make) -> None:
         make("third", algorithm=presets.gfpo(), training={"samples_per_prompt": 2})
 
 
+def test_settings_of_a_critic_are_refused_where_there_is_none(make) -> None:
+    for critic in (CriticSource(shares_trunk=True), CriticSource(stop_gradient=True)):
+        with pytest.raises(ValueError, match=r"critic\.\w+=True would have no effect: GroupAdvantage has no critic"):
+            make(critic=critic)
+
+
 # ---- Judges, reward functions one by one ---------------------------------------------------------------
 
 

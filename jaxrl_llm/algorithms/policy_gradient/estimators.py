@@ -57,6 +57,11 @@ class GroupAdvantage(Advantage):
             eps=not_negative(self.eps),
         )
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return dict.fromkeys(("ddof", "eps"), "with scale='none' nothing is divided") if self.scale == "none" else {}
+
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
         return Credit(
@@ -282,6 +287,13 @@ class HADWAdvantage(Advantage):
             eta=not_negative(self.eta),
             min_rate=share(self.min_rate),
         )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        if self.anchor == "deviation":
+            return {}
+        return dict.fromkeys(("eta", "min_rate"), f"only with {PREFIX}.anchor='deviation' the anchor has a rate")
 
     def start(self) -> DifficultyAnchor:
         """The anchor before the first batch."""

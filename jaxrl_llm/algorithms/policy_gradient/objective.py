@@ -12,7 +12,7 @@ from jaxrl_llm.advantages import overlong_penalty
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Need
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped, PolicyTokens, Reduction, Surrogate
-from jaxrl_llm.checks import at_least, check_fields, not_negative, one_of, positive
+from jaxrl_llm.checks import at_least, changes, check_fields, not_negative, one_of, positive
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses import (
     AggregationMode,
@@ -87,6 +87,11 @@ class Correction:
             w_min=positive(self.w_min, optional=True),
             w_max=positive(self.w_max, optional=True),
         )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return {} if self.rule in ("tis", "mis") else {"level": "only the rules tis and mis have levels"}
 
     def __call__(self, old_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
         """Weights `[P, G, Tc]`."""
@@ -184,11 +189,29 @@ class PolicyGradient(Algorithm):
             aggregation=one_of(self.aggregation, AggregationMode),
             max_length=at_least(self.max_length, 1, optional=True),
         )
+        if not self.needs_critic:
+            for path, value in changes(self.value, ValueObjective(), "algorithm.value"):
+                raise ValueError(f"{path}={value!r} would have no effect: {self.reader} has no critic; PPO has one")
+        if self.overlong is not None and self.advantage.needs & {"by_function", "verdicts"}:
+            raise ValueError(
+                f"algorithm.overlong={self.overlong} would have no effect: {self.reader} does not read the reward that "
+                "it lowers; leave it out"
+            )
         if allowed is not None and self.aggregation not in allowed:
             raise ValueError(
                 f"algorithm.aggregation={self.aggregation!r} must be {' or '.join(map(repr, allowed))}: the surrogate "
                 f"{type(self.surrogate).__name__} has no other"
             )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        idle = {}
+        if not self.kl_coef:
+            idle |= dict.fromkeys(("kl_estimator", "kl_clip"), "the loss has no KL; set algorithm.kl_coef above 0, too")
+        if self.aggregation != "seq-mean-token-sum-norm":
+            idle["max_length"] = "only algorithm.aggregation='seq-mean-token-sum-norm' divides by it"
+        return idle
 
     @property
     def reader(self) -> str:
@@ -215,14 +238,18 @@ class PolicyGradient(Algorithm):
         """The estimator's memory."""
         return self.advantage.start()
 
+    def check_width(self, width: int) -> None:
+        """Raises if completions of at most so many tokens are all punished for their length."""
+        if self.overlong is not None and self.overlong.cache >= width:
+            raise ValueError(
+                f"algorithm.overlong.cache={self.overlong.cache} must be less than the longest completion, {width}"
+            )
+
     def shape(self, rewards: jax.Array, lengths: jax.Array, width: int) -> jax.Array:
         """Rewards less the penalty for length; `lengths` are those of their completions, of a shape that broadcasts."""
         if self.overlong is None:
             return rewards
-        if self.overlong.cache >= width:
-            raise ValueError(
-                f"algorithm.overlong.cache={self.overlong.cache} must be less than the longest completion, {width}"
-            )
+        self.check_width(width)
         return rewards + overlong_penalty(
             lengths, max_length=width, cache=self.overlong.cache, scale=self.overlong.scale
         )

@@ -36,6 +36,11 @@ class ShapedAdvantage(Advantage):
         )
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return {} if self.kl_coef else {"kl_estimator": f"the reward has no KL; set {PREFIX}.kl_coef above 0, too"}
+
+    @property
     def needs(self) -> frozenset[Need]:
         """Log-probs of policy and reference, where there is a penalty."""
         return frozenset({"old", "reference"}) if self.kl_coef else frozenset()
@@ -215,6 +220,12 @@ class GAEAdvantage(ShapedAdvantage):
         )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"{PREFIX}.kl_target={self.kl_target} needs a kl_coef above 0 to start from")
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        fixed = {"kl_horizon": f"the coefficient of the KL is fixed; set {PREFIX}.kl_target, too"}
+        return super().without_effect | (fixed if self.kl_target is None else {})
 
     @property
     def needs(self) -> frozenset[Need]:

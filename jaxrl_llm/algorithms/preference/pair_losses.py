@@ -41,6 +41,11 @@ class DPO(PairLoss):
     """Leave the reference out of the margin."""
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return {} if self.f_divergence == "alpha" else {"f_alpha": f"only {PREFIX}.f_divergence='alpha' reads it"}
+
+    @property
     def needs_reference(self) -> bool:
         """False if it is left out."""
         return not self.reference_free

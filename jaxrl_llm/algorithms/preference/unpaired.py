@@ -88,6 +88,11 @@ class KTOObjective:
         )
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return {} if self.variant == "kto" else {"baseline": "only objective.variant='kto' has a baseline"}
+
+    @property
     def needs_reference(self) -> bool:
         """True."""
         return True

@@ -63,6 +63,11 @@ class ProcessRewardObjective:
         check_fields("objective", self, neutral=one_of(self.neutral, NeutralSteps))
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return {} if self.ratings else {"neutral": "labels are no ratings; set objective.ratings, too"}
+
+    @property
     def needs_reference(self) -> bool:
         """Never."""
         return False

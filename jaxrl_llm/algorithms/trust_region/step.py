@@ -81,6 +81,13 @@ class TrustRegionConfig:
             last_layers=at_least(self.last_layers, 1),
         )
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        if self.trainable == "last_layers":
+            return {}
+        return {"last_layers": f"with trust_region.trainable={self.trainable!r} no layers are chosen by their place"}
+
 
 def make_trust_region_step(
     policy: Transformer,

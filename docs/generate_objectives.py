@@ -155,8 +155,8 @@ def signature(entry: Entry, width: int = 100) -> str:
     text = ", ".join(pieces)
     if len(entry.name) + len(text) + 2 <= width:
         return f"{entry.name}({text})"
-    wrapped = textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-    return f"{entry.name}(\n{wrapped},\n)"
+    wrapped = textwrap.fill(f"{text},", width - 4, break_on_hyphens=False)
+    return f"{entry.name}(\n{textwrap.indent(wrapped, '    ')}\n)"
 
 
 def _literal(value: Any) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.advantages.statistics import group_statistics
+from jaxrl_llm.advantages.statistics import group_labels, group_statistics
 from jaxrl_llm.masking import as_float, check_same_shape, fill_masked, mask_or_all
 
 
@@ -82,6 +82,7 @@ def hadw_weights(
     scale: float = 1.3,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """HA-DW's factors on advantages, by the prompt's difficulty.
 
@@ -98,6 +99,7 @@ def hadw_weights(
         scale: λ of the paper, best between 1.3 and 1.5.
         mask: Bool, of that shape: False for samples that could not be scored.
         group_ids: Labels of that shape; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `advantages`; `scale` where the advantage is 0, and where masked.
@@ -107,6 +109,7 @@ def hadw_weights(
 
     Source: Yang et al. 2026, "Your group-relative advantage is biased" (2601.08521).
     """
+    group_ids = group_labels(group_ids, group_size, accuracies=accuracies)
     mask = mask_or_all(mask, advantages=advantages)
     check_same_shape(advantages=advantages, accuracies=accuracies)
     difference = group_statistics(accuracies, mask, group_ids).mean - jax.lax.stop_gradient(as_float(anchor))
@@ -122,6 +125,7 @@ def hadw_advantages(
     scale: float = 1.3,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """Advantages times the weights of HA-DW.
 
@@ -136,6 +140,7 @@ def hadw_advantages(
         scale: As `hadw_weights`.
         mask: As `hadw_weights`.
         group_ids: As `hadw_weights`.
+        group_size: As `hadw_weights`.
 
     Returns:
         The shape of `advantages`, 0 where masked.
@@ -145,6 +150,7 @@ def hadw_advantages(
 
     Source: Yang et al. 2026, "Your group-relative advantage is biased" (2601.08521).
     """
+    group_ids = group_labels(group_ids, group_size, accuracies=accuracies)
     weights = hadw_weights(advantages, accuracies, anchor, scale=scale, mask=mask, group_ids=group_ids)
     return weights * fill_masked(advantages, mask_or_all(mask, advantages=advantages))
 

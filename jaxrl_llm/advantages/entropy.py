@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.advantages.statistics import check_row_groups, rows_total, safe_sqrt
+from jaxrl_llm.advantages.statistics import row_labels, rows_total, safe_sqrt
 from jaxrl_llm.masking import (
     as_float,
     check_choice,
@@ -38,6 +38,7 @@ def gtpo_rewards(
     entropy_floor: float = 1e-8,
     shape_failures: bool = True,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GTPO's token rewards: more for uncertain tokens of a success, less for confident ones of a failure.
 
@@ -58,6 +59,7 @@ def gtpo_rewards(
         entropy_floor: Lower bound on the entropy before it is inverted.
         shape_failures: False gives failures −success_weight alone, as an early version of the paper does.
         group_ids: Labels `[...]` of the rows.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `entropy`, 0 at masked positions.
@@ -67,6 +69,7 @@ def gtpo_rewards(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
+    group_ids = row_labels(group_ids, group_size, mask=mask)
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
     base, shaped, _, _ = _token_parts(entropy, successes, mask, shaping, group_ids)
     return base + shaped
@@ -87,6 +90,7 @@ def gtpo_advantages(
     min_std: float = 1e-6,
     added: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GTPO: the token rewards standardized over the tokens of a group's successes, and apart over its failures'.
 
@@ -110,6 +114,7 @@ def gtpo_advantages(
         min_std: Deviation up to which the rewards count as equal.
         added: Rewards `[..., G]` that completions have beside their outcome, such as `overlong_penalty`.
         group_ids: As `gtpo_rewards`.
+        group_size: As `gtpo_rewards`.
 
     Returns:
         The shape of `entropy`, 0 at masked positions.
@@ -119,6 +124,7 @@ def gtpo_advantages(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
+    group_ids = row_labels(group_ids, group_size, mask=mask)
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
     base, shaped, mask, won = _token_parts(entropy, successes, mask, shaping, group_ids)
     return _standardize(_plus(base, added), shaped, mask, won, norm, ddof, eps, min_std, group_ids)
@@ -134,6 +140,7 @@ def grpo_s_rewards(
     entropy_floor: float = 1e-8,
     shape_failures: bool = True,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GRPO-S's sequence rewards: as GTPO's token rewards, from the mean entropy of each sequence.
 
@@ -151,6 +158,7 @@ def grpo_s_rewards(
         entropy_floor: As `gtpo_rewards`.
         shape_failures: As `gtpo_rewards`.
         group_ids: As `gtpo_rewards`.
+        group_size: As `gtpo_rewards`.
 
     Returns:
         `[..., G]`; 0 for sequences without a token.
@@ -160,6 +168,7 @@ def grpo_s_rewards(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
+    group_ids = row_labels(group_ids, group_size, mask=mask)
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
     base, shaped, _, _ = _sequence_parts(entropy, successes, mask, shaping, group_ids)
     return (base + shaped)[..., 0]
@@ -180,6 +189,7 @@ def grpo_s_advantages(
     min_std: float = 1e-6,
     added: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GRPO-S: the sequence rewards standardized over the group, or apart over its successes and failures.
 
@@ -201,6 +211,7 @@ def grpo_s_advantages(
         min_std: As `gtpo_advantages`.
         added: As `gtpo_advantages`.
         group_ids: As `gtpo_rewards`.
+        group_size: As `gtpo_rewards`.
 
     Returns:
         `[..., G]`; 0 for sequences without a token.
@@ -210,6 +221,7 @@ def grpo_s_advantages(
 
     Source: Tan et al. 2025, "GTPO and GRPO-S" (2508.04349).
     """
+    group_ids = row_labels(group_ids, group_size, mask=mask)
     shaping = (success_weight, entropy_weight, entropy_floor, shape_failures)
     base, shaped, mask, won = _sequence_parts(entropy, successes, mask, shaping, group_ids)
     return _standardize(_plus(base, added), shaped, mask, won, norm, ddof, eps, min_std, group_ids)[..., 0]
@@ -228,7 +240,6 @@ def _token_parts(
     """
     success_weight, entropy_weight, entropy_floor, shape_failures = shaping
     mask = check_mask(mask, entropy=entropy)
-    check_row_groups(mask, group_ids)
     won = per_token(mask, successes=successes).astype(bool) & mask
     lost = mask & ~won
     entropy = jax.lax.stop_gradient(fill_masked(entropy, mask))
@@ -244,7 +255,6 @@ def _sequence_parts(
 ) -> tuple[Array, Array, Array, Array]:
     """As `_token_parts`, with a sequence as a row of one token, its mean entropy."""
     mask = check_mask(mask, entropy=entropy)
-    check_row_groups(mask, group_ids)
     successes = per_token(mask, successes=successes)[..., 0]
     means = masked_mean(entropy, mask, axis=-1, keepdims=True)
     return _token_parts(means, successes, jnp.any(mask, axis=-1, keepdims=True), shaping, group_ids)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.group import group_advantages, zero_std_groups
-from jaxrl_llm.advantages.statistics import group_rank, group_statistics
+from jaxrl_llm.advantages.statistics import group_labels, group_rank, group_statistics
 from jaxrl_llm.masking import as_float, check_choice, check_same_shape, fill_masked, mask_or_all
 
 ThresholdKind = Literal["hard", "soft"]
@@ -22,7 +22,11 @@ ThresholdScale = Literal["none", "group"]
 
 
 def keep_mixed_groups(
-    accuracies: ArrayLike, *, mask: ArrayLike | None = None, group_ids: ArrayLike | None = None
+    accuracies: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """DAPO's dynamic sampling: keeps a group only if its samples are neither all right nor all wrong.
 
@@ -36,6 +40,7 @@ def keep_mixed_groups(
         accuracies: The unshaped metric, `[..., G]` with a group along the last axis; or any shape with `group_ids`.
         mask: Bool, of that shape: False for samples that could not be scored.
         group_ids: Labels of that shape; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         Bool: `[...]`, one for each group; with `group_ids`, for each sample that of its group.
@@ -45,6 +50,7 @@ def keep_mixed_groups(
 
     Source: Yu et al. 2025, "DAPO" (2503.14476).
     """
+    group_ids = group_labels(group_ids, group_size, accuracies=accuracies)
     return ~zero_std_groups(accuracies, mask=mask, group_ids=group_ids)
 
 
@@ -65,6 +71,7 @@ def threshold_filter(
     eps: float = 1e-4,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> FilteredAdvantages:
     """Keeps the better samples of each group, with advantages against the mean of all of them.
 
@@ -85,6 +92,7 @@ def threshold_filter(
         eps: As `group_advantages`.
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         Advantages of all valid samples, and which are kept.
@@ -94,6 +102,7 @@ def threshold_filter(
 
     Source: A reading of GRPO in secondary literature; RAFT: Dong et al. 2023 (2304.06767).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     check_choice("threshold", threshold, ThresholdKind)
     check_choice("scale", scale, ThresholdScale)
     if (threshold == "soft") != (top_percent is not None):
@@ -120,6 +129,7 @@ def gfpo_mask(
     keep: ArrayLike,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """Group filtered policy optimization: keeps the samples of each group with the largest metric.
 
@@ -134,6 +144,7 @@ def gfpo_mask(
             as from `gfpo_adaptive_keep`.
         mask: Bool, of the shape of `metric`: False for samples that could not be scored.
         group_ids: Labels of the shape of `metric`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         Bool, of the shape of `metric`.
@@ -143,6 +154,7 @@ def gfpo_mask(
 
     Source: Shrivastava et al. 2025, "Sample more to think less" (2508.09726).
     """
+    group_ids = group_labels(group_ids, group_size, metric=metric)
     if isinstance(keep, int) and keep < 1:
         raise ValueError(f"keep is {keep}: it must be at least 1")
     mask = mask_or_all(mask, metric=metric)
@@ -158,6 +170,7 @@ def gfpo_advantages(
     eps: float = 1e-4,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> FilteredAdvantages:
     """Advantages of GRPO among the samples that `gfpo_mask` keeps.
 
@@ -174,6 +187,7 @@ def gfpo_advantages(
         eps: As `group_advantages`.
         mask: As `gfpo_mask`.
         group_ids: As `gfpo_mask`.
+        group_size: As `gfpo_mask`.
 
     Returns:
         Advantages, and which samples are kept.
@@ -183,6 +197,7 @@ def gfpo_advantages(
 
     Source: Shrivastava et al. 2025, "Sample more to think less" (2508.09726).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     check_same_shape(rewards=rewards, metric=metric)
     kept = gfpo_mask(metric, keep=keep, mask=mask, group_ids=group_ids)
     return FilteredAdvantages(group_advantages(rewards, ddof=ddof, eps=eps, mask=kept, group_ids=group_ids), kept)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.advantages.statistics import group_statistics, safe_sqrt
+from jaxrl_llm.advantages.statistics import group_labels, group_statistics, safe_sqrt
 from jaxrl_llm.masking import check_choice, fill_masked, mask_or_all, masked_var, safe_divide
 
 AdvantageScale = Literal["group", "batch", "variance", "none"]
@@ -24,6 +24,7 @@ def group_advantages(
     eps: float = 1e-4,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """Rewards minus their group's baseline, divided by a scale.
 
@@ -52,6 +53,7 @@ def group_advantages(
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored. They have
             advantage 0 and no part in any statistic; their reward may be NaN.
         group_ids: Labels of the shape of `rewards`, in any order; equal labels form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `rewards`, float32. A NaN among the valid rewards stays visible as NaN.
@@ -62,6 +64,7 @@ def group_advantages(
     Source: Shao et al. 2024, "DeepSeekMath" (2402.03300); Liu et al. 2025, "Understanding R1-Zero-like
     training" (2503.20783); Ahmadian et al. 2024 (2402.14740); Liu et al. 2025, "Tricks or traps?" (2508.08221).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     check_choice("scale", scale, AdvantageScale)
     check_choice("baseline", baseline, AdvantageBaseline)
     mask = mask_or_all(mask, rewards=rewards)
@@ -83,7 +86,13 @@ def group_advantages(
     return jnp.where(mask & ~group.is_constant, safe_divide(centred, divisor), 0.0)
 
 
-def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_ids: ArrayLike | None = None) -> Array:
+def zero_std_groups(
+    rewards: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
+) -> Array:
     """Marks the groups that teach nothing: no two valid rewards differ, by an exact comparison.
 
         max R = min R
@@ -95,6 +104,7 @@ def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_
         rewards: `[..., G]`, or any shape with `group_ids`.
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         Bool: `[...]`, one for each group; with `group_ids`, for each sample that of its group.
@@ -104,6 +114,7 @@ def zero_std_groups(rewards: ArrayLike, *, mask: ArrayLike | None = None, group_
 
     Source: Yu et al. 2025, "DAPO" (2503.14476).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     mask = mask_or_all(mask, rewards=rewards)
     is_constant = group_statistics(fill_masked(rewards, mask), mask, group_ids).is_constant
     return is_constant[..., 0] if group_ids is None else is_constant

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.group import group_advantages
 from jaxrl_llm.advantages.reinforce import NormalizeOver
-from jaxrl_llm.advantages.statistics import whiten_by_length
+from jaxrl_llm.advantages.statistics import row_labels, whiten_by_length
 from jaxrl_llm.masking import as_float, check_choice, mask_or_all
 
 
@@ -23,6 +23,7 @@ def gdpo_advantages(
     eps: float = 1e-4,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GDPO: each reward standardized within its group by itself, their weighted sum standardized over the batch.
 
@@ -44,6 +45,7 @@ def gdpo_advantages(
         mask: Bool, of the shape of `rewards`: False where a reward does not apply to the sample. A sample to
             which none applies has advantage 0 and no part in the batch.
         group_ids: Labels `[...]` of the samples; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `rewards` without its last axis: one advantage for each sample.
@@ -53,10 +55,9 @@ def gdpo_advantages(
 
     Source: Liu et al. 2026, "GDPO" (2601.05242).
     """
+    group_ids = row_labels(group_ids, group_size, rewards=rewards)
     check_choice("normalize_over", normalize_over, NormalizeOver)
     mask = mask_or_all(mask, rewards=rewards)
-    if mask.ndim < 1 + (group_ids is None):
-        raise ValueError(f"rewards has shape {mask.shape}: pass [..., G, K], or [..., K] with group_ids")
     num_rewards = mask.shape[-1]
     weights = jnp.ones(num_rewards, jnp.float32) if weights is None else as_float(weights)
     if weights.shape != (num_rewards,):
@@ -70,7 +71,7 @@ def gdpo_advantages(
     total = jnp.sum(weights * jnp.stack(standardized, axis=-1), axis=-1)
     valid = jnp.any(mask, axis=-1)
     if normalize_over == "sequences":  # the batch as one group
-        flat = group_advantages(total.ravel(), ddof=ddof, eps=eps, mask=valid.ravel())
+        flat = group_advantages(total.reshape(1, -1), ddof=ddof, eps=eps, mask=valid.reshape(1, -1))
         return flat.reshape(total.shape)
     if lengths is None:
         raise ValueError("normalize_over 'tokens' weighs each sequence by its length: pass lengths, or 'sequences'")

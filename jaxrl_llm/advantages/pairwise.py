@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.advantages.statistics import group_rank
+from jaxrl_llm.advantages.statistics import group_labels, group_rank
 from jaxrl_llm.masking import (
     check_choice,
     check_mask,
@@ -23,7 +23,9 @@ from jaxrl_llm.masking import (
 InconsistentVerdict = Literal["loss", "tie"]
 
 
-def draw_reference(key: Array, mask: ArrayLike, *, group_ids: ArrayLike | None = None) -> Array:
+def draw_reference(
+    key: Array, mask: ArrayLike, *, group_ids: ArrayLike | None = None, group_size: int | None = None
+) -> Array:
     """Draws the sample of each group that the others are compared with, each valid one with equal probability.
 
         reference ~ uniform over the valid samples of the group
@@ -35,6 +37,7 @@ def draw_reference(key: Array, mask: ArrayLike, *, group_ids: ArrayLike | None =
         key: PRNG key.
         mask: Bool `[..., G]`, a group along the last axis, or any shape with `group_ids`: the samples there are.
         group_ids: Labels of the shape of `mask`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         Bool, of the shape of `mask`: True at one sample of each group that has any.
@@ -44,6 +47,7 @@ def draw_reference(key: Array, mask: ArrayLike, *, group_ids: ArrayLike | None =
 
     Source: Jia et al. 2025, "Writing-Zero" (2506.00103).
     """
+    group_ids = group_labels(group_ids, group_size, mask=mask)
     mask = check_mask(mask, group_ids=group_ids)
     return mask & (group_rank(jax.random.uniform(key, mask.shape), mask, group_ids) == 0)
 
@@ -88,7 +92,13 @@ def brpo_advantages(
     return jnp.where(mask & ~jnp.asarray(is_reference, bool), verdict, 0.0)
 
 
-def brpo_skew(advantages: ArrayLike, *, mask: ArrayLike | None = None, group_ids: ArrayLike | None = None) -> Array:
+def brpo_skew(
+    advantages: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
+) -> Array:
     """How one-sided the verdicts of a group are: 0 if balanced, near 1 if the reference was the worst or the best.
 
         |Σᵢ Aᵢ| / G
@@ -100,6 +110,7 @@ def brpo_skew(advantages: ArrayLike, *, mask: ArrayLike | None = None, group_ids
         advantages: From `brpo_advantages`, `[..., G]`; or any shape with `group_ids`.
         mask: Bool, of that shape: False for samples that could not be judged, which do not count in G.
         group_ids: Labels of that shape; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         Float32 `[...]`, one for each group; with `group_ids`, for each sample that of its group.
@@ -109,6 +120,7 @@ def brpo_skew(advantages: ArrayLike, *, mask: ArrayLike | None = None, group_ids
 
     Source: Jia et al. 2025, "Writing-Zero" (2506.00103).
     """
+    group_ids = group_labels(group_ids, group_size, advantages=advantages)
     mask = mask_or_all(mask, advantages=advantages)
     total = group_total(fill_masked(advantages, mask), mask, group_ids)
     skew = jnp.abs(safe_divide(total, group_total(mask, mask, group_ids)))

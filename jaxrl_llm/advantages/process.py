@@ -10,11 +10,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.group import group_advantages
+from jaxrl_llm.advantages.statistics import row_labels
 from jaxrl_llm.masking import check_choice, check_mask, fill_masked, next_valid, safe_divide, suffix_sum
 
 PROBABILITY_FLOOR = 1e-6
@@ -114,6 +114,7 @@ def process_advantages(
     ddof: int = 1,
     eps: float = 1e-4,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GRPO with process supervision: the step rewards of a group standardized together, summed from each token on.
 
@@ -130,6 +131,7 @@ def process_advantages(
         ddof: 1 for the unbiased deviation, 0 for the population's.
         eps: Added to the deviation, outside the root.
         group_ids: Labels `[...]` of the samples; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         `[..., G, T]`, 0 at masked positions and behind the last step.
@@ -139,6 +141,7 @@ def process_advantages(
 
     Source: Shao et al. 2024, "DeepSeekMath" (2402.03300).
     """
+    group_ids = row_labels(group_ids, group_size, step_rewards=step_rewards)
     mask = check_mask(mask)
     step_mask = check_mask(step_mask, step_rewards=step_rewards, step_ends=step_ends)
     shape = step_mask.shape
@@ -146,10 +149,6 @@ def process_advantages(
         raise ValueError(
             f"step_mask has shape {shape}, but mask has shape {mask.shape}: all but the last must be equal"
         )
-    if group_ids is None and len(shape) < 2:
-        raise ValueError(f"step_rewards has shape {shape}: pass [..., G, K], or group_ids")
-    if group_ids is not None and np.shape(group_ids) != shape[:-1]:
-        raise ValueError(f"group_ids has shape {np.shape(group_ids)}, but step_rewards has shape {shape}")
 
     rewards = fill_masked(step_rewards, step_mask)
     if group_ids is None:  # a group's steps in one row

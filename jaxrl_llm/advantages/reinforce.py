@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.group import group_advantages
 from jaxrl_llm.advantages.shaping import RewardKLEstimator, shape_rewards
-from jaxrl_llm.advantages.statistics import whiten_by_length
+from jaxrl_llm.advantages.statistics import group_labels, whiten_by_length
 from jaxrl_llm.masking import (
     as_float,
     check_choice,
@@ -169,6 +169,7 @@ def reinforce_plus_plus_baseline_advantages(
     ddof: int = 1,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """REINFORCE++-baseline: rewards minus their group's mean, whitened over the batch.
 
@@ -185,6 +186,7 @@ def reinforce_plus_plus_baseline_advantages(
         ddof: 1 for the unbiased variance (verl), 0 for the population's (OpenRLHF).
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `rewards`: one advantage for each sequence, 0 where masked.
@@ -194,6 +196,7 @@ def reinforce_plus_plus_baseline_advantages(
 
     Source: Hu et al. 2025, "REINFORCE++" (2501.03262).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     check_choice("normalize_over", normalize_over, NormalizeOver)
     mask = mask_or_all(mask, rewards=rewards)
     centred = group_advantages(rewards, scale="none", mask=mask, group_ids=group_ids)

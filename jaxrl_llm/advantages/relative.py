@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.group import group_advantages
-from jaxrl_llm.advantages.statistics import group_rank, group_statistics, safe_sqrt
+from jaxrl_llm.advantages.statistics import group_labels, group_rank, group_statistics, safe_sqrt
 from jaxrl_llm.masking import (
     check_choice,
     check_same_shape,
@@ -30,6 +30,7 @@ def opo_advantages(
     *,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """OPO: rewards minus the mean of their group weighted by length.
 
@@ -44,6 +45,7 @@ def opo_advantages(
         lengths: Lengths nⱼ of the completions in tokens, of the shape of `rewards`.
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `rewards`; exactly 0 where all of a group's rewards are equal, and where masked.
@@ -53,6 +55,7 @@ def opo_advantages(
 
     Source: Hao et al. 2025, "On-policy RL with optimal reward baseline" (2505.23585).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     mask = mask_or_all(mask, rewards=rewards)
     check_same_shape(rewards=rewards, lengths=lengths)
     rewards, lengths = fill_masked(rewards, mask), fill_masked(lengths, mask)
@@ -68,6 +71,7 @@ def gpg_alpha(
     eps: float = 0.0,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GPG's factor for the samples that teach nothing: all samples over those that do.
 
@@ -82,6 +86,7 @@ def gpg_alpha(
         eps: Added to the share, before it is inverted (1e-5 in the authors' code).
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         A float32 scalar; 0 if no sample teaches anything.
@@ -91,6 +96,7 @@ def gpg_alpha(
 
     Source: Chu et al. 2025, "GPG" (2504.02546).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     check_choice("alpha_mode", alpha_mode, GPGAlphaMode)
     mask = mask_or_all(mask, rewards=rewards)
     rewards = fill_masked(rewards, mask)
@@ -106,6 +112,7 @@ def gpg_advantages(
     eps: float = 0.0,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """GPG: centred rewards, made larger by what groups without a signal take off the mean.
 
@@ -120,6 +127,7 @@ def gpg_advantages(
         eps: As `gpg_alpha`.
         mask: As `gpg_alpha`.
         group_ids: As `gpg_alpha`.
+        group_size: As `gpg_alpha`.
 
     Returns:
         The shape of `rewards`.
@@ -129,6 +137,7 @@ def gpg_advantages(
 
     Source: Chu et al. 2025, "GPG" (2504.02546).
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     factor = gpg_alpha(rewards, alpha_mode=alpha_mode, eps=eps, mask=mask, group_ids=group_ids)
     return factor * group_advantages(rewards, scale="none", mask=mask, group_ids=group_ids)
 
@@ -141,6 +150,7 @@ def pass_at_k_advantages(
     eps: float = 1e-6,
     mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """The advantage that trains the best of a group's samples: only the best has one, its lead over the second.
 
@@ -156,6 +166,7 @@ def pass_at_k_advantages(
         eps: Added to the deviation, outside the root.
         mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
         group_ids: Labels of the shape of `rewards`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `rewards`; 0 in groups with fewer than two valid samples.
@@ -165,6 +176,7 @@ def pass_at_k_advantages(
 
     Source: Tang et al. 2025, "Optimizing language models for inference time objectives" (2503.19595); verl.
     """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
     check_choice("scale", scale, PassAtKScale)
     mask = mask_or_all(mask, rewards=rewards)
     rewards = fill_masked(rewards, mask)

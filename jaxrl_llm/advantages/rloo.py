@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.advantages.group import group_advantages
 from jaxrl_llm.advantages.shaping import RewardKLEstimator, rlhf_reward, shape_rewards
+from jaxrl_llm.advantages.statistics import group_labels
 from jaxrl_llm.masking import check_mask, fill_masked, mask_or_all, per_token, suffix_sum
 
 
@@ -22,6 +23,7 @@ def rloo_advantages(
     score_clip: float | None = None,
     sample_mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """REINFORCE leave-one-out: each sample's reward, its KL inside, against the mean of the others of its prompt.
 
@@ -29,7 +31,7 @@ def rloo_advantages(
         Aᵢ = Rᵢ − Σⱼ≠ᵢ Rⱼ / (G − 1)
 
     Without a KL it is `group_advantages(scores, scale="none", baseline="leave_one_out")`. With the whole batch as one
-    group, `group_advantages(A.ravel())` standardizes the result (TRL's `normalize_advantages`). Unlike
+    group, `group_advantages(A.reshape(1, -1))` standardizes the result (TRL's `normalize_advantages`). Unlike
     `rloo_token_advantages`, the baseline contains the KL of the other samples.
 
     Args:
@@ -42,6 +44,7 @@ def rloo_advantages(
         score_clip: As `rlhf_reward`.
         sample_mask: Bool, of the shape of `scores`: False for samples that could not be scored.
         group_ids: Labels of the shape of `scores`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `scores`: one advantage for each sample. A group of one has 0 (in verl, its raw reward).
@@ -51,6 +54,7 @@ def rloo_advantages(
 
     Source: Ahmadian et al. 2024, "Back to basics" (2402.14740).
     """
+    group_ids = group_labels(group_ids, group_size, scores=scores)
     sample_mask = mask_or_all(sample_mask, scores=scores)
     rewards = rlhf_reward(
         fill_masked(scores, sample_mask),
@@ -75,6 +79,7 @@ def rloo_token_advantages(
     advantage_clip: float | None = None,
     sample_mask: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """RLOO with the KL after the baseline, as OpenRLHF computes it: leave-one-out scores, then rewards to go.
 
@@ -92,6 +97,7 @@ def rloo_token_advantages(
         advantage_clip: Bound ±advantage_clip on the score minus its baseline, before the KL (OpenRLHF: 10).
         sample_mask: As `rloo_advantages`; the KL of such a sample's tokens is left out, too.
         group_ids: As `rloo_advantages`.
+        group_size: As `rloo_advantages`.
 
     Returns:
         `[..., G, T]`, 0 at masked positions.
@@ -101,6 +107,7 @@ def rloo_token_advantages(
 
     Source: Ahmadian et al. 2024, "Back to basics" (2402.14740); OpenRLHF.
     """
+    group_ids = group_labels(group_ids, group_size, scores=scores)
     sample_mask = mask_or_all(sample_mask, scores=scores)
     centred = group_advantages(scores, scale="none", baseline="leave_one_out", mask=sample_mask, group_ids=group_ids)
     if advantage_clip is not None:

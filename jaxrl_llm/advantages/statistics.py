@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,34 @@ def group_statistics(x: ArrayLike, mask: ArrayLike, group_ids: ArrayLike | None 
     return GroupStatistics(count, mean, sum_of_squares, is_constant)
 
 
+def group_labels(group_ids: ArrayLike | None, group_size: int | None, **samples: Any) -> ArrayLike | None:
+    """The labels of samples by group, or `None` where the last of several axes is a group.
+
+    Args:
+        group_ids: Labels of the samples; equal ones, wherever they are, form a group.
+        group_size: G, where the G samples of a prompt lie one after another along the last axis.
+        samples: The one array whose shape is that of the samples, by its name in errors.
+
+    Raises:
+        ValueError: On both, on a size that does not divide the last axis, and on a single axis with neither: which
+            samples of a flat batch share a prompt is to be said.
+    """
+    ((name, array),) = samples.items()
+    shape = np.shape(array)
+    if group_ids is not None and group_size is not None:
+        raise ValueError(f"group_ids and group_size={group_size} are both given: pass one of them")
+    if group_size is not None:
+        if not shape or group_size < 1 or shape[-1] % group_size:
+            raise ValueError(f"group_size is {group_size}, but {name} has shape {shape}: it must divide the last axis")
+        return np.arange(math.prod(shape)).reshape(shape) // group_size
+    if group_ids is None and len(shape) < 2:
+        raise ValueError(
+            f"{name} has shape {shape}, which does not say which samples share a prompt: pass group_size= if those "
+            "of a prompt lie one after another, group_ids=, or an array [P, G]"
+        )
+    return group_ids
+
+
 def group_rank(x: ArrayLike, mask: ArrayLike, group_ids: ArrayLike | None = None) -> Array:
     """The rank of each sample in its group: 0 for the largest valid one.
 
@@ -83,22 +112,26 @@ def rows_total(x: ArrayLike, mask: ArrayLike, group_ids: ArrayLike | None = None
     Returns:
         The shape of `x`.
     """
-    check_row_groups(mask, group_ids)
     values = fill_masked(x, mask)
     if group_ids is None:
         return jnp.broadcast_to(jnp.sum(values, axis=-2, keepdims=True), values.shape)
     return jax.vmap(group_total, in_axes=(-1, -1, None), out_axes=-1)(values, jnp.asarray(mask), group_ids)
 
 
-def check_row_groups(mask: ArrayLike, group_ids: ArrayLike | None) -> None:
-    """Raises ValueError unless `group_ids` labels the rows of `mask`, or axis −2 of `mask` is a group."""
-    shape = np.shape(mask)
+def row_labels(group_ids: ArrayLike | None, group_size: int | None, **rows: Any) -> ArrayLike | None:
+    """`group_labels` of rows `[..., T]`: `None` where axis −2 of `[..., P, G, T]` is a group."""
+    ((name, array),) = rows.items()
+    shape = np.shape(array)
     if group_ids is not None and np.shape(group_ids) != shape[:-1]:
         raise ValueError(
-            f"group_ids has shape {np.shape(group_ids)}, but mask has shape {shape}: pass one label for each row"
+            f"group_ids has shape {np.shape(group_ids)}, but {name} has shape {shape}: pass one label for each row"
         )
-    if group_ids is None and len(shape) < 2:
-        raise ValueError(f"mask has shape {shape}: pass arrays [..., G, T] with a group on axis -2, or group_ids")
+    if group_ids is None and group_size is None and len(shape) < 3:
+        raise ValueError(
+            f"{name} has shape {shape}, which does not say which rows share a prompt: pass group_size= if those of a "
+            "prompt lie one after another, group_ids=, or an array [P, G, T]"
+        )
+    return group_labels(group_ids, group_size, **{f"rows of {name}": jax.ShapeDtypeStruct(shape[:-1], bool)})
 
 
 def whiten_by_length(x: ArrayLike, lengths: ArrayLike, mask: ArrayLike, *, ddof: int = 1, eps: float = 1e-8) -> Array:

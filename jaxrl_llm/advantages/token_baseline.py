@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.advantages.statistics import check_row_groups, rows_total
+from jaxrl_llm.advantages.statistics import row_labels, rows_total
 from jaxrl_llm.masking import as_float, check_mask, fill_masked, safe_divide, suffix_sum
 
 
@@ -20,6 +20,7 @@ def optimal_token_baseline_advantages(
     weights: ArrayLike | None = None,
     zero_tail: bool = True,
     group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
 ) -> Array:
     """Rewards to go minus the optimal token baseline: a mean over the group at each position, weighted by variance.
 
@@ -39,6 +40,7 @@ def optimal_token_baseline_advantages(
         zero_tail: Whether the baseline is 0 where only one row of the group has a token: there it would be the
             row's own return, and the advantage 0. A group of one row has baseline 0 in any case.
         group_ids: Labels `[...]` of the rows.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
 
     Returns:
         The shape of `token_rewards`, 0 at masked positions.
@@ -48,6 +50,7 @@ def optimal_token_baseline_advantages(
 
     Source: verl, `compute_optimal_token_baseline_advantage`.
     """
+    group_ids = row_labels(group_ids, group_size, mask=mask)
     mask = check_mask(
         mask,
         token_rewards=token_rewards,
@@ -55,7 +58,6 @@ def optimal_token_baseline_advantages(
         sum_squared_probs=sum_squared_probs,
         weights=weights,
     )
-    check_row_groups(mask, group_ids)
     returns = suffix_sum(token_rewards, mask)
     energy = 1 - 2 * jnp.exp(fill_masked(old_logprobs, mask)) + fill_masked(sum_squared_probs, mask)
     if weights is not None:

@@ -23,11 +23,11 @@ def test_golden_numbers(examples):
     close(state.deviation(), examples["hadw.sigma"])
     close(state.update(0.7).value, examples["hadw.C_post_eta1"])
     advantages, accuracies = np.array([0.75, -0.25, -0.25, -0.25]), np.array([1, 0, 0, 0])
-    weights = hadw_weights(advantages, accuracies, 0.6)
+    weights = hadw_weights(advantages, accuracies, 0.6, group_size=4)
     close(weights, examples["hadw.Phi_lambda1p3"])
     close(accuracies.mean() - 0.6, examples["hadw.diff"])
     close(np.log(weights / 1.3) / abs(examples["hadw.diff"]), examples["hadw.D"])
-    close(hadw_advantages(advantages, accuracies, 0.6), examples["hadw.adv"])
+    close(hadw_advantages(advantages, accuracies, 0.6, group_size=4), examples["hadw.adv"])
     close(mean_accuracy_of_mixed_groups(0.1, 8), examples["hadw.E_phat_given_S_p0p1_G8"])
 
 
@@ -96,7 +96,7 @@ def test_holds_of_every_estimator(data, check_estimator, trained):
 def test_hard_successes_and_easy_failures_count_more():
     easy, hard = np.array([1, 1, 1, 0.0]), np.array([1, 0, 0, 0.0])
     for accuracies, larger in ((easy, [False, False, False, True]), (hard, [True, False, False, False])):
-        weights = hadw_weights(accuracies - accuracies.mean(), accuracies, 0.5)
+        weights = hadw_weights(accuracies - accuracies.mean(), accuracies, 0.5, group_size=4)
         assert (weights > 1.3).tolist() == larger
 
 
@@ -119,4 +119,4 @@ def test_bias_formula_at_the_ends():
 
 def test_errors(data):
     with pytest.raises(ValueError, match=r"accuracies has shape \(4,\), but advantages has shape \(4, 4\)"):
-        hadw_weights(data["advantages"], np.ones(4), 0.5)
+        hadw_weights(data["advantages"], np.ones(4), 0.5, group_size=4)

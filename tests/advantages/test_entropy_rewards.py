@@ -41,19 +41,22 @@ def standardize_loop(rewards, mask, successes, norm, ddof, eps, gate=1e-6):
 
 
 def test_gtpo_golden_numbers(examples):
-    arrays = (ENTROPY, SUCCESSES, MASK)
-    close(gtpo_rewards(*arrays), examples["gtpo.shaped_a1_1_a2_0p1"])
-    close(gtpo_rewards(*arrays, success_weight=0.9), examples["gtpo.shaped_a1_0p9_a2_0p1"])
-    close(gtpo_advantages(*arrays), examples["gtpo.adv_separate"], atol=2e-6)
+    arrays = (ENTROPY[None], SUCCESSES[None], MASK[None])
+    close(gtpo_rewards(*arrays)[0], examples["gtpo.shaped_a1_1_a2_0p1"])
+    close(gtpo_rewards(*arrays, success_weight=0.9)[0], examples["gtpo.shaped_a1_0p9_a2_0p1"])
+    close(gtpo_advantages(*arrays)[0], examples["gtpo.adv_separate"], atol=2e-6)
 
 
 def test_grpo_s_golden_numbers(examples):
     arrays = (ENTROPY, SUCCESSES, MASK)
+    flat = {"group_size": 4}
     means = np.nanmean(np.where(MASK, ENTROPY, np.nan), -1)
     close(means, examples["grpos.mean_entropy"])
-    close(grpo_s_rewards(*arrays), examples["grpos.shaped_b1_1_b2_0p1"])
-    close(grpo_s_rewards(means[:, None], SUCCESSES, np.ones((4, 1), bool)), examples["grpos.shaped_b1_1_b2_0p1"])
-    close(grpo_s_advantages(*arrays), examples["grpos.adv_group_norm"])
+    close(grpo_s_rewards(*arrays, **flat), examples["grpos.shaped_b1_1_b2_0p1"])
+    close(
+        grpo_s_rewards(means[:, None], SUCCESSES, np.ones((4, 1), bool), **flat), examples["grpos.shaped_b1_1_b2_0p1"]
+    )
+    close(grpo_s_advantages(*arrays, **flat), examples["grpos.adv_group_norm"])
 
 
 @pytest.mark.parametrize("shape_failures", [True, False])

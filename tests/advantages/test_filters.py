@@ -53,15 +53,15 @@ def test_threshold_golden_numbers(examples):
     def loss(out):
         return -np.mean((logprobs * np.asarray(out.advantages))[np.asarray(out.keep)])
 
-    hard = threshold_filter(rewards)
+    hard = threshold_filter(rewards, group_size=5)
     close(rewards - hard.advantages, [examples["seed002.mean"]] * 5)
     close(hard.keep, examples["seed002.hard_keep"])
     close(hard.advantages, examples["seed002.adv"])
     close(loss(hard), examples["seed002.hard_loss"])
-    soft = threshold_filter(rewards, threshold="soft", top_percent=20)
+    soft = threshold_filter(rewards, threshold="soft", top_percent=20, group_size=5)
     close(np.flatnonzero(soft.keep), examples["seed002.soft_T20_keep_index"])
     close(loss(soft), examples["seed002.soft_loss"])
-    soft = threshold_filter(rewards, threshold="soft", top_percent=40)
+    soft = threshold_filter(rewards, threshold="soft", top_percent=40, group_size=5)
     close(np.flatnonzero(soft.keep), examples["seed002.soft_T40_keep_index"])
 
 
@@ -90,7 +90,7 @@ def test_threshold_equals_the_definition(rewards, labels, top_percent, scale):
 
 
 def test_a_share_is_not_rounded_up_by_a_rounding_error():
-    rewards = np.arange(100.0)
+    rewards = np.arange(100.0)[None]
     for percent in (7, 14, 28, 55, 56):
         assert threshold_filter(rewards, threshold="soft", top_percent=percent).keep.sum() == percent
     assert threshold_filter(rewards, threshold="soft", top_percent=7.5).keep.sum() == 8
@@ -112,14 +112,14 @@ def test_equal_rewards_pass_no_hard_threshold(value):
 
 
 def test_gfpo_golden_numbers(examples):
-    lengths, rewards = np.array([10, 40, 20, 30]), np.array([1, 1, 0, 1])
+    lengths, rewards = np.array([[10, 40, 20, 30]]), np.array([[1, 1, 0, 1]])
     short = gfpo_advantages(rewards, -lengths, keep=2)
-    close(short.keep, examples["gfpo.short_k2_mask"])
-    close(short.advantages, examples["gfpo.short_k2_adv"])
+    close(short.keep[0], examples["gfpo.short_k2_mask"])
+    close(short.advantages[0], examples["gfpo.short_k2_adv"])
     efficient = gfpo_advantages(rewards, rewards / lengths, keep=2)
-    close(efficient.keep, examples["gfpo.eff_k2_mask"])
-    close(efficient.advantages, examples["gfpo.eff_k2_adv"])
-    close(gfpo_advantages(rewards, -lengths, keep=3).advantages, examples["gfpo.short_k3_adv"])
+    close(efficient.keep[0], examples["gfpo.eff_k2_mask"])
+    close(efficient.advantages[0], examples["gfpo.eff_k2_adv"])
+    close(gfpo_advantages(rewards, -lengths, keep=3).advantages[0], examples["gfpo.short_k3_adv"])
 
 
 @pytest.mark.parametrize("labels", [None, LABELS])

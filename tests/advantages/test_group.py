@@ -1,9 +1,13 @@
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from jaxrl_llm import advantages as functions
 from jaxrl_llm.advantages.group import group_advantages, zero_std_groups
 
 REWARDS = np.array([[1, 0, 0, 1], [1, 1, 1, 0]])
@@ -117,7 +121,9 @@ def test_zero_std_groups(ragged):
     assert by_sample.tolist() == [[flag] * 5 for flag in expected]
     assert zero_std_groups(np.zeros((2, 3, 1))).tolist() == [[True] * 3] * 2
     # A difference of one rounding unit is a difference: the test is exact.
-    assert not zero_std_groups(np.array([0.1, np.nextafter(np.float32(0.1), np.float32(1))], np.float32))
+    assert not zero_std_groups(
+        np.array([0.1, np.nextafter(np.float32(0.1), np.float32(1))], np.float32), group_size=2
+    ).any()
 
 
 def test_a_group_does_not_see_another_one(ragged):
@@ -162,9 +168,9 @@ def test_jit_vmap_and_half_precision(ragged):
     rewards, mask = jnp.float32(ragged[0]), jnp.asarray(ragged[1])
 
     def advantages(rewards, mask):
-        return group_advantages(rewards, mask=mask)
+        return group_advantages(rewards, mask=mask, group_size=5)  # under vmap a row is all that there is
 
-    expected = advantages(rewards, mask)
+    expected = group_advantages(rewards, mask=mask)
     close(jax.jit(advantages)(rewards, mask), expected)
     close(jax.jit(jax.vmap(advantages))(rewards, mask), expected)
     half = rewards.astype(jnp.bfloat16)
@@ -181,3 +187,56 @@ def test_errors():
         group_advantages(REWARDS, mask=np.ones((2, 3), bool))
     with pytest.raises(ValueError, match=r"group_ids has shape \(2,\), but mask has shape \(2, 4\)"):
         jax.eval_shape(lambda rewards: group_advantages(rewards, group_ids=np.zeros(2, int)), REWARDS)
+
+
+FLAT: dict[str, Callable[..., Any]] = {
+    "group": lambda x, **how: functions.group_advantages(x, **how),
+    "zero_std": lambda x, **how: functions.zero_std_groups(x, **how),
+    "mixed": lambda x, **how: functions.keep_mixed_groups(x, **how),
+    "threshold": lambda x, **how: functions.threshold_filter(x, **how),
+    "gfpo": lambda x, **how: functions.gfpo_advantages(x, -x, keep=2, **how),
+    "opo": lambda x, **how: functions.opo_advantages(x, x + 2, **how),
+    "gpg": lambda x, **how: functions.gpg_advantages(x, **how),
+    "pass_at_k": lambda x, **how: functions.pass_at_k_advantages(x, **how),
+    "reinforce++": lambda x, **how: functions.reinforce_plus_plus_baseline_advantages(x, lengths=x + 1, **how),
+    "rloo": lambda x, **how: functions.rloo_advantages(
+        x, *[x[..., None]] * 2, jnp.ones_like(x[..., None], bool), **how
+    ),
+    "hadw": lambda x, **how: functions.hadw_advantages(x, x, 0.5, **how),
+    "skew": lambda x, **how: functions.brpo_skew(x, **how),
+    "reference": lambda x, **how: functions.draw_reference(jax.random.key(0), x >= 0, **how),
+    "gdpo": lambda x, **how: functions.gdpo_advantages(jnp.stack([x, x**2], axis=-1), **how),
+    "gtpo": lambda x, **how: functions.gtpo_advantages(*_rows(x), **how),
+    "grpo_s": lambda x, **how: functions.grpo_s_advantages(*_rows(x), **how),
+    "process": lambda x, **how: functions.process_advantages(
+        x[..., None], jnp.zeros_like(x[..., None], int), *[jnp.ones_like(x[..., None], bool)] * 2, **how
+    ),
+    "token_baseline": lambda x, **how: functions.optimal_token_baseline_advantages(
+        x[..., None], -x[..., None], 0.5 + 0 * x[..., None], jnp.ones_like(x[..., None], bool), **how
+    ),
+}
+
+
+def _rows(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Entropies, successes and a mask: one token a row."""
+    return x[..., None] + 0.5, x > 1, jnp.ones_like(x[..., None], bool)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_flat_batch_says_which_samples_share_a_prompt(name):
+    """Twelve rewards of four prompts: `[4, 3]`, or flat with the size of a group, or with labels; never one group."""
+    rewards = jnp.array([[2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 3.0, 0.0], [1.0, 2.0, 3.0]])
+    expected, flat = FLAT[name](rewards), rewards.ravel()
+    with pytest.raises(
+        ValueError, match=r"has shape \(12,.*does not say which (samples|rows) share a prompt: pass group_size="
+    ):
+        FLAT[name](flat)
+    for how in ({"group_size": 3}, {"group_ids": np.repeat(np.arange(4), 3)}):
+        for given, wanted in zip(jax.tree.leaves(FLAT[name](flat, **how)), jax.tree.leaves(expected), strict=True):
+            if wanted.size == 4:  # one for each group
+                wanted = jnp.repeat(wanted, 3)
+            np.testing.assert_allclose(jnp.ravel(given), jnp.ravel(wanted), atol=1e-6)
+    with pytest.raises(ValueError, match=r"group_size is 5, but .* has shape \(12,\): it must divide the last axis"):
+        FLAT[name](flat, group_size=5)
+    with pytest.raises(ValueError, match="group_ids and group_size=3 are both given"):
+        FLAT[name](flat, group_size=3, group_ids=np.repeat(np.arange(4), 3))

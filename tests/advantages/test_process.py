@@ -46,7 +46,7 @@ def test_process_supervision_golden_numbers(examples):
     step_rewards = np.array([[0.9, 0.2, np.nan], [0.5, 0.6, 0.1]])
     step_mask = ~np.isnan(step_rewards)
     ends, mask = np.array([[1, 3, 0], [0, 1, 2]]), np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
-    A = process_advantages(step_rewards, ends, step_mask, mask, eps=0)
+    A = process_advantages(step_rewards, ends, step_mask, mask, eps=0, group_size=2)
     close(A[0], examples["grpo.ps_token_adv_0"])
     close(A[0, np.array([1, 3])], examples["grpo.ps_adv_0"])
     close(A[1, :3], examples["grpo.ps_adv_1"])
@@ -153,7 +153,7 @@ def test_errors(data):
         process_advantages(**{**data, "mask": data["mask"][0]})
     with pytest.raises(ValueError, match=r"group_ids has shape \(3,\), but step_rewards has shape \(3, 2, 4\)"):
         process_advantages(**data, group_ids=np.zeros(3, int))
-    with pytest.raises(ValueError, match=r"step_rewards has shape \(4,\): pass \[..., G, K\], or group_ids"):
+    with pytest.raises(ValueError, match=r"step_rewards has shape \(4,\), which does not say which rows"):
         process_advantages(**{name: x[0, 0] for name, x in data.items()})
     with pytest.raises(ValueError, match="temperature is 0: it must be positive"):
         min_form_weights(data["step_rewards"], data["step_mask"], temperature=0)

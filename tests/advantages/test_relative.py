@@ -38,7 +38,7 @@ def pass_at_k_loop(group, ddof=1, eps=1e-6, scaled=True):
 
 def test_golden_numbers(examples):
     lengths, rewards = np.array([10, 20, 30, 60]), np.array([1, 0, 0, 1])
-    A = opo_advantages(rewards, lengths)
+    A = opo_advantages(rewards, lengths, group_size=4)
     close(A, examples["opo.adv"])
     close(rewards - A, [examples["opo.baseline"]] * 4)
     groups = np.array([[1, 0, 0, 1], [1, 1, 1, 1]])
@@ -46,7 +46,7 @@ def test_golden_numbers(examples):
     close(gpg_advantages(groups), examples["gpg.adv_paper"])
     close(gpg_alpha(groups, alpha_mode="nonzero_rewards"), examples["gpg.alpha_verl_nonzero_rewards"])
     close(gpg_advantages(groups, alpha_mode="nonzero_rewards")[0], [2 / 3, -2 / 3, -2 / 3, 2 / 3])
-    close(pass_at_k_advantages(np.array([1, 0, 0, 0.5])), examples["passk.adv"])
+    close(pass_at_k_advantages(np.array([1, 0, 0, 0.5]), group_size=4), examples["passk.adv"])
 
 
 @pytest.mark.parametrize("labels", [None, LABELS])

@@ -107,7 +107,7 @@ def test_rloo(data, normalize, clip):
     args = (scores, logprobs, data.ref.reshape(GROUPS, SAMPLES, TIME), mask)
     A = rloo_advantages(*args, score_clip=clip, sample_mask=scored)
     if normalize:  # over the batch, as one group
-        A = group_advantages(A.ravel(), mask=scored.ravel())
+        A = group_advantages(A.reshape(1, -1), mask=scored.reshape(1, -1))
     close(np.asarray(A).ravel(), out["advantages"])
     rewards = np.asarray(rlhf_reward(*args, score_clip=clip))
     close(rewards[scored], out["rewards"].numpy()[scored.ravel()])

@@ -187,6 +187,7 @@ def _iterating(
             tokens=tokens,
             lengths=_lengths(shape),
             prompts=[tokenizer.decode(row.tolist()) for row in tokens],
+            openings=[""] * len(tokens),
             columns={},
             indices=np.arange(shape.prompts),
             valid=np.ones(shape.prompts, bool),

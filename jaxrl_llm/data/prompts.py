@@ -13,7 +13,7 @@ from jaxrl_llm.data.encoded_rows import Overlong, Ragged, read_rows, row_of, row
 from jaxrl_llm.data.formats import Prompt, PromptFormat
 from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.messages import tools_of
-from jaxrl_llm.data.tokens import encode_prompt
+from jaxrl_llm.data.tokens import encode_prompt, opened_thought
 
 # Reward functions receive these beside the columns.
 _REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -31,6 +31,10 @@ class PromptBatch:
 
     prompts: list[Prompt]
     """Text or messages, for the reward functions."""
+
+    openings: list[str]
+    """What each prompt has begun of its completion: a thought (`<think>` and the space behind it), or nothing. It is
+    put before the completions that reward functions read."""
 
     columns: dict[str, list[Any]]
     """Every other column of the rows, None where a row lacks it."""
@@ -104,6 +108,7 @@ class PromptDataset:
         lengths = {"prompt": [len(ids) for ids in encoded]}
         self._rows = rows_that_fit(lengths, {"prompt": max_prompt_length}, overlong=overlong)
         self._prompts = Ragged([encoded[row] for row in self._rows])
+        self._openings = [opened_thought(encoded[row], tokenizer) for row in self._rows]
         self.dropped = len(encoded) - len(self._rows)
         self.longest = int(self._prompts.lengths.max())
         content = digest.hexdigest()[:16]
@@ -129,6 +134,7 @@ class PromptDataset:
             tokens=self._prompts.padded(numbers, self.max_prompt_length, fill=self._pad),
             lengths=self._prompts.lengths[numbers],
             prompts=[self._format.prompt(row) for row in rows],
+            openings=[self._openings[item] for item in numbers],
             columns={name: [row.get(name) for row in rows] for name in self.column_names},
             indices=indices,
             valid=np.ones(len(numbers), bool) if valid is None else valid,

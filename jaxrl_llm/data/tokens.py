@@ -11,6 +11,9 @@ from typing import Any
 from jaxrl_llm.data.messages import Message
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_OPENED = re.compile(r"<think>\s*\Z")
+_TAIL = 16
+"""Tokens in which that is found, even where each is a character."""
 _BEFORE = ("\n", ".", "a")
 """Characters with one of which no tokenizer merges whatever follows."""
 
@@ -70,6 +73,12 @@ def encode_prompt(
     if isinstance(prompt, str):
         return some_tokens(encode_text_start(prompt, tokenizer))
     return some_tokens(encode(render(prompt, tokenizer, start=True, tools=tools), tokenizer))
+
+
+def opened_thought(prompt: Iterable[int], tokenizer: Any) -> str:
+    """The `<think>` with which a prompt ends, and the space behind it; empty where it ends with something else."""
+    found = _OPENED.search(tokenizer.decode([int(token) for token in prompt][-_TAIL:]))
+    return found[0] if found else ""
 
 
 def some_tokens(ids: list[int]) -> list[int]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.training.episodes.reading import completion_of, completion_text
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.episodes.user_functions import RewardError, together
 from jaxrl_llm.training.run.report import SampledCompletion
@@ -31,6 +32,10 @@ class Episodes:
     """Sampled ids, prompt-major: the G samples of prompt 0 first."""
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """The other columns of the data, one value a prompt."""
+    finished: list[bool] = dataclasses.field(default_factory=list)
+    """Whether each completion ended with a stop token, as `completion_ids`."""
+    openings: list[str] = dataclasses.field(default_factory=list)
+    """What each prompt has begun of its completions; see `PromptBatch.openings`."""
     token_rewards: np.ndarray | None = None
     """`[P, G, Tc]` float32, where rewards are given by token, 0 at padding; `rewards` is their sum."""
 
@@ -55,12 +60,15 @@ class Episodes:
     def groups(self, chosen: list[int]) -> Episodes:
         """Only these prompts, with their samples."""
         size = self.rewards.shape[1]
+        samples = [p * size + g for p in chosen for g in range(size)]
         return Episodes(
             self.rewards[chosen],
             {name: values[chosen] for name, values in self.by_name.items()},
             [self.prompts[p] for p in chosen],
-            [self.completion_ids[p * size + g] for p in chosen for g in range(size)],
+            [self.completion_ids[sample] for sample in samples],
             {name: [values[p] for p in chosen] for name, values in self.columns.items()},
+            [self.finished[sample] for sample in samples],
+            [self.openings[p] for p in chosen],
             None if self.token_rewards is None else self.token_rewards[chosen],
         )
 
@@ -72,6 +80,7 @@ class Episodes:
             rewards=self.rewards[:, :count],
             by_name={name: values[:, :count] for name, values in self.by_name.items()},
             completion_ids=[ids for n, ids in enumerate(self.completion_ids) if n % size < count],
+            finished=[finished for n, finished in enumerate(self.finished) if n % size < count],
             token_rewards=None if self.token_rewards is None else self.token_rewards[:, :count],
         )
 
@@ -86,6 +95,8 @@ class Episodes:
             [prompt for part in parts for prompt in part.prompts],
             [ids for part in parts for ids in part.completion_ids],
             {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
+            [finished for part in parts for finished in part.finished],
+            [opening for part in parts for opening in part.openings],
             np.concatenate(by_token) if by_token else None,
         )
 
@@ -133,7 +144,7 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
         rollout: what the sampler returned; its arrays are replicated.
         batch: the prompts it was sampled from.
         rewards: the reward functions.
-        tokenizer: decodes the sampled ids; special tokens are left out of the text that is scored.
+        tokenizer: decodes the sampled ids; see `completion_text`.
 
     Raises:
         RewardError: a reward function failed, in this process or in another: all raise together.
@@ -141,28 +152,31 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
     ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
     own = range(jax.process_index(), len(ids), jax.process_count())
 
-    def completion_of(sample: int) -> Any:
-        text = tokenizer.decode(ids[sample], skip_special_tokens=True)
-        if isinstance(batch.prompts[sample // group], str):
-            return text
-        return [{"role": "assistant", "content": text}]
+    finished = np.asarray(rollout.finished).ravel().tolist()
+
+    def completion(sample: int) -> Any:
+        opening = batch.openings[sample // group]
+        text = completion_text(ids[sample], tokenizer, finished=finished[sample], opening=opening)
+        return completion_of(batch.prompts[sample // group], text)
 
     given = (
         [batch.prompts[sample // group] for sample in own],
-        [completion_of(sample) for sample in own],
+        [completion(sample) for sample in own],
         [ids[sample] for sample in own],
         {name: [values[sample // group] for sample in own] for name, values in batch.columns.items()},
     )
     scores = together(lambda: rewards(*given), "a reward function")
     table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
     total, *named = table.reshape(-1, prompts, group)
-    return Episodes(total, dict(zip(scores.by_name, named, strict=True)), batch.prompts, ids, batch.columns)
+    by_name = dict(zip(scores.by_name, named, strict=True))
+    return Episodes(total, by_name, batch.prompts, ids, batch.columns, finished, batch.openings)
 
 
 def unscored(rollout: Rollout, batch: PromptBatch) -> Episodes:
     """A rollout's completions with rewards of 0: those that a device gives are added by `plus`."""
     zeros = np.zeros(rollout.completion_lengths.shape, np.float32)
-    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns)
+    finished = np.asarray(rollout.finished).ravel().tolist()
+    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns, finished, batch.openings)
 
 
 def _sampled_ids(rollout: Rollout) -> list[list[int]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrl_llm.advantages import draw_reference
 from jaxrl_llm.training.episodes.episodes import Episodes
+from jaxrl_llm.training.episodes.reading import completion_of, completion_text
 from jaxrl_llm.training.episodes.user_functions import UserFunction, together
 
 
@@ -77,7 +78,7 @@ def compare(
     prompts, group = episodes.rewards.shape
     drawn = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), step), 3)
     is_reference = np.asarray(draw_reference(drawn, np.ones((prompts, group), bool)))
-    texts = [_completion(ids, episodes.prompts[n // group], tokenizer) for n, ids in enumerate(episodes.completion_ids)]
+    texts = [_completion(episodes, n, tokenizer) for n in range(prompts * group)]
     of_prompt = np.arange(prompts * group) // group
     references = [texts[p * group + int(is_reference[p].argmax())] for p in of_prompt]
     given = {
@@ -106,6 +107,8 @@ def _verdict(function: UserFunction, value: Any, index: int, completion: Any) ->
     raise function.refuse(value, index, completion)
 
 
-def _completion(ids: list[int], prompt: Any, tokenizer: Any) -> Any:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def _completion(episodes: Episodes, sample: int, tokenizer: Any) -> Any:
+    prompt, ids = sample // episodes.rewards.shape[1], episodes.completion_ids[sample]
+    opening, finished = episodes.openings[prompt], episodes.finished[sample]
+    text = completion_text(ids, tokenizer, finished=finished, opening=opening)
+    return completion_of(episodes.prompts[prompt], text)

@@ -32,6 +32,7 @@ from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.episodes import prompt_text, score_rollout
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
+from jaxrl_llm.training.episodes.reading import completion_text
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.distributed import from_main_process
@@ -286,12 +287,13 @@ class StarTrainer:
             episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer)
             right = (episodes.by_name[self.solved_by] >= 1) & np.asarray(rollout.finished)
             for slot, sample in np.ndindex(len(block), self.star.samples):
-                ids = episodes.completion_ids[slot * self.star.samples + sample]
+                place = slot * self.star.samples + sample
+                ids, finished = episodes.completion_ids[place], episodes.finished[place]
                 records.append(
                     {
                         "item": int(block[slot]),
                         "ids": ids,
-                        "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
+                        "completion": completion_text(ids, self.tokenizer, finished=finished),
                         "reward": float(episodes.rewards[slot, sample]),
                         "correct": bool(right[slot, sample]),
                     }

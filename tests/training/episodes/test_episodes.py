@@ -10,6 +10,7 @@ import pytest
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
+from jaxrl_llm.training.episodes.judging import compare
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.episodes.user_functions import RewardError
 from jaxrl_llm.types import Rollout
@@ -28,7 +29,7 @@ def rollout() -> Rollout:
         prompt_lengths=jnp.ones(2, jnp.int32),
         completion=jnp.asarray(COMPLETION),
         completion_lengths=jnp.asarray(LENGTHS),
-        finished=jnp.ones((2, 2), bool),
+        finished=jnp.array([[True, False], [True, True]]),
         logprobs=zeros,
         sampler_logprobs=zeros,
     )
@@ -39,6 +40,7 @@ def batch(prompts: list[Any]) -> PromptBatch:
         tokens=np.zeros((2, 3), np.int32),
         lengths=np.ones(2, np.int32),
         prompts=prompts,
+        openings=["", ""],
         columns={"answer": ["x", "y"], "level": [None, 3]},
         indices=np.arange(2),
         valid=np.ones(2, bool),
@@ -59,7 +61,7 @@ def test_reward_functions_see_text_ids_and_columns_of_each_sample() -> None:
     scored = score_rollout(rollout(), batch(["a", "b"]), RewardSum((spy, length), (1.0, 10.0)), TOKENIZER)
     assert seen == {
         "prompts": ["a", "a", "b", "b"],
-        "completions": ["a", "bbbb", "", "ab"],  # special tokens are no text
+        "completions": ["a", "bbbb", "", "ab"],  # without their ends
         "completion_ids": [[A, EOS], [B, B, B, B], [EOS], [A, B, EOS]],
         "answer": ["x", "x", "y", "y"],
         "level": [None, None, 3, 3],
@@ -90,6 +92,58 @@ def test_a_conversation_is_answered_by_a_message() -> None:
 
     scored = score_rollout(rollout(), batch(prompts), RewardSum((spy,)), TOKENIZER)
     assert [sample.prompt for sample in scored.samples(TOKENIZER, 9)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_thought_that_the_prompt_opens_is_read_with_the_completion(conversational: bool) -> None:
+    """Of a text and of a template's prompt; reward functions and judges read the same."""
+    tokenizer, rows = tagged(), [{"prompt": "<user>4"}, {"prompt": "<user>5<think>\n"}]
+    if conversational:
+        rows = [{"prompt": [{"role": "user", "content": row["prompt"].removesuffix("<think>\n")}]} for row in rows]
+    served = PromptDataset(rows, tokenizer, max_prompt_length=19).batch([0, 1])
+    first = "<think>\n" if conversational else ""
+    assert served.openings == [first, "<think>\n"]
+    seen: list[Any] = []
+
+    def spy(completions: list[Any]) -> list[float]:
+        seen.extend(completions)
+        return [0.0] * 4
+
+    def judge(*, first: list[Any], **_: Any) -> list[bool]:
+        seen.extend(first)
+        return [True] * len(first)
+
+    ids = [tokenizer.encode(text) for text in ("4</think>5<end>", "<answer>4</answer><end>", "</think><pad>4", "<end>")]
+    lengths = np.array([len(row) for row in ids]).reshape(2, 2)
+    tokens = np.array([row + [0] * (9 - len(row)) for row in ids]).reshape(2, 2, 9)
+    drawn = rollout().replace(
+        completion=tokens, completion_lengths=lengths, finished=np.array([[True, True], [False, True]])
+    )
+    scored = score_rollout(drawn, served, RewardSum((spy,)), tokenizer)
+    texts = [first + "4</think>5", first + "<answer>4</answer>", "<think>\n</think>4", "<think>\n"]
+    expected = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+    assert seen == expected
+    compare(judge, Episodes.joined([scored.groups([0]), scored.groups([1])]), tokenizer, KEY, 0)
+    assert seen[4:8] == expected
+    compare(judge, scored.first(1), tokenizer, KEY, 0)
+    assert seen[12:14] == expected[::2]
+
+
+KEY = np.zeros(2, np.uint32)
+
+
+def tagged() -> Any:
+    """A transformers tokenizer whose tags are special tokens, as those of many reasoning models are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tags = ["<pad>", "<eos>", "<end>", "<user>", "<think>", "</think>", "<answer>", "</answer>"]
+    backend = Tokenizer(models.WordLevel({text: n for n, text in enumerate([*tags, *"45\n"])}, unk_token="4"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": tags[2:]})
+    tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<think>{{ '\n' }}"
+    return tokenizer
 
 
 def test_samples_are_the_best_and_the_worst_and_no_more_is_decoded() -> None:

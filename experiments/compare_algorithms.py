@@ -11,8 +11,8 @@ used again, and with four, REINFORCE ended at 0, ReMax at 0.03 and 0.28, on-line
 for any of them: the learning rate, which suits one better than another, is part of what is compared.
 
 Hardware: two CPU cores. Time: 23 minutes; 11 to 36 seconds a run, TRPO's 130, compilation included.
-Expected: accuracy on held-out sums from 0.442 to 0.78 (DAPO), 0.77 (PPO), 0.75 (GRPO), 0.70 (REINFORCE); BRPO and GTPO
-lose what the model could do. docs/results/compare_algorithms.md has the table, the figure and what they show.
+Expected: accuracy on held-out sums from 0.442 to 0.78 (DAPO), 0.77 (PPO), 0.75 (GRPO), 0.70 (REINFORCE), 0.66 (BRPO).
+docs/results/compare_algorithms.md has the table, the figure and what they show.
 A comparison that was cut off goes on with --run-dir=FOLDER --resume: finished runs are not repeated.
 With more presets or seeds than before, those are added.
 """

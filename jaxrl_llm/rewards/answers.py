@@ -10,7 +10,7 @@ from typing import Literal
 from jaxrl_llm.rewards.boxes import boxed, has_box
 from jaxrl_llm.rewards.notation import plain, unicode_as_ascii, unwrapped
 from jaxrl_llm.rewards.numbers import read_number
-from jaxrl_llm.rewards.units import factor_of, words_of
+from jaxrl_llm.rewards.units import COMPOUND_UNITS, factor_of, words_of
 from jaxrl_llm.rewards.words import letter
 
 _IS = r"\b(?:is|are|be|was|equals|becomes)\b"
@@ -24,7 +24,7 @@ _CLAUSE_END = re.compile(r"[,;]\s+(?!and\b|or\b)[a-zA-Z]{2,}|\s(?:because|since|
 _MARKED = re.compile(r"####\s*([^\n#]*)")
 # The fourth heading of a text in Markdown is no answer: "#### Step 1".
 _BEGINS_AS_NUMBER = re.compile(
-    r"(?:[^A-Za-z0-9\\]|\\[A-Za-z]*+|\b(?:minus|negative|USD|US|EUR|GBP|Rs|[A-Za-z]\w{0,20}\s*=))*+[0-9]"
+    r"(?:[^A-Za-z0-9\\]|\\[A-Za-z]*+|\b(?:minus|negative|USD|EUR|GBP|Rs|[A-Z]{1,3}(?=\$)|[A-Za-z]\w{0,20}\s*=))*+[0-9]"
 )
 _MARKED_END = re.compile(r"(?<=[^\s.])[.?]\s")
 _FORMULA = re.compile(
@@ -42,12 +42,6 @@ _NUMBER_TOKEN = re.compile(
 )
 _JOINING_WORDS = words_of("and or to plus times over choose mod of out by")
 _ONE_OF_SEVERAL = re.compile(r"\b[A-Za-z] = \S*[0-9]\S* (?:and )?[A-Za-z] =\Z")
-# "5 feet 3 inches" and "2 hours and 30 minutes" are not their last part.
-_COMPOUND = words_of(
-    "foot feet ft yard yards hour hours hrs hr h minute minutes min day days week weeks month months year "
-    "years pound pounds lb lbs dollar dollars mile miles meter meters metres kilometers degree degrees "
-    "gallon gallons"
-)
 _UNIT_POWER = re.compile(r"(?:[A-Za-z/]{1,12})?\^\{?[-+]?[1-9]\}?|[mM][23]|[ck]m[23]|ft[23]")
 _HAS_DIGIT = re.compile(r"[0-9]")
 
@@ -95,7 +89,7 @@ def _start_of_number(tokens: Sequence[str], last: int) -> int:
         unit = tokens[first - joined].lower().strip(",")
         if _NUMBER_TOKEN.fullmatch(tokens[first - 1]) or tokens[first - 1].lower() in _JOINING_WORDS:
             first -= 1
-        elif first > joined and unit in _COMPOUND and _HAS_DIGIT.search(tokens[first - joined - 1]):
+        elif first > joined and unit in COMPOUND_UNITS and _HAS_DIGIT.search(tokens[first - joined - 1]):
             first -= joined + 1
         else:
             break
@@ -143,6 +137,8 @@ class Found:
     kind: Kind
     others: str = ""
     """The contents of all boxes, where there are several."""
+    is_prose: bool = False
+    """Whether no formula stands there: the m of `5 m` is then no variable."""
 
 
 def _from_prose(clause: str, *, whole_text: bool) -> str:
@@ -189,8 +185,8 @@ def find_answer(text: str) -> Found:
     text = text[-_LONGEST_END:]
     said = marked(text) or statement(text)
     if said is not None:
-        return Found(_from_prose(said, whole_text=False), "statement")
-    return Found(_from_prose(text, whole_text=True), "text")
+        return Found(_from_prose(said, whole_text=False), "statement", is_prose=_FORMULA.search(said) is None)
+    return Found(_from_prose(text, whole_text=True), "text", is_prose=_FORMULA.search(text) is None)
 
 
 def last_line(text: str) -> str:

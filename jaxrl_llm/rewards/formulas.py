@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from unicodedata import normalize
 
 from jaxrl_llm.rewards.notation import plain, unicode_as_ascii, unwrapped
 from jaxrl_llm.rewards.numbers import Number
@@ -15,11 +16,13 @@ _UNICODE = str.maketrans(
     {
         "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
         "∅": r"\emptyset ", "±": r"\pm ", "∈": r"\in ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-        "÷": r"\div ", "€": "", "£": "", "¥": "", "°": "",
+        "÷": r"\div ", "ℝ": r"\mathbb{R}", "€": "", "£": "", "¥": "", "°": "",
     }
 )  # fmt: skip
 _ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt)\s*(?:\{([^{}]*)\}|\(([^()]*)\)|([0-9]+|[A-Za-z]))")
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,;:! ])(?=[0-9]{3}(?![0-9]))")
+_CUBE_ROOT = re.compile(r"∛\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,;:! ]| )(?=[0-9]{3}(?![0-9]))")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9])")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?\s*([0-9]{1,50})\s*\}?")
 _NAMES = {
@@ -37,7 +40,8 @@ _PROSE_PAIRS = words_of("is in of to at it no he we me us my by so if as on up d
 # A base (101₂), a prime or inches, a time, what belongs to no formula: the parser drops or misreads them. And
 # powers that nobody can compute.
 _MISREAD = re.compile(
-    r"[0-9)}]\s*_|[0-9]\s*['\"]|[0-9]\s*:\s*[0-9]|[?@#`\"]|\.\.|\\(?:l|c)?dots|[0-9][eE][-+]?[0-9]|\^\s*\{?\s*-?[0-9]{7}"
+    r"[0-9)}]\s*_|[0-9]\s*['\"]|[0-9]\s*:\s*[0-9]|[?@#`\"]|\.\.|\\(?:l|c)?dots|[0-9][eE][-+]?[0-9]"
+    r"|[0-9](?:\s|\\[,;: ])+[0-9]|\^\s*\{?\s*-?[0-9]{7}"
 )
 
 
@@ -65,6 +69,8 @@ def as_formula(text: str) -> str | None:
     formula = " ".join(unwrapped(text).split())
     if not 0 < len(formula) <= _LONGEST:
         return None
+    # 1/2 x would be half an x for one reader and 1/(2x) for another.
+    formula = _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*normalize("NFKC", match[0]).split("⁄")), formula)
     formula = unicode_as_ascii(formula).translate(_UNICODE).replace(r"\$", "").replace("**", "^")
     last = _LAST_TEXT.search(formula)
     if last and last.start() and last[1].strip() not in _JOINING:
@@ -74,6 +80,7 @@ def as_formula(text: str) -> str | None:
         formula = formula[: last.start()]
     if any(content.strip() not in _JOINING for content in _TEXTS.findall(formula)) or "$" in formula:
         return None
+    formula = _CUBE_ROOT.sub(lambda match: rf"\sqrt[3]{{{match[1] or match[2]}}}", formula)
     for _ in range(3):
         formula = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3]}}}", formula)
     formula = _REPEATING.sub(_repeating, _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _THOUSANDS.sub("", formula)))

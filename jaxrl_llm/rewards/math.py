@@ -13,10 +13,11 @@ from jaxrl_llm.rewards.answers import Found, find_answer, last_line, statement
 from jaxrl_llm.rewards.boxes import boxed, has_box
 from jaxrl_llm.rewards.formulas import as_formula, number_as_formula
 from jaxrl_llm.rewards.math_pool import MathPool, Question
-from jaxrl_llm.rewards.numbers import Number, read_number, same_number
+from jaxrl_llm.rewards.notation import plain
+from jaxrl_llm.rewards.numbers import Number, read_number, right_side, same_number
 from jaxrl_llm.rewards.per_sample import RewardFunction, make_batch_reward
 from jaxrl_llm.rewards.thoughts import spoken_of
-from jaxrl_llm.rewards.words import letter, squeezed, words
+from jaxrl_llm.rewards.words import letter, same_letter, squeezed, words
 
 # A decimal of so many places may abbreviate a fraction whose decimals do not end (a gold column of floats).
 _ABBREVIATING_PLACES = 6
@@ -89,12 +90,13 @@ def _verdict(said: str, found: Found, gold: _Gold) -> bool | list[str]:
     # What is written alike is alike; a letter's brackets, a text's capitals and full stop do not matter.
     readings = (found.text, last_line(said)) if found.kind == "text" else (found.text,)
     if gold.letter is not None:
-        return any(letter(reading) == gold.letter for reading in readings)
-    number = read_number(found.text)
+        letters = [letter(reading) for reading in readings]
+        return any(single is not None and same_letter(single, gold.letter) for single in letters)
+    number = read_number(found.text, letters_are_units=found.is_prose)
     if gold.number is not None and number is not None:
         return _same(number, gold.number)
     if gold.words is not None:
-        return any(words(reading) == gold.words for reading in readings)
+        return any(words(reading) == gold.words for reading in (*readings, right_side(plain(found.text))))
     if any(squeezed(reading) == squeezed(gold.text) != "" for reading in readings):
         return True
     if gold.formula is None or (number is None and letter(found.text) is not None and gold.number is not None):

@@ -18,15 +18,18 @@ _SUPERSCRIPT_RUN = re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _VULGAR = re.compile(r"[¼-¾⅐-⅞]")
 
 _TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname\*?)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|underline|bm|boldsymbol|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname\*?)\s*\{([^{}]*)\}"
 )
 # A letter after a number is a unit where it stands upright, a variable where it does not.
 _UPRIGHT_UNITS = {
     "m": "metres", "g": "grams", "s": "seconds", "h": "hours", "l": "litres", "L": "litres", "N": "newtons",
     "J": "joules", "W": "watts", "V": "volts", "A": "amperes", "K": "kelvins", "C": "celsius", "F": "fahrenheit",
 }  # fmt: skip
-_SPACING = re.compile(r"\\(?:[,;: ]|quad\b|qquad\b|thinspace\b|enspace\b|hspace\{[^{}]*\})|~")
-_NOTHING = re.compile(r"\\(?:!|left\b|right\b|displaystyle\b|textstyle\b|bigl?\b|bigr\b|Bigl?\b|Bigr\b|limits\b)")
+# A tie between two things is a space; "~5" is about 5.
+_SPACING = re.compile(r"\\(?:[,;: ]|(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|hspace\{[^{}]*\})|(?<=\S)~(?=\S)")
+_NOTHING = re.compile(
+    r"\\(?:!|(?:left|right|displaystyle|textstyle|[bB]ig[lr]?|limits)(?![A-Za-z])|(?:text)?color\{[A-Za-z]*\})|\\\\\Z"
+)
 _COMMANDS = {
     r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\ldots": "...", r"\dots": "...", r"\cdots": "...",
     r"\degree": "°", r"\textdegree": "°", r"\euro": "€", r"\texteuro": "€", r"\pounds": "£", r"\textsterling": "£",
@@ -87,12 +90,13 @@ def plain(text: str) -> str:
     return _HALF.sub(lambda match: " " + _PARTS[match[1].lower()], " ".join(text.split()))
 
 
-_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*"), ("__", "__"), ("`", "`"))
+_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*"), ("__", "__"),
+          ("`", "`"), ("_", "_"), ('"', '"'))  # fmt: skip
 
 
 def _is_closed(text: str) -> bool:
     """Whether the bracket that opens the text closes at its end, and not before."""
-    opening, closing = text[0], {"(": ")", "{": "}"}[text[0]]
+    opening, closing = text[0], {"(": ")", "{": "}", "[": "]"}[text[0]]
     depth = 0
     for index, character in enumerate(text):
         depth += (character == opening) - (character == closing)
@@ -111,10 +115,15 @@ def unwrapped(text: str) -> str:
             text = text.rstrip(".,;:?")
         for opening, closing in _PAIRS:
             inner = text[len(opening) : -len(closing)]
-            if text.startswith(opening) and text.endswith(closing) and inner and opening not in inner:
+            if (
+                text.startswith(opening)
+                and text.endswith(closing)
+                and inner
+                and opening not in inner.replace(r"\$", "")
+            ):
                 text = inner
         # Not (1, 2): brackets around several things mean something.
-        if text[:1] in ("(", "{") and len(text) > 2 and "," not in text and _is_closed(text):
+        if text[:1] in ("(", "{", "[") and len(text) > 2 and "," not in text and _is_closed(text):
             text = text[1:-1]
         if text == before:
             break

@@ -17,7 +17,7 @@ _LARGEST_POWER_BITS = 50_000
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[1-9][0-9]{0,2}(?:[ '][0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 _POWER = r"\s?(?:\^|\*\*)\s?(?:\{{\s?(?P<{0}a>[-+]?[0-9]+)\s?\}}|\((?P<{0}b>[-+]?[0-9]+)\)|(?P<{0}c>[-+]?[0-9]+))"
-_CURRENCY = r"(?:(?:US|A|C|CA|AU|NZ|HK|S)\$|[$€£¥₹₽₩₪₫฿₦₱¢]|(?:USD|EUR|GBP|CAD|AUD|INR|JPY|CHF|Rs\.?)(?=[\s0-9]))"
+_CURRENCY = r"(?:(?:US|A|C|CA|AU|NZ|HK|S|R)\$|[$€£¥₹₽₩₪₫฿₦₱¢]|(?:USD|EUR|GBP|CAD|AUD|INR|JPY|CHF|Rs\.?)(?=[\s0-9]))"
 _FORM = re.compile(
     rf"(?P<sign>[-+]|(?:minus|negative)\b)?\s*(?P<currency>{_CURRENCY})?\s*(?P<inner_sign>[-+])?\s*(?:"
     rf"(?P<whole>{_INTEGER})\s(?:and\s)?(?P<part>[0-9]+)\s?/\s?(?P<parts>[0-9]+)"
@@ -112,7 +112,7 @@ def read_number(text: str, *, letters_are_units: bool = False) -> Number | None:
     """
     if len(text) > _LONGEST_TEXT:
         return None
-    form = _FORM.fullmatch(unwrapped(plain(right_side(unwrapped(plain(text))))))
+    form = _FORM.fullmatch(unwrapped(plain(right_side(unwrapped(plain(unwrapped(text)))))))
     if form is None or (form["sign"] and form["inner_sign"]):
         return None
     tail = factor_of(form["rest"], after_currency=form["currency"] is not None, letters_are_units=letters_are_units)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 _THOUGHT = r"think(?:ing)?|thought|reasoning"
-_THOUGHT_TAG = re.compile(rf"<(/?)(?:{_THOUGHT})>", re.IGNORECASE)
-_OPENED_THOUGHT = re.compile(rf"<(?:{_THOUGHT})>\s*\Z", re.IGNORECASE)
+_THOUGHT_TAG = re.compile(rf"<(?P<end>/?)(?:{_THOUGHT})>|(?-i:\[(?P<last>/?)THINK\])", re.IGNORECASE)
+_OPENED_THOUGHT = re.compile(rf"(?:<(?:{_THOUGHT})>|(?-i:\[THINK\]))\s*\Z", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
@@ -27,7 +27,7 @@ def spoken(text: str, *, thought_open: bool = False) -> str:
     said: list[str] = []
     start, depth = 0, int(thought_open)
     for tag in _THOUGHT_TAG.finditer(text):
-        if tag[1]:
+        if tag["end"] or tag["last"]:
             if depth == 0:
                 said.clear()
             depth, start = 0, tag.end()

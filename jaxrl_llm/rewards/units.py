@@ -23,7 +23,7 @@ _SHORT_UNITS = words_of(
     "mm cm dm km nm um in ft yd mi kg mg lb lbs oz hr hrs min mins sec secs ms ml mL dl cl kl mph kmh kph "
     "kw kW kWh Hz kHz MHz GHz Pa kPa J kJ cal kcal eV ha sq pm am PM AM st nd rd th pts pcs USD EUR GBP "
     "CAD AUD INR JPY CHF cents deg rad mol ppm GB MB KB TB yr yrs wk wks mo mos bpm rpm gal qt pt tsp "
-    "tbsp"
+    "tbsp kr zl 円 元 원 圆 块"
 )
 _LETTER_UNITS = frozenset("mgshlLNJWVKCF")
 _SCALE_WORDS = frozenset(scale for scale in _SCALES if len(scale) > 2)
@@ -33,20 +33,27 @@ _NUMBER_WORDS = words_of(
     "halves third thirds quarter quarters fourth fourths fifths sixth sixths seventh sevenths eighth "
     "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth millionths"
 )
-# With these the number is another one, or none.
+# Right after a number, these make it another one, or none.
 _CHANGING = (
     _NUMBER_WORDS
     | _SCALE_WORDS
     | words_of(
-        "squared cubed choose times plus minus over to or point factorial mod modulo divided multiplied "
-        "raised power root sqrt sin cos tan cot sec csc log ln exp pi percent percentage pct not wrong "
-        "incorrect no base e x y z i"
+        "squared cubed choose plus minus or point factorial mod modulo divided multiplied raised power root "
+        "sqrt sin cos tan cot sec csc log ln exp pi percent percentage pct not wrong incorrect no base e x y "
+        "z i alpha beta gamma delta epsilon theta lambda sigma omega infinity inf nan"
     )
 )
-# What a clause after the number may go on with: "and a half million".
-_CHANGING_LATER = _NUMBER_WORDS | _SCALE_WORDS
-_CLAUSE = words_of("and but so because since which that who when where while if then as in on at for after before")
-_LITTLE_WORDS = words_of("a an of is he we by i my it")
+#: Units whose smaller ones may follow: "5 feet 3 inches" and "2 hours and 30 minutes" are not their last part.
+COMPOUND_UNITS = words_of(
+    "foot feet ft yard yards hour hours hrs hr h minute minutes min day days week weeks month months year "
+    "years pound pounds lb lbs dollar dollars mile miles meter meters metres kilometers degree degrees "
+    "gallon gallons"
+)
+_JOINING = words_of("and or to plus minus times point")
+_FRACTION_WORDS = words_of("half quarter third fourth fifth sixth seventh eighth ninth tenth hundredth")
+_CARDINALS = (_NUMBER_WORDS - _FRACTION_WORDS) | _SCALE_WORDS | {"half"}
+_ACRONYM = re.compile(r"[A-Z]{2,}s")
+_LITTLE_WORDS = words_of("a an of is he we by i my it to in on at as so if or o go do be")
 _WORD = re.compile(r"[^\W\d_]+")
 _UNIT_POWER = re.compile(
     r"(?<=[A-Za-z)])(?:\s?\^\s?\{?[-+]?[1-9]\}?)|(?<=\b[mM])[23]\b|(?<=\b[cdkm]m)[23]\b|(?<=\bft)[23]\b"
@@ -54,8 +61,8 @@ _UNIT_POWER = re.compile(
 _NOON = re.compile(r"\b[ap]\.\s?m\b\.?", re.IGNORECASE)
 _RATES = re.compile(r"\b(?:[kcm]?m|ft|mi|in|[km]?g|lbs?|N|J|kJ|mol|m?L)/(?:s|h|hr|min|m|cm|ft|m?L|kg|g|K|mol)\b")
 _DEGREES = re.compile(r"^\s?°\s?[CFK](?![A-Za-z])")
-_ALLOWED = re.compile(r"(?:[\s,;:.!?()'/°\"$€£¥*_–—-]|[^\W\d_])*")
-_START = re.compile(r"[\s,;(°$€£¥¢-]|[^\W\d_]")
+_ALLOWED = re.compile(r"(?:[\s,;:.!?()'/°\"$€£¥¢*_–—-]|[^\W\d_])*")
+_START = re.compile(r"[\s,;(°$€£¥¢-]|/\s?[^\W\d_]{2}|[^\W\d_]")
 
 
 @dataclass(frozen=True)
@@ -93,26 +100,42 @@ def _leaves_value(rest: str, letters_are_units: bool) -> bool:
     if not _ALLOWED.fullmatch(rest):
         return False
     words = _WORD.findall(rest)
-    known = _SHORT_UNITS | _LETTER_UNITS if letters_are_units else _SHORT_UNITS
-    if rest[:1].isalpha() and words[0] not in known:
-        return False
-    if rest[:1] == "-" and not words:
-        return False
+    if not words:
+        return not rest.startswith(("-", "/"))
+    first, known = words[0], _SHORT_UNITS | _LETTER_UNITS if letters_are_units else _SHORT_UNITS
+    if first not in known:
+        if first.lower() in _CHANGING and first != "I":
+            return False
+        # Two letters, or three without a vowel, are a product of variables; so is one that stands alone.
+        if len(first) < 3 and (first.lower() not in _LITTLE_WORDS or len(words) == 1):
+            return False
+        if (
+            first.isascii()
+            and not _ACRONYM.fullmatch(first)
+            and first.lower() not in _LITTLE_WORDS
+            and not re.search("[aeiou]", first.lower())
+        ):
+            return False
+        # "72rolls" is 72 of them, "5ab" and "5sin" are not.
+        if rest[:1].isalpha() and len(first) < 4:
+            return False
+    return not _goes_on([word.lower() for word in words])
+
+
+def _goes_on(words: list[str]) -> bool:
+    """Whether words after a number go on with it ("feet three inches", "hours and a half") or deny it."""
+    if words[0] in ("is", "was") and len(words) > 1 and words[1] in ("not", "wrong", "incorrect"):
+        return True
+    if len(words) > 1 and words[0] in COMPOUND_UNITS and words[1] in _NUMBER_WORDS:
+        return True
     for index, word in enumerate(words):
-        if word.lower() in _CLAUSE and word not in known:
-            following = [later.lower() for later in words[index + 1 : index + 4]]
-            return not ((following and following[0] in _CHANGING) or _CHANGING_LATER.intersection(following))
-        if word in known:
-            continue
-        if word.lower() in _CHANGING and word != "I":
-            return False
-        if len(word) < 3 and word.lower() not in _LITTLE_WORDS:
-            return False
-        if word in ("a", "A", "I") and index == len(words) - 1:
-            return False
-        if len(word) >= 3 and word.isascii() and not re.search("[aeiouAEIOU]", word):
-            return False
-    return True
+        following = words[index + 1 : index + 3]
+        if word in _JOINING and following:
+            # "and a third", "and five"; "the third and fourth" goes on with nothing.
+            part = following[-1] in _FRACTION_WORDS and following[0] in ("a", "one", "an")
+            if part or following[0] in _CARDINALS - {"one"}:
+                return True
+    return False
 
 
 def factor_of(rest: str, *, after_currency: bool, letters_are_units: bool) -> Tail | None:

@@ -7,10 +7,15 @@ import re
 from jaxrl_llm.rewards.notation import plain, unwrapped
 
 # "B", "(B)", "option b)" as a whole; "(B) 12" or "B. Paris" with its text; "B because …".
-_LETTER = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?\s*(?P<letter>[A-Za-z])\s*\)?", re.IGNORECASE)
-_BRACKETED = re.compile(r"(?:(?:option|choice)\s+)?\(\s*(?P<letter>[A-Za-z])\s*\)", re.IGNORECASE)
+_CHOOSING = (
+    r"(?:(?:so|thus|therefore|hence),?\s+)?(?:i\s+(?:would\s+|will\s+)?(?:choose|pick|select)\s+)?"
+    r"(?:(?:the\s+)?(?:option|choice|answer)\s+)?"
+)
+_LETTER = re.compile(rf"{_CHOOSING}\(?\s*(?P<letter>[A-Za-z])\s*\)?", re.IGNORECASE)
+_BRACKETED = re.compile(rf"{_CHOOSING}\(\s*(?P<letter>[A-Za-z])\s*\)", re.IGNORECASE)
 _BEGUN = re.compile(
-    r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])(?:[.):]|\s+(?:because|since|as|which|is\s+(?:correct|right))\b|,\s))\s*(?P<more>.*)"
+    rf"(?i:{_CHOOSING})(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])"
+    r"(?:[.):]|\s+(?:because|since|as|which|is\s+(?:correct|right))\b|,\s))\s*(?P<more>.*)"
 )
 _OTHER_LETTER = re.compile(r"\([A-Za-z]\)|(?<![A-Za-z])[B-HJ-Z](?![A-Za-z'])|\b(?:not|wrong|incorrect)\b")
 # A word, or what is neither number nor formula but can be compared as it is written: 10:30, 3:4, 101_2.
@@ -23,19 +28,26 @@ LONGEST_ANSWER = 200
 def letter(text: str) -> str | None:
     r"""Returns the single letter that a text chooses, `(B)`, `\text{B}`, `B.` or `(B) 12`; None without.
 
-    A bare letter keeps its case, since `a` may be a variable where `A` is a choice; one in brackets is a choice.
+    One in brackets keeps them: it is a choice, while a bare letter may be a variable (`same_letter`).
     """
     said = unwrapped(plain(text))
     bracketed = _BRACKETED.fullmatch(plain(text).rstrip("."))
     if bracketed:
-        return bracketed["letter"].upper()
+        return f"({bracketed['letter']})"
     whole = _LETTER.fullmatch(said)
     if whole:
         return whole["letter"]
     begun = _BEGUN.fullmatch(said)
     if begun and not _OTHER_LETTER.search(begun["more"]):
-        return begun["a"] or begun["b"]
+        return f"({begun['a']})" if begun["a"] else begun["b"]
     return None
+
+
+def same_letter(answer: str, gold: str) -> bool:
+    """Whether two letters are the same; their case counts, unless one stands in brackets."""
+    if "(" in answer or "(" in gold:
+        return answer.strip("()").lower() == gold.strip("()").lower()
+    return answer == gold
 
 
 def words(text: str) -> str | None:
@@ -50,4 +62,4 @@ def words(text: str) -> str | None:
 
 def squeezed(text: str) -> str:
     """Returns the text without delimiters and white space: equal ones are written alike."""
-    return re.sub(r"\{([A-Za-z0-9])\}", r"\1", re.sub(r"\s|\\[,;:! ]|~|\\left|\\right", "", unwrapped(text)))
+    return re.sub(r"\{([A-Za-z0-9])\}", r"\1", re.sub(r"(?<![0-9])\s|\s(?![0-9])", "", unwrapped(plain(text))))

@@ -122,6 +122,37 @@ def test_gold_without_a_number_is_none_and_named_before_training(gold):
     assert problem is not None and problem.startswith(f"'solution': {gold!r}") and "#### <number>" in problem
 
 
+# (completion, gold, whether it is right)
+WRITTEN = [
+    ("#### 5 o'clock", "5", True), ("#### 72rolls", "72", True), ("#### 5 theta", "5", False),
+    ("#### 5 π", "5", False), ("#### R$ 72", "72", True), ("#### 72円", "72", True), ("#### ($5)", "5", True),
+    ("#### 72 x 10^2", "72", False), ("#### 72 times", "72", True), ("#### 72 times three", "72", False),
+    ("#### 72 per cent", "72", False), ("#### 72‰", "72", False), ("#### 1e3 dollars", "1000", True),
+    ("#### 1e", "1", False), ("#### 2e+3", "2000", True), ("#### 2e+3", "2", False), ("#### 3√2", "3", False),
+    ("#### 3∞", "3", False), ("#### 1_000", "1", False), ("#### 72,000.5", "72", False),
+    ("#### 72+5", "72", False), ("#### 72 - 5", "72", False), ("#### 5/", "5", False),
+    ("#### 7 / 2 hours", "3.5", True), ("#### 2 1/2 hours", "2.5", True), ("#### 2½ hours", "2", False),
+    ("#### €1.234,56", "1234.56", False), ("#### €1.234", "1", False), ("#### -€5", "-5", True),
+    ("#### €-5", "-5", True), ("#### − 5", "-5", True), ("#### (5)", "5", True), ("#### [5]", "5", True),
+    ("#### <5>", "5", False), ("#### `5`", "5", True), ("#### \"5\"", "5", True), ("#### 5\\\\", "5", True),
+    ("#### 5 million dollars", "5", False), ("#### 5 Million", "5000000", True), ("#### 5mil", "5", False),
+    ("#### 5MM", "5", False), ("#### 5 score", "5", True), ("#### 10:30 am", "10", False),
+    ("#### 10.30", "10", False), ("#### 5h30", "5", False), ("#### 5h 30m", "5", False), ("#### 1st", "1", True),
+    ("#### *5*", "5", True), ("#### _5_", "5", True), ("#### ~5", "5", False), ("#### 5;6", "5", False),
+    ("#### 5|6", "5", False), ("#### 5\t6", "5", False), (r"#### 2\times3", "2", False),
+    (r"#### 2\pi r", "2", False), (r"#### 5\frac{1}{2}", "5", False), ("#### 5^", "5", False),
+    ("#### 5⁴", "5", False), ("#### five 5", "5", False), ("#### No. 5", "5", False),
+    ("#### answer: 5", "5", False), (r"#### $\$5$", "5", True), (r"#### \$5", "5", True),
+    (r"#### \(5\)", "5", True), (r"#### 8\,000", "8000", True), (r"#### 8\,000", "8", False),
+    ("#### 1{,}234{,}567", "1234567", True), ("#### 1{,}234.5", "1234.5", True), ("#### 1{,}2", "1", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("completion", "gold", "right"), WRITTEN)
+def test_what_stands_after_the_marker(completion, gold, right):
+    assert score(completion, gold) == float(right)
+
+
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [

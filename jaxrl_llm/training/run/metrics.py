@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
+from jaxrl_llm.training.run.tensorboard import TensorBoardEvents
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -80,6 +82,7 @@ class MetricsWriter:
             ImportError: If Weights & Biases is asked for and not installed.
         """
         self.path = Path(run_dir) / METRICS_FILE
+        self._events = self.path.parent / "tensorboard"
         self._file = self._tensorboard = self._wandb = None
         if not is_main_process:
             return
@@ -87,17 +90,13 @@ class MetricsWriter:
         # Before the file is opened: an extra that is not installed is to leave nothing behind.
         if wandb is not None:
             self._wandb = _start_wandb(wandb, self.path.parent, run_config)
-        _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with _named(self.path):
+            _keep_until(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # TensorBoard itself hides the earlier events from purge_step on. The suffix, because the names of
-            # the files have the time in seconds only.
             first = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(
-                str(self.path.parent / "tensorboard"), purge_step=first, filename_suffix=f".from-step-{first}"
-            )
+            with _named(self._events):
+                self._tensorboard = TensorBoardEvents(self._events, first_step=first)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line; several lines may have the same step.
@@ -109,6 +108,7 @@ class MetricsWriter:
         Raises:
             ValueError: If a metric is named "step".
             TypeError: If a metric is not a number.
+            OSError: If a file cannot be written, because the disk is full for instance; names it.
         """
         if self._file is None:
             return
@@ -116,28 +116,37 @@ class MetricsWriter:
             raise ValueError('"step" cannot be the name of a metric: it is the key of the step itself')
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         line = {"step": step} | {name: _to_json(number) for name, number in numbers.items()}
-        self._file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
-        self._file.flush()
+        with _named(self.path):
+            self._file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
-            for name, number in numbers.items():
-                if math.isfinite(number):
-                    self._tensorboard.add_scalar(name, number, step)
+            with _named(self._events):
+                self._tensorboard.write(
+                    step, {name: number for name, number in numbers.items() if math.isfinite(number)}
+                )
         if self._wandb is not None:
             self._wandb.log({**numbers, "step": step})
 
     def flush(self) -> None:
         """Hands over what TensorBoard still holds back."""
         if self._tensorboard is not None:
-            self._tensorboard.flush()
+            with _named(self._events):
+                self._tensorboard.flush()
 
     def close(self) -> None:
-        """Closes all files; the object cannot be used any more."""
-        for sink in (self._file, self._tensorboard):
-            if sink is not None:
-                sink.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Closes all files; the object cannot be used any more.
+
+        Raises:
+            OSError: If what is left cannot be written; names the file.
+        """
+        file, events, run = self._file, self._tensorboard, self._wandb
         self._file = self._tensorboard = self._wandb = None
+        with contextlib.ExitStack() as stack:  # the next one is closed whatever happens to the one before
+            for sink, path in ((file, self.path), (events, self._events)):
+                if sink is not None:
+                    stack.callback(_named(path)(sink.close))
+            if run is not None:
+                stack.callback(run.finish)
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +154,9 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # What could not be written once cannot be written now: the first error says it.
+        with contextlib.suppress(OSError) if isinstance(error, OSError) else contextlib.nullcontext():
+            self.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -167,6 +178,15 @@ def comparable_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def is_performance(name: str) -> bool:
     """Whether a metric measures time or memory, and so differs between two equal runs."""
     return name in _PERFORMANCE_NAMES or name.startswith(PERFORMANCE_PREFIX)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the file system name the file, which those of a write do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.training.run import metrics
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
 from jaxrl_llm.training.run.metrics import (
     MetricsWriter,
@@ -147,6 +151,50 @@ def test_tensorboard_events_hold_the_same_numbers(tmp_path: Path) -> None:
     assert scalars == [(1, "reward", 0.25), (2, "reward", 0.75), (2, "reward", 0.5)]
     # From these marks TensorBoard knows to drop what the killed run wrote from step 2 on.
     assert [e.step for e in events if e.HasField("session_log")] == [0, 2]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Lets no file grow beyond so many bytes: a write fails as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("call", ["write", "flush", "close"])
+def test_a_disk_that_is_full_for_tensorboard_is_told_at_once(
+    tmp_path: Path, full_disk: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def run() -> None:
+        for step in range(200):  # formerly without an error, until one waited for ever
+            writer.write(step, {f"metric/{number}": 0.5 for number in range(40)})
+            if call == "flush":
+                writer.flush()
+
+    monkeypatch.setattr(metrics, "_keep_until", lambda path, step: None)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/null")  # on another disk, as it were
+    writer = MetricsWriter(tmp_path)
+    full_disk(400)
+    with pytest.raises(OSError, match=rf"\[Errno \d+\] .*: '{tmp_path}/tensorboard'$"), writer:
+        if call == "close":
+            writer.write(1, {"reward": 0.5})
+            full_disk(50)
+        else:
+            run()
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_disk_that_is_full_for_metrics_is_told_with_the_file(
+    tmp_path: Path, full_disk: Callable[[int], None], tensorboard: bool
+) -> None:
+    full_disk(300)
+    with (
+        pytest.raises(OSError, match=rf"\[Errno \d+\] .*: '{tmp_path}/metrics.jsonl'$"),
+        MetricsWriter(tmp_path, tensorboard=tensorboard) as writer,
+    ):
+        for step in range(10):
+            writer.write(step, {"reward": 0.5, "kl": 0.25})
 
 
 class FakeRun:

@@ -124,9 +124,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` at the end, if nothing failed.
 
     An existing folder stays as it was until the new one is complete. It is moved aside, not deleted, before
-    the new one takes its name, so that a kill at any moment leaves one of the two whole.
+    the new one takes its name, so that a kill at any moment leaves one of the two whole; what it leaves beside it,
+    the next writer of the folder puts in its place or removes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _finish_replacement(folder)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         yield staging
@@ -141,6 +143,17 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _finish_replacement(folder: Path) -> None:
+    """Does what a writer that was killed had still to do."""
+    beside = [path for path in folder.parent.iterdir() if path.suffix in (".partial", ".old")]
+    left = [path for path in beside if path.stem[:-8] == f".{folder.name}."]  # mkdtemp adds eight characters
+    for path in left:
+        if path.suffix == ".partial" and path.with_suffix(".old").exists() and not folder.exists():
+            os.rename(path, folder)  # whole: the old one had made room for it
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -172,6 +172,8 @@ class Experiment(RunConfig):
     """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function or judge may take before the run ends with its name; `None`: any."""
     algorithm: Algorithm = PolicyGradient()
     """The objective."""
     critic: CriticSource = CriticSource()
@@ -227,6 +229,7 @@ _FREE = (
     "resume",
     "distributed",
     "cluster",
+    "reward_timeout",
     "wandb",
     "mesh",
     "evaluation",
@@ -242,6 +245,7 @@ _FREE = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.samples_every",
+    "training.max_skipped_steps",
 )
 
 

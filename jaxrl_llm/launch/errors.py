@@ -13,28 +13,31 @@ from jaxrl_llm.training.offline import OfflineTrainer
 from jaxrl_llm.training.on_policy import Trainer
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
 from jaxrl_llm.training.run.errors import RunError
+from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.star.trainer import StarTrainer
 
 
 @contextlib.contextmanager
-def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> Iterator[None]:
+def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, RunError)) -> Iterator[None]:
     """Turns errors that are no bugs into one line on standard error and an exit status; a bug keeps its traceback.
 
     The status is 2 for what settings, data and damaged files cause, 1 for what the machine refuses (a full disk, a
-    folder that may not be written), 130 for Ctrl-C.
+    folder that may not be written, no memory left) and for runs that diverge, 130 for Ctrl-C.
 
     Args:
         kinds: which errors; by default those that settings, data and files cause.
     """
     try:
-        yield
+        with naming_phase("start"):
+            yield
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from interrupt
     except kinds as error:
         print(f"error: {error}", file=sys.stderr)
         refused = isinstance(error, OSError | SafetensorError) and not isinstance(error, FileNotFoundError)
-        raise SystemExit(1 if refused else 2) from error
+        status = error.status if isinstance(error, RunError) else 1 if refused else 2
+        raise SystemExit(status) from error
 
 
 def train(trainer: Trainer | OfflineTrainer | StarTrainer) -> TrainingResult:

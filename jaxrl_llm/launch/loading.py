@@ -21,6 +21,7 @@ from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.run.memory import bytes_of, check_memory
 
 DatasetT = TypeVar("DatasetT")
 
@@ -73,7 +74,14 @@ def load_model(source: ModelSource, mesh: jax.sharding.Mesh, *, seed: int = 0) -
     if source.adapters is not None:  # read before the base, which may take minutes
         theirs = load_lora_config(source.adapters, config)
         config = dataclasses.replace(config, lora=config.lora or theirs)
+    if config.lora is not None and config.lora.rank > config.embed_dim:
+        raise ValueError(
+            f"model.lora.rank={config.lora.rank} is more than the rank of any matrix of this model: give at most "
+            f"{config.embed_dim}, its width"
+        )
     model = Transformer(config)
+    needs = {"parameters": bytes_of(model.abstract_params())}
+    check_memory(mesh, needs, "model.lora.rank, set model.param_dtype=bfloat16, or take a smaller model")
     shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
     params = load_params(path, model, shardings)
     if source.adapters is not None:
@@ -132,7 +140,7 @@ def load_prompts(
 
 def reward_sum(config: Experiment) -> RewardSum | None:
     """The reward functions of an experiment, if it has any."""
-    return RewardSum(config.rewards, config.reward_weights) if config.rewards else None
+    return RewardSum(config.rewards, config.reward_weights, timeout=config.reward_timeout) if config.rewards else None
 
 
 def load_rows(

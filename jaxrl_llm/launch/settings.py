@@ -15,6 +15,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh, row_shards
 from jaxrl_llm.training.learner import check_group, make_learner
 from jaxrl_llm.training.run.distributed import from_main_process
+from jaxrl_llm.training.run.memory import ROWS, check_memory
 from jaxrl_llm.training.run.metrics import METRICS_FILE
 from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun
 from jaxrl_llm.training.star.trainer import ITERATIONS
@@ -168,18 +169,17 @@ def check_step(config: RunConfig) -> None:
     """
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
-    shards = row_shards(make_mesh(config.mesh))
+    mesh = make_mesh(config.mesh)
+    shards = row_shards(mesh)
     if isinstance(config, StarExperiment):
         config.update.group_split(config.star.rows_per_step, 1, shards)
     elif isinstance(config, Experiment):
         training, algorithm = config.training, config.algorithm
-        check_group(algorithm, training.samples_per_prompt)
-        config.update.group_split(
-            training.prompts_per_step,
-            training.samples_per_prompt,
-            shards,
-            whole_groups=algorithm.needs_whole_groups,
-        )
+        prompts, group = training.prompts_per_step, training.samples_per_prompt
+        tokens = 4 * prompts * (config.data.max_prompt_length + group * config.sampling.max_tokens)
+        check_memory(mesh, {"a step's tokens": tokens}, ROWS)
+        check_group(algorithm, group)
+        config.update.group_split(prompts, group, shards, whole_groups=algorithm.needs_whole_groups)
         make_learner(
             Transformer(_ANY_MODEL),
             algorithm,
@@ -192,6 +192,10 @@ def check_step(config: RunConfig) -> None:
         )
     elif isinstance(config, OfflineExperiment):
         make_schedule(config.optimizer, config.training.steps)
+        rows, data = config.training.rows_per_step, config.data
+        needs = {"a step's tokens": 4 * rows * (data.max_prompt_length + data.max_completion_length)}
+        settings = "training.rows_per_step, data.max_prompt_length or data.max_completion_length"
+        check_memory(mesh, needs, settings)
 
 
 _ANY_MODEL = ModelConfig(

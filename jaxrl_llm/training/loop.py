@@ -15,8 +15,10 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.run.checkpoint import Checkpointer
 from jaxrl_llm.training.run.distributed import any_process, is_main_process
+from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state
+from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.run.metrics import MetricsWriter
 from jaxrl_llm.training.run.report import Report, SampledCompletion
 from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun, restore_run
@@ -50,6 +52,8 @@ class RunLength:
     """Which of its values is best: "max" or "min"."""
     samples_every: int = 0
     """Steps between printed completions where there is no terminal; 0: never."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite gradient that end the run; 0: any number may have none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +227,7 @@ class Loop:
         self.evaluations = stage.saved.evaluations if stage.saved else []
         self._data_state = stage.loader.get_state()
         self._seconds: dict[str, float] = {}
+        self._skipped, self._unsaved = SkippedSteps(stage.length.max_skipped_steps), False
         self._frozen = stage.saved.frozen if stage.saved else fingerprint(split_state(stage.state)[1])
 
     def train(self) -> None:
@@ -230,11 +235,19 @@ class Loop:
 
         Raises:
             RunError: it cannot go on, a reward function failed for instance; the steps before are saved.
+            DivergedError: it must not go on; they are not.
         """
         try:
             stopped = self._iterations()
+            if stopped and self._skipped.suspicious:
+                raise DivergedError(str(self._skipped))
+        except DivergedError as error:
+            raise DivergedError(f"after step {self.step} {error}: {self._after_divergence()}") from error
         except RunError:
-            if self.step > 0:
+            gone = any(
+                leaf.is_deleted() for leaf in jax.tree.leaves(self.stage.state)
+            )  # given to an update that failed
+            if self.step > 0 and not gone:
                 self._save(None)
                 self._say_how_to_resume(f"Failed after step {self.step}")
             raise
@@ -256,7 +269,9 @@ class Loop:
             stopping = self.step < last and any_process(self.stop.requested)
             if stopping:
                 self.stop.request("another process was stopped")  # kept where this one was not
-            if stopping or self._due(self.length.checkpoint_every):
+            self._unsaved |= stopping or self._due(self.length.checkpoint_every)
+            # What may be good waits for a step that shows it: a checkpoint too many displaces one that is.
+            if self._unsaved and (not self._skipped.in_a_row or stopping or self.step == last):
                 self._save(evaluation)
             began = ended + time.perf_counter() - logged  # evaluations and checkpoints are no part of a step
         return stopping
@@ -273,7 +288,8 @@ class Loop:
         self.report.phase(name)
         counter = self.stage.compilations
         began, mark = time.perf_counter(), counter.mark()
-        yield
+        with naming_phase(name):
+            yield
         first = name not in self._seconds
         self._seconds[name] = time.perf_counter() - began
         if (again := counter.since(mark)) and not first:
@@ -298,6 +314,21 @@ class Loop:
             part = "its update was skipped" if skipped == 1 else f"{skipped:.0%} of its updates were skipped"
             self.report.message(f"step {self.step}: the gradient is not finite, {part}")
         self._show(outcome, 4)
+        self._check_skipped(skipped)
+
+    def _check_skipped(self, share: float) -> None:
+        """Says after a few skipped steps, and raises after many, that the run diverges."""
+        self._skipped.count(share)
+        if self._skipped.diverged(ending=self.step == self.length.steps):
+            raise DivergedError(str(self._skipped))
+        if self._skipped.in_a_row == FEW:
+            end = f"training.max_skipped_steps={self.length.max_skipped_steps} ends the run"
+            self.report.message(f"step {self.step}: {self._skipped}; {end}. Or {self._after_divergence()}")
+
+    def _after_divergence(self) -> str:
+        saved = self.checkpoints.all_steps() if self.checkpoints is not None else []
+        good = self._skipped.good_checkpoint(self.step, saved)
+        return f"lower optimizer.learning_rate; {good}"
 
     def _evaluate(self) -> dict[str, float]:
         outcome = self.stage.evaluate(self._phase)
@@ -313,7 +344,8 @@ class Loop:
             self.report.samples(self.step, outcome.samples(count))
 
     def _save(self, evaluation: dict[str, float] | None) -> None:
-        if self.checkpoints is None:
+        self._unsaved = False
+        if self.checkpoints is None or self._skipped.suspicious:
             return
         run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
         with self._phase("checkpoint"):

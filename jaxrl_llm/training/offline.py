@@ -26,6 +26,7 @@ from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
+from jaxrl_llm.training.run.memory import bytes_of, check_memory
 from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.types import TrainState
 
@@ -42,10 +43,12 @@ class OfflineTrainingConfig:
     """Steps between checkpoints; one more comes at the end. 0: none at all."""
     keep_checkpoints: int = 3
     """Latest checkpoints that are kept, beside the best one."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite gradient that end the run: it diverged. 0: any number may have none."""
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        least = {"steps": 1, "rows_per_step": 1, "keep_checkpoints": 1, "checkpoint_every": 0}
+        least = {"steps": 1, "rows_per_step": 1, "keep_checkpoints": 1, "checkpoint_every": 0, "max_skipped_steps": 0}
         check_fields("training", self, **{name: count(getattr(self, name), least=n) for name, n in least.items()})
 
 
@@ -182,6 +185,8 @@ class OfflineTrainer:
         optimizer = make_optimizer(config, schedule)
         step = make_offline_step(self.model, optimizer, self.objective, micro_batches=self.plan.micro_batches)
         self.abstract_state = abstract_train_state(self.model, optimizer, self.setup.mesh)
+        needs = {"parameters and optimizer": bytes_of(self.abstract_state)}
+        check_memory(self.setup.mesh, needs, "the model's size, or train adapters: --model.lora.rank=16")
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         whole = replicated(self.setup.mesh)
         self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
@@ -212,6 +217,7 @@ class OfflineTrainer:
             evaluate_every=self.evaluation.every,
             best_metric=self.evaluation.best_metric if self.evaluation.every else None,
             best_mode=self.evaluation.best_mode,
+            max_skipped_steps=self.config.max_skipped_steps,
         )
 
     def learning_rate(self, step: int) -> float:

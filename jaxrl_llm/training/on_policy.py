@@ -36,6 +36,7 @@ from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource, Learner, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
+from jaxrl_llm.training.run.memory import ROWS, bytes_of, check_memory, rollout_bytes
 from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.types import Rollout, TrainState
 
@@ -54,6 +55,8 @@ class TrainingConfig:
     """Steps between checkpoints; one more comes at the end. 0: none at all."""
     keep_checkpoints: int = 3
     """Latest checkpoints that are kept, beside the best one."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite gradient that end the run: it diverged. 0: any number may have none."""
     samples_every: int = 10
     """Steps between printed completions where there is no terminal; 0: never."""
     dynamic_sampling: int = 0
@@ -63,7 +66,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
         some = ("steps", "prompts_per_step", "samples_per_prompt", "keep_checkpoints")
-        perhaps_none = ("checkpoint_every", "samples_every", "dynamic_sampling")
+        perhaps_none = ("checkpoint_every", "samples_every", "dynamic_sampling", "max_skipped_steps")
         check_fields("training", self, **{field: count(getattr(self, field)) for field in some})
         check_fields("training", self, **{field: count(getattr(self, field), least=0) for field in perhaps_none})
 
@@ -173,6 +176,15 @@ class Trainer:
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
+        if not stop_tokens:
+            self.what_a_step_is += f" No token ends a completion: each has sampling.max_tokens={sampling.max_tokens}."
+        if algorithm.needs_reference and has_adapters(params):
+            self.what_a_step_is += " The reference is the base, without adapters."
+        self.abstract_state = learner.abstract_state(mesh)
+        needs = {"parameters and optimizer": bytes_of(self.abstract_state)} | rollout_bytes(
+            model.config, sampling, prompts=prompts, group=group, max_prompt_length=dataset.max_prompt_length
+        )
+        check_memory(mesh, needs, f"{ROWS}; more devices along mesh.fsdp share them")
         self._start(learner, params, critic_params)
         self._make_programs(learner)
         self.compilations = CompilationCounter()
@@ -206,7 +218,6 @@ class Trainer:
 
     def _start(self, learner: Learner, params: Params, critic_params: Params | None) -> None:
         """What the programs work on: the state, and the reference if there is one."""
-        self.abstract_state = learner.abstract_state(self.setup.mesh)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         start = jax.jit(learner.start, static_argnames="seed", out_shardings=placed)
         with jax.set_mesh(self.setup.mesh):
@@ -246,6 +257,7 @@ class Trainer:
             evaluate_every=self.evaluation.every,
             best_metric="eval/accuracy" if self.evaluator else None,
             samples_every=config.samples_every,
+            max_skipped_steps=config.max_skipped_steps,
         )
 
     def run(self) -> TrainingResult:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_flags_say_which_adapters(config: Experiment, capsys: pytest.CaptureFixt
     assert model.config.lora == lora
     plain, base = cli.load_model(config.model, ONE_DEVICE)
     assert plain.config.lora is None
-    jax.tree.map(np.testing.assert_array_equal, without_adapters(params), base)
+    chex.assert_trees_all_equal(without_adapters(params), base)
     seeds = [cli.load_model(cli.parse(config, FLAGS).model, ONE_DEVICE, seed=seed)[1] for seed in (0, 1)]
     drawn = [tree["layers"]["mlp"]["down"]["lora_a"] for tree in (params, *seeds)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
@@ -81,11 +82,11 @@ def test_a_run_exports_its_adapters_and_the_merged_model(
     )
     begun = dataclasses.replace(config.model, adapters="run/adapters")
     model, params = cli.load_model(begun, ONE_DEVICE)
-    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(result.params))
+    chex.assert_trees_all_equal(params, jax.device_get(result.params))
     assert np.any(params["layers"]["mlp"]["down"]["lora_b"])
     merged = cli.load_model(dataclasses.replace(config.model, path="run/model"), ONE_DEVICE)[1]
     expected = merge_adapters(params, model.config)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), merged, expected)
+    chex.assert_trees_all_close(merged, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_adapters_that_do_not_fit(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +95,11 @@ def test_adapters_that_do_not_fit(config: Experiment, capsys: pytest.CaptureFixt
     for flags, message in (
         (["--model.adapters=nowhere"], "nowhere/adapter_config.json does not exist"),
         (["--model.adapters=saved", "--model.lora.rank=3"], "rank is 2 there and 3 in the model"),
+        (
+            ["--model.lora.rank=17"],
+            "model.lora.rank=17 is more than the rank of any matrix of this model: give at most 16",
+        ),
+        (["--model.lora.rank=100000"], "model.lora.rank=100000 is more than the rank of any"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.run(config, flags)

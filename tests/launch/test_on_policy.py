@@ -278,6 +278,40 @@ def refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return refused
 
 
+def test_what_no_memory_holds_is_refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, refused) -> None:
+    train = f"--data.train={write('train.jsonl', ROW)}"
+    assert "a step's tokens" in refused(train, "--training.samples-per-prompt=2000000000")
+    monkeypatch.setattr("jaxrl_llm.training.run.memory.host_memory", lambda: 10**5)
+    assert refused(train).endswith("or take a smaller model")
+
+
+@pytest.mark.parametrize(
+    ("change", "remark"), [({}, None), ({"stop_tokens": ()}, "No token ends a completion: each has")]
+)
+def test_a_model_that_never_ends_is_told(config: Experiment, change: dict[str, Any], remark: str | None) -> None:
+    config = dataclasses.replace(config, run_dir="run")
+    policy = dataclasses.replace(cli.load_policy(config, make_mesh()), **change)
+    trainer = cli.make_trainer(config, policy, make_mesh(), train_rows=[ROW] * 8)
+    assert ("No token ends" in trainer.what_a_step_is) == (remark is not None) and (
+        remark or ""
+    ) in trainer.what_a_step_is
+
+
+def test_a_reward_function_that_never_returns_ends_the_run(
+    config: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def endless(completions: list[Any], **columns: Any) -> list[float]:
+        time.sleep(60)
+        return [0.0 for _ in completions]
+
+    train = f"--data.train={write('train.jsonl', *[ROW] * 8)}"
+    with pytest.raises(SystemExit) as ended:
+        cli.run(dataclasses.replace(config, rewards=(endless,)), [train, "--reward-timeout=0.2"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "'endless'" in error and "took longer than 0.2 s" in error
+
+
 def test_no_model_and_no_such_model(refused) -> None:
     assert refused("--model.path=None") == "no model given: pass --model.path=<folder, .gguf file or hub id>"
     assert "./nowhere/model" in refused("--model.path=./nowhere/model")

@@ -216,6 +216,11 @@ def test_what_changes_last_bits_is_said(flag, said, capsys: pytest.CaptureFixtur
         (CONFIG, ["--mesh.fsdp=3"], "devices"),
         (CONFIG, ["--training.steps=2147483647", "--update.epochs=2"], "training.steps=2147483647"),
         (STAR, ["--update.micro-batches=7"], "update.micro_batches=7"),
+        (CONFIG, ["--training.prompts-per-step=1000000000"], "lower training.prompts_per_step"),
+        (CONFIG, ["--data.max-prompt-length=2000000000"], "or data.max_prompt_length"),
+        (CONFIG, ["--sampling.max-tokens=2000000000"], "sampling.max_tokens"),
+        (OFFLINE, ["--training.rows-per-step=1000000000"], "lower training.rows_per_step"),
+        (OFFLINE, ["--data.max-completion-length=9000000000"], "or data.max_completion_length"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

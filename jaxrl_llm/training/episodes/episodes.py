@@ -14,6 +14,7 @@ from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.training.episodes.reading import completion_of, completion_text
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.episodes.user_functions import RewardError, together
+from jaxrl_llm.training.run.divergence import check_finite
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.types import Rollout
 
@@ -148,6 +149,7 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
 
     Raises:
         RewardError: a reward function failed, in this process or in another: all raise together.
+        DivergedError: the model's logits were not finite.
     """
     ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
     own = range(jax.process_index(), len(ids), jax.process_count())
@@ -180,6 +182,7 @@ def unscored(rollout: Rollout, batch: PromptBatch) -> Episodes:
 
 
 def _sampled_ids(rollout: Rollout) -> list[list[int]]:
+    check_finite(rollout)
     completion, lengths = jax.device_get((rollout.completion, rollout.completion_lengths))
     rows, ends = completion.reshape(-1, completion.shape[-1]), lengths.ravel()
     return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]

@@ -38,6 +38,7 @@ from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, r
 from jaxrl_llm.training.run.distributed import from_main_process
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import check_frozen
+from jaxrl_llm.training.run.memory import check_memory, rollout_bytes
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.training.star.phase_files import check_settings, once, write_settings
@@ -150,6 +151,16 @@ class StarTrainer:
             stop_tokens=stop_tokens,
             mesh=mesh,
             rows=self._batch_size,
+        )
+        needs = rollout_bytes(
+            model.config,
+            self.sampling,
+            prompts=self._batch_size,
+            group=self.star.samples,
+            max_prompt_length=problems.max_prompt_length,
+        )
+        check_memory(
+            mesh, needs, "star.problems_per_batch, star.samples, sampling.max_tokens or data.max_prompt_length"
         )
         self._prepare(micro_batches)
         self.loader = _NoPosition()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_llm.data.messages import Message
-from jaxrl_llm.data.tokens import encode, encode_parts, some_tokens, stop_texts, without_end
+from jaxrl_llm.data.tokens import encode, encode_parts, encode_text_start, some_tokens, stop_texts, without_end
 from jaxrl_llm.data.turns import TrainOn, continuation, trained_turns, turn_of
 
 
@@ -48,6 +48,20 @@ def encode_text(prompt: str, completion: str, tokenizer: Any, *, stop_tokens: Se
     start, ids = encode_parts([prompt, completion], tokenizer, special=True)
     ids = [*ids, end_of_sequence(tokenizer) if end is None else end]
     return _encoded(some_tokens(start), ids, [True] * len(ids))
+
+
+def encode_whole_text(text: str, tokenizer: Any, *, stop_tokens: Sequence[int] = ()) -> Encoded:
+    """A text and its end of sequence, all of it trained but the first token, which nothing comes before.
+
+    A text that ends with a stop token is ended by that one alone; arguments as of `encode_text`.
+
+    Raises:
+        ValueError: the text has no tokens, or the tokenizer has no end of sequence.
+    """
+    text, end = without_end(text, stop_texts(tokenizer, stop_tokens))
+    first, *rest = some_tokens(encode_text_start(text, tokenizer))
+    ids = [*rest, end_of_sequence(tokenizer) if end is None else end]
+    return _encoded([first], ids, [True] * len(ids))
 
 
 def encode_conversation(

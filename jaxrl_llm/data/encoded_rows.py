@@ -108,7 +108,10 @@ class EncodedDataset(Generic[EncodedT]):
         unusable: Number of rows that are nothing to train on.
         dropped: Both together.
         fingerprint: Number of rows read and of those served, and a hash of every token, mask and label.
+        remarks: What a run says of them at its start.
     """
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, encoded: EncodedRows[EncodedT], name: str, parts: Sequence[Ragged]) -> None:
         self.encoded, self.rows = encoded.kept, encoded.rows

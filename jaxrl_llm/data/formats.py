@@ -6,14 +6,13 @@ functions receive, before any chat template.
 
 from __future__ import annotations
 
-import re
-import string
 from dataclasses import dataclass
 from typing import Any
 
 from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.data.interfaces import Row
 from jaxrl_llm.data.messages import Message, check_messages
+from jaxrl_llm.data.prompt_templates import fill_template, template_columns
 
 Prompt = str | list[Message]
 
@@ -31,7 +30,8 @@ class PromptFormat:
     """Column with the prompt, text or messages. Not read where `template` is given."""
 
     template: str | None = None
-    """Python format string over the row's columns, such as `"{question}\\nAnswer:"`; `{{` writes a brace."""
+    """Python format string over the row's columns, such as `"{question}\\nAnswer:"`; `{{` writes a brace. Columns
+    are text or whole numbers; `{score!s}` takes others as Python writes them."""
 
     system: str | None = None
     """System message put before the prompt; makes text prompts conversational."""
@@ -43,19 +43,8 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if self.system is not None and self.conversational is False:
             raise ValueError("a system message needs conversational prompts: leave out system or conversational=False")
-        if self.template is not None and not self._template_columns:
-            raise ValueError(f"template {self.template!r} uses no column of the row; write one as {{question}}")
-
-    @property
-    def _template_columns(self) -> list[str]:
-        try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(self.template or "") if field is not None]
-        except ValueError as error:
-            raise ValueError(f"template {self.template!r}: {error} (write a brace itself as {{{{ or }}}})") from error
-        columns = [re.split(r"[.\[]", field, maxsplit=1)[0] for field in fields]
-        if any(column == "" or column.isdigit() for column in columns):
-            raise ValueError(f"template {self.template!r}: name a column in each pair of braces, as in {{question}}")
-        return columns
+        if self.template is not None:
+            template_columns(self.template)
 
     @property
     def consumed_column(self) -> str | None:
@@ -70,9 +59,10 @@ class PromptFormat:
                 that ends with the user's.
         """
         if self.template is None:
-            prompt = column_of(row, self.prompt_column)
+            prompt = column_of(row, self.prompt_column, setting="prompt_column")
         else:
-            prompt = self.template.format_map({name: column_of(row, name) for name in self._template_columns})
+            columns = {name: column_of(row, name) for name in template_columns(self.template)}
+            prompt = fill_template(self.template, columns)
         if isinstance(prompt, str):
             if not self.conversational and self.system is None:
                 return prompt
@@ -98,14 +88,20 @@ class PromptFormat:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def column_of(row: Row, name: str) -> Any:
+def column_of(row: Row, name: str, *, setting: str | None = None) -> Any:
     """The value of a column.
 
+    Args:
+        row: of the data.
+        name: of the column.
+        setting: that names another, for errors.
+
     Raises:
-        ValueError: it is missing or empty; names the nearest one.
+        ValueError: it is missing or empty; names the nearest one, and the setting.
     """
     if name not in row:
-        raise ValueError(f"no column {name!r}{nearest_name(name, list(row))} (columns: {', '.join(row)})")
+        way_out = f"; {setting} names the column" if setting else ""
+        raise ValueError(f"no column {name!r}{nearest_name(name, list(row))} (columns: {', '.join(row)}){way_out}")
     if row[name] is None:
         raise ValueError(f"the column {name!r} is empty (None)")
     return row[name]

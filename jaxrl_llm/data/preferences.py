@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -48,7 +50,8 @@ class PreferenceFormat(RowFormat[EncodedPair, "PreferenceDataset"]):
     """How a row becomes a preference pair; a `RowFormat`.
 
     Either a prompt and two completions, each text or messages, or two whole dialogues, which have a beginning in
-    common and differ in the assistant's last turn.
+    common and differ in the assistant's last turn. Where the first row has no column for the prompt, dialogues are
+    taken for whole ones, and of other texts the prompt is what both begin with.
     """
 
     _USABLE = "is a pair of dialogues with one beginning and two replies"
@@ -66,6 +69,19 @@ class PreferenceFormat(RowFormat[EncodedPair, "PreferenceDataset"]):
     """The columns hold whole dialogues: lists of messages, or text as in HH-RLHF, where a turn begins with a blank
     line and "Human:" or "Assistant:". Rows whose two beginnings differ, or with an empty reply, are dropped and
     counted. Text stays text, which ends with "Assistant:", unless `prompt.conversational` makes it messages."""
+
+    implicit_prompt: bool | None = None
+    """The columns hold texts that begin with the prompt, which is all that both have in common, whole words of it.
+    `None`: where the first row has no prompt, and the texts are no dialogues."""
+
+    def settled(self, row: Row) -> Self:
+        """See `RowFormat`."""
+        prompt, chosen = self.prompt.consumed_column, row.get(self.chosen_column)
+        if self.whole_dialogues or self.implicit_prompt is not None or prompt is None or prompt in row:
+            return self
+        if isinstance(chosen, str) and not TURN.search(chosen):
+            return dataclasses.replace(self, implicit_prompt=True)
+        return dataclasses.replace(self, whole_dialogues=True) if isinstance(chosen, str | list | tuple) else self
 
     def encoder(self, tokenizer: Any) -> Callable[[Row], list[EncodedPair]]:
         """See `RowFormat`."""
@@ -87,10 +103,16 @@ class PreferenceFormat(RowFormat[EncodedPair, "PreferenceDataset"]):
     def pair(self, row: Row) -> Pair | None:
         """The pair of a row; `None` if its dialogues have no beginning in common, or a reply is empty.
 
+        It reads the row as the settings say; `settled` decides what they leave open.
+
         Raises:
             ValueError: a column is missing or is not what it should be.
         """
-        chosen, rejected = column_of(row, self.chosen_column), column_of(row, self.rejected_column)
+        chosen = column_of(row, self.chosen_column, setting="chosen_column")
+        rejected = column_of(row, self.rejected_column, setting="rejected_column")
+        if self.implicit_prompt:
+            prompt, *sides = common_beginning(chosen, rejected)
+            return Pair(self.prompt.prompt({self.prompt.prompt_column: prompt}), *sides) if all(sides) else None
         if not self.whole_dialogues:
             return Pair(self.prompt.prompt(row), chosen, rejected)
         (beginning, chosen), (other, rejected) = (self._dialogue(dialogue) for dialogue in (chosen, rejected))
@@ -121,6 +143,14 @@ class PreferenceDataset(EncodedDataset[EncodedPair]):
     def __init__(self, encoded: EncodedRows[EncodedPair]) -> None:
         parts = [Ragged([pair[field] for pair in encoded.kept]) for field in range(3)]
         super().__init__(encoded, "pairs", parts)
+        equal = [row for row, pair in zip(self.rows, self.encoded, strict=True) if np.array_equal(*pair[1:])]
+        if len(equal) == len(self) > 1:
+            raise ValueError(
+                f"chosen and rejected are equal in all {len(equal)} pairs, and nothing can be learned: do chosen_column"
+                " and rejected_column name what they should?"
+            )
+        if equal:
+            self.remarks = (f"chosen and rejected are equal in {len(equal)} of them, first in row {equal[0]}",)
 
     def batch(self, items: Sequence[int] | np.ndarray, /) -> PreferenceBatch:
         """The pairs numbered `items` (0 to `len(self) - 1`); repeats are allowed."""
@@ -131,6 +161,30 @@ class PreferenceDataset(EncodedDataset[EncodedPair]):
             completion=np.stack([side.padded(numbers, self._width) for side in self._parts], axis=1),
             mask=np.arange(self._width) < lengths[..., None],
         )
+
+
+def common_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """What two texts have in common at their beginning, and how each goes on.
+
+    The prompt ends where a word does, and before the space behind it: completions then begin as a tokenizer has words
+    begin.
+
+    Raises:
+        ValueError: they begin differently, or are no texts.
+    """
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise ValueError(f"one of both is no text: {chosen!r:.80} and {rejected!r:.80}")
+    pairs = zip(chosen, rejected, strict=False)
+    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    while chosen[:length][-1:].isalnum() and (chosen[length : length + 1] + rejected[length : length + 1]).isalnum():
+        length -= 1
+    length = len(chosen[:length].rstrip(" "))
+    if not length:
+        raise ValueError(
+            f"no column has the prompt, and the texts begin differently: {chosen!r:.80} and {rejected!r:.80}; "
+            "prompt.prompt_column (or prompt.template) names it, and whole_dialogues=True reads dialogues"
+        )
+    return chosen[:length], chosen[length:], rejected[length:]
 
 
 def dialogue_messages(text: str) -> list[Message]:

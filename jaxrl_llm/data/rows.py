@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
-from jaxrl_llm.data.encoded_rows import EncodedRow, EncodedRows, Overlong, read_rows
+from jaxrl_llm.data.encoded_rows import EncodedRow, EncodedRows, Overlong, read_rows, row_of
 from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.loader import ShuffledLoader
 
@@ -53,6 +53,11 @@ class RowFormat(abc.ABC, Generic[EncodedT, DatasetT]):
     _USABLE = "can be used"
     """What a row is that becomes something, for errors."""
 
+    def settled(self, row: Row) -> Self:
+        """This format, with what it leaves to the rows (columns that they may have or not) decided by the first one."""
+        del row
+        return self
+
     @abc.abstractmethod
     def encoder(self, tokenizer: Any) -> Callable[[Row], Sequence[EncodedT]]:
         """Makes the function from a row to token ids: nothing, where it cannot be used, or one and more.
@@ -90,10 +95,11 @@ class RowFormat(abc.ABC, Generic[EncodedT, DatasetT]):
         Raises:
             ValueError: there are no rows, or one cannot be used or is too long; names its number.
         """
-        encoded = read_rows(source, self.encoder(tokenizer), max_rows=max_rows)
+        form = self.settled(row_of(source, 0)) if len(source) else self
+        encoded = read_rows(source, form.encoder(tokenizer), max_rows=max_rows)
         if not any(encoded):
             raise ValueError(f"none of {len(encoded)} rows {self._USABLE}")
-        return self.collect(
+        return form.collect(
             EncodedRows[EncodedT].fitting(
                 encoded,
                 max_prompt_length=max_prompt_length,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Number
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -46,7 +48,7 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
     """Column with the completion: text, or messages (an assistant's answer)."""
 
     label_column: str = "label"
-    """Column with the label, true or false."""
+    """Column with the label: true or false, 1 or 0, or these words."""
 
     from_pairs: bool = False
     """Rows are pairs, and become two samples each, the chosen one with label true."""
@@ -56,6 +58,10 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
 
     mismatched: bool = True
     """Serve another prompt's completion with each sample, which the baseline of KTO is made of."""
+
+    def settled(self, row: Row) -> Self:
+        """See `RowFormat`."""
+        return dataclasses.replace(self, pairs=self.pairs.settled(row)) if self.from_pairs else self
 
     def encoder(self, tokenizer: Any) -> Callable[[Row], list[Sample]]:
         """See `RowFormat`."""
@@ -83,10 +89,27 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
         if self.from_pairs:
             pair = self.pairs.pair(row)
             return [] if pair is None else [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
-        label = column_of(row, self.label_column)
-        if not isinstance(label, bool | np.bool_):
-            raise ValueError(f"the column {self.label_column!r} is {label!r:.80}: a label is true or false")
-        return [(self.prompt.prompt(row), column_of(row, self.completion_column), bool(label))]
+        if self.completion_column not in row and self.pairs.chosen_column in row:
+            raise ValueError(
+                f"no column {self.completion_column!r}, but a pair: from_pairs=True makes two samples of it"
+            )
+        label = _label(column_of(row, self.label_column, setting="label_column"), self.label_column)
+        completion = column_of(row, self.completion_column, setting="completion_column")
+        return [(self.prompt.prompt(row), completion, label)]
+
+
+def _label(value: Any, column: str) -> bool:
+    """A label as data sets write it: true or false, 1 or 0, and both as text, as CSV has it.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    word = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(word, str | bool | np.bool_ | Number):
+        for label, words in ((True, (True, "true", "1")), (False, (False, "false", "0"))):
+            if word in words:
+                return label
+    raise ValueError(f"the column {column!r} is {value!r:.80}: a label is true or false, or 1 or 0")
 
 
 class UnpairedDataset(EncodedDataset[Sample]):

@@ -174,6 +174,62 @@ def test_a_template_without_an_end_of_turn() -> None:
     assert runs == [(True, "Hello"), (False, "\n<user>Bye\n<assistant>"), (True, "Ciao<eos>")]
 
 
+# ---- Columns that people have ---------------------------------------------------------------------------
+
+
+def test_one_message_as_completion():
+    row = {"prompt": [user("Hi")], "completion": assistant("Hello")}
+    assert chat(row) == chat({**row, "completion": [assistant("Hello")]})
+
+
+def test_messages_are_read_where_there_is_no_completion():
+    """Also beside a prompt, as some data sets have it."""
+    named = chat({"m": CONVERSATION}, messages_column="m")
+    assert chat({"messages": CONVERSATION}) == named
+    assert chat({"prompt": "Hi", "prompt_id": "1", "messages": CONVERSATION}) == named
+    row = {"prompt": [user("a")], "completion": "b", "messages": CONVERSATION}
+    assert chat(row)[1] == [(True, "b<end>")]
+
+
+def test_whole_texts():
+    """All is trained but what nothing comes before."""
+    form = DemonstrationFormat()
+    assert shown(form.dataset([{"text": "abc", "id": 1}], TEXT, **WIDE), TEXT) == ("a", [(True, "bc<eos>")])
+    named = DemonstrationFormat(text_column="body")
+    assert shown(named.dataset([{"body": "abc", "text": 3}], TEXT, **WIDE), TEXT) == ("a", [(True, "bc<eos>")])
+
+    class Begun(CharTokenizer):
+        bos_token_id = 2
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return [2] * add_special_tokens + super().encode(text)
+
+    assert shown(form.dataset([{"text": "bc"}], Begun("abc"), **WIDE), TEXT) == ("a", [(True, "bc<eos>")])
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"question": "a", "answer": "b"}], {}, "row 0: neither .*prompt_column .*completion_column.*messages_column"),
+        ([{"prompt": "a", "answer": "b"}], {}, "row 0: no column 'completion'.*; completion_column names the column"),
+        ([{"messages": CONVERSATION}, {"text": "a"}], {}, "row 1: no column 'messages' .*; messages_column names"),
+        ([{"text": CONVERSATION}], {}, "row 0: the column 'text' is a list, not text: .*messages_column names"),
+        ([{"text": 3}], {}, "row 0: the column 'text' is a int, not text"),
+        ([{"text": ""}], {}, "row 0: the prompt has no tokens"),
+        ([{"text": "a"}], {"train_on": "assistant_only"}, "row 0: train_on='assistant_only' .* need conversations"),
+        ([{"text": "a"}], {"completion_column": "answer"}, "row 0: no column 'prompt' .*; prompt_column names"),
+    ],
+)
+def test_columns_that_are_not_there(rows: list[Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DemonstrationFormat(**settings).dataset(rows, ChatTokenizer(), **WIDE)
+
+
+def test_texts_and_conversations_at_once() -> None:
+    with pytest.raises(ValueError, match="messages_column='m' and text_column='t': rows are one of both"):
+        DemonstrationFormat(messages_column="m", text_column="t")
+
+
 # ---- What is refused ----------------------------------------------------------------------------------
 
 

@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 
 from jaxrl_llm.data.formats import PromptFormat
@@ -39,6 +42,37 @@ def test_template():
     assert PromptFormat(prompt_column="question").consumed_column == "question"
 
 
+def test_template_takes_text_and_whole_numbers():
+    """Of all else it says that it is to be written as Python writes it."""
+    row = {"a": 5, "b": np.int64(7), "c": "x", "f": 0.5, "l": ["p", "q"]}
+    assert PromptFormat(template="{a} {b} {c} {l[1]}").prompt(row) == "5 7 x q"
+    assert PromptFormat(template="{f!s} {f:.2f} {l!r} {a:>3}").prompt(row) == "0.5 0.50 ['p', 'q']   5"
+
+
+@pytest.mark.parametrize("value", [0.5, True, b"Hi", ["a"], {"a": 1}, float("nan"), np.float32(2), [USER]])
+def test_template_of_what_is_no_text(value):
+    kind = type(value).__name__
+    with pytest.raises(
+        ValueError, match=rf"^{{q}} of template '{{q}}': .* is a {kind}, .*make it text, or write {{q!s}}"
+    ):
+        PromptFormat(template="{q}").prompt({"q": value})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{q.x}", "'str' object has no attribute 'x'"),
+        ("{q[x]}", "string ind"),
+        ("{q:d}", "Unknown format code 'd'"),
+        ("{q!x}", "Unknown conversion specifier"),
+        ("{n[9]}", "index out of range"),
+    ],
+)
+def test_template_that_does_not_fit_the_row(template, message):
+    with pytest.raises(ValueError, match=rf"of template '{re.escape(template)}': .*{message}"):
+        PromptFormat(template=template).prompt({"q": "text", "n": [1]})
+
+
 def test_conversational():
     row = {"prompt": "Hi"}
     assert PromptFormat(conversational=True).prompt(row) == [USER]
@@ -54,7 +88,7 @@ def test_conversational():
     [
         (PromptFormat(), {"promt": 1, "x": 1}, r"'prompt'; did you mean 'promt'\? \(columns: promt, x\)"),
         (PromptFormat(), {"Prompt": "a"}, "did you mean 'Prompt'"),
-        (PromptFormat(), {"zzz": "a"}, r"no column 'prompt' \(columns: zzz\)"),
+        (PromptFormat(), {"zzz": "a"}, r"no column 'prompt' \(columns: zzz\); prompt_column names"),
         (PromptFormat(template="{qestion}"), {"question": "a"}, "'qestion'; did you mean 'question'"),
         (PromptFormat(), {"prompt": None}, r"column 'prompt' is empty \(None\)"),
         (PromptFormat(template="{q}"), {"q": None}, "column 'q' is empty"),
@@ -78,6 +112,9 @@ def test_rows_without_a_prompt(prompt_format, row, message):
     [
         ({"system": "x", "conversational": False}, "system message needs conversational prompts"),
         ({"template": "no column"}, "uses no column"),
+        ({"template": "{q:>2000000000}"}, r"{q:>2000000000} pads beyond 100000 characters"),
+        ({"template": "{q:{q}}"}, r"write the width in {q:{q}} as a number"),
+        ({"template": "{q:.2000000000f}"}, "pads beyond"),
         ({"template": "{}"}, "name a column in each pair of braces"),
         ({"template": "{0}"}, "name a column in each pair of braces"),
         ({"template": '{"a": 1'}, "write a brace itself as {{ or }}"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data.formats import PromptFormat
-from jaxrl_llm.data.preferences import PreferenceFormat, dialogue_messages
+from jaxrl_llm.data.preferences import PreferenceFormat, common_beginning, dialogue_messages
 from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
@@ -220,7 +220,91 @@ def test_samples_of_pairs():
     assert (len(counted), counted.unusable) == (4, 2)
 
 
-def test_labels_must_be_true_or_false():
-    rows = [*SAMPLES, {"prompt": "a", "completion": "b", "label": 1}]
-    with pytest.raises(ValueError, match=r"row 4: the column 'label' is 1: a label is true or false"):
+@pytest.mark.parametrize("yes", [1, 1.0, np.int64(1), np.True_, "true", "True", " TRUE ", "1"])
+@pytest.mark.parametrize("no", [0, 0.0, np.bool_(0), "false", "0"])
+def test_labels_as_data_sets_write_them(yes, no):
+    rows = [{**row, "label": yes if row["label"] else no} for row in SAMPLES]
+    assert UnpairedFormat().dataset(rows, TOKENIZER, **SIZE).fingerprint == (
+        UnpairedFormat().dataset(SAMPLES, TOKENIZER, **SIZE).fingerprint
+    )
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, float("nan"), "yes", "", [1], {"label": True}])
+def test_labels_must_be_true_or_false(label):
+    rows = [*SAMPLES, {"prompt": "a", "completion": "b", "label": label}]
+    with pytest.raises(ValueError, match=r"row 4: the column 'label' is .*: a label is true or false, or 1 or 0"):
         UnpairedFormat().dataset(rows, TOKENIZER, **SIZE)
+
+
+def test_pairs_in_place_of_samples_are_told_of_the_setting():
+    with pytest.raises(ValueError, match=r"row 0: no column 'completion', but a pair: from_pairs=True makes"):
+        UnpairedFormat().dataset(ROWS, TOKENIZER, **SIZE)
+    with pytest.raises(ValueError, match=r"row 0: no column 'completion'.*; completion_column names the column"):
+        UnpairedFormat().dataset([{"prompt": "a", "answer": "b", "label": 1}], TOKENIZER, **SIZE)
+
+
+# ---- Rows without a prompt ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("ab cd", "ab ef", ("ab", " cd", " ef")),
+        ("ab cde", "ab cdf", ("ab", " cde", " cdf")),  # not within a word
+        ("ab cd", "ab cdef", ("ab", " cd", " cdef")),
+        ("a:bc", "a:d", ("a:", "bc", "d")),
+        ("a:  b", "a:  c", ("a:", "  b", "  c")),
+    ],
+)
+def test_a_prompt_that_both_texts_begin_with(chosen, rejected, expected):
+    assert common_beginning(chosen, rejected) == expected
+    tokenizer = CharTokenizer("abcdefghij: ")
+    implicit = PreferenceFormat().dataset([{"chosen": chosen, "rejected": rejected}], tokenizer, **LONG)
+    row = dict(zip(("prompt", "chosen", "rejected"), expected, strict=True))
+    assert implicit.fingerprint == PreferenceFormat().dataset([row], tokenizer, **LONG).fingerprint
+
+
+COLUMNS = ("chosen", "rejected")
+
+
+def test_dialogues_without_a_prompt_are_whole_ones():
+    whole = PreferenceFormat(whole_dialogues=True).dataset(DIALOGUES, TOKENIZER, **LONG)
+    assert PreferenceFormat().dataset(DIALOGUES, TOKENIZER, **LONG).fingerprint == whole.fingerprint
+    messages = [
+        {
+            side: [{"role": "user", "content": "hi"}, {"role": "assistant", "content": side[:2]}]
+            for side in ("chosen", "rejected")
+        }
+    ]
+    assert shown(PreferenceFormat().dataset(messages, Turns(), **LONG).batch([0])) == [("H:hi!\nA:", "ch!", "re!")]
+    samples = UnpairedFormat(from_pairs=True, mismatched=False).dataset(messages, Turns(), **LONG)
+    assert shown(samples.batch([0, 1])) == [("H:hi!\nA:", "ch!"), ("H:hi!\nA:", "re!")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"chosen": "ab", "rejected": "cd"}],
+            "row 0: no column has the prompt, .*prompt_column.*whole_dialogues",
+        ),
+        ([{"chosen": "good", "rejected": "go"}], "row 0: no column has the prompt"),  # within a word
+        ([*ROWS, {"chosen": "b", "rejected": "c"}], "row 3: no column 'prompt' .*; prompt_column names the column"),
+        ([{"chosen": "a b", "rejected": 3}], "row 0: one of both is no text"),
+        ([{"prompt": "a", "better": "b", "rejected": "c"}], "row 0: no column 'chosen'.*; chosen_column names"),
+    ],
+)
+def test_pairs_without_a_prompt_that_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceFormat().dataset(rows, TOKENIZER, **LONG)
+
+
+def test_equal_sides_are_counted_and_refused_where_all_are():
+    equal = {**ROWS[0], "rejected": ROWS[0]["chosen"]}
+    dataset = PreferenceFormat().dataset([*ROWS, equal, equal], TOKENIZER, **SIZE)
+    assert dataset.remarks == ("chosen and rejected are equal in 2 of them, first in row 3",) and len(dataset) == 5
+    assert PreferenceFormat().dataset(ROWS, TOKENIZER, **SIZE).remarks == ()
+    dialogue = "\n\nHuman: hi\n\nAssistant: yes"
+    for rows in ([equal] * 3, [{"chosen": dialogue, "rejected": dialogue}] * 2):
+        with pytest.raises(ValueError, match=r"equal in all \d pairs, .*chosen_column and rejected_column name"):
+            PreferenceFormat().dataset(rows, TOKENIZER, **LONG)

@@ -162,6 +162,22 @@ def _hash(parts: Sequence[Ragged]) -> str:
     return digest.hexdigest()[:16]
 
 
+def counted(dataset: Any, name: str) -> str:
+    """How many there are, how many were dropped and why, and what else is to be said of them: a line for a run's start.
+
+    Args:
+        dataset: with a length and `dropped`; `unusable` and `remarks` where it has any; `None`: none.
+        name: what they are called: `"prompts"`.
+    """
+    if dataset is None:
+        return "none"
+    unusable = getattr(dataset, "unusable", 0)
+    reasons = {"too long": dataset.dropped - unusable, "nothing to train on": unusable}
+    dropped = [f"{number} dropped as {reason}" for reason, number in reasons.items() if number]
+    said = "; ".join([*dropped, *getattr(dataset, "remarks", ())])
+    return f"{len(dataset)} {name}" + (f" ({said})" if said else "")
+
+
 def read_rows(source: RowSource, read: Callable[[Row], ReadT], *, max_rows: int | None = None) -> list[ReadT]:
     """What `read` makes of each row, or of the first `max_rows`.
 

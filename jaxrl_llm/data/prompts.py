@@ -69,6 +69,8 @@ class PromptDataset:
         dropped: Number of prompts that were too long.
         longest: Tokens of the longest prompt kept.
         fingerprint: Number of rows and of prompts and a hash of every row; equal for equal data.
+        remarks: What a run says of them at its start.
+        scorable_by: Groups of reward functions that can score every row, as `check_scorable` found.
 
     Raises:
         ValueError: No rows, a row that gives no prompt (names its number), a prompt that is too long (names
@@ -100,6 +102,8 @@ class PromptDataset:
             return np.asarray(ids, np.int32)
 
         encoded = read_rows(source, read, max_rows=max_rows)
+        self.scorable_by: list[tuple[Any, ...]] = []
+        self.remarks = self._remarks(encoded)
         names.pop(self._format.consumed_column, None)
         self.column_names = tuple(names)
         clashing = [name for name in _REWARD_ARGUMENTS if name in names]
@@ -116,6 +120,20 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def _remarks(self, encoded: list[np.ndarray]) -> tuple[str, ...]:
+        if any(not np.array_equal(ids, encoded[0]) for ids in encoded):
+            return ()
+        first = self._format.prompt(row_of(self._source, 0))
+        if all(self._format.prompt(row_of(self._source, row)) == first for row in range(len(encoded))):
+            return ()
+        return ("all have the same tokens: does the chat template write the messages?",)
+
+    def columns_of(self, item: int) -> tuple[int, dict[str, Any]]:
+        """The row number of a prompt in the source, and what reward functions receive of that row."""
+        number = int(self._rows[item])
+        row = row_of(self._source, number)
+        return number, {name: row.get(name) for name in self.column_names}
 
     def batch(
         self, items: Sequence[int] | np.ndarray, *, epoch: int = 0, valid: np.ndarray | None = None

@@ -20,6 +20,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings
+from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.run.memory import bytes_of, check_memory
 
@@ -131,7 +132,7 @@ def load_prompts(
             max_rows=limit,
         )
         if rewards is not None:
-            rewards.check_columns(prompts.column_names)
+            check_scorable(rewards, prompts)
         return prompts
 
     limits = data.max_train_prompts, config.evaluation.max_prompts

@@ -18,6 +18,7 @@ from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, mak
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.checks import check_fields, count
+from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import has_adapters, reference_of
@@ -145,7 +146,7 @@ class OfflineTrainer:
         if self.saved:
             self.loader.set_state(self.saved.data)
         self.what_a_step_is = (
-            f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
+            f"{counted(dataset, 'rows')} to train on, {counted(eval_dataset, 'rows')} held out. A step: "
             f"{rows} rows of {shape[1]} completion(s), on {setup.mesh.size} device(s); {self.config.steps} steps are "
             f"{self.config.steps * rows / len(dataset):.3g} epochs."
         )
@@ -308,8 +309,3 @@ def _completion_lengths(mask: np.ndarray) -> np.ndarray:
 
 def _outside(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
     return (tokens < 0) | (tokens >= vocabulary)
-
-
-def _count(dataset: RowDataset) -> str:
-    dropped = f" ({dataset.dropped} too long were dropped)" if dataset.dropped else ""
-    return f"{len(dataset)} rows{dropped}"

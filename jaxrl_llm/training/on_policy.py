@@ -19,6 +19,7 @@ from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.checks import check_fields, count
+from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.models.config import Params
@@ -32,6 +33,7 @@ from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.judging import Judge, check_judge, compare
+from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource, Learner, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
@@ -140,7 +142,7 @@ class Trainer:
         self._check_rewards()
         self.saved = setup.find()
         if rewards is not None:
-            rewards.check_columns(dataset.column_names)
+            check_scorable(rewards, dataset)
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
         self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
         if self.saved:
@@ -172,7 +174,7 @@ class Trainer:
         )
         self._optimizer_steps = plan.optimizer_steps
         self.what_a_step_is = (
-            f"{_count(dataset)} to train on, {_count(eval_dataset) if eval_dataset else 'none'} held out. A step: "
+            f"{counted(dataset, 'prompts')} to train on, {counted(eval_dataset, 'prompts')} held out. A step: "
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
         )
@@ -351,8 +353,3 @@ class Trainer:
         with phase("evaluate"):
             metrics, episodes = self.evaluator(self.state.params, np.asarray(self.state.key) ^ EVALUATION_KEY)
         return Outcome(metrics, partial(episodes.samples, self.tokenizer))
-
-
-def _count(dataset: PromptDataset) -> str:
-    dropped = f" ({dataset.dropped} too long were dropped)" if dataset.dropped else ""
-    return f"{len(dataset)} prompts{dropped}"

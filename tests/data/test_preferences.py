@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.preferences import PreferenceFormat, common_beginning, dialogue_messages
 from jaxrl_llm.data.rows import RowFormat
@@ -108,6 +109,7 @@ def test_dialogues_become_messages_for_the_chat_template():
     """The assistant's end of turn is trained, what the template writes after it is not."""
     form = PreferenceFormat(prompt=PromptFormat(conversational=True), whole_dialogues=True)
     dataset = form.dataset(DIALOGUES, Turns(), **LONG)
+    assert counted(dataset, "rows") == "2 rows (2 dropped as nothing to train on)"
     assert shown(dataset.batch([0])) == [("H:hi!\nA:yes!\nH:why!\nA:", "so!", "no!")]
     assert (len(dataset), dataset.unusable) == (2, 2)
 

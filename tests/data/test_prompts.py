@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 
+from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset, _stable_text
 from jaxrl_llm.data.tokenizers import CharTokenizer
@@ -130,3 +131,22 @@ def test_content_is_written_alike_in_every_process():
     }
     assert seen == {"{'s':{'a','b','c'},'o':object,'n':[0,1],'t':[1,None,2.5]}"}
     assert _stable_text({"a": "1"}) != _stable_text({"a": 1})
+
+
+def test_prompts_that_are_all_alike_in_tokens_alone():
+    """A chat template that never writes the messages."""
+
+    class Deaf(CharTokenizer):
+        chat_template = "hello"
+
+        def apply_chat_template(self, messages, **settings):
+            return "abc"
+
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("a", "b")]
+    dataset = PromptDataset(rows, Deaf("abc"), max_prompt_length=4)
+    assert dataset.remarks == ("all have the same tokens: does the chat template write the messages?",)
+    assert counted(dataset, "prompts") == f"2 prompts ({dataset.remarks[0]})"
+    for equal in (rows[:1], rows[:1] * 3):
+        assert PromptDataset(equal, Deaf("abc"), max_prompt_length=4).remarks == ()
+    assert counted(PromptDataset(ROWS, TOKENIZER, max_prompt_length=4), "prompts") == "3 prompts"
+    assert counted(None, "rows") == "none"

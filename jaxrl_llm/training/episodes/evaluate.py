@@ -18,6 +18,7 @@ from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
+from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 
 
@@ -100,7 +101,7 @@ class Evaluator:
         rows: int,
     ):
         self.solved_by = config.solving_reward(rewards)
-        rewards.check_columns(dataset.column_names)
+        check_scorable(rewards, dataset)
         self._dataset, self._tokenizer, self._rewards = dataset, tokenizer, rewards
         shards = row_shards(mesh)
         wanted = min(config.batch_size or rows, len(dataset))

@@ -33,6 +33,7 @@ from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.episodes import prompt_text, score_rollout
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.reading import completion_text
+from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.distributed import from_main_process
@@ -184,7 +185,7 @@ class StarTrainer:
             raise ValueError("star.rationalize needs prompts with the answer as a hint: pass hinted, or turn it off")
         for prompts in (problems, hinted):
             if prompts is not None:
-                rewards.check_columns(prompts.column_names)
+                check_scorable(rewards, prompts)
         if hinted is None:
             return
         if hinted.fingerprint != problems.fingerprint or hinted.max_prompt_length != problems.max_prompt_length:

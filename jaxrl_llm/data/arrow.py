@@ -1,19 +1,21 @@
-"""Rows held as Arrow columns: Parquet files, Arrow tables, Hugging Face's data sets."""
+"""Rows held as Arrow columns: Parquet files and Arrow tables."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxrl_llm.data.interfaces import Row, RowSource
+from jaxrl_llm.data.interfaces import Row
 
 if TYPE_CHECKING:  # most runs read JSON
     import pyarrow
 
 
 class ArrowRows:
-    """The rows of an Arrow table, as plain Python values, without the nulls that Arrow adds (`without_added_nulls`).
+    """The rows of an Arrow table, as plain Python values.
+
+    A column of Arrow has one type, so that each message has an entry for whatever any other has, `None` where it had
+    none: `check_messages` and `tools_of` leave these out.
 
     Args:
         table: The columns.
@@ -26,42 +28,7 @@ class ArrowRows:
         return self._table.num_rows
 
     def __getitem__(self, index: int, /) -> Row:
-        return without_added_nulls(self._table.slice(index, 1).to_pylist()[0])
-
-
-class WithoutAddedNulls:
-    """The rows of a source that holds them as Arrow columns (`datasets.Dataset`), by `without_added_nulls`."""
-
-    def __init__(self, source: RowSource) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int, /) -> Row:
-        return without_added_nulls(self._source[index])
-
-
-def without_added_nulls(row: Row) -> Row:
-    """A row whose messages and tools have the entries that they were written with.
-
-    A column of Arrow has one type, so that each message has an entry for whatever any other has, and the arguments
-    of each call those of all other calls: null where there was none, which a chat template would write. Other columns
-    stay as they are.
-    """
-    return {name: _without_nulls(value) if _is_conversation(value) else value for name, value in row.items()}
-
-
-def _is_conversation(value: Any) -> bool:
-    """Whether a column holds a message or tool, or a list of them."""
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    return isinstance(first, Mapping) and not first.keys().isdisjoint(("role", "function", "parameters"))
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return self._table.slice(index, 1).to_pylist()[0]
 
 
 def read_parquet(path: str | os.PathLike[str]) -> ArrowRows:

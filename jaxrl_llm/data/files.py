@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxrl_llm.data.arrow import WithoutAddedNulls, read_parquet
+from jaxrl_llm.data.arrow import read_parquet
 from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.strict_json import parse_json
 
@@ -176,12 +176,11 @@ def load_saved(folder: Path, split: str | None = None) -> RowSource:
             raise ValueError(f"{folder} holds {wanted}; name one of them: {ways}")
         folder = folder / split
     try:
-        dataset = import_datasets(str(folder)).load_from_disk(str(folder))
+        return import_datasets(str(folder)).load_from_disk(str(folder))
     except ImportError:
         raise
     except Exception as error:  # of many kinds: JSON, Arrow, versions
         raise ValueError(f"{folder} could not be read as a saved data set: {type(error).__name__}: {error}") from error
-    return WithoutAddedNulls(dataset)
 
 
 def import_datasets(wanted: str) -> ModuleType:

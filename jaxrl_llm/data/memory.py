@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.data.arrow import ArrowRows, WithoutAddedNulls
+from jaxrl_llm.data.arrow import ArrowRows
 from jaxrl_llm.data.interfaces import RowSource
 
 
@@ -49,7 +49,7 @@ def rows_in_memory(rows: Any, max_rows: int | None = None) -> RowSource:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise ValueError(f"row {index} is a {type(row).__name__}, not a mapping of columns: {row!r:.200}")
-    return WithoutAddedNulls(rows) if library == "datasets" else rows
+    return rows
 
 
 def _of_pandas(value: Any) -> Any:

@@ -195,7 +195,7 @@ def read_rows(source: RowSource, read: Callable[[Row], ReadT], *, max_rows: int 
         try:
             results.append(read(row))
         except Exception as error:  # the tokenizer's and the template's own errors do not know the row
-            raise ValueError(f"row {index}: {error}") from error
+            raise ValueError(f"row {index}: {str(error) or type(error).__name__}") from error
     return results
 
 

@@ -11,6 +11,8 @@ from jaxrl_llm.algorithms.supervised import PackedDemonstrations
 from jaxrl_llm.data.conversations import Encoded
 from jaxrl_llm.data.encoded_rows import Ragged
 
+_LONGEST = 2**20
+"""Tokens of a row that are held, if need be, for nothing."""
 _PADDING = -1
 """Segment of the padding of a packed row."""
 
@@ -34,7 +36,7 @@ class PackedDataset:
         fingerprint: As given, and the length.
 
     Raises:
-        ValueError: A demonstration is longer than a row; names it and the way out.
+        ValueError: A demonstration is longer than a row (names it), or rows would be far longer than all of them.
     """
 
     def __init__(
@@ -53,6 +55,11 @@ class PackedDataset:
             raise ValueError(
                 f"row {rows[sizes.argmax()]}: prompt and completion have {sizes.max()} tokens, more than "
                 f"packed_length={length}; raise it, or drop what is longer by lower limits"
+            )
+        if length > max(_LONGEST, int(sizes.sum())):
+            raise ValueError(
+                f"packed_length={length} is more than the {sizes.sum()} tokens of all {len(sizes)} demonstrations, and "
+                "each row is padded to it; lower it"
             )
         self.members = _packed(sizes, length)
         packed = [_row([encoded[item] for item in items]) for items in self.members]

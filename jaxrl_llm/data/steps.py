@@ -46,10 +46,13 @@ class LabelledSolution(NamedTuple):
         """From the indices of the steps' last tokens and one label each, `None` where there is none.
 
         Raises:
-            ValueError: the numbers of steps and labels differ, or no step has a label.
+            ValueError: the numbers of steps and labels differ, a label is none, or no step has one.
         """
         if len(step_ends) != len(labels):
             raise ValueError(f"{len(step_ends)} steps have {len(labels)} labels: there must be one for each step")
+        for number, label in enumerate(labels):
+            if label is not None and (isinstance(label, str) or not -1 <= float(label) <= 1):
+                raise ValueError(f"the label of step {number} is {label!r:.80}, not true, false or from -1 to 1")
         known = [(end, float(label)) for end, label in zip(step_ends, labels, strict=True) if label is not None]
         if not known:
             raise ValueError("no step has a label")
@@ -108,7 +111,7 @@ class StepFormat(RowFormat[LabelledSolution, "StepDataset"]):
     """Column with the list of steps, text each."""
 
     labels_column: str = "labels"
-    """Column with one label for each step: true or false, a number, or None where there is none."""
+    """Column with one label for each step: true or false, a number from -1 to 1, or None where there is none."""
 
     separator: str = "\n"
     """Text between steps."""
@@ -117,13 +120,16 @@ class StepFormat(RowFormat[LabelledSolution, "StepDataset"]):
         """See `RowFormat`."""
 
         def encode(row: Row) -> list[LabelledSolution]:
-            steps = [text.removesuffix(self.separator) for text in column_of(row, self.steps_column)]
+            texts = column_of(row, self.steps_column, setting="steps_column")
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"the column {self.steps_column!r} is a list of steps, text each, got {texts!r:.200}")
+            steps = [text.removesuffix(self.separator) for text in texts]
             prompt = self.prompt.prompt(row)
             tools = tools_of(row, prompt)
             text = prompt if isinstance(prompt, str) else render(prompt, tokenizer, start=True, tools=tools)
             ids, ends = encode_steps(steps, tokenizer, separator=self.separator, prompt=text)
             start = encode_prompt(prompt, tokenizer, tools=tools)
-            return [LabelledSolution.of(start, ids, ends, column_of(row, self.labels_column))]
+            return [LabelledSolution.of(start, ids, ends, column_of(row, self.labels_column, setting="labels_column"))]
 
         return encode
 

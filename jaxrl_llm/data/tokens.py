@@ -46,10 +46,11 @@ def render(
             **described,
         )
     except Exception as error:  # whatever a template does or raises
-        roles = ", ".join(message["role"] for message in messages) or "no message"
+        roles, said = ", ".join(message["role"] for message in messages) or "no message", str(error)
         raise ValueError(
-            f"the chat template refuses this conversation ({roles}): {error}. Give it what it asks for (a system "
-            "message: PromptFormat.system), or pass another template (--model.chat-template=<file>)"
+            f"the chat template refuses this conversation ({roles}): {said or type(error).__name__}. Give it what "
+            "it asks for (a system message: PromptFormat.system), or pass another template "
+            "(--model.chat-template=<file>)"
         ) from error
 
 

@@ -121,6 +121,7 @@ def load_prompts(
         FileNotFoundError: a file is missing.
     """
     data, rewards = config.data, reward_sum(config)
+    _check_lengths(config.model, max_prompt_length=data.max_prompt_length)
 
     def read(rows: RowSource, limit: int | None) -> PromptDataset:
         prompts = PromptDataset(
@@ -164,19 +165,24 @@ def load_rows(
         FileNotFoundError: a file is missing.
     """
     data = config.data
+    lengths = {"max_prompt_length": data.max_prompt_length, "max_completion_length": data.max_completion_length}
+    _check_lengths(config.model, **lengths)
 
     def read(rows: RowSource, limit: int | None) -> RowDataset:
-        return data.format.dataset(
-            rows,
-            tokenizer,
-            max_prompt_length=data.max_prompt_length,
-            max_completion_length=data.max_completion_length,
-            overlong=data.overlong,
-            max_rows=limit,
-        )
+        return data.format.dataset(rows, tokenizer, **lengths, overlong=data.overlong, max_rows=limit)
 
     limits = data.max_train_rows, config.evaluation.max_rows
     return _load_both(config, read, limits, train_rows, eval_rows, "rows")
+
+
+def _check_lengths(source: ModelSource, **limits: int) -> None:
+    """Refuses lengths beyond the model's: all is padded to them, whatever the data's own lengths are."""
+    if source.path is None:  # a model that an experiment makes
+        return
+    positions = load_config(source.path).max_position_embeddings
+    for name, limit in limits.items():
+        if limit > positions:
+            raise ValueError(f"data.{name}={limit} is more than the model's {positions} positions; lower it")
 
 
 def _load_both(

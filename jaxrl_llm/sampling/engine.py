@@ -89,13 +89,22 @@ class Sampler:
         with jax.set_mesh(self.mesh):
             return self._program(params, prompt, lengths, key, np.asarray(step, np.int32))
 
-    def check_length(self, longest: int) -> None:
+    def check_length(self, longest: int, *, width: int = 0) -> None:
         """Checks that the model has positions for the longest prompt and a completion.
+
+        Args:
+            longest: tokens of the longest prompt.
+            width: Tp, to which prompts are padded.
 
         Raises:
             ValueError: it has not.
         """
         limit = self.model.config.max_position_embeddings
+        if width > limit:
+            raise ValueError(
+                f"max_prompt_length={width} is more than the model's {limit} positions, and prompts are padded to it; "
+                f"lower it (the longest prompt has {longest} tokens)"
+            )
         if longest + self.config.max_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and sampling.max_tokens={self.config.max_tokens} exceed the "

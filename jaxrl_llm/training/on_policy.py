@@ -150,7 +150,7 @@ class Trainer:
         self.sampler = Sampler(
             model, sampling, group=group, stop_tokens=stop_tokens, mesh=mesh, greedy=algorithm.needs_greedy
         )
-        self.sampler.check_length(dataset.longest)
+        self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
         self.evaluator = make_evaluator(
             self.evaluation,
             model,

@@ -380,5 +380,7 @@ def test_packing_loses_and_repeats_nothing() -> None:
 def test_what_does_not_fit_into_a_packed_row() -> None:
     with pytest.raises(ValueError, match="row 1: prompt and completion have 7 tokens, more than packed_length=6"):
         packed(ROWS, 6)
+    with pytest.raises(ValueError, match="packed_length=1000000000 is more than the 15 tokens of all 3 demonstrations"):
+        packed(ROWS, 10**9)
     with pytest.raises(ValueError, match="packed_length=1 must be at least 2"):
         DemonstrationFormat(packed_length=1)

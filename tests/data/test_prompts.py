@@ -96,6 +96,19 @@ def test_tokenizer_errors_name_the_row():
     with pytest.raises(ValueError, match="row 0: roles must alternate"):
         PromptDataset(ROWS, Failing("a"), max_prompt_length=4)
 
+    class Exhausted(CharTokenizer):
+        chat_template = "x"
+
+        def encode(self, text, *, add_special_tokens=True):
+            raise MemoryError
+
+        def apply_chat_template(self, messages, **settings):
+            raise MemoryError
+
+    for prompt in ("a", [{"role": "user", "content": "a"}]):
+        with pytest.raises(ValueError, match=r"row 0: .*MemoryError"):
+            PromptDataset([{"prompt": prompt}], Exhausted("a"), max_prompt_length=4)
+
 
 def test_tokenizer_without_padding():
     class NoPad(CharTokenizer):

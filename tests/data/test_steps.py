@@ -69,6 +69,11 @@ def test_rows_that_cannot_be_used_raise_with_their_number():
     for changes, message in [
         ({"labels": [True]}, "row 1: 2 steps have 1 labels"),
         ({"labels": [None, None]}, "row 1: no step has a label"),
+        ({"labels": [True, float("nan")]}, "row 1: the label of step 1 is nan, not true, false or from -1 to 1"),
+        ({"labels": ["true", True]}, "row 1: the label of step 0 is 'true'"),
+        ({"labels": [True, 5]}, "row 1: the label of step 1 is 5"),
+        ({"completions": "1+2=3"}, "row 1: the column 'completions' is a list of steps, text each, got '1"),
+        ({"completions": ["1", 2]}, "row 1: the column 'completions' is a list of steps, text each"),
         ({"completions": []}, "row 1: the solution has no steps"),
         ({"completions": ["1", ""]}, "row 1: step 1 is empty"),
         ({"completions": ["1;2", "3"]}, "row 1: step 0 is empty, or holds the separator ';'"),

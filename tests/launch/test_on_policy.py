@@ -379,6 +379,24 @@ def test_a_prompt_that_is_too_long(refused) -> None:
     assert message.startswith("training prompts: row 1: the prompt has 50 tokens, more than max_prompt_length=48")
 
 
+def test_lengths_beyond_the_model(refused) -> None:
+    message = refused(f"--data.train={write('train.jsonl', ROW)}", "--data.max-prompt-length=1000000000")
+    assert message == "data.max_prompt_length=1000000000 is more than the model's 512 positions; lower it"
+
+
+def test_a_gold_answer_that_no_reward_reads(refused) -> None:
+    """Also of held-out rows, before the model is read."""
+    good, bad = write("train.jsonl", ROW), write("eval.jsonl", ROW, {**ROW, "answer": "none"})
+    right.check_row = lambda *, answer, **columns: None if answer.isdigit() else f"'answer': {answer!r} is no number"
+    try:
+        message = refused(f"--data.train={good}", f"--data.eval={bad}", "--evaluation.every=1")
+    finally:
+        del right.check_row
+    assert message.startswith(
+        "held-out prompts: row 1: the reward function 'right' cannot score it: 'answer': 'none' is"
+    )
+
+
 def test_a_mesh_that_does_not_fit(refused) -> None:
     assert "8 devices" in refused("--mesh.tensor=3")
 

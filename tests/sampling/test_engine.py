@@ -126,6 +126,9 @@ def test_lengths_that_do_not_fit_raise(tiny_config, lively_params, make_sampler,
         sampler(params, tokens[:0], np.array([]), key, 0)
     with pytest.raises(ValueError, match=r"5 tokens and sampling.max_tokens=8 exceed the model's 12 positions"):
         sampler(params, tokens, np.array([3, 5, 1, 4]), key, 0)
+    with pytest.raises(ValueError, match=r"max_prompt_length=13 is more than the model's 12 positions, .* has 4"):
+        sampler.check_length(4, width=13)
+    sampler.check_length(4, width=12)
     sampler(params, tokens, np.array([3, 4, 1, 4]), key, 0)  # 4 + 8 is just possible
 
 

@@ -108,7 +108,7 @@ class Evaluator:
         self._batch_size = -(-wanted // shards) * shards
         greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0)
         self._greedy = Sampler(model, greedy, group=1, stop_tokens=stop_tokens, mesh=mesh)
-        self._greedy.check_length(dataset.longest)
+        self._greedy.check_length(dataset.longest, width=dataset.max_prompt_length)
         self._samples = config.samples
         self._drawn = None
         if config.samples:

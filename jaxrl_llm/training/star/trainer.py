@@ -141,7 +141,7 @@ class StarTrainer:
         self.sampler = Sampler(model, self.sampling, group=self.star.samples, stop_tokens=stop_tokens, mesh=mesh)
         for prompts in (problems, hinted):
             if prompts is not None:
-                self.sampler.check_length(prompts.longest)
+                self.sampler.check_length(prompts.longest, width=prompts.max_prompt_length)
         self.evaluator = make_evaluator(
             self.evaluation,
             model,

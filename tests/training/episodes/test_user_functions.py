@@ -225,7 +225,8 @@ def test_a_time_limit_that_cannot_be_kept_is_refused() -> None:
 
 def judged(judge: Any, **settings: Any) -> dict[str, np.ndarray]:
     rewards = np.zeros((1, 3), np.float32)
-    episodes = Episodes(rewards, {}, ["p"], [[2], [3, 3], [4, 4, 4]], {"answer": [["x"]]})
+    ids = [[2], [3, 3], [4, 4, 4]]
+    episodes = Episodes(rewards, {}, ["p"], ids, {"answer": [["x"]]}, [False] * 3, [""])
     return compare(judge, episodes, CharTokenizer("abc"), KEY, 1, **settings)
 
 

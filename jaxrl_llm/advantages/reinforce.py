@@ -112,9 +112,10 @@ class EmaBaseline(NamedTuple):
 
 
 def reinforce_plus_plus_advantages(
-    scores: ArrayLike,
+    scores: ArrayLike | None,
     mask: ArrayLike,
     *,
+    token_rewards: ArrayLike | None = None,
     old_logprobs: ArrayLike | None = None,
     ref_logprobs: ArrayLike | None = None,
     kl_coef: ArrayLike = 0.01,
@@ -131,8 +132,9 @@ def reinforce_plus_plus_advantages(
     needed: the mean of the whole batch is the baseline.
 
     Args:
-        scores: `[...]`, as `shape_rewards`.
+        scores: `[...]`, as `shape_rewards`; None with rewards of tokens alone.
         mask: Bool `[..., T]`.
+        token_rewards: `[..., T]`, as `shape_rewards`: a token is credited with those from itself on.
         old_logprobs: As `shape_rewards`.
         ref_logprobs: As `shape_rewards`; both are needed unless `kl_coef` is 0.
         kl_coef: Weight of the KL penalty.
@@ -152,6 +154,7 @@ def reinforce_plus_plus_advantages(
     rewards = shape_rewards(
         scores,
         mask,
+        token_rewards=token_rewards,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         kl_coef=kl_coef,

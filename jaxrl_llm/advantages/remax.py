@@ -16,6 +16,7 @@ def remax_advantages(
     greedy_scores: ArrayLike,
     mask: ArrayLike,
     *,
+    token_rewards: ArrayLike | None = None,
     old_logprobs: ArrayLike | None = None,
     ref_logprobs: ArrayLike | None = None,
     kl_coef: ArrayLike = 0.0,
@@ -24,16 +25,18 @@ def remax_advantages(
 ) -> Array:
     """ReMax: the score minus that of the policy's greedy completion of the same prompt.
 
-        Aₜ = score − greedy_score − kl_coef · Σₖ₌ₜ (old_logprobsₖ − ref_logprobsₖ)
+        Aₜ = score + Σₖ₌ₜ token_rewardsₖ − greedy_score − kl_coef · Σₖ₌ₜ (old_logprobsₖ − ref_logprobsₖ)
 
     It is unbiased, since the baseline does not depend on the sample; the greedy completion's own KL is no part of
     it. Unlike `rloo_advantages`, one sample a prompt is enough, at the price of one greedy completion, decoded
     with the same limits and scored by the same rewards.
 
     Args:
-        scores: `[...]`, or `[..., T]` with packed rows, as `shape_rewards`.
-        greedy_scores: Of the shape of `scores`, or with 1 along the group: `[P, 1]` for scores `[P, G]`.
+        scores: `[...]`, or `[..., T]` with packed rows, as `shape_rewards`; zeros with rewards of tokens alone.
+        greedy_scores: Of the shape of `scores`, or with 1 along the group: `[P, 1]` for scores `[P, G]`. With rewards
+            of tokens, all that the greedy completion got.
         mask: Bool `[..., T]`.
+        token_rewards: `[..., T]`, as `shape_rewards`: a token is credited with those from itself on.
         old_logprobs: As `shape_rewards`.
         ref_logprobs: As `shape_rewards`; both are needed unless `kl_coef` is 0.
         kl_coef: Weight of the KL penalty.
@@ -41,7 +44,7 @@ def remax_advantages(
         segment_ids: As `shape_rewards`.
 
     Returns:
-        `[..., T]`, 0 at masked positions; with `kl_coef` 0 all tokens of a sequence have the same.
+        `[..., T]`, 0 at masked positions; with `kl_coef` 0 and scores alone, all tokens of a sequence have the same.
 
     Raises:
         ValueError: As `shape_rewards`, or if the shape of the greedy scores does not fit.
@@ -51,6 +54,7 @@ def remax_advantages(
     rewards = shape_rewards(
         _minus_greedy(scores, greedy_scores),
         mask,
+        token_rewards=token_rewards,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         kl_coef=kl_coef,

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxrl_llm.advantages.group import group_advantages
 from jaxrl_llm.advantages.shaping import RewardKLEstimator, rlhf_reward, shape_rewards
 from jaxrl_llm.advantages.statistics import group_labels
-from jaxrl_llm.masking import check_mask, fill_masked, mask_or_all, per_token, suffix_sum
+from jaxrl_llm.masking import as_float, check_mask, fill_masked, mask_or_all, masked_sum, per_token, suffix_sum
 
 
 def rloo_advantages(
@@ -18,6 +18,7 @@ def rloo_advantages(
     ref_logprobs: ArrayLike,
     mask: ArrayLike,
     *,
+    token_rewards: ArrayLike | None = None,
     kl_coef: ArrayLike = 0.05,
     kl_estimator: RewardKLEstimator = "k1",
     score_clip: float | None = None,
@@ -27,7 +28,7 @@ def rloo_advantages(
 ) -> Array:
     """REINFORCE leave-one-out: each sample's reward, its KL inside, against the mean of the others of its prompt.
 
-        Rᵢ = scoreᵢ − kl_coef · Σₜ (old_logprobsᵢₜ − ref_logprobsᵢₜ)
+        Rᵢ = scoreᵢ + Σₜ token_rewardsᵢₜ − kl_coef · Σₜ (old_logprobsᵢₜ − ref_logprobsᵢₜ)
         Aᵢ = Rᵢ − Σⱼ≠ᵢ Rⱼ / (G − 1)
 
     Without a KL it is `group_advantages(scores, scale="none", baseline="leave_one_out")`. With the whole batch as one
@@ -35,10 +36,12 @@ def rloo_advantages(
     `rloo_token_advantages`, the baseline contains the KL of the other samples.
 
     Args:
-        scores: `[..., G]`, a group along the last axis; or any shape with `group_ids`.
+        scores: `[..., G]`, a group along the last axis; or any shape with `group_ids`. Zeros with rewards of tokens
+            alone.
         old_logprobs: `[..., G, T]`, as `rlhf_reward`.
         ref_logprobs: `[..., G, T]`.
         mask: Bool `[..., G, T]`.
+        token_rewards: `[..., G, T]`, added to the score; what is at masked positions is ignored.
         kl_coef: Weight of the KL.
         kl_estimator: As `rlhf_reward`.
         score_clip: As `rlhf_reward`.
@@ -57,7 +60,7 @@ def rloo_advantages(
     group_ids = group_labels(group_ids, group_size, scores=scores)
     sample_mask = mask_or_all(sample_mask, scores=scores)
     rewards = rlhf_reward(
-        fill_masked(scores, sample_mask),
+        _with_tokens(fill_masked(scores, sample_mask), token_rewards, mask),
         old_logprobs,
         ref_logprobs,
         mask,
@@ -74,6 +77,7 @@ def rloo_token_advantages(
     ref_logprobs: ArrayLike,
     mask: ArrayLike,
     *,
+    token_rewards: ArrayLike | None = None,
     kl_coef: ArrayLike = 0.01,
     kl_estimator: RewardKLEstimator = "k1",
     advantage_clip: float | None = None,
@@ -83,15 +87,17 @@ def rloo_token_advantages(
 ) -> Array:
     """RLOO with the KL after the baseline, as OpenRLHF computes it: leave-one-out scores, then rewards to go.
 
-        Aᵢₜ = scoreᵢ − Σⱼ≠ᵢ scoreⱼ / (G − 1) − kl_coef · Σₖ₌ₜ (old_logprobsᵢₖ − ref_logprobsᵢₖ)
+        Aᵢₜ = scoreᵢ + Σₖ₌ₜ token_rewardsᵢₖ − Σⱼ≠ᵢ Rⱼ / (G − 1) − kl_coef · Σₖ₌ₜ (old_logprobsᵢₖ − ref_logprobsᵢₖ)
+        Rⱼ = scoreⱼ + Σₜ token_rewardsⱼₜ
 
-    Unlike `rloo_advantages`, the baseline knows no KL, and a token bears only the KL from itself on.
+    Unlike `rloo_advantages`, the baseline knows no KL, and a token bears only the KL, and rewards, from itself on.
 
     Args:
         scores: As `rloo_advantages`.
         old_logprobs: As `rloo_advantages`.
         ref_logprobs: As `rloo_advantages`.
         mask: As `rloo_advantages`.
+        token_rewards: As `rloo_advantages`.
         kl_coef: Weight of the KL.
         kl_estimator: As `rloo_advantages`.
         advantage_clip: Bound ±advantage_clip on the score minus its baseline, before the KL (OpenRLHF: 10).
@@ -109,7 +115,8 @@ def rloo_token_advantages(
     """
     group_ids = group_labels(group_ids, group_size, scores=scores)
     sample_mask = mask_or_all(sample_mask, scores=scores)
-    centred = group_advantages(scores, scale="none", baseline="leave_one_out", mask=sample_mask, group_ids=group_ids)
+    total = _with_tokens(scores, token_rewards, mask)
+    centred = group_advantages(total, scale="none", baseline="leave_one_out", mask=sample_mask, group_ids=group_ids)
     if advantage_clip is not None:
         centred = jnp.clip(centred, -advantage_clip, advantage_clip)
     mask = check_mask(mask)
@@ -122,4 +129,14 @@ def rloo_token_advantages(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
-    return suffix_sum(rewards, mask)
+    if token_rewards is None:
+        return suffix_sum(rewards, mask)
+    # What a token got before belongs to the total, not to what is to come: it is taken off again.
+    earned = fill_masked(token_rewards, mask)
+    before = jnp.sum(earned, axis=-1, keepdims=True) - suffix_sum(earned, mask)
+    return jnp.where(mask, suffix_sum(rewards, mask) - before, 0.0)
+
+
+def _with_tokens(scores: ArrayLike, token_rewards: ArrayLike | None, mask: ArrayLike) -> Array:
+    """Scores and, if there are any, the sums of the rewards of tokens."""
+    return as_float(scores) if token_rewards is None else as_float(scores) + masked_sum(token_rewards, mask, axis=-1)

@@ -18,9 +18,10 @@ ScorePosition = Literal["last", "after_last"]
 
 
 def shape_rewards(
-    scores: ArrayLike,
+    scores: ArrayLike | None,
     mask: ArrayLike,
     *,
+    token_rewards: ArrayLike | None = None,
     old_logprobs: ArrayLike | None = None,
     ref_logprobs: ArrayLike | None = None,
     kl_coef: ArrayLike = 0.05,
@@ -34,21 +35,24 @@ def shape_rewards(
 ) -> Array:
     """The token rewards of PPO for language models: a KL penalty at every token, the score at the last one.
 
-        rₜ = −kl_coef · (old_logprobsₜ − ref_logprobsₜ) + [t is the last token] · score
+        rₜ = −kl_coef · (old_logprobsₜ − ref_logprobsₜ) + [t is the last token] · score + token_rewardsₜ
 
     The penalty in the reward is k1 of the *old* policy: through the policy gradient it has the gradient of
     KL(policy ‖ reference), which k2, k3 and abs have not. Unlike `rlhf_reward`, each token bears its own part of
     the penalty. The score is clipped first; then the penalty for a missing end is taken off.
 
     Args:
-        scores: `[...]`, one for each sequence; with packed rows `[..., T]`, the same at all tokens of a sequence.
+        scores: `[...]`, one for each sequence; with packed rows `[..., T]`, the same at all tokens of a sequence. None:
+            there are `token_rewards` alone.
         mask: Bool `[..., T]`.
+        token_rewards: `[..., T]`, rewards of tokens, such as a process reward model gives; what is at masked positions
+            is ignored. None: there are `scores` alone.
         old_logprobs: Log-probabilities of the tokens under the policy that sampled, `[..., T]`; a constant.
         ref_logprobs: The same under the reference. Both are needed unless `kl_coef` is 0.
         kl_coef: Weight of the KL penalty.
         kl_estimator: "k1", "k2", "k3" or "abs"; see `jaxrl_llm.losses.kl`.
         kl_clip: Bound ±kl_clip on the KL of a token. None: no bound.
-        score_clip: Bound ±score_clip on the score (OpenRLHF: 10). None: no bound.
+        score_clip: Bound ±score_clip on the score (OpenRLHF: 10), and on the reward of a token. None: no bound.
         missing_eos_penalty: Taken off the score of sequences that are not `finished`. None: nothing.
         finished: Bool `[...]`, or `[..., T]` (needed with `segment_ids`): the sequence ended by itself.
         score_position: "last": at the last valid token. "after_last": one slot later where there is room, as in
@@ -62,20 +66,24 @@ def shape_rewards(
 
     Raises:
         ValueError: On shapes that do not fit, an unknown option, a KL penalty without log-probabilities, or a
-            `missing_eos_penalty` without `finished`.
+            `missing_eos_penalty` without `finished`, or neither scores nor rewards of tokens.
 
     Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences" (1909.08593).
     """
     mask = check_mask(mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, segment_ids=segment_ids)
     check_choice("score_position", score_position, ScorePosition)
+    if scores is None and token_rewards is None:
+        raise ValueError("there are neither scores nor token_rewards: pass one of them, or both")
     packed = segment_ids is not None
-    scores = _clip(as_float(per_token(mask, packed=packed, scores=scores)), score_clip)
+    scores = 0.0 if scores is None else _clip(as_float(per_token(mask, packed=packed, scores=scores)), score_clip)
     if missing_eos_penalty is not None:
         if finished is None:
             raise ValueError(f"missing_eos_penalty is {missing_eos_penalty}, but there is no finished: pass it")
         scores = jnp.where(per_token(mask, packed=packed, finished=finished), scores, scores - missing_eos_penalty)
     slots = mask if score_position == "last" else mask_after_last(mask, segment_ids=segment_ids)
     rewards = jnp.where(segment_last(slots, segment_ids), scores, 0.0)
+    if token_rewards is not None:
+        rewards += _clip(fill_masked(token_rewards, mask), score_clip)
     return rewards - _kl_in_reward(old_logprobs, ref_logprobs, mask, kl_coef, kl_estimator, kl_clip)
 
 

@@ -106,6 +106,16 @@ def test_plus_plus_equals_the_definition(ragged, gamma, ddof):
     close(reinforce_plus_plus_advantages(ragged.scores, ragged.mask, **logprobs, gamma=gamma, ddof=ddof), expected)
 
 
+def test_plus_plus_on_rewards_of_tokens(ragged):
+    earned = np.where(ragged.mask, ragged.values, np.nan)
+    returns = returns_loop(np.where(ragged.mask, ragged.values, 0) - 0.01 * (ragged.old - ragged.ref), ragged.mask, 0.9)
+    logprobs = {"old_logprobs": ragged.old, "ref_logprobs": ragged.ref}
+    given = reinforce_plus_plus_advantages(None, ragged.mask, token_rewards=earned, **logprobs, gamma=0.9)
+    close(given, whiten_loop(returns, ragged.mask, 1))
+    with pytest.raises(ValueError, match="neither scores nor token_rewards"):
+        reinforce_plus_plus_advantages(None, ragged.mask, kl_coef=0)
+
+
 def test_plus_plus_holds_of_every_estimator(ragged, check_estimator):
     arrays = {"mask": ragged.mask, "old_logprobs": ragged.old, "ref_logprobs": ragged.ref}
     arrays = {name: x.reshape(12, 6) for name, x in arrays.items()} | {"scores": ragged.scores.ravel()}

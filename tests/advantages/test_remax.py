@@ -43,6 +43,14 @@ def test_equals_the_definition(ragged):
     close(unclipped, wide)
 
 
+def test_rewards_of_tokens_are_those_to_come(ragged):
+    earned = np.where(ragged.mask, ragged.values, np.nan)
+    to_go = np.nancumsum(earned[..., ::-1], -1)[..., ::-1]
+    greedy = ragged.greedy[:, :1]
+    expected = np.where(ragged.mask, to_go - greedy[..., None], 0)
+    close(remax_advantages(0 * ragged.scores, greedy, ragged.mask, token_rewards=earned), expected)
+
+
 @pytest.mark.parametrize("estimate", [remax_advantages, remax_code_returns])
 def test_holds_of_every_estimator(ragged, check_estimator, estimate):
     check_estimator(lambda **kwargs: estimate(**kwargs, kl_coef=0.2), rows(ragged), trained="scores", packs=True)

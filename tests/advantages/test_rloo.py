@@ -50,6 +50,26 @@ def test_equals_the_definition(ragged, labelled):
     close(rloo_token_advantages(**arrays, **options, advantage_clip=0.5), expected)
 
 
+def test_rewards_of_tokens(ragged):
+    """They add up for the comparison; a token then has those from itself on."""
+    arrays = arrays_of(ragged)
+    earned = np.where(arrays["mask"], ragged.values, np.nan)
+    kl = np.where(arrays["mask"], ragged.old - ragged.ref, 0)
+    totals = np.nan_to_num(arrays["scores"]) + np.nansum(earned, -1)
+    options = {"kl_coef": 0.3, "sample_mask": VALID, "token_rewards": earned}
+    close(rloo_advantages(**arrays, **options), leave_one_out_loop(totals - 0.3 * kl.sum(-1), VALID))
+
+    expected = np.zeros(kl.shape)
+    for p, i, t in zip(*np.nonzero(arrays["mask"]), strict=True):
+        others = [totals[p, j] for j in np.flatnonzero(VALID[p]) if j != i]
+        if others:  # a sample alone is compared with itself
+            to_go = np.nansum(earned[p, i, t:]) + arrays["scores"][p, i] - 0.3 * kl[p, i, t:].sum()
+            expected[p, i, t] = to_go - np.mean(others)
+        else:
+            expected[p, i, t] = -np.nansum(earned[p, i, :t]) - 0.3 * kl[p, i, t:].sum()
+    close(rloo_token_advantages(**arrays, **options), expected)
+
+
 @pytest.mark.parametrize("estimate", [rloo_advantages, rloo_token_advantages])
 def test_holds_of_every_estimator(ragged, check_estimator, estimate):
     arrays = arrays_of(ragged) | {"scores": ragged.scores, "sample_mask": VALID}

@@ -83,9 +83,10 @@ class ReMaxAdvantage(ShapedAdvantage):
         assert greedy is not None
         return Credit(
             functions.remax_advantages(
-                signals.rewards,
+                signals.rewards if signals.token_rewards is None else jnp.zeros_like(signals.rewards),
                 jnp.broadcast_to(greedy[:, None], signals.rewards.shape),
                 signals.mask,
+                token_rewards=signals.token_rewards,
                 old_logprobs=signals.old_logprobs,
                 ref_logprobs=signals.ref_logprobs,
                 kl_coef=self.kl_coef,
@@ -113,8 +114,9 @@ class ReinforcePlusPlusAdvantage(ShapedAdvantage):
         """Advantages `[P, G, Tc]`."""
         return Credit(
             functions.reinforce_plus_plus_advantages(
-                signals.rewards,
+                signals.rewards if signals.token_rewards is None else None,
                 signals.mask,
+                token_rewards=signals.token_rewards,
                 old_logprobs=signals.old_logprobs,
                 ref_logprobs=signals.ref_logprobs,
                 kl_coef=self.kl_coef,
@@ -278,10 +280,10 @@ def shaped_rewards(
     missing_eos_penalty: float | None = None,
 ) -> jax.Array:
     """Token rewards `[P, G, Tc]`: those that were given, or the completion's at its last token, less the penalty."""
-    given = signals.token_rewards
-    shaped = functions.shape_rewards(
-        signals.rewards if given is None else jnp.zeros_like(signals.rewards),
+    return functions.shape_rewards(
+        signals.rewards if signals.token_rewards is None else None,
         signals.mask,
+        token_rewards=signals.token_rewards,
         old_logprobs=signals.old_logprobs,
         ref_logprobs=signals.ref_logprobs,
         kl_coef=kl_coef,
@@ -290,10 +292,6 @@ def shaped_rewards(
         missing_eos_penalty=missing_eos_penalty,
         finished=signals.finished,
     )
-    if given is None:
-        return shaped
-    bounded = given if score_clip is None else jnp.clip(given, -score_clip, score_clip)
-    return shaped + jnp.where(signals.mask, bounded, 0.0)
 
 
 def _sequence_kl(signals: Signals) -> jax.Array:

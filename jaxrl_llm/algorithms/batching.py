@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.gradient import collect, deal
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.sharding import row_shards
 
 
@@ -30,9 +31,7 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts below 1."""
-        for field, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"update.{field}={value} must be at least 1")
+        check_fields("update", self, **{field: count(value) for field, value in dataclasses.asdict(self).items()})
 
     @property
     def optimizer_steps(self) -> int:

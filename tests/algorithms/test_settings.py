@@ -92,6 +92,7 @@ def test_choices_are_among_those_there_are(record: type, name: str) -> None:
         (PolicyGradient, {"entropy_coef": -0.1}, r"algorithm\.entropy_coef=-0\.1 must not be negative"),
         (ValueObjective, {"coef": -0.5}, r"algorithm\.value\.coef=-0\.5 must not be negative"),
         (Correction, {"w_max": 0.0}, "w_max=0.0 must be None, or positive"),
+        (Correction, {"w_min": 2.0, "w_max": 0.5}, "w_min=2.0 must be below w_max=0.5"),
         (OverlongPenalty, {"cache": 0}, "cache=0 must be at least 1"),
         (ReinforcePlusPlusAdvantage, {"gamma": 1.5}, "gamma=1.5 must be between 0 and 1"),
         (GAEAdvantage, {"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be None, or not negative"),

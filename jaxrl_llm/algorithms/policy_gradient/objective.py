@@ -87,6 +87,8 @@ class Correction:
             w_min=positive(self.w_min, optional=True),
             w_max=positive(self.w_max, optional=True),
         )
+        if self.w_min is not None and self.w_max is not None and self.w_min >= self.w_max:
+            raise ValueError(f"algorithm.correction.w_min={self.w_min} must be below w_max={self.w_max}")
 
     @property
     def without_effect(self) -> dict[str, str]:

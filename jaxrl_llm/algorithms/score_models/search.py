@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.advantages.selection import select_beams
-from jaxrl_llm.checks import at_least, check_fields
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
@@ -35,7 +35,7 @@ class BeamSearchConfig:
 
     def __post_init__(self) -> None:
         """Rejects counts that cannot be meant."""
-        counts = {field: at_least(value, 1) for field, value in dataclasses.asdict(self).items()}
+        counts = {field: count(value) for field, value in dataclasses.asdict(self).items()}
         check_fields("search", self, **counts)
         check_fields("search", self, width=(self.beams % self.width == 0, f"divide beams={self.beams}"))
 

@@ -131,7 +131,8 @@ def _look_at(folder: Path) -> tuple[bool, bool, list[str]]:
 def _holds_run(folder: Path) -> bool:
     """Whether a run of any kind, or several, began in a folder."""
     parts = CONFIG_FILE, METRICS_FILE, CHECKPOINTS, ITERATIONS
-    return any((folder / part).exists() for part in parts) or any(folder.glob("*/" + CONFIG_FILE))
+    of_several = (path for part in (CONFIG_FILE, METRICS_FILE) for path in folder.glob("*/" + part))
+    return any((folder / part).exists() for part in parts) or any(of_several)
 
 
 def remarks_on_resuming(folder: Path, config: RunConfig) -> list[str]:

@@ -92,6 +92,17 @@ def check_group(algorithm: Algorithm, samples: int) -> None:
         )
 
 
+def check_critic(algorithm: Algorithm, critic: CriticSource) -> None:
+    """Checks that there are no settings of a critic where there is none.
+
+    Raises:
+        ValueError: names one.
+    """
+    if not algorithm.needs_critic:
+        for path, value in changes(critic, CriticSource(), "critic"):
+            raise ValueError(f"{path}={value!r} would have no effect: {algorithm.reader} has no critic; PPO has one")
+
+
 def make_learner(
     policy: Transformer,
     algorithm: Algorithm,
@@ -124,9 +135,6 @@ def make_learner(
             f"update.epochs={plan.epochs} and update.minibatches={plan.minibatches} would have no effect: a trust "
             "region makes one step of a batch; pass 1"
         )
-    if not algorithm.needs_critic:
-        for path, value in changes(critic, CriticSource(), "critic"):
-            raise ValueError(f"{path}={value!r} would have no effect: {algorithm.reader} has no critic; PPO has one")
     if isinstance(algorithm, PolicyGradient):
         algorithm.check_width(sampling.max_tokens)
     total = iterations * plan.optimizer_steps

@@ -35,7 +35,7 @@ from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluato
 from jaxrl_llm.training.episodes.judging import Judge, check_judge, compare
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
-from jaxrl_llm.training.learner import CriticSource, Learner, check_group, make_learner
+from jaxrl_llm.training.learner import CriticSource, Learner, check_critic, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import ROWS, bytes_of, check_memory, rollout_bytes
@@ -139,6 +139,7 @@ class Trainer:
 
         # All that can be wrong is found before anything is compiled.
         check_group(algorithm, group)
+        check_critic(algorithm, critic or CriticSource())
         self._check_rewards()
         self.saved = setup.find()
         if rewards is not None:

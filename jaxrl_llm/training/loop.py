@@ -14,7 +14,7 @@ import jax
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.run.checkpoint import Checkpointer
-from jaxrl_llm.training.run.distributed import any_process, is_main_process
+from jaxrl_llm.training.run.distributed import any_process, ending_with_the_others, is_main_process
 from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state
@@ -190,7 +190,8 @@ def run_stage(stage: Stage) -> TrainingResult:
             report.message(remark)
         report.message(stage.what_a_step_is)
         loop = Loop(stage, checkpoints if length.checkpoint_every else None, writer, report, stop)
-        loop.train()
+        with ending_with_the_others():
+            loop.train()
     return TrainingResult(
         params=stage.state.params,
         step=loop.step,

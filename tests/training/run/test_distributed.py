@@ -69,6 +69,13 @@ def test_processes_that_do_not_come_together_are_no_bug(monkeypatch: pytest.Monk
         distributed.initialize("host:1234", 2, 1)
 
 
+def test_errors_that_no_other_process_caused_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, text in ((1, "Connection closed by peer"), (2, "INVALID_ARGUMENT: shapes")):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=text), distributed.ending_with_the_others():
+            raise jax.errors.JaxRuntimeError(text)
+
+
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path

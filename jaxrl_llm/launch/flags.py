@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -30,9 +34,12 @@ def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own
         description: of the experiment, for `--help`.
         own: the experiment's own settings, where a flag that was read before has changed them to `config`.
     """
+    said = io.StringIO()
     try:
-        changed = tyro.cli(type(config), args=args, default=config, description=description)
+        with contextlib.redirect_stderr(said):
+            changed = tyro.cli(type(config), args=args, default=config, description=description)
     except SystemExit as stop:
+        print(_one_line(said.getvalue()), end="", file=sys.stderr)
         if stop.code == 2:
             for hint in _hints(config, sys.argv[1:] if args is None else args):
                 print(hint, file=sys.stderr)
@@ -41,6 +48,15 @@ def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own
         check_effects(own or config, changed)
         check_idle(changed, config)
     return changed
+
+
+def _one_line(said: str) -> str:
+    """What tyro says of a value, without its frame and help; of unknown flags all, since it lists those alike."""
+    lines = [line.strip(" │╭╮╰╯─") for line in said.splitlines()]
+    if not lines or lines[0] not in ("Value error", "Invalid choice"):
+        return said
+    message = itertools.takewhile(bool, lines[1:])  # a rule follows it
+    return re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(message)).join(("error: ", "\n"))
 
 
 def _hints(config: Any, args: list[str]) -> Iterator[str]:

@@ -117,7 +117,8 @@ def test_an_impossible_value_is_refused_with_its_flag(
     with pytest.raises(SystemExit) as ended:
         cli.parse(config, [flag])
     assert ended.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())  # which is broken into lines
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 def test_flags_change_what_they_name(config: Experiment) -> None:
@@ -281,7 +282,7 @@ def refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_what_no_memory_holds_is_refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, refused) -> None:
     train = f"--data.train={write('train.jsonl', ROW)}"
     assert "a step's tokens" in refused(train, "--training.samples-per-prompt=2000000000")
-    monkeypatch.setattr("jaxrl_llm.training.run.memory.host_memory", lambda: 10**5)
+    monkeypatch.setattr("jaxrl_llm.training.run.memory.host_memory", lambda: 10**4)
     assert refused(train).endswith("or take a smaller model")
 
 

@@ -236,5 +236,6 @@ def test_a_count_that_no_counter_holds_is_refused(field, value, capsys: pytest.C
         with pytest.raises(SystemExit) as ended:
             parsed(config, f"--training.{field}={value}")
         assert ended.value.code == 2
-        error = " ".join(capsys.readouterr().err.split())
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
         assert f"training.{field.replace('-', '_')}={value} must be below 2147483648" in error

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+from jaxrl_llm.checks import check_fields, positive
+
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16"]
@@ -53,6 +55,20 @@ class RopeConfig:
             raise ValueError(f"rope scaling {self.scaling!r} is not one of {get_args(RopeScaling)}")
         if self.scaling in ("llama3", "yarn") and not self.original_max_position_embeddings:
             raise ValueError(f"rope scaling {self.scaling!r} needs original_max_position_embeddings")
+        check_fields(
+            "rope",
+            self,
+            theta=(1 < self.theta < math.inf, "be above 1: wavelengths are powers of it"),
+            factor=(1 <= self.factor < math.inf, "be at least 1: it extends the context"),
+            high_freq_factor=(
+                self.scaling != "llama3" or 0 < self.low_freq_factor < self.high_freq_factor,
+                f"be above low_freq_factor={self.low_freq_factor}",
+            ),
+            beta_fast=(
+                self.scaling != "yarn" or 0 < self.beta_slow < self.beta_fast,
+                f"be above beta_slow={self.beta_slow}",
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +160,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Rejects sizes that do not fit together."""
-        for field in ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"ModelConfig.{field} must be positive, got {getattr(self, field)}")
+        sizes = ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        positives = (*sizes, "max_position_embeddings", "norm_eps")
+        check_fields("ModelConfig", self, **{field: positive(getattr(self, field)) for field in positives})
+        softcaps = ("attention_softcap", "logit_softcap")
+        check_fields("ModelConfig", self, **{cap: positive(getattr(self, cap), optional=True) for cap in softcaps})
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:

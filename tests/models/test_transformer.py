@@ -406,8 +406,8 @@ def test_equal_configurations_share_a_compiled_program(tiny_config, lively_param
     [
         ({"num_heads": 6, "num_kv_heads": 4}, r"num_heads=6 .* num_kv_heads=4"),
         ({"head_dim": 5}, "head_dim=5"),
-        ({"vocab_size": 0}, "vocab_size must be positive, got 0"),
-        ({"num_layers": -1}, "num_layers must be positive, got -1"),
+        ({"vocab_size": 0}, "vocab_size=0 must be positive"),
+        ({"num_layers": -1}, "num_layers=-1 must be positive"),
         ({"sliding_windows": (3,)}, "1 entries for 2 layers"),
         ({"sliding_windows": (3, 0)}, "sliding_windows"),
         ({"activation": "relu"}, "activation='relu'"),

@@ -18,9 +18,19 @@ from gguf.quants import dequantize
 
 from jaxrl_llm.models.checkpoints.weights import Index
 from jaxrl_llm.models.config import RopeConfig
+from jaxrl_llm.models.entries import (
+    Json,
+    Table,
+    check_entries,
+    errors_name,
+    number,
+    number_between,
+    one_of,
+    shown,
+    whole,
+)
+from jaxrl_llm.models.families.config_json import CONFIG, SCALINGS
 from jaxrl_llm.models.rope import frequencies
-
-Metadata = Mapping[str, Any]
 
 TENSOR_NAMES: Mapping[str, str] = {
     "embed.weight": "token_embd.weight",
@@ -47,6 +57,30 @@ TENSOR_NAMES: Mapping[str, str] = {
 }
 """Parameter → tensor name in a GGUF file."""
 
+METADATA: Table = {
+    "vocab_size": CONFIG["vocab_size"],
+    "context_length": CONFIG["max_position_embeddings"],
+    "embedding_length": CONFIG["hidden_size"],
+    "feed_forward_length": CONFIG["intermediate_size"],
+    "block_count": CONFIG["num_hidden_layers"],
+    "expert_count": whole("experts of a layer", 0, 10**6),
+    "attention.head_count": CONFIG["num_attention_heads"],
+    "attention.head_count_kv": whole("key and value heads", 1, 10**4),
+    "attention.key_length": whole("width of a head", 1, 10**4),
+    "attention.value_length": whole("width of a head's values", 1, 10**4),
+    "attention.layer_norm_rms_epsilon": CONFIG["rms_norm_eps"],
+    "attention.sliding_window": whole("tokens of the attention window", 0, 10**9),
+    "rope.freq_base": number_between("base of the rotary embedding's wavelengths", 1, 1e30),
+    "rope.dimension_count": whole("dimensions of a head that are rotated", 1, 10**4),
+    "rope.scaling.type": one_of("how the context was extended", "none", *SCALINGS),
+    "rope.scaling.factor": number("by how much the context was extended", 1, 1e6),
+    "rope.scale_linear": number("older spelling of rope.scaling.factor, which is not read", 1, 1),
+    "rope.scaling.original_context_length": whole("tokens of context before the extension", 1, 10**9),
+    "rope.scaling.yarn_beta_fast": number_between("turns above which a wave is kept", 0, 1e6),
+    "rope.scaling.yarn_beta_slow": number_between("turns below which a wave is scaled", 0, 1e6),
+}
+"""What the metadata of an architecture may say: entries of `config.json` by another name, and those of GGUF alone."""
+
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_NEUTRAL = {
     "rope.scaling.attn_factor": 1.0,
@@ -65,16 +99,24 @@ class GGUFSource:
         """Parses the header.
 
         Raises:
-            ValueError: the file is no GGUF, is truncated, is one part of several, or uses a quantisation
-                that is not known.
+            ValueError: the file is no GGUF, is truncated, is one part of several, says of its architecture what
+                cannot be meant, or uses an architecture or a quantisation that is not known.
         """
         reader = open_gguf(path)
         self.path = path
-        self.metadata: Metadata = {
+        self.metadata: Json = {
             name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")
         }
-        if self.metadata.get("split.count", 1) > 1:
-            raise ValueError(f"{path} is one of {self.metadata['split.count']} parts; merge them (llama-gguf-split)")
+        architecture = self.metadata.get("general.architecture")
+        with errors_name(path):
+            check_entries(self.metadata, {"split.count": whole("files of the model", 0, 10**5)})
+            if self.metadata.get("split.count", 1) > 1:
+                raise ValueError(f"one of {self.metadata['split.count']} parts; merge them (llama-gguf-split)")
+            if architecture not in _ARCHITECTURES:
+                known = ", ".join(_ARCHITECTURES)
+                raise ValueError(f"GGUF architecture {shown(architecture)} is not supported; known: {known}")
+            own = {name.removeprefix(f"{architecture}."): value for name, value in self.metadata.items()}
+            check_entries(own, METADATA, f"{architecture}.")
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         for kind, (name, tensor) in {t.tensor_type: (name, t) for name, t in self._tensors.items()}.items():
@@ -112,17 +154,15 @@ class GGUFSource:
         """The entries of the `config.json` that this model would have.
 
         Raises:
-            ValueError: an architecture, a mixture of experts or a rope scaling that is not implemented, or
-                missing metadata.
+            ValueError: a mixture of experts or a rope scaling that is not implemented, or missing metadata.
         """
-        architecture = self.metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
-            known = ", ".join(_ARCHITECTURES)
-            raise ValueError(f"{self.path}: GGUF architecture {architecture!r} is not supported; known: {known}")
+        architecture = self.metadata["general.architecture"]
         if self._get("expert_count", 0):
             count = self._get("expert_count")
             raise ValueError(f"{self.path}: mixtures of experts (expert_count={count}) are not supported")
         heads, width = self._get("attention.head_count"), self._get("embedding_length")
+        if width % heads and not self._get("attention.key_length", None):
+            raise ValueError(f"{self.path}: embedding_length={width} must be a multiple of head_count={heads}")
         head_dim = self._get("attention.key_length", width // heads)
         if self._get("attention.value_length", head_dim) != head_dim:
             raise ValueError(f"{self.path}: keys of size {head_dim} and values of another size are not supported")
@@ -174,7 +214,7 @@ class GGUFSource:
             "rope_theta": theta,
             "partial_rotary_factor": self._get("rope.dimension_count", head_dim) / head_dim,
         }
-        kind = self._get("rope.scaling.type", "none")
+        kind = self._get("rope.scaling.type", "none" if self._get("rope.scaling.factor", None) is None else "linear")
         if "rope_freqs.weight" in self.shapes:
             return rope | self._llama3(theta, head_dim)
         if kind == "none":
@@ -204,19 +244,6 @@ class GGUFSource:
                     "high_freq_factor": 4.0,
                 }
         raise ValueError(f"{self.path}: rope_freqs.weight is no Llama 3 scaling with factors 1 and 4: {stored}")
-
-
-def special_ids(reader: GGUFReader) -> dict[str, Any]:
-    """Special token ids of a GGUF file's tokenizer, under the names of `generation_config.json`."""
-
-    def token_id(key: str) -> int | None:
-        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
-        return None if field is None else int(field.contents())
-
-    stops = [token_id(key) for key in ("eos", "eot", "eom")]
-    ids = {"bos_token_id": token_id("bos"), "pad_token_id": token_id("padding")}
-    ids = {key: value for key, value in ids.items() if value is not None}
-    return ids | {"eos_token_id": list(dict.fromkeys(stop for stop in stops if stop is not None))}
 
 
 def open_gguf(path: Path) -> GGUFReader:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gguf import GGUFReader, TokenType
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from jaxrl_llm.models.checkpoints.gguf import open_gguf
+from jaxrl_llm.models.checkpoints.gguf_vocabulary import read_vocabulary
+from jaxrl_llm.models.entries import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,46 +41,39 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file, with its special tokens and chat template.
 
     Raises:
-        ValueError: a kind of tokenizer, or a split of text before merging, that is not known.
+        ValueError: parts are missing or cannot be meant, or a kind of tokenizer, or a split of text before merging,
+            that is not known.
     """
     # Imported late: transformers takes a second, and models load without it.
     from jaxrl_llm.models.checkpoints.locate import import_transformers
 
-    reader = open_gguf(path)
-    kind, pre = _field(reader, "ggml.model"), _field(reader, "ggml.pre")
-    tokens: list[str] = _field(reader, "ggml.tokens") or []
+    entries = read_vocabulary(path)
+    kind, pre, tokens = entries.get("ggml.model"), entries.get("ggml.pre"), entries["ggml.tokens"]
     if kind == "gpt2":
-        backend = _byte_level(path, pre, tokens, _field(reader, "ggml.merges") or [])
+        backend = _byte_level(path, pre, tokens, entries.get("ggml.merges", ()))
         add_bos = pre in _WHOLE_WORDS
     elif kind == "llama":
-        prefix = _field(reader, "ggml.add_space_prefix")
-        backend = _sentencepiece(tokens, _field(reader, "ggml.scores") or [], prefix is None or prefix)
+        backend = _sentencepiece(tokens, entries["ggml.scores"], entries.get("ggml.add_space_prefix", True))
         add_bos = True
     else:
-        raise ValueError(f"{path}: tokenizer.ggml.model={kind!r} is not supported; known: gpt2, llama")
-    _add_special_tokens(backend, tokens, _field(reader, "ggml.token_type") or [])
+        raise ValueError(f"{path}: tokenizer.ggml.model={shown(kind)} is not supported; known: gpt2, llama")
+    _add_special_tokens(backend, tokens, entries["ggml.token_type"])
 
     def token(name: str) -> str | None:
-        number = _field(reader, f"ggml.{name}_token_id")
+        number = entries.get(f"ggml.{name}_token_id")
         return None if number is None else tokens[number]
 
-    stated = {key: _field(reader, f"ggml.{key}") for key in ("add_bos_token", "add_eos_token")}
     return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=token("bos"),
         eos_token=token("eos"),
         unk_token=token("unknown"),
         pad_token=token("padding"),
-        add_bos_token=add_bos if stated["add_bos_token"] is None else stated["add_bos_token"],
-        add_eos_token=bool(stated["add_eos_token"]),
-        chat_template=_field(reader, "chat_template"),
+        add_bos_token=entries.get("ggml.add_bos_token", add_bos),
+        add_eos_token=entries.get("ggml.add_eos_token", False),
+        chat_template=entries.get("chat_template"),
         clean_up_tokenization_spaces=False,
     )
-
-
-def _field(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(f"tokenizer.{key}")
-    return None if field is None else field.contents()
 
 
 def _byte_level(path: Path, pre: str | None, tokens: Sequence[str], merges: Sequence[str]) -> Tokenizer:
@@ -112,7 +106,7 @@ def _byte_level(path: Path, pre: str | None, tokens: Sequence[str], merges: Sequ
     else:
         known = ", ".join((*_GPT2_LIKE, *_DIGIT_LIKE, *split))
         raise ValueError(
-            f"{path}: tokenizer.ggml.pre={pre!r} is not known, so that text would be split differently than "
+            f"{path}: tokenizer.ggml.pre={shown(pre)} is not known, so that text would be split differently than "
             f"in training; known: {known}. Load the tokenizer from the model's Hugging Face folder instead"
         )
     return tokenizer
@@ -147,7 +141,7 @@ def _merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, s
 
 def _add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
     """Makes control tokens special, and user-defined ones whole."""
-    control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == TokenType.CONTROL]
-    defined = [token for token, kind in zip(tokens, kinds, strict=False) if kind == TokenType.USER_DEFINED]
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    defined = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])

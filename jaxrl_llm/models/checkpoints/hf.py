@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.numpy import save_file
 
 from jaxrl_llm.models.checkpoints.weights import Index, Leaf, leaves
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.entries import shown
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,15 +31,35 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `ValueError` names the file if it is missing or broken."""
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is missing or broken, or an object in it has a key twice or a number that is not finite;
+            names the file.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if not path.is_file():  # a pipe would be waited for without end
+        raise ValueError(f"{path} is no plain file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON: nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = sorted({key for key, count in Counter(key for key, _ in pairs).items() if count > 1})
+        raise ValueError(f"an object has a key twice: {shown(twice)}")
+    for key, item in pairs:
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"{key}={item} is no finite number")
     return value
 
 
@@ -51,30 +74,32 @@ class SafetensorsSource:
             file: the name of the file where there is but one.
 
         Raises:
-            ValueError: no safetensors files, a shard that is missing, truncated or corrupt, a tensor that the
-                index places in a file that does not hold it, or one that is no float; each is named.
+            ValueError: no safetensors files, a shard that lies elsewhere, is missing, truncated or corrupt, a tensor
+                that is not in the file where the index places it, or in two, or that is no float; each is named.
         """
         self._files: dict[str, Any] = {}
+        self._places: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        index = f"{file}.index.json"
-        if (folder / index).exists():
-            placed = read_json(folder / index).get("weight_map")
-            if not isinstance(placed, dict):
-                raise ValueError(f"{folder / index} has no 'weight_map'")
-            shards = sorted(set(placed.values()))
+        index = folder / f"{file}.index.json"
+        if index.exists():
+            placed = _read_index(index)
         elif (folder / file).exists():
-            placed, shards = {}, [file]
+            placed = {}
         else:
-            raise ValueError(f"{folder} holds neither {file} nor {index}{_hint(folder)}")
-        for shard in shards:
+            raise ValueError(f"{folder} holds neither {file} nor {index.name}{_hint(folder)}")
+        for shard in sorted(set(placed.values())) or [file]:
+            if not (folder / shard).exists():
+                raise ValueError(
+                    f"{folder / shard} is missing, but {index.name} names it: the checkpoint is incomplete"
+                )
             self._open(folder / shard)
         for tensor, shard in placed.items():
-            if tensor not in self.shapes:
-                raise ValueError(f"{folder / shard} has no tensor {tensor!r}, where {index} places it")
+            if self._places.get(tensor) != shard:
+                raise ValueError(f"{folder / shard} has no tensor {tensor!r}, where {index.name} places it")
 
     def _open(self, path: Path) -> None:
-        if not path.exists():
-            raise ValueError(f"{path} is missing, but {WEIGHTS_INDEX} names it: the checkpoint is incomplete")
+        if not path.is_file():
+            raise ValueError(f"{path} is no plain file")
         try:
             file = safe_open(path, framework="numpy")
         except SafetensorError as error:
@@ -86,12 +111,37 @@ class SafetensorsSource:
                     f"{path}: tensor {name!r} is {view.get_dtype()}; only {', '.join(_FLOATS)} are read: "
                     "use the unquantised checkpoint"
                 )
+            if name in self._places:
+                raise ValueError(f"{path}: tensor {name!r} is in {self._places[name]}, too: one of them must go")
             self.shapes[name] = tuple(view.get_shape())
-            self._files[name] = file
+            self._files[name], self._places[name] = file, path.name
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """The slice `index` of a tensor; the rest of the file is not read."""
         return self._files[name].get_slice(name)[index]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The shard of each tensor, all of them files of the index's own folder."""
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise ValueError(f"{index}: weight_map={shown(placed)} must be an object, from each tensor to its file")
+    for tensor, shard in placed.items():
+        # A name alone: what the index says must not reach beyond the checkpoint's folder.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise ValueError(
+                f"{index}: weight_map[{shown(tensor)}]={shown(shard)} must be the name of a .safetensors file in the "
+                "same folder"
+            )
+    for shard in sorted(set(placed.values())):
+        target, home = (index.parent / shard).resolve(), index.parent.resolve()
+        # The hub's cache links each file of a snapshot to its blobs.
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if target.parent not in (home, blobs):
+            raise ValueError(
+                f"{index.parent / shard} is a link to {target}: a shard must lie in the checkpoint's folder"
+            )
+    return placed
 
 
 def _hint(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,24 +19,44 @@ from jaxrl_llm.models.checkpoints.hf import (
     write_weights,
 )
 from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem
-from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaf
+from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaves
 from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig, Params
+from jaxrl_llm.models.entries import (
+    Json,
+    Table,
+    check_entries,
+    errors_name,
+    number_between,
+    one_of,
+    require,
+    shown,
+    truth,
+    whole,
+)
 from jaxrl_llm.models.families import Family, family_for
 from jaxrl_llm.models.lora import ADAPTERS, has_adapters, join, split_adapters, without_adapters
 from jaxrl_llm.models.transformer import Transformer
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights")
+_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""How adapters may have begun. The other ways change the base's weights, too, which a folder of adapters lacks."""
+
+_ENTRIES: Table = {
+    "peft_type": one_of("kind of adapters", "LORA"),
+    "r": whole("rank of the adapters", 1, 10**6),
+    "lora_alpha": number_between("what their output is multiplied by, over the rank", 0, 1e9),
+    "use_rslora": truth("whether it is over the root of the rank").or_null(),
+    "bias": one_of("biases that were trained", "none").or_null(),
+    "init_lora_weights": one_of("how the adapters began", *_KEEP_THE_BASE).or_null(),
+}
+"""Entries that are read."""
 _WITHOUT_EFFECT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "lora_dropout", "megatron_core", "qalora_group_size", "eva_config"),
     *("layers_pattern", "ensure_weight_tying"),
 )
 """Entries that say nothing of how given adapters compute; which layers have some is told by the tensors."""
-
-_KEEP_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
-"""How adapters may have begun. The other ways change the base's weights, too, which a folder of adapters lacks."""
 
 
 def save_adapters(
@@ -108,8 +127,10 @@ def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> Lor
             f"{path / ADAPTER_WEIGHTS} has no adapters of this model; its first tensor is {next(iter(present), None)}, "
             f"expected are such as {next(iter(names.values())).format(layer=0)}"
         )
-    rslora = bool(settings.get("use_rslora", False))
-    return LoraConfig(int(settings["r"]), float(settings["lora_alpha"]), targets, rslora)
+    lora = LoraConfig(settings["r"], float(settings["lora_alpha"]), targets, bool(settings.get("use_rslora")))
+    adapted = Transformer(dataclasses.replace(config, lora=lora))
+    check_tensors(leaves(split_adapters(adapted.abstract_params())[0], names), present, where=str(path))
+    return lora
 
 
 def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Params, shardings: Any = None) -> Params:
@@ -140,9 +161,8 @@ def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Pa
         raise ValueError(f"the adapters in {path} are not those of this model: {'; '.join(differing)}")
     source, abstract = SafetensorsSource(path, ADAPTER_WEIGHTS), split_adapters(model.abstract_params())[0]
     wanted = leaves(abstract, _tensor_names(family_for(model.config)))
-    check_tensors(wanted, source.shapes, where=str(path))
-    placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(split_adapters(shardings)[0])
-    arrays = [load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    placements = None if shardings is None else split_adapters(shardings)[0]
+    arrays = load_leaves(source, wanted, placements, where=str(path))
     return join(without_adapters(params), jax.tree.unflatten(jax.tree.structure(abstract), arrays))
 
 
@@ -192,19 +212,14 @@ def _describe(lora: LoraConfig, family: Family, base_name: str | None) -> dict[s
     }
 
 
-def _check_supported(settings: Mapping[str, Any], where: Path) -> None:
+def _check_supported(settings: Json, where: Path) -> None:
     """Refuses what would make the adapters compute something else than B·A·x times one scale."""
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(settings.get(key), int | float)]
-    if missing or settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type")
-        raise ValueError(
-            f"{where} describes no LoRA: peft_type={kind!r}, without a number: {', '.join(missing) or '-'}"
-        )
-    found = {key: value for key, value in settings.items() if value and key not in (*_READ, *_WITHOUT_EFFECT)}
-    if settings.get("bias") not in (None, "none"):
-        found["bias"] = settings["bias"]
-    if settings.get("init_lora_weights") not in _KEEP_THE_BASE:
-        found["init_lora_weights"] = settings["init_lora_weights"]
-    if found:
-        listed = ", ".join(f"{key}={value!r}" for key, value in found.items())
-        raise ValueError(f"{where} asks for what is not implemented: {listed}; merge the adapters with PEFT instead")
+    with errors_name(where):
+        check_entries(settings, _ENTRIES)
+        for key in ("peft_type", "r", "lora_alpha"):
+            require(settings, key)
+        known = (*_ENTRIES, *_WITHOUT_EFFECT)
+        found = [f"{key}={shown(value)}" for key, value in settings.items() if value and key not in known]
+        if found:
+            listed = ", ".join(found)
+            raise ValueError(f"{listed} is not implemented: merge the adapters into their base with PEFT instead")

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrl_llm.models.checkpoints.gguf import TENSOR_NAMES, GGUFSource, open_gguf, special_ids
+from jaxrl_llm.models.checkpoints.gguf import TENSOR_NAMES, GGUFSource
+from jaxrl_llm.models.checkpoints.gguf_vocabulary import special_ids
 from jaxrl_llm.models.checkpoints.hf import (
     CONFIG,
     GENERATION_CONFIG,
@@ -27,7 +28,9 @@ from jaxrl_llm.models.checkpoints.locate import locate
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 from jaxrl_llm.models.checkpoints.weights import load_weights
 from jaxrl_llm.models.config import DType, ModelConfig, Params, Remat
+from jaxrl_llm.models.entries import check_entries, errors_name
 from jaxrl_llm.models.families import Family, family_for, family_of
+from jaxrl_llm.models.families.config_json import special_tokens
 from jaxrl_llm.models.lora import has_adapters, merge_adapters, without_adapters
 from jaxrl_llm.models.transformer import Transformer
 
@@ -75,12 +78,25 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
     Raises:
         ValueError: there is no such checkpoint, or something in it is not implemented; it is named.
     """
-    path = locate(name, weights=False, revision=revision)
-    config = GGUFSource(path).config_json() if _is_gguf(path) else read_json(path / CONFIG)
-    try:
-        return family_of(config).read_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_description(locate(name, weights=False, revision=revision))[1]
+
+
+def read_description(path: Path, *, causal: bool = True) -> tuple[Family, ModelConfig]:
+    """The family and the configuration of a folder or `.gguf` file.
+
+    Args:
+        path: of the checkpoint.
+        causal: whether it must be a causal language model, and not one with a head of another kind.
+
+    Raises:
+        ValueError: as in `load_config`.
+    """
+    file = path if _is_gguf(path) else path / CONFIG
+    config = GGUFSource(path).config_json() if _is_gguf(path) else read_json(file)
+    config = config if causal else {**config, "architectures": None}
+    with errors_name(file):
+        family = family_of(config)
+        return family, family.read_config(config)
 
 
 def load_params(
@@ -109,7 +125,7 @@ def load_params(
     transformer, shardings = transformer.base, None if shardings is None else without_adapters(shardings)
     if _is_gguf(path):
         return load_weights(GGUFSource(path), TENSOR_NAMES, transformer, shardings, where=str(path))
-    names = family_of(read_json(path / CONFIG)).tensor_names
+    names = read_description(path)[0].tensor_names
     return load_weights(SafetensorsSource(path), names, transformer, shardings, where=str(path))
 
 
@@ -117,13 +133,20 @@ def load_generation_config(name: str | os.PathLike[str], *, revision: str | None
     """`generation_config.json` of a checkpoint; what it does not say about special tokens, `config.json` may.
 
     `eos_token_id` may be one id or a list; `tokenizers.stop_token_ids` makes a tuple of either.
+
+    Raises:
+        ValueError: a special token is none of the model's vocabulary, or the files cannot be read.
     """
     path = locate(name, weights=False, revision=revision)
     if _is_gguf(path):
-        return special_ids(open_gguf(path))
-    model = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
-    ids = {key: model[key] for key in _SPECIAL_IDS if model.get(key) is not None}
-    return ids | (read_json(path / GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else {})
+        return special_ids(path)
+    described, generating = path / CONFIG, path / GENERATION_CONFIG
+    model, generation = (read_json(file) if file.exists() else {} for file in (described, generating))
+    allowed = special_tokens(read_description(path, causal=False)[1].vocab_size - 1) if model else special_tokens()
+    for file, entries in ((described, model), (generating, generation)):
+        with errors_name(file):
+            check_entries(entries, allowed)
+    return {key: model[key] for key in _SPECIAL_IDS if model.get(key) is not None} | generation
 
 
 def save_pretrained(

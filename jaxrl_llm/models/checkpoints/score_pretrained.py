@@ -22,16 +22,22 @@ from jaxrl_llm.models.checkpoints.hf import (
     write_weights,
 )
 from jaxrl_llm.models.checkpoints.locate import locate
-from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem
-from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaf
+from jaxrl_llm.models.checkpoints.pretrained import agree_on_problem, read_description
+from jaxrl_llm.models.checkpoints.weights import check_tensors, leaves, load_leaves
 from jaxrl_llm.models.config import DType, Params, Remat
-from jaxrl_llm.models.families import family_for, family_of
+from jaxrl_llm.models.entries import check_entries, errors_name, number, require, shown
+from jaxrl_llm.models.families import family_for
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import merge_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Moments
 
 STATISTICS = "score_statistics.json"
+_MOMENTS = {
+    "count": number("scores that were recorded", 0, 1e30),
+    "mean": number("of the scores", -1e30, 1e30),
+    "squares": number("sum of the squared deviations", 0, 1e38),
+}
 HEAD_NAMES = {"score_head.weight": "score.weight", "score_head.bias": "score.bias"}
 
 
@@ -120,21 +126,22 @@ def load_score_model(
             tensor is missing, unexpected or of the wrong shape; each is named.
     """
     path = locate(name, revision=revision)
-    described = read_json(path / CONFIG)
-    family = family_of({**described, "architectures": None})
+    family, trunk = read_description(path, causal=False)
     source = SafetensorsSource(path)
-    if "score.weight" not in source.shapes:
-        raise ValueError(f"{path} has no tensor 'score.weight': it is no score model, but {described['architectures']}")
-    config = dataclasses.replace(family.read_config(described), dtype=dtype, param_dtype=param_dtype, remat=remat)
-    model = ScoreModel(
-        Transformer(config), outputs=source.shapes["score.weight"][0], bias="score.bias" in source.shapes
-    )
+    head = source.shapes.get("score.weight")
+    if head is None:
+        architectures = read_json(path / CONFIG).get("architectures")
+        raise ValueError(f"{path} has no tensor 'score.weight': it is no score model, but {shown(architectures)}")
+    if len(head) != 2 or not head[0]:
+        raise ValueError(f"{path}: score.weight has shape {list(head)}, and not [outputs, hidden_size]")
+    statistics = _read_statistics(path / STATISTICS)
+    config = dataclasses.replace(trunk, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    model = ScoreModel(Transformer(config), outputs=head[0], bias="score.bias" in source.shapes)
     abstract = model.abstract_params()
     wanted = leaves(abstract, {**family.tensor_names, **HEAD_NAMES})
     check_tensors(wanted, source.shapes, where=str(path))
-    placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings(model))
-    arrays = [load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
-    return model, jax.tree.unflatten(jax.tree.structure(abstract), arrays), _read_statistics(path / STATISTICS)
+    arrays = load_leaves(source, wanted, None if shardings is None else shardings(model), where=str(path))
+    return model, jax.tree.unflatten(jax.tree.structure(abstract), arrays), statistics
 
 
 def _description(model: ScoreModel, params: Params, tokenizer: Any) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def _description(model: ScoreModel, params: Params, tokenizer: Any) -> dict[str,
 def _read_statistics(path: Path) -> Moments | None:
     if not path.exists():
         return None
-    try:
-        return Moments(**{name: jnp.float32(value) for name, value in read_json(path).items()})
-    except TypeError as error:
-        raise ValueError(f"{path} does not hold the statistics of scores: {error}") from error
+    entries = read_json(path)
+    with errors_name(path):
+        check_entries(entries, _MOMENTS)
+        return Moments(**{name: jnp.float32(require(entries, name)) for name in _MOMENTS})

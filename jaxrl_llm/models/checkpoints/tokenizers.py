@@ -75,8 +75,9 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} has no tokenizer: none of {', '.join(files)} is there")
     try:
         return import_transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise ValueError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    except Exception as error:  # of many kinds, and of several packages: whatever the files hold
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
 
 
 def stop_token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
@@ -86,7 +88,7 @@ def load_weights(
         where: the checkpoint's name for error messages.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of the wrong shape; all of them are named.
+        ValueError: tensors are missing, unexpected, of the wrong shape, or not finite; they are named.
     """
     abstract = transformer.abstract_params()
     wanted = leaves(abstract, names)
@@ -94,15 +96,49 @@ def load_weights(
     check_tensors(wanted, source.shapes, tied=tied, head=names["lm_head.weight"], where=where)
     if transformer.config.tie_embeddings and names["lm_head.weight"] in source.shapes:
         _check_tied(source, names["embed.weight"], names["lm_head.weight"], where=where)
+    return jax.tree.unflatten(jax.tree.structure(abstract), load_leaves(source, wanted, shardings, where=where))
+
+
+def load_leaves(source: TensorSource, wanted: Sequence[Leaf], shardings: Any = None, *, where: str) -> list[jax.Array]:
+    """Reads parameters onto their devices; without shardings, onto the default one.
+
+    Args:
+        source: the checkpoint's tensors, which `check_tensors` found to be those that are wanted.
+        wanted: the parameters.
+        shardings: tree of them like the parameters, or `None`.
+        where: the checkpoint's name for error messages.
+
+    Raises:
+        ValueError: a tensor has values that are NaN, infinite or too large for the parameters' type; it is named.
+    """
     placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings)
     if len(placements) != len(wanted):
         raise ValueError(f"{where}: {len(placements)} shardings for {len(wanted)} parameters")
-    arrays = [load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+    arrays = [_load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    for leaf, finite in zip(wanted, _finite_tensors(arrays, wanted), strict=True):
+        for tensor, good in zip(leaf.tensors, finite, strict=True):
+            if not good:
+                raise ValueError(f"{where}: {_describe_bad_values(source, tensor, leaf.dtype)}")
+    return arrays
 
 
-def load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Reads one parameter onto its devices; without a sharding, onto the default one."""
+def _finite_tensors(arrays: Sequence[jax.Array], wanted: Sequence[Leaf]) -> list[np.ndarray]:
+    """Whether each tensor is finite, `[L]` or `[1]` for each array: one program, one answer to wait for."""
+    mesh = next((array.sharding.mesh for array in arrays if isinstance(array.sharding, NamedSharding)), None)
+    # Every process must hear of each tensor, also of one whose slices lie elsewhere.
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    check = jax.jit(_all_finite, static_argnums=1, out_shardings=everywhere)
+    return jax.device_get(check(arrays, tuple(leaf.stacked for leaf in wanted)))
+
+
+def _all_finite(arrays: Sequence[jax.Array], stacked: Sequence[bool]) -> list[jax.Array]:
+    return [
+        jnp.atleast_1d(jnp.isfinite(array).all(axis=tuple(range(int(layers), array.ndim))))
+        for array, layers in zip(arrays, stacked, strict=True)
+    ]
+
+
+def _load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(_read_slice(source, leaf, (slice(None),) * len(leaf.shape)))
     pieces: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}  # replicas share what was read
@@ -120,19 +156,32 @@ def load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding 
 def _read_slice(source: TensorSource, leaf: Leaf, index: Index) -> np.ndarray:
     bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
     out = np.empty([stop - start for start, stop, _ in bounds], leaf.dtype)
-    if not leaf.stacked:
-        out[...] = source.read(leaf.tensors[0], index)
-        return out
-    for row, layer in enumerate(range(*bounds[0])):
-        out[row] = source.read(leaf.tensors[layer], index[1:])
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found on the devices, and named
+        if not leaf.stacked:
+            out[...] = source.read(leaf.tensors[0], index)
+            return out
+        for row, layer in enumerate(range(*bounds[0])):
+            out[row] = source.read(leaf.tensors[layer], index[1:])
     return out
+
+
+def _describe_bad_values(source: TensorSource, tensor: str, dtype: np.dtype) -> str:
+    shape = source.shapes[tensor]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = source.read(tensor, (slice(None),) * len(shape))
+        bad = np.argwhere(~np.isfinite(values.astype(dtype)))
+    first = tuple(int(place) for place in bad[0])
+    return (
+        f"tensor {tensor!r} holds {values[first]} at {list(first)}, which is no finite {dtype.name} "
+        f"({len(bad)} of its {values.size} values are not): the file is damaged, or its training diverged"
+    )
 
 
 def _check_tied(source: TensorSource, embed: str, head: str, *, where: str, rows: int = 4096) -> None:
     total = source.shapes[embed][0]
     for start in range(0, total, rows):
         part = (slice(start, min(start + rows, total)), slice(None))
-        if not np.array_equal(source.read(embed, part), source.read(head, part)):
+        if not np.array_equal(source.read(embed, part), source.read(head, part), equal_nan=True):
             raise ValueError(
                 f"{where}: {head} differs from {embed}, though tie_word_embeddings says that they are one; "
                 "set it to false in config.json to use both"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.families.base import Family, Json
+from jaxrl_llm.models.entries import Json, check_entries, shown
+from jaxrl_llm.models.families.base import Family
+from jaxrl_llm.models.families.config_json import CONFIG
 from jaxrl_llm.models.families.llama import LLAMA
 from jaxrl_llm.models.families.mistral import MISTRAL
 from jaxrl_llm.models.families.qwen2 import QWEN2
@@ -14,19 +16,24 @@ FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
 def family_of(config: Json) -> Family:
-    """The family of a `config.json`.
+    """The family of a `config.json`, each entry of which is one that may be meant.
 
     Raises:
-        ValueError: none has this `model_type`, or the checkpoint is no causal language model.
+        ValueError: none has this `model_type`, the checkpoint is no causal language model, or an entry has a wrong type
+            or lies outside its range.
     """
+    check_entries(config, {key: CONFIG[key] for key in ("model_type", "architectures")})
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            if architectures and family.architecture not in architectures:
-                raise ValueError(f"architectures={architectures} is not supported: {family.architecture} is")
-            return family
-    known = ", ".join(family.model_type for family in FAMILIES)
-    raise ValueError(f"model_type {model_type!r} (architectures={architectures}) is not supported; known: {known}")
+    family = next((family for family in FAMILIES if family.model_type == model_type), None)
+    if family is None:
+        known = ", ".join(family.model_type for family in FAMILIES)
+        raise ValueError(
+            f"model_type={shown(model_type)} (architectures={shown(architectures)}) is not supported; known: {known}"
+        )
+    if architectures and family.architecture not in architectures:
+        raise ValueError(f"architectures={shown(architectures)} is not supported: {family.architecture} is")
+    check_entries(config, CONFIG)
+    return family
 
 
 def family_for(config: ModelConfig) -> Family:

@@ -10,16 +10,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrl_llm.models.config import Activation, ModelConfig
-
-Json = Mapping[str, Any]
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.entries import Json, require, shown
+from jaxrl_llm.models.families.config_json import ACTIVATIONS
 
 DECODER_NAMES: dict[str, str] = {
     "embed.weight": "model.embed_tokens.weight",
@@ -63,44 +56,45 @@ class Family:
     """Parameter → tensor name."""
 
 
-def require(config: Json, key: str) -> Any:
-    """`config[key]`, or an error that names the missing key."""
-    if config.get(key) is None:
-        raise ValueError(f"config.json of model_type {config.get('model_type')!r} has no {key!r}")
-    return config[key]
-
-
 def read_decoder(config: Json) -> dict[str, Any]:
     """The arguments of `ModelConfig` that all families spell alike, positions (`rope.py`) left out.
 
+    Args:
+        config: entries that `CONFIG` allows.
+
     Raises:
-        ValueError: a size is missing, or the checkpoint needs something that is not implemented.
+        ValueError: a size is missing, sizes do not fit together, or the checkpoint needs something that is not
+            implemented.
     """
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ValueError(
-            f"config.json asks for quantization_config (quant_method={method!r}); only plain float weights "
+            f"quantization_config (quant_method={shown(method)}) is not implemented; only plain float weights "
             "can be read from safetensors: use the unquantised checkpoint, or a GGUF file"
         )
-    activation = config.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act={activation!r} is not implemented; known: {', '.join(_ACTIVATIONS)}")
     heads, width = require(config, "num_attention_heads"), require(config, "hidden_size")
-    head_dim = config.get("head_dim")
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim")
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
     if head_dim is None and width % heads:
-        raise ValueError(f"hidden_size={width} is no multiple of num_attention_heads={heads}, and head_dim is not set")
+        raise ValueError(
+            f"hidden_size={width} must be a multiple of num_attention_heads={heads} where head_dim is not set"
+        )
+    head_dim = head_dim or width // heads
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even, for the rotary embedding turns pairs")
     return {
         "vocab_size": require(config, "vocab_size"),
         "embed_dim": width,
         "mlp_dim": require(config, "intermediate_size"),
         "num_layers": require(config, "num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim or width // heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
         "max_position_embeddings": require(config, "max_position_embeddings"),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "activation": _ACTIVATIONS[activation],
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "activation": ACTIVATIONS[config.get("hidden_act", "silu")],
     }
 
 

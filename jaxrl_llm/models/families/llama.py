@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.families.base import Family, Json, plain_logits, read_decoder, write_decoder
+from jaxrl_llm.models.entries import Json, require
+from jaxrl_llm.models.families.base import Family, plain_logits, read_decoder, write_decoder
 from jaxrl_llm.models.families.rope import read_rope, write_rope
 
 
 def _read(config: Json) -> ModelConfig:
-    bias = bool(config.get("attention_bias", False))
+    width, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
+    if width % heads:  # transformers insists, even where head_dim is set
+        raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
+    bias = config.get("attention_bias", False)
     return ModelConfig(
         **read_decoder(config),
         rope=read_rope(config),
         attention_bias=bias,
         output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=config.get("mlp_bias", False),
     )
 
 
@@ -34,7 +38,7 @@ def _expresses(config: ModelConfig) -> bool:
         not config.qk_norm
         and not any(config.sliding_windows or ())
         and config.attention_bias == config.output_bias
-        and config.embed_dim % config.num_heads == 0  # transformers insists, even where head_dim is set
+        and config.embed_dim % config.num_heads == 0
         and plain_logits(config)
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.families.base import Family, Json, plain_logits, read_decoder, require, write_decoder
+from jaxrl_llm.models.entries import Json, require
+from jaxrl_llm.models.families.base import Family, plain_logits, read_decoder, write_decoder
 from jaxrl_llm.models.families.rope import read_rope, write_rope
 
 _DEFAULT_WINDOW = 4096  # what transformers takes where config.json does not say; null means no window
@@ -18,7 +19,7 @@ def _read(config: Json) -> ModelConfig:
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
         raise ValueError(f"layer_types {sorted(kinds)}: Mistral has the same attention in every layer")
-    windows = None if window is None else (int(window),) * sizes["num_layers"]
+    windows = None if window is None else (window,) * sizes["num_layers"]
     return ModelConfig(**sizes, rope=read_rope(config), sliding_windows=windows)
 
 

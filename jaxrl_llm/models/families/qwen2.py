@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.families.base import (
-    Family,
-    Json,
-    plain_logits,
-    read_decoder,
-    require,
-    single_window,
-    write_decoder,
-)
+from jaxrl_llm.models.entries import Json, require
+from jaxrl_llm.models.families.base import Family, plain_logits, read_decoder, single_window, write_decoder
 from jaxrl_llm.models.families.rope import read_rope, write_rope
 
 
@@ -25,14 +18,13 @@ def read_windows(config: Json) -> tuple[int | None, ...] | None:
     if kinds is None:
         first = config.get("max_window_layers", 28) if window is not None else layers
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown or len(kinds) != layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers; not implemented: {unknown}")
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
     if "sliding_attention" not in kinds:
         return None
     if window is None:
         raise ValueError("layer_types asks for sliding_attention, but use_sliding_window and sliding_window do not")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

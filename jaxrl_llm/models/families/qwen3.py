@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.entries import Json, require
 from jaxrl_llm.models.families.base import (
     DECODER_NAMES,
     Family,
-    Json,
     plain_logits,
     read_decoder,
-    require,
     single_window,
     write_decoder,
 )
@@ -23,7 +22,7 @@ _DEFAULT_HEAD_DIM = 128  # of transformers; not hidden_size / num_attention_head
 
 def _read(config: Json) -> ModelConfig:
     require(config, "num_key_value_heads")
-    bias = bool(config.get("attention_bias", False))
+    bias = config.get("attention_bias", False)
     return ModelConfig(
         **read_decoder({"head_dim": _DEFAULT_HEAD_DIM, **config}),
         rope=read_rope(config),

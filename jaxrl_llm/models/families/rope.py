@@ -4,45 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxrl_llm.models.config import RopeConfig, RopeScaling
-from jaxrl_llm.models.families.base import Json, require
-
-_SCALINGS: dict[str, RopeScaling] = {
-    "default": "none",
-    "linear": "linear",
-    "llama3": "llama3",
-    "yarn": "yarn",
-}
+from jaxrl_llm.models.config import RopeConfig
+from jaxrl_llm.models.entries import Json, check_entries, require
+from jaxrl_llm.models.families.config_json import ROPE, SCALINGS
 
 
 def read_rope(config: Json) -> RopeConfig:
     """Rotary embedding of a `config.json`, in the spelling of any version of `transformers`.
 
+    Args:
+        config: entries that `CONFIG` allows.
+
     Raises:
-        ValueError: an unknown scaling, a partial rotation, or a different rotation per layer type.
+        ValueError: an entry that cannot be meant, an unknown scaling, a partial rotation, or a different rotation per
+            layer type.
     """
-    entries: Json = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    entries: Json = config.get(place) or {}
     nested = [key for key, value in entries.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"rope_parameters per layer type ({', '.join(nested)}) are not implemented")
-    kind = entries.get("rope_type", entries.get("type", "default"))
-    if kind not in _SCALINGS:
-        raise ValueError(f"rope scaling type {kind!r} is not implemented; known: {', '.join(_SCALINGS)}")
-    partial = entries.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial} is not implemented; only 1.0 is")
+        raise ValueError(f"{place} per layer type ({', '.join(nested)}) are not implemented")
+    check_entries(entries, ROPE, f"{place}.")
+    for partial in (entries.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
+        if partial not in (None, 1):
+            raise ValueError(f"partial_rotary_factor={partial} is not implemented; only 1.0 is")
 
+    kind = SCALINGS[entries.get("rope_type", entries.get("type", "default"))]
     theta = float(entries.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    if kind == "default":
+    if kind == "none":
         return RopeConfig(theta=theta)
     # The order of precedence is that of transformers, which lets Phi-style top-level entries win.
     original = config.get("original_max_position_embeddings") or entries.get("original_max_position_embeddings")
     original = original or require(config, "max_position_embeddings")
-    factor = entries.get("factor")
-    if factor is None and kind == "yarn":
+    if kind == "yarn" and entries.get("factor") is None:
         factor = require(config, "max_position_embeddings") / original
-    if factor is None:
-        raise ValueError(f"rope scaling {kind!r} has no 'factor': {dict(entries)}")
+    else:
+        factor = require(entries, "factor", f"{place} of type {kind!r}: ")
     if kind == "linear":
         return RopeConfig(theta=theta, scaling="linear", factor=float(factor))
     if kind == "llama3":
@@ -50,28 +47,22 @@ def read_rope(config: Json) -> RopeConfig:
             theta=theta,
             scaling="llama3",
             factor=float(factor),
-            original_max_position_embeddings=int(original),
-            low_freq_factor=float(_entry(entries, "low_freq_factor")),
-            high_freq_factor=float(_entry(entries, "high_freq_factor")),
+            original_max_position_embeddings=original,
+            low_freq_factor=float(require(entries, "low_freq_factor", f"{place}.")),
+            high_freq_factor=float(require(entries, "high_freq_factor", f"{place}.")),
         )
     return RopeConfig(
         theta=theta,
         scaling="yarn",
         factor=float(factor),
-        original_max_position_embeddings=int(original),
+        original_max_position_embeddings=original,
         beta_fast=float(entries.get("beta_fast") or 32.0),
         beta_slow=float(entries.get("beta_slow") or 1.0),
         attention_factor=entries.get("attention_factor"),
         mscale=entries.get("mscale"),
         mscale_all_dim=entries.get("mscale_all_dim"),
-        truncate=bool(entries.get("truncate", True)),
+        truncate=entries.get("truncate", True),
     )
-
-
-def _entry(entries: Json, key: str) -> Any:
-    if entries.get(key) is None:
-        raise ValueError(f"rope scaling has no {key!r}: {dict(entries)}")
-    return entries[key]
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:

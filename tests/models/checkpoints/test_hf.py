@@ -185,16 +185,12 @@ def test_truncated_file(keep, checkpoint):
 def test_missing_shard_and_wrong_index(checkpoint, golden_tensors):
     folder = checkpoint("llama")
     placed = write_shards(folder, golden_tensors("llama"))
-    index = {
-        "weight_map": {
-            **placed,
-            "model.norm.weight": placed["lm_head.weight"],
-            "other": placed["lm_head.weight"],
-        }
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"00001-of-00003\.safetensors has no tensor 'other'"):
-        from_pretrained(folder)
+    assert placed["model.norm.weight"] != placed["lm_head.weight"]
+    for name in ("other", "model.norm.weight"):
+        index = {"weight_map": {**placed, name: placed["lm_head.weight"]}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=rf"00001-of-00003\.safetensors has no tensor '{name}'"):
+            from_pretrained(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is missing.*incomplete"):
         from_pretrained(folder)

@@ -155,7 +155,7 @@ def test_sentencepiece(tmp_path):
     [
         ({"pre": "deepseek-coder"}, r"pre='deepseek-coder' is not known.*known: gpt-2.*Hugging Face folder"),
         ({"pre": None}, "pre=None is not known"),
-        ({"tokens": ["a", "b"]}, "inconsistent"),
+        ({"tokens": ["a", "b", "c"]}, "inconsistent"),
         ({"model": "bert"}, "model='bert' is not supported; known: gpt2, llama"),
     ],
 )

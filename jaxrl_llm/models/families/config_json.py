@@ -1,0 +1,94 @@
+"""What a checkpoint's `config.json` may say: every entry that is read, with its type, its range and its meaning.
+
+The upper bounds lie far beyond any model that there is; they keep what is wrong by powers of ten from being counted,
+named or allocated. Entries that are not listed have no effect here.
+"""
+
+from __future__ import annotations
+
+from jaxrl_llm.models.config import Activation, RopeScaling
+from jaxrl_llm.models.entries import (
+    Table,
+    list_of,
+    mapping,
+    number,
+    number_between,
+    one_of,
+    one_or_list_of,
+    text,
+    truth,
+    whole,
+)
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+SCALINGS: dict[str, RopeScaling] = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+_MOST_TOKENS = 10**9
+
+POSITIONS: Table = {
+    "rope_theta": number_between("base of the rotary embedding's wavelengths", 1, 1e30).or_null(),
+    "partial_rotary_factor": number("share of a head that is rotated", 0, 1).or_null(),
+    "original_max_position_embeddings": whole("tokens of context before the extension", 1, _MOST_TOKENS).or_null(),
+}
+"""Entries on positions, which `config.json` may hold itself or in `rope_parameters`."""
+
+ROPE: Table = {
+    **POSITIONS,
+    "rope_type": one_of("how the context was extended", *SCALINGS),
+    "type": one_of("how the context was extended", *SCALINGS),
+    "factor": number("by how much the context was extended", 1, 1e6).or_null(),
+    "low_freq_factor": number_between("llama3: turns below which a wave is scaled", 0, 1e6).or_null(),
+    "high_freq_factor": number_between("llama3: turns above which a wave is kept", 0, 1e6).or_null(),
+    "beta_fast": number_between("yarn: turns above which a wave is kept", 0, 1e6).or_null(),
+    "beta_slow": number_between("yarn: turns below which a wave is scaled", 0, 1e6).or_null(),
+    "attention_factor": number_between("yarn: multiplier of cosine and sine", 0, 1e3).or_null(),
+    "mscale": number("yarn: coefficient of the multiplier", 0, 1e3).or_null(),
+    "mscale_all_dim": number("yarn: coefficient of the divisor", 0, 1e3).or_null(),
+    "truncate": truth("yarn: whether the range is rounded to whole dimensions"),
+}
+"""Entries of `rope_parameters` (transformers 5) and `rope_scaling` (4)."""
+
+
+def special_tokens(last: int = 10**8) -> Table:
+    """Special tokens in `config.json` and `generation_config.json`; `last` is the vocabulary's last one."""
+    return {
+        "bos_token_id": whole("first token of a text", 0, last).or_null(),
+        "eos_token_id": one_or_list_of(whole("tokens that end a text", 0, last)).or_null(),
+        # Never read by a model, and outside the vocabulary in some that are widely used.
+        "pad_token_id": whole("token for padding", -1, 10**8).or_null(),
+    }
+
+
+CONFIG: Table = {
+    "model_type": text("family of the model"),
+    "architectures": list_of(text("classes of transformers")).or_null(),
+    "vocab_size": whole("rows of the embedding", 1, 10**8),
+    "hidden_size": whole("width of the model", 1, 10**6),
+    "intermediate_size": whole("width of the MLP", 1, 10**7),
+    "num_hidden_layers": whole("layers", 1, 10**4),
+    "num_attention_heads": whole("query heads", 1, 10**4),
+    "num_key_value_heads": whole("key and value heads", 1, 10**4).or_null(),
+    "head_dim": whole("width of a head", 1, 10**4).or_null(),
+    "max_position_embeddings": whole("tokens of context", 1, _MOST_TOKENS),
+    "rms_norm_eps": number_between("ε of the RMS norms", 0, 1),
+    "hidden_act": one_of("activation of the MLP", *ACTIVATIONS),
+    "tie_word_embeddings": truth("whether the LM head is the embedding"),
+    "attention_bias": truth("whether the attention's projections have biases"),
+    "mlp_bias": truth("whether the MLP's projections have biases"),
+    "sliding_window": whole("tokens of the attention window", 1, _MOST_TOKENS).or_null(),
+    "use_sliding_window": truth("whether some layers have the attention window"),
+    "max_window_layers": whole("first layer with the attention window", 0, 10**4),
+    "layer_types": list_of(one_of("attention of each layer", *LAYER_TYPES)).or_null(),
+    **POSITIONS,
+    "rope_parameters": mapping("rotary embedding").or_null(),
+    "rope_scaling": mapping("rotary embedding").or_null(),
+    "quantization_config": mapping("how the weights are quantised").or_null(),
+    **special_tokens(),
+}
+"""All entries that are read."""

@@ -23,7 +23,14 @@ PARTS: dict[str, tuple[str, ...]] = {
         *("losses.detached", "losses.covariance", "losses.ratio"),
     ),
     "What is added to a policy loss": (
-        *("losses.kl_loss", "losses.kl", "losses.entropy", "losses.correction", "losses.token_masks"),
+        *(
+            "losses.kl_loss",
+            "losses.kl",
+            "losses.entropy",
+            "losses.correction",
+            "losses.rejection",
+            "losses.token_masks",
+        ),
     ),
     "Critics": ("losses.value",),
     "Advantages": (

@@ -82,6 +82,7 @@ from jaxrl_llm.losses.process_reward import NeutralSteps, prm_loss, step_labels,
 from jaxrl_llm.losses.ratio import ClipIndicators, clip_indicators, clipped_surrogate, importance_ratio
 from jaxrl_llm.losses.reference_free import OddsLogprob, cpo_loss, log_odds, orpo_loss, simpo_loss, slic_loss
 from jaxrl_llm.losses.reinforce import dro_loss, dro_surrogate, gpg_loss, reinforce_loss, threshold_grpo_loss
+from jaxrl_llm.losses.rejection import RejectionLevel, RejectionStatistic, rejection_mask
 from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
 from jaxrl_llm.losses.sequence import grpo_s_loss, gspo_loss, gspo_token_loss, luspo_loss, sequence_log_ratio
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs, wpo_weights
@@ -103,6 +104,8 @@ __all__ = [
     "NeutralSteps",
     "OddsLogprob",
     "PairLabels",
+    "RejectionLevel",
+    "RejectionStatistic",
     "RewardShift",
     "ShiftAverage",
     "SoftGate",
@@ -190,6 +193,7 @@ __all__ = [
     "prm_loss",
     "ranking_loss",
     "reinforce_loss",
+    "rejection_mask",
     "robust_dpo_loss",
     "robust_dpo_term",
     "sapo_loss",

@@ -14,8 +14,9 @@ def check_scorable(rewards: RewardSum, dataset: PromptDataset) -> None:
     """Checks that the data set has the columns that reward functions require, and that they can read them in each row.
 
     A function may have an attribute `check_row(**columns) -> str | None`, which says why it can score no completion on
-    a row: a gold answer that it cannot read, say. A row in which a column that it requires is `None` is left to the
-    other functions. What was found to be scorable is not looked at again.
+    a row: a gold answer that it cannot read, say. A row in which a column that it requires is `None` may be left to
+    another function that has such a check: data may be of several tasks. What was found to be scorable is not looked
+    at again.
 
     Raises:
         ValueError: a column is missing, or rows cannot be scored; names the first one, the function, and what it says.
@@ -40,18 +41,20 @@ def check_scorable(rewards: RewardSum, dataset: PromptDataset) -> None:
 
 def _problem(functions: tuple[Any, ...], columns: Mapping[str, Any]) -> str | None:
     """Why a row cannot be scored."""
-    absent, others = [], False
+    absent, is_read = [], False
     for function in functions:
         check = getattr(function, "check_row", None)
-        reason = None if check is None else _asked(function.__name__, check, columns)
+        if check is None:
+            continue
+        reason = _asked(function.__name__, check, columns)
         if reason is None:
-            others = True
+            is_read = True
             continue
         problem = f"the reward function {function.__name__!r} cannot score it: {reason}"
         if not any(columns.get(name, "") is None for name in inspect.signature(function).parameters):
             return problem
         absent.append(problem)
-    return None if others else absent[0]
+    return None if is_read else absent[0]
 
 
 def _asked(name: str, check: Any, columns: Mapping[str, Any]) -> str | None:

@@ -57,14 +57,33 @@ def test_the_first_row_is_named(answers: tuple[Any, ...], message: str) -> None:
         check_scorable(RewardSum((Digits(),)), prompts(*answers))
 
 
-def test_what_is_not_there_is_left_to_other_functions() -> None:
-    """But not what is there and cannot be read."""
-    both = RewardSum((Digits(), make_length_reward(3, unit="characters")))
-    check_scorable(both, prompts("1", None))
-    with pytest.raises(ValueError, match=r"row 1: .*'x' is no number"):
-        check_scorable(both, prompts("1", "x"))
-    with pytest.raises(ValueError, match=r"row 0: .*None is no number"):
-        check_scorable(RewardSum((Digits("one"), Digits("two"))), prompts(None))
+class Letters(Digits):
+    """A reward function for another task, with a gold answer of its own."""
+
+    def __call__(self, prompts: Any, completions: Any, *, letter: Any, **columns: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+    def check_row(self, *, letter: Any, **columns: Any) -> str | None:
+        return None if letter == "A" else f"'letter': {letter!r} is no letter"
+
+
+def test_what_is_not_there_is_left_to_the_function_of_another_task() -> None:
+    """But not what is there and cannot be read, and not to one that would score anything."""
+    rows = [{"prompt": "a", "answer": answer, "letter": letter} for answer, letter in (("1", None), (None, "A"))]
+    both = RewardSum((Digits(), Letters("letters"), make_length_reward(3, unit="characters")))
+
+    def dataset(*more: dict[str, Any]) -> PromptDataset:
+        return PromptDataset([*rows, *more], CharTokenizer("a"), max_prompt_length=1)
+
+    check_scorable(both, dataset())
+    for row, message in (
+        ({"answer": None, "letter": "B"}, "'letters' cannot score it: 'letter': 'B'"),
+        ({"answer": "x", "letter": "A"}, "'digits' cannot score it: 'answer': 'x'"),
+        ({"answer": None, "letter": None}, "'digits' cannot score it: 'answer': None"),
+        ({}, "'digits' cannot score it: 'answer': None"),
+    ):
+        with pytest.raises(ValueError, match=f"row 2: the reward function {message}"):
+            check_scorable(both, dataset({"prompt": "a", **row}))
 
 
 def test_functions_without_a_check_are_not_asked() -> None:

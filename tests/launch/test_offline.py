@@ -117,6 +117,6 @@ def test_what_a_resumed_run_must_share(config: OfflineExperiment) -> None:
 @pytest.mark.parametrize("name", ["max_prompt_length", "max_completion_length"])
 def test_lengths_beyond_the_model(config: OfflineExperiment, capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run_offline(config, [f"--data.{name.replace('_', '-')}=1000000000"])
+        cli.run_offline(config, [f"--data.{name.replace('_', '-')}=513"])
     assert ended.value.code == 2
-    assert f"error: data.{name}=1000000000 is more than the model's 512 positions; lower it" in capsys.readouterr().err
+    assert f"error: data.{name}=513 is more than the model's 512 positions; lower it" in capsys.readouterr().err

@@ -360,7 +360,8 @@ def test_a_line_that_is_no_json(refused) -> None:
 def test_a_misspelt_column(refused) -> None:
     train = f"--data.train={write('train.jsonl', ROW, ROW)}"
     assert refused(train, "--data.format.prompt-column=questoin") == (
-        "training prompts: row 0: no column 'questoin'; did you mean 'question'? (columns: question, answer)"
+        "training prompts: row 0: no column 'questoin'; did you mean 'question'? (columns: question, answer); "
+        "prompt_column names the column"
     )
     message = refused(train, "--data.format.template={question} {anwser}")
     assert "no column 'anwser'; did you mean 'answer'?" in message
@@ -381,8 +382,8 @@ def test_a_prompt_that_is_too_long(refused) -> None:
 
 
 def test_lengths_beyond_the_model(refused) -> None:
-    message = refused(f"--data.train={write('train.jsonl', ROW)}", "--data.max-prompt-length=1000000000")
-    assert message == "data.max_prompt_length=1000000000 is more than the model's 512 positions; lower it"
+    message = refused(f"--data.train={write('train.jsonl', ROW)}", "--data.max-prompt-length=513")
+    assert message == "data.max_prompt_length=513 is more than the model's 512 positions; lower it"
 
 
 def test_a_gold_answer_that_no_reward_reads(refused) -> None:

@@ -85,7 +85,7 @@ def save_adapters(
         ValueError: there are no adapters, no family expresses the configuration, or the folder exists and must not
             be overwritten.
     """
-    folder, lora = Path(folder), _lora_of(model)
+    folder, lora = Path(os.path.expanduser(folder)), _lora_of(model)
     if not has_adapters(params):
         raise ValueError("these parameters have no adapters to save")
     family, adapters = family_for(model.config), split_adapters(params)[0]
@@ -113,7 +113,7 @@ def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> Lor
     Raises:
         ValueError: the folder cannot be read, or its adapters are of a kind that is not implemented; says which.
     """
-    path = Path(folder)
+    path = Path(os.path.expanduser(folder))
     settings = read_json(path / ADAPTER_CONFIG)
     _check_supported(settings, path / ADAPTER_CONFIG)
     names, present = _tensor_names(family_for(config)), SafetensorsSource(path, ADAPTER_WEIGHTS).shapes
@@ -150,7 +150,7 @@ def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Pa
         ValueError: as in `load_lora_config`; or the model's adapters are other than those of the folder; or tensors
             are missing, unexpected or of the wrong shape. All are named.
     """
-    path, ours = Path(folder), _lora_of(model)
+    path, ours = Path(os.path.expanduser(folder)), _lora_of(model)
     theirs = load_lora_config(path, model.config)
     differing = [
         f"{field.name} is {_shown(theirs, field)} there and {_shown(ours, field)} in the model"

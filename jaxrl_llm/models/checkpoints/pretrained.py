@@ -182,7 +182,7 @@ def save_pretrained(
     Raises:
         ValueError: no family expresses the configuration, or the folder exists and must not be overwritten.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     family = family_for(transformer.config)
     params = jax.jit(merge_adapters, static_argnums=1)(params, transformer.config) if has_adapters(params) else params
     writer = jax.process_index() == 0

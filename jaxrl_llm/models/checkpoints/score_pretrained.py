@@ -75,7 +75,7 @@ def save_score_model(
     """
     if model.lm_head:
         raise ValueError("this score model shares a policy's trunk: take lm_head out of params, and lm_head=False")
-    folder, family = Path(folder), family_for(model.config)
+    folder, family = Path(os.path.expanduser(folder)), family_for(model.config)
     params = jax.jit(merge_adapters, static_argnums=1)(params, model.config) if model.config.lora else params
     names = {**family.tensor_names, **HEAD_NAMES}
     writer = jax.process_index() == 0

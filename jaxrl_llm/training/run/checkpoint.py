@@ -67,7 +67,7 @@ class Checkpointer:
             raise ValueError(f"keep must be at least 1, so that a run can resume; got {keep}")
         if best_mode not in ("max", "min"):
             raise ValueError(f'best_mode must be "max" or "min", got {best_mode!r}')
-        self.folder = epath.Path(folder if "://" in os.fspath(folder) else os.path.abspath(folder))
+        self.folder = epath.Path(folder if "://" in os.fspath(folder) else os.path.abspath(os.path.expanduser(folder)))
         if read_only and not self.folder.exists():
             raise FileNotFoundError(f"no folder of checkpoints at {self.folder}")
         self._best_metric, self._read_only = best_metric, read_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class RunSetup:
     """Name of the run in the report."""
     wandb: WandbConfig | None = None
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        """Writes out `~` in the folder's path."""
+        object.__setattr__(self, "folder", Path(os.path.expanduser(self.folder)))
 
     def find(self) -> SavedRun | None:
         """The run that is to go on, or `None`; errors as in `find_run`."""

@@ -83,6 +83,19 @@ def test_there_and_back(tiny_config, lively_params, tmp_path, lora):
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, without_adapters(loaded), base))
 
 
+def test_home_folder(tiny_config, lively_params, tmp_path, monkeypatch):
+    """Of adapters, and of a model that is saved."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = Transformer(tiny_config(lora=LORA))
+    params = lively_params(model)
+    assert save_adapters("~/adapters", model, params) == tmp_path / "adapters"
+    assert load_lora_config("~/adapters", model.base.config) == LORA
+    load_adapters("~/adapters", model, lively_params(model.base))
+    assert save_pretrained("~/model", model.base, lively_params(model.base)) == tmp_path / "model"
+    assert not (tmp_path / "~").exists()
+
+
 def test_onto_a_mesh(adapted, tmp_path):
     model, params = adapted
     save_adapters(tmp_path, model, params)

@@ -181,6 +181,36 @@ def test_a_prompt_that_opens_a_thought():
     assert gsm8k_reward(prompts, ["hm</think>#### 72"] * 3, answer=[72] * 3) == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("hours a week to go to and from work.", True),
+        ("tennis balls Ralph didn't hit.", True),
+        ("students got B and above in their final grade.", True),
+        ("is left over after purchasing her bike", True),
+        ("times the amount of apples Jack is carrying.", True),
+        ("songs on average over the third and fourth sets.", True),
+        ("for two pairs of shoes and a dress.", True),
+        ("CDs", True),
+        ("/year", True),
+        ("to start.", True),
+        ("hours and a half", False),
+        ("feet three inches", False),
+        ("to seventy-three", False),
+        ("and five more", False),
+        ("is not the answer", False),
+        ("times three", False),
+        ("million to manage public spaces.", False),
+        ("point five", False),
+        ("thirds of them", False),
+    ],
+)
+def test_words_after_the_number_are_units_unless_they_go_on_with_it(said, right):
+    space = "" if said.startswith("/") else " "
+    assert score(f"#### 72{space}{said}") == float(right)
+    assert score(f"so 100-28 = $72{space}{said}", strict=False) == float(right)
+
+
 def test_names_and_column():
     assert gsm8k_reward.__name__ == "gsm8k_reward"
     reward = make_gsm8k_reward(answer_column="solution", name="correct")

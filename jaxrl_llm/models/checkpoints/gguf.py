@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderField
 from gguf.quants import dequantize
 
 from jaxrl_llm.models.checkpoints.weights import Index
@@ -105,7 +105,7 @@ class GGUFSource:
         reader = open_gguf(path)
         self.path = path
         self.metadata: Json = {
-            name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")
+            name: contents(path, field) for name, field in reader.fields.items() if not name.startswith("tokenizer.")
         }
         architecture = self.metadata.get("general.architecture")
         with errors_name(path):
@@ -244,6 +244,14 @@ class GGUFSource:
                     "high_freq_factor": 4.0,
                 }
         raise ValueError(f"{self.path}: rope_freqs.weight is no Llama 3 scaling with factors 1 and 4: {stored}")
+
+
+def contents(path: Path, field: ReaderField) -> Any:
+    """What an entry of a file holds; `ValueError` names one whose text is damaged."""
+    try:
+        return field.contents()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {field.name} is no text: {error}") from error
 
 
 def open_gguf(path: Path) -> GGUFReader:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from jaxrl_llm.models.checkpoints.gguf import open_gguf
+from jaxrl_llm.models.checkpoints.gguf import contents, open_gguf
 from jaxrl_llm.models.entries import (
     Entry,
     Json,
@@ -49,7 +49,7 @@ def read_vocabulary(path: Path) -> dict[str, Any]:
     """
     reader = open_gguf(path)
     known = {name: field for name, field in reader.fields.items() if name.startswith(PREFIX)}
-    entries = {name.removeprefix(PREFIX): field.contents() for name, field in known.items()}
+    entries = {name.removeprefix(PREFIX): contents(path, field) for name, field in known.items()}
     rows = {tensor.name: int(tensor.shape[-1]) for tensor in reader.tensors}.get("token_embd.weight")
     with errors_name(path):
         check_entries(entries, _ENTRIES, PREFIX)

@@ -158,6 +158,14 @@ def test_missing_and_impossible_parts_of_a_tokenizer(changes, message, tokenizer
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize("damaged", [b"<end>", b"smollm", b"gpt2"])
+def test_text_that_is_damaged(damaged, tokenizer):
+    path = tokenizer()
+    path.write_bytes(path.read_bytes().replace(damaged, b"\xff" + damaged[1:], 1))
+    with pytest.raises(ValueError, match=rf"^{path}: tokenizer\.ggml\.\w+ is no text"):
+        load_tokenizer(path)
+
+
 @pytest.mark.parametrize("changes", [{"eos_token_id": None}, {"eos_token_id": None, "bos_token_id": 0}])
 def test_a_file_without_a_token_that_ends_a_text(changes, tokenizer):
     with pytest.raises(ValueError, match=r"ggml\.eos_token_id is missing: no token would end a completion"):

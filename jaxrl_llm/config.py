@@ -58,7 +58,9 @@ class ModelSource:
     dtype: DType = "float32"
     """Type of activations and matrix products; bfloat16 on TPU and GPU."""
     param_dtype: DType = "float32"
-    """Type in which parameters are stored."""
+    """Type in which parameters are stored. In bfloat16, `optimizer.rounding` says how small updates add up: by default
+    in a float32 copy beside the moments, so that training needs more memory than with parameters in float32, and
+    less is moved between devices and from memory."""
     remat: Remat = "full"
     """What the backward pass computes again: full needs the least memory, none is the fastest."""
     scan_layers: bool = True

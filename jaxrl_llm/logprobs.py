@@ -268,7 +268,7 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         if not slices.even:  # what overlaps counts once; below, it is written twice, the same
             weight = jnp.where(slices.fresh(index)[:, None], weight, 0)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
-        return (to_hidden, slices.paste(to_head, _outer_product(states, gradient).T, index)), None
+        return (to_hidden, slices.paste(to_head, outer_product(states, gradient).T, index)), None
 
     def recompute_and_pull(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple:
         return pull(carry, (index, slices.logits(hidden, slices.cut(bits, index))))
@@ -279,21 +279,23 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
     return to_hidden.astype(hidden.dtype), slices.head(to_head), None
 
 
-def _outer_product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Sums hidden ⊗ gradient over tokens, `[D, size]`, in float32.
+def outer_product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Sums left ⊗ right over tokens, `[..., M]` and `[..., N]` to `[M, N]`, in float32: the gradient of a weight.
 
     Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states. It has no
     such product of bfloat16 operands at all (jaxlib 0.10: "Unsupported element type for DotThunk"), so that there
     they are widened first.
     """
 
-    def product(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,...v->dv", hidden, gradient, preferred_element_type=jnp.float32)
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum("...m,...n->mn", left, right, preferred_element_type=jnp.float32)
 
-    def widened(hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        return product(hidden.astype(jnp.float32), gradient.astype(jnp.float32))
+    def widened(left: jax.Array, right: jax.Array) -> jax.Array:
+        return product(left.astype(jnp.float32), right.astype(jnp.float32))
 
-    return jax.lax.platform_dependent(hidden, gradient, cpu=widened, default=product)
+    if left.dtype == right.dtype == jnp.float32:
+        return product(left, right)
+    return jax.lax.platform_dependent(left, right, cpu=widened, default=product)
 
 
 _scores.defvjp(_forward, _backward)

@@ -156,7 +156,7 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     optimizer = make_optimizer(plan.optimizer, make_schedule(plan.optimizer, 1000))
-    state = abstract_train_state(model, optimizer, mesh)
+    state = abstract_train_state(model, optimizer, mesh, rounding=plan.optimizer.rounding)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
     reference = state.params if needed else None

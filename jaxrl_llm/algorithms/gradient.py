@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_llm.algorithms.rounding import rounded, unrounded, widen
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import join, split_trainable
 from jaxrl_llm.records import Mean, Metrics
@@ -25,7 +26,9 @@ def make_gradient_step(
     """The function `((params, opt_state), rows, normalizer) -> ((params, opt_state), metrics)`.
 
     With the denominator of all rows given to every micro-batch, losses and gradients of the micro-batches add
-    up to those of the whole. Gradients, moments and the update are float32 whatever parameters are stored in.
+    up to those of the whole. Gradients, moments and the update are float32 whatever parameters are stored in: the loss
+    is differentiated at float32 copies of them, so that also a weight's gradient leaves its product in float32, before
+    devices and micro-batches are summed. The optimizer's state says how the sum is stored again (`rounding.py`).
 
     The gradient is that of what is trained (`split_trainable`: of a model with adapters these and its heads, else
     everything), of which alone the optimizer keeps a state; the rest is handed on as it is.
@@ -39,28 +42,28 @@ def make_gradient_step(
             return loss(join(part, frozen), rows, normalizer)
 
         (value, metrics), gradient = jax.value_and_grad(of_trainable, has_aux=True)(params)
-        return widen(gradient), value, metrics
+        return gradient, value, metrics
 
     def accumulated(params: Params, frozen: Params, rows: Any, normalizer: Any) -> tuple[Params, jax.Array, Metrics]:
         def micro_step(total: Params, part: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
             gradient, value, metrics = gradient_of(params, frozen, part, normalizer)
             return jax.tree.map(jnp.add, total, gradient), (value, metrics)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         gradient, (values, stacked) = jax.lax.scan(micro_step, zeros, deal(rows, micro_batches))
         return gradient, jnp.sum(values), {name: record.reduce() for name, record in stacked.items()}
 
     def gradient_step(carry: Carry, rows: Any, normalizer: Any) -> tuple[Carry, Metrics]:
-        (params, frozen), before = split_trainable(carry[0]), carry[1]
+        (params, frozen), state = split_trainable(carry[0]), carry[1]
         if micro_batches == 1:
-            gradient, value, metrics = gradient_of(params, frozen, spread(rows), normalizer)
+            gradient, value, metrics = gradient_of(widen(params), frozen, spread(rows), normalizer)
         else:
-            gradient, value, metrics = accumulated(params, frozen, rows, normalizer)
-        wide, norm = widen(params), optax.tree.norm(gradient)
-        updates, after = optimizer.update(gradient, before, wide)
-        moved = jax.tree.map(lambda old, new: new.astype(old.dtype), params, optax.apply_updates(wide, updates))
+            gradient, value, metrics = accumulated(widen(params), frozen, rows, normalizer)
+        norm, (exact, before) = optax.tree.norm(gradient), unrounded(params, state)
+        updates, after = optimizer.update(gradient, before, exact)
+        moved = rounded(optax.apply_updates(exact, updates), after, params, state)
         finite = jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, after), (params, before))
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, (params, state))
         carry = join(params, frozen), opt_state
         step = {"loss": Mean.of(value), "grad_norm": Mean.of(norm), "frac_steps_skipped": Mean.of(~finite)}
         return carry, metrics | step
@@ -86,8 +89,3 @@ def deal(rows: Any, parts: int) -> Any:
 def collect(x: jax.Array) -> jax.Array:
     """The inverse of `deal`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def widen(tree: Any) -> Any:
-    """Float32 copies of parameters or gradients that are stored in less; the rest as it is."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

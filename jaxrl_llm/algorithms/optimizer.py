@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxrl_llm.algorithms.rounding import Rounding
 from jaxrl_llm.models.lora import ADAPTERS
 
 ScheduleShape = Literal["constant", "linear", "cosine"]
@@ -36,11 +37,18 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     max_grad_norm: float | None = 1.0
     """Bound on the gradient's global norm; `None` for none."""
+    rounding: Rounding = "master"
+    """What small updates do to parameters that are stored in bfloat16. master: they add up in a float32 copy in the
+    optimizer's state (4 bytes a parameter), and what is stored is that copy, rounded. stochastic: parameters are
+    rounded up or down at random, right on average, without a copy. nearest: updates below half a parameter's last
+    place are lost, which at 1e-6 are nearly all. Parameters in float32 are not rounded."""
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
         if self.schedule not in get_args(ScheduleShape):
             raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of {get_args(ScheduleShape)}")
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"optimizer.rounding={self.rounding!r} is not one of {get_args(Rounding)}")
         # Conditions that hold, so that NaN is refused, too.
         for fields, holds, wanted in (
             (("learning_rate", "warmup_steps", "weight_decay"), lambda x: 0 <= x < math.inf, "not be negative"),

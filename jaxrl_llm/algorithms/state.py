@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm.algorithms.gradient import widen
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.algorithms.rounding import Rounding, optimizer_state
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import split_trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings, state_shardings
 from jaxrl_llm.types import TrainState
+
+_OF_POLICY, _OF_CRITIC = 2**31, 2**31 + 1
+"""Of the root's keys those of their rounding: beyond the numbers of steps, which have the others."""
 
 
 def make_train_state(
@@ -24,6 +27,7 @@ def make_train_state(
     algorithm: Algorithm | None = None,
     critic: Critic | None = None,
     critic_params: Params | None = None,
+    rounding: Rounding = "master",
 ) -> TrainState:
     """The state before the first step: `params`, a fresh optimizer of what is trained, and the root of all randomness.
 
@@ -36,14 +40,22 @@ def make_train_state(
         algorithm: whose memory starts here, if it has one.
         critic: the critic, if it has parameters of its own.
         critic_params: these parameters.
+        rounding: how small updates reach parameters that are stored in bfloat16; see `OptimizerConfig.rounding`.
     """
+    root = jax.random.key(seed)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.init(widen(split_trainable(params)[0])),
-        key=jax.random.key_data(jax.random.key(seed)),
+        opt_state=optimizer_state(
+            split_trainable(params)[0], optimizer, rounding, jax.random.fold_in(root, _OF_POLICY)
+        ),
+        key=jax.random.key_data(root),
         memory=() if algorithm is None else algorithm.start(),
-        critic=None if critic is None or critic.shares_trunk else critic.start(critic_params),
+        critic=(
+            None
+            if critic is None or critic.shares_trunk
+            else critic.start(critic_params, jax.random.fold_in(root, _OF_CRITIC))
+        ),
     )
 
 
@@ -54,6 +66,7 @@ def abstract_train_state(
     *,
     algorithm: Algorithm | None = None,
     critic: Critic | None = None,
+    rounding: Rounding = "master",
 ) -> TrainState:
     """Shapes, types and shardings of a training state on `mesh`.
 
@@ -65,7 +78,9 @@ def abstract_train_state(
     shardings = parameter_shardings(mesh, model.logical_axes(), params)
     own = None if critic is None or critic.shares_trunk else critic.model.abstract_params()
     abstract = jax.eval_shape(
-        lambda p, c: make_train_state(p, optimizer, seed=0, algorithm=algorithm, critic=critic, critic_params=c),
+        lambda p, c: make_train_state(
+            p, optimizer, seed=0, algorithm=algorithm, critic=critic, critic_params=c, rounding=rounding
+        ),
         params,
         own,
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxrl_llm.logprobs import outer_product
 from jaxrl_llm.models.config import LoraTarget, ModelConfig
 from jaxrl_llm.models.rope import Rotation, rotate
 
@@ -29,13 +30,17 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu,
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x·Wᵀ, whose backward pass transposes the narrower operand of the weight's gradient.
+    """x·Wᵀ in the type of x, whose weight's gradient leaves its product in float32.
 
+    It is summed over tokens there, and after it over devices and micro-batches: of bfloat16 numbers that sum is worth
+    little. A weight in float32 has it as it is, which is why gradients are taken at float32 copies of parameters.
+
+    The backward pass transposes the narrower operand of the weight's gradient.
     XLA's CPU products want their left operand transposed for it, and fuse that with the pointwise arithmetic that
     makes the operand: on the wide side of an MLP this is the activation's derivative, element by element in the
     wrong order, a fifth of an update's time.
     """
-    return jnp.einsum("...i,oi->...o", x, weight)
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
 def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -44,13 +49,31 @@ def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[
 
 def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    to_x = jnp.einsum("...o,oi->...i", gradient, weight)
-    if weight.shape[0] < weight.shape[1]:
-        return to_x, jnp.einsum("...o,...i->oi", gradient, x)
-    return to_x, jnp.einsum("...i,...o->io", x, gradient).T
+    to_x = jnp.einsum("...o,oi->...i", gradient, weight.astype(x.dtype))
+    narrow = weight.shape[0] < weight.shape[1]
+    to_weight = outer_product(gradient, x) if narrow else outer_product(x, gradient).T
+    return to_x, to_weight.astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def _shift(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Y + b in the type of y; the gradient of b is summed in float32."""
+    return y + bias.astype(y.dtype)
+
+
+def _shift_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _shift(y, bias), bias
+
+
+def _shift_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = jnp.sum(gradient.astype(jnp.float32), axis=range(gradient.ndim - 1))
+    return gradient, total.astype(bias.dtype)
+
+
+_shift.defvjp(_shift_forward, _shift_backward)
 
 
 class Linear(nnx.Module):
@@ -87,11 +110,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inner]` to `[..., out]`."""
-        y = _product(x, self.weight[...].astype(x.dtype))
+        y = _product(x, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
-            low = _product(x, self.lora_a[...].astype(x.dtype))
-            y = y + self.scale * _product(low, self.lora_b[...].astype(x.dtype))
-        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), LINEAR)
+            y = y + self.scale * _product(_product(x, self.lora_a[...]), self.lora_b[...])
+        return checkpoint_name(y if self.bias is None else _shift(y, self.bias[...]), LINEAR)
 
 
 class RMSNorm(nnx.Module):

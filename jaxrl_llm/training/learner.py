@@ -14,6 +14,7 @@ from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep, make_update_step
 from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
+from jaxrl_llm.algorithms.rounding import Rounding
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust_region_step
 from jaxrl_llm.checks import changes
@@ -47,7 +48,8 @@ class CriticSource:
         model = ScoreModel(policy, lm_head=self.shares_trunk)
         if self.shares_trunk:
             return Critic(model, stop_gradient=self.stop_gradient)
-        return Critic(model, make_optimizer(self.optimizer, make_schedule(self.optimizer, optimizer_steps)))
+        rule = make_optimizer(self.optimizer, make_schedule(self.optimizer, optimizer_steps))
+        return Critic(model, rule, rounding=self.optimizer.rounding)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared as what it is: a step is a function
@@ -62,6 +64,8 @@ class Learner:
     critic: Critic | None
     step: UpdateStep
     """Pure, still to be compiled."""
+    rounding: Rounding
+    """Of the policy's parameters."""
 
     def start(self, params: Params, critic_params: Params | None, seed: int) -> TrainState:
         """The state before the first step; a critic without parameters starts from the policy's, with a new head."""
@@ -71,12 +75,25 @@ class Learner:
         elif critic is not None and critic_params is None:
             critic_params = critic.model.from_trunk(params)
         return make_train_state(
-            params, self.optimizer, seed, algorithm=self.algorithm, critic=critic, critic_params=critic_params
+            params,
+            self.optimizer,
+            seed,
+            algorithm=self.algorithm,
+            critic=critic,
+            critic_params=critic_params,
+            rounding=self.rounding,
         )
 
     def abstract_state(self, mesh: jax.sharding.Mesh) -> TrainState:
         """Shapes, types and shardings of the state."""
-        return abstract_train_state(self.policy, self.optimizer, mesh, algorithm=self.algorithm, critic=self.critic)
+        return abstract_train_state(
+            self.policy,
+            self.optimizer,
+            mesh,
+            algorithm=self.algorithm,
+            critic=self.critic,
+            rounding=self.rounding,
+        )
 
 
 def check_group(algorithm: Algorithm, samples: int) -> None:
@@ -121,7 +138,7 @@ def make_learner(
         algorithm: the objective.
         iterations: length of the run.
         plan: epochs, minibatches, micro-batches.
-        optimizer: of the policy; not used with a trust region.
+        optimizer: of the policy; with a trust region only its rounding is used.
         sampling: how rollouts are drawn.
         critic: the value function, if the algorithm is made of one.
         trust_region: TRPO's step in place of the optimizer's.
@@ -149,6 +166,11 @@ def make_learner(
     match algorithm:
         case PolicyGradient() if trust_region is None:
             step = make_update_step(policy, rule, algorithm, plan, critic=value_function, **drawn)
+        case PolicyGradient() if optimizer.rounding == "stochastic":
+            raise ValueError(
+                "optimizer.rounding='stochastic' would move the policy from where the trust region was measured: "
+                "pass --optimizer.rounding=master"
+            )
         case PolicyGradient():
             rule = optax.identity()
             step = make_trust_region_step(policy, algorithm, trust_region, micro_batches=plan.micro_batches, **drawn)
@@ -160,4 +182,4 @@ def make_learner(
             step = make_online_preference_step(policy, rule, algorithm, plan)
         case _:
             raise TypeError(f"no update step is known for an algorithm of type {type(algorithm).__name__}")
-    return Learner(policy, algorithm, rule, schedule, value_function, step)
+    return Learner(policy, algorithm, rule, schedule, value_function, step, optimizer.rounding)

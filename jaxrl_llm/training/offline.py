@@ -185,7 +185,8 @@ class OfflineTrainer:
         schedule = make_schedule(config, self.config.steps)
         optimizer = make_optimizer(config, schedule)
         step = make_offline_step(self.model, optimizer, self.objective, micro_batches=self.plan.micro_batches)
-        self.abstract_state = abstract_train_state(self.model, optimizer, self.setup.mesh)
+        rounding, seed = config.rounding, self.setup.seed
+        self.abstract_state = abstract_train_state(self.model, optimizer, self.setup.mesh, rounding=rounding)
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)}
         check_memory(self.setup.mesh, needs, "the model's size, or train adapters: --model.lora.rank=16")
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -198,7 +199,7 @@ class OfflineTrainer:
         self._tables: dict[int, np.ndarray] = {}
         self._normalizers: Any = None
         with jax.set_mesh(self.setup.mesh):
-            start = jax.jit(lambda p: make_train_state(p, optimizer, self.setup.seed), out_shardings=placed)
+            start = jax.jit(lambda p: make_train_state(p, optimizer, seed, rounding=rounding), out_shardings=placed)
             self.state: TrainState = start(params)  # a copy of them: updates overwrite it
             self.reference = None
             if self.objective.needs_reference and (self.plan.reference == "ahead" or not has_adapters(params)):

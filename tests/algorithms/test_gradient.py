@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step, widen
+from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step
+from jaxrl_llm.algorithms.rounding import widen
 from jaxrl_llm.records import Max, Mean, Metrics
 
 ROWS = np.arange(24, dtype=np.float32).reshape(12, 2)

@@ -14,11 +14,12 @@ import optax
 import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.gradient import make_gradient_step, widen
+from jaxrl_llm.algorithms.gradient import make_gradient_step
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.presets import grpo
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
+from jaxrl_llm.algorithms.rounding import widen
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
 from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
 from jaxrl_llm.models.config import LoraConfig, ModelConfig, Params

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.algorithms.rounding import Rounding, optimizer_state
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import split_trainable
@@ -26,17 +26,19 @@ class Critic:
     joint loss."""
     stop_gradient: bool = False
     """With a shared trunk, let only the head learn from the values."""
+    rounding: Rounding = "master"
+    """As `make_train_state`, for parameters of its own."""
 
     @property
     def shares_trunk(self) -> bool:
         """Whether the critic is a head on the policy's trunk."""
         return self.optimizer is None
 
-    def start(self, params: Params | None) -> CriticState:
-        """The state of a critic with parameters of its own before the first step."""
+    def start(self, params: Params | None, key: jax.Array) -> CriticState:
+        """The state of a critic with parameters of its own before the first step; `key` is that of their rounding."""
         if self.optimizer is None or params is None:
             raise ValueError("a critic with an optimizer of its own needs parameters of its own: pass critic_params=")
-        return CriticState(params, self.optimizer.init(widen(split_trainable(params)[0])))
+        return CriticState(params, optimizer_state(split_trainable(params)[0], self.optimizer, self.rounding, key))
 
     def values(self, params: Params, rows: Any) -> jax.Array:
         """Vₜ of each completion token, `[P, G, Tc]`."""

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.gradient import widen
+from jaxrl_llm.algorithms.rounding import as_stored, widen
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import split_trainable
 
@@ -62,15 +62,23 @@ class ParameterSubset:
         return widen({path: leaves[path][first:] if first else leaves[path] for path, first in self._first.items()})
 
     def put(self, params: Params, part: Part) -> Params:
-        """The whole tree with the part replaced, each array in its stored type."""
+        """The whole tree with the part replaced; arrays that it has some of are float32 then."""
 
         def one(path: tuple, leaf: jax.Array) -> jax.Array:
             if (name := _name(path)) not in part:
                 return leaf
-            new, first = part[name].astype(leaf.dtype), self._first[name]
-            return jnp.concatenate([leaf[:first], new]) if first else new
+            new, first = part[name], self._first[name]
+            return jnp.concatenate([leaf[:first].astype(new.dtype), new]) if first else new
 
         return jax.tree_util.tree_map_with_path(one, params)
+
+    def put_stored(self, params: Params, part: Part) -> Params:
+        """The same with the values that the part has once it is stored in the types of `params`; differentiable.
+
+        They are float32 all the same, as their gradient is.
+        """
+        leaves = _by_path(params)
+        return self.put(params, {name: as_stored(new, leaves[name].dtype) for name, new in part.items()})
 
 
 def _by_path(params: Params) -> Part:

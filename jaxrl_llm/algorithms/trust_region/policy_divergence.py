@@ -53,7 +53,7 @@ class PolicyDivergence:
     Args:
         policy: the model.
         temperature: the one that was sampled with; it divides the logits.
-        join: from the tree that is differentiated (float32) to all parameters in their stored types.
+        join: from the tree that is differentiated (float32) to all parameters, with the values that are stored.
         chunk_size: positions whose logits exist at a time; `None` chooses by `CHUNK_LOGITS`.
     """
 

@@ -21,6 +21,7 @@ from jaxrl_llm.algorithms.interfaces import Feedback
 from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
+from jaxrl_llm.algorithms.rounding import rounded, unrounded
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.algorithms.trust_region.natural_gradient import trpo_step
@@ -30,6 +31,7 @@ from jaxrl_llm.checks import at_least, check_fields, not_negative, one_of, posit
 from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
 from jaxrl_llm.masking import safe_divide
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.lora import join, split_trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean
 from jaxrl_llm.types import Rollout, TrainState
@@ -111,8 +113,8 @@ def make_trust_region_step(
 
     What is held beside the model and the batch: gradient, solution, residual, direction and a product, float32, of
     the parameters that move; the old policy's hidden states `[P, G, Tc, D]`; and, of one micro-batch, the activations
-    and logits of some positions. No optimizer is needed: `opt_state` stays as it is, and may be empty
-    (`make_train_state(params, optax.identity(), seed)`).
+    and logits of some positions. No optimizer is needed: that of the state may be `optax.identity()`,
+    beside which there is only the float32 copy that the step starts from where parameters are stored in bfloat16.
 
     Args:
         policy: the model.
@@ -139,10 +141,10 @@ def make_trust_region_step(
     assign = CreditAssignment(algorithm, scorer, plan, keeps_old=True, truncated=truncated)
     _check(algorithm, micro_batches)
 
-    def problem(state: TrainState, batch: LearnerBatch, normalizer: jax.Array) -> _Problem:
+    def problem(
+        state: TrainState, subset: ParameterSubset, start: Part, batch: LearnerBatch, normalizer: jax.Array
+    ) -> _Problem:
         params = state.params
-        subset = ParameterSubset(params, region.trainable, last_layers=region.last_layers, moves=moves)
-        join = functools.partial(subset.put, params)
         compare = functools.partial(_compared, policy, algorithm, plan, params)
         compared = curved = compare(batch)
         if region.fisher_fraction < 1:
@@ -150,9 +152,11 @@ def make_trust_region_step(
         return _Problem(
             algorithm=algorithm,
             scorer=scorer,
-            divergence=PolicyDivergence(policy, join, temperature=temperature, chunk_size=chunk_size),
+            divergence=PolicyDivergence(
+                policy, functools.partial(subset.put_stored, params), temperature=temperature, chunk_size=chunk_size
+            ),
             fisher=region.fisher,
-            start=subset.take(params),
+            start=start,
             old_head=policy.head(params),
             normalizer=normalizer,
             rows=deal_groups(batch, plan, whole_groups=algorithm.needs_whole_groups),
@@ -167,7 +171,10 @@ def make_trust_region_step(
         assert old is not None  # they are kept
         normalizer = algorithm.normalizer(batch.mask)
         loss, of_loss = algorithm.loss(old, batch, normalizer)
-        posed = problem(state, batch, normalizer)
+        subset = ParameterSubset(state.params, region.trainable, last_layers=region.last_layers, moves=moves)
+        trained, frozen = split_trainable(state.params)
+        exact, rule = unrounded(trained, state.opt_state)
+        posed = problem(state, subset, subset.take(join(exact, frozen)), batch, normalizer)
         part, of_step = trpo_step(
             posed.objective,
             posed.kl,
@@ -183,7 +190,10 @@ def make_trust_region_step(
         )
         not_finite = ~jnp.isfinite(of_step["grad_norm"].value())
         metrics |= of_loss | {"loss": Mean.of(loss)} | of_step | {"frac_steps_skipped": Mean.of(not_finite)}
-        state = state.replace(step=state.step + 1, params=posed.divergence.join(part), memory=memory)
+        moved, others = split_trainable(subset.put(join(exact, frozen), part))
+        params, opt_state = rounded(moved, rule, trained, state.opt_state)
+        others = jax.tree.map(lambda new, old: new.astype(old.dtype), others, frozen)
+        state = state.replace(step=state.step + 1, params=join(params, others), opt_state=opt_state, memory=memory)
         return state, {name: record.value() for name, record in metrics.items()}
 
     return trust_region_step

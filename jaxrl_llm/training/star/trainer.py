@@ -195,19 +195,27 @@ class StarTrainer:
             )
 
     def _prepare(self, micro_batches: int) -> None:
-        """The programs, still to be compiled, and the state: a model, without an optimizer between iterations."""
+        """The programs, still to be compiled, and the state: a model, without an optimizer between iterations.
+
+        An iteration begins with a new optimizer, and so with a new float32 copy of parameters in bfloat16.
+        """
+        model, mesh, seed = self.model, self.setup.mesh, self.setup.seed
+        rounding, resting = self._optimizer.rounding, optax.identity()
         self._schedule = make_schedule(self._optimizer, 1)
         trained = make_optimizer(self._optimizer, self._schedule)
-        placed: TrainState = jax.tree.map(
-            lambda leaf: leaf.sharding, abstract_train_state(self.model, trained, self.setup.mesh)
-        )
-        self.abstract_state = abstract_train_state(self.model, optax.identity(), self.setup.mesh)
+        abstract = abstract_train_state(model, trained, mesh, rounding=rounding)
+        placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        self.abstract_state = abstract_train_state(model, resting, mesh, rounding="nearest")
         at_rest: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        step = make_offline_step(self.model, trained, SupervisedObjective(), micro_batches=micro_batches)
-        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(self.setup.mesh)))
-        self._begin = jax.jit(lambda params: make_train_state(params, trained, self.setup.seed), out_shardings=placed)
-        with jax.set_mesh(self.setup.mesh):
-            rest = jax.jit(lambda p: make_train_state(p, optax.identity(), self.setup.seed), out_shardings=at_rest)
+        step = make_offline_step(model, trained, SupervisedObjective(), micro_batches=micro_batches)
+        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
+        self._begin = jax.jit(
+            lambda params: make_train_state(params, trained, seed, rounding=rounding), out_shardings=placed
+        )
+        with jax.set_mesh(mesh):
+            rest = jax.jit(
+                lambda params: make_train_state(params, resting, seed, rounding="nearest"), out_shardings=at_rest
+            )
             self.state: TrainState = rest(self._base)  # a copy of them
         check_frozen(self.saved, self.state)
 

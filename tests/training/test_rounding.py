@@ -1,0 +1,79 @@
+"""Runs with parameters in bfloat16: resumed exactly with what is kept beside them, or refused without it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.rounding import Rounding
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
+from jaxrl_llm.cli import make_trainer
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.on_policy import Trainer
+from jaxrl_llm.training.run.metrics import comparable_metrics
+
+ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def make(tiny: ModuleType, tmp_path: Path):
+    """Makes a trainer of parameters in bfloat16 at a rate that the nearest of them would not show."""
+
+    def make(folder: str, steps: int, rounding: Rounding = "master", *, trust_region: Any = None, **changes: Any):
+        optimizer = dataclasses.replace(tiny.CONFIG.optimizer, learning_rate=1e-6, rounding=rounding)
+        training = dataclasses.replace(tiny.CONFIG.training, steps=steps, checkpoint_every=1)
+        lean = {"algorithm": PolicyGradient(), "update": UpdateConfig(), "evaluation": EvaluationConfig()}
+        config = dataclasses.replace(
+            tiny.CONFIG, run_dir=str(tmp_path / folder), training=training, optimizer=optimizer, **lean | changes
+        )
+        policy = tiny.make_policy(ONE_DEVICE)
+        model = Transformer(dataclasses.replace(policy.model.config, param_dtype="bfloat16"))
+        params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), policy.params)
+        policy = dataclasses.replace(policy, model=model, params=params)
+        rows = {"train_rows": tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS, "trust_region": trust_region}
+        return make_trainer(config, policy, ONE_DEVICE, **rows)
+
+    return make
+
+
+def assert_same_state(one: Trainer, other: Trainer) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+
+
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_a_run_in_bfloat16_resumes_exactly(rounding: Rounding, make) -> None:
+    whole = make("whole", 3, rounding)
+    whole.run()
+    assert whole.compilations.counts["sample"] == whole.compilations.counts["update_step"] == 1
+    make("cut", 1, rounding).run()
+    resumed = make("cut", 3, rounding, resume=True)
+    resumed.run()
+    assert_same_state(whole, resumed)
+    lines = [comparable_metrics(trainer.setup.folder / "metrics.jsonl")[-1] for trainer in (whole, resumed)]
+    assert lines[0] == lines[1]
+
+
+def test_a_checkpoint_without_the_copy_is_refused(make) -> None:
+    """By the setting, and where settings are not compared by what is missing."""
+    make("old", 1, "nearest").run()
+    with pytest.raises(ValueError, match="rounding was 'nearest' and is 'master'"):
+        make("old", 2, "master", resume=True)
+    trainer = make("old", 2, "nearest", resume=True)
+    trainer.abstract_state = make("other", 2).abstract_state
+    with pytest.raises(ValueError, match=r"another model or optimizer:\n.*opt_state/master/embed/weight: not in the"):
+        trainer.run()
+
+
+def test_a_trust_region_has_no_noise_in_its_parameters(make) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.rounding='stochastic' would move the policy from where"):
+        make("run", 1, "stochastic", trust_region=TrustRegionConfig())

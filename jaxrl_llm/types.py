@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -33,6 +34,21 @@ class Rollout(struct.PyTreeNode):
     def mask(self) -> jax.Array:
         """Which completion positions hold sampled tokens, bool `[P, G, Tc]`; from lengths, never from ids."""
         return length_mask(self.completion_lengths, self.completion.shape[-1])
+
+    def check(self) -> None:
+        """Asserts that the arrays fit together, by their shapes and types alone: at the start of an update step.
+
+        Raises:
+            AssertionError: they do not; names the shapes or types.
+        """
+        chex.assert_rank(self.completion, 3)
+        prompts, group, width = self.completion.shape
+        chex.assert_shape(self.prompt, (prompts, None))
+        chex.assert_shape(self.prompt_lengths, (prompts,))
+        chex.assert_shape([self.completion_lengths, self.finished], (prompts, group))
+        chex.assert_shape([self.logprobs, self.sampler_logprobs], (prompts, group, width))
+        chex.assert_type([self.prompt, self.prompt_lengths, self.completion, self.completion_lengths], int)
+        chex.assert_type([self.finished, self.logprobs, self.sampler_logprobs], [bool, float, float])
 
     def of_tokens(self, values: jax.Array) -> jax.Array:
         """Values `[P, G, Tc]` where there are sampled tokens, 0 at padding, whatever stands there."""

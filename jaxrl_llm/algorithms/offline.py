@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -80,7 +81,8 @@ def make_offline_step(
 
     Returns:
         A function of `TrainState`, rows, and the parameters of the reference: read only if the objective needs one and
-        the rows do not bring its log-probs; `None`: those of the state without its adapters, if it has any.
+        the rows do not bring its log-probs; `None`: those of the state without its adapters, if it has any. Rows whose
+        arrays do not fit together raise AssertionError when it is traced.
     """
     plan, reference_logprobs = UpdateConfig(micro_batches=micro_batches), make_reference_pass(model, micro_batches)
 
@@ -92,6 +94,7 @@ def make_offline_step(
     def offline_step(
         state: TrainState, rows: Any, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        _check_rows(rows)
         rows = with_reference(objective, rows, reference_of(state.params, reference), reference_logprobs)
         rows = _prepared(objective, rows, state.params, reference_logprobs)
         prompts, group = rows.mask.shape[:2]
@@ -102,6 +105,15 @@ def make_offline_step(
         return state, {name: record.value() for name, record in metrics.items()}
 
     return offline_step
+
+
+def _check_rows(rows: Any) -> None:
+    """Asserts that what all rows have fits together, by shapes and types alone."""
+    chex.assert_rank([rows.completion, rows.mask], 3)
+    chex.assert_equal_shape([rows.completion, rows.mask])
+    chex.assert_shape(rows.prompt, (len(rows.mask), None))
+    chex.assert_shape(rows.prompt_lengths, (len(rows.mask),))
+    chex.assert_type([rows.prompt, rows.prompt_lengths, rows.completion, rows.mask], [int, int, int, bool])
 
 
 def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., tuple[jax.Array, Metrics]]:
@@ -116,6 +128,7 @@ def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., t
     def evaluation(
         params: Params, rows: Any, reference: Params | None = None, normalizer: Any = None
     ) -> tuple[jax.Array, Metrics]:
+        _check_rows(rows)
         rows = with_reference(objective, rows, reference_of(params, reference), reference_logprobs)
         rows = spread(_prepared(objective, rows, params, reference_logprobs))
         own = objective.normalizer(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +48,8 @@ def in_bfloat16(tree: Any) -> Any:
 
 def assert_is_the_rounded_copy(params: Params, state: Any) -> None:
     assert isinstance(state, MasterCopy)
-    jax.tree.map(np.testing.assert_array_equal, params, in_bfloat16(state.master))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.master)} == {"float32"}
+    chex.assert_trees_all_equal(params, in_bfloat16(state.master), strict=True)
+    chex.assert_type(jax.tree.leaves(state.master), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_an_offline_objective_and_a_skipped_step(tiny_config, lively_params, mak
     )
     after, metrics = step(broken, rows)
     assert metrics["frac_steps_skipped"] == 1
-    jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    chex.assert_trees_all_equal(after.opt_state, state.opt_state)
 
 
 def test_a_trust_region_starts_from_the_copy_and_moves_it(tiny_config, lively_params, make_rollout):
@@ -223,7 +224,7 @@ def test_a_trust_region_starts_from_the_copy_and_moves_it(tiny_config, lively_pa
     broken = REWARDS.copy()
     broken[0, 0] = np.nan
     after, _ = step(state, make_rollout(), broken)
-    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
+    chex.assert_trees_all_equal((after.params, after.opt_state), (state.params, state.opt_state))
 
 
 def test_a_copy_lies_where_its_parameters_do(mesh_config, tiny_config):

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
@@ -47,7 +47,7 @@ def make(tiny: ModuleType, tmp_path: Path):
 
 
 def assert_same_state(one: Trainer, other: Trainer) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+    chex.assert_trees_all_equal(one.state, other.state)
 
 
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])

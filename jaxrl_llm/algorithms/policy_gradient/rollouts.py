@@ -17,6 +17,7 @@ def read_rollout(
     algorithm: PolicyGradient, rollout: Rollout, feedback: Feedback
 ) -> tuple[Signals, LearnerBatch, Metrics]:
     """What the estimator and the losses read of a rollout, as yet without any score, and the rollout's metrics."""
+    rollout.check()
     computed = _num_tokens(rollout)
     if algorithm.needs_greedy and feedback.greedy is None:
         rollout, feedback = _without_greedy(algorithm, rollout, feedback)

@@ -71,8 +71,11 @@ def make_update_step(
         step whose gradient is not finite is skipped: parameters and moments stay, `frac_steps_skipped` is the
         fraction of such steps, and `reward`, `loss` or `grad_norm` show that something was not finite.
 
+        A rollout whose arrays do not fit together raises AssertionError when the function is traced.
+
     Raises:
-        ValueError: the temperature is 0, or the algorithm and what is given do not fit together.
+        ValueError: the temperature is 0, the algorithm and what is given do not fit together, or a loss without a
+            ratio is to make several optimizer steps of a batch.
     """
     plan, scorer = config or UpdateConfig(), Scorer(policy, temperature)
     assign = CreditAssignment(

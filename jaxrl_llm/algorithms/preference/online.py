@@ -103,6 +103,7 @@ def make_online_preference_step(
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rollout.check()
         rewards = rollout.of_completions(rewards)
         pairs = sampled_pairs(rollout, rewards - algorithm.missing_eos_penalty * ~rollout.finished)
         plan.group_split(len(pairs.prompt), 2, row_shards(), whole_groups=True)  # raises where pairs would be cut

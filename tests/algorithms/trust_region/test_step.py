@@ -17,6 +17,7 @@ from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import ppo
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
+from jaxrl_llm.algorithms.rounding import unrounded
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.trust_region.natural_gradient import trpo_step
 from jaxrl_llm.algorithms.trust_region.parameter_subset import ParameterSubset
@@ -52,7 +53,7 @@ def step_once(
     """Parameters and metrics after one step."""
     state = make_train_state(params, optax.identity(), 0)
     state, metrics = compiled(model, algorithm, region, **settings)(state, rollout, rewards)
-    assert state.step == 1 and not jax.tree.leaves(state.opt_state)
+    assert state.step == 1 and not jax.tree.leaves(unrounded(state.params, state.opt_state)[1])
     return jax.device_get(state.params), {name: float(value) for name, value in metrics.items()}
 
 

@@ -145,7 +145,7 @@ class RunConfig:
     run_dir: str | None = None
     """Folder of metrics, checkpoints and the resolved configuration; by default runs/<name>-<time>."""
     resume: bool = False
-    """Go on from the latest checkpoint in run_dir, if there is one."""
+    """Go on from the latest checkpoint in run_dir, which must hold a run."""
     distributed: bool = False
     """Call jax.distributed.initialize first: on every host of a pod."""
     cluster: ClusterConfig = ClusterConfig()

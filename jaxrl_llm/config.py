@@ -70,6 +70,9 @@ class ModelSource:
     adapters: str | None = None
     """Folder of adapters in PEFT's format to begin with; rank, alpha and targets are then theirs."""
 
+    bare_reference: bool = False
+    """Where a run begins with adapters, the reference of its loss is the base without them, and not the model that the
+    run begins with."""
     chat_template: str | None = None
     """File or text of a chat template (Jinja), in place of the tokenizer's."""
     template_arguments: TemplateArguments = dataclasses.field(default_factory=dict)

@@ -97,6 +97,7 @@ def run_setup(config: RunConfig, mesh: jax.sharding.Mesh) -> RunSetup:
         mesh=mesh,
         seed=config.seed,
         resume=config.resume,
+        bare_reference=config.model.bare_reference,
         settings=config.settings(),
         title=config.name,
         wandb=config.wandb if config.wandb.project else None,

@@ -87,11 +87,57 @@ def split_trainable(params: Any) -> tuple[Any, Any]:
 
 
 def reference_of(params: Params, reference: Params | None) -> Params | None:
-    """The reference that is given or, where none is, the base of parameters that have adapters: the same arrays.
+    """The parameters of the reference of a model that is trained.
 
-    `None` where there is neither: then a reference is missing.
+    Of parameters that have adapters it shares the base, the same arrays: `reference` holds the adapters that it has in
+    place of theirs (`start_reference`), or is `None`: it has none. Parameters of a whole model are it themselves.
+
+    Returns:
+        `None` where there are neither adapters nor a reference: then it is missing.
     """
-    return without_adapters(params) if reference is None and has_adapters(params) else reference
+    is_whole = reference is not None and "embed" in reference
+    if is_whole or not has_adapters(params):
+        return reference
+    return join(without_adapters(params), reference or {})
+
+
+def starting_adapters(params: Params) -> Params | None:
+    """The adapters that a model starts with; `None` where it has none, or new ones, whose B is zero."""
+    adapters, _ = split_adapters({name: part for name, part in params.items() if name in TRUNK})
+    outer = [leaf for path, leaf in jax.tree.leaves_with_path(adapters) if path[-1].key == "lora_b"]
+    if not outer or not jax.jit(lambda leaves: jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in leaves])))(outer):
+        return None
+    return adapters
+
+
+def start_reference(
+    params: Params, shardings: Any, *, with_adapters: bool, whole: bool = False
+) -> tuple[Params | None, str]:
+    """What a run keeps of the model that it starts from, for `reference_of`, and a sentence that says which that is.
+
+    Args:
+        params: of the model at the start.
+        shardings: of all parameters, where they are kept.
+        with_adapters: whether adapters that the model starts with are the reference's, too; else it is the base.
+        whole: keep all parameters of the reference, though it shares the base of the model that is trained.
+    """
+    if not has_adapters(params):
+        return jax.device_put(params, _like(shardings, params)), ""
+    adapters = starting_adapters(params)
+    said = " The reference is the base, without adapters."
+    if adapters is not None and with_adapters:
+        said = " The reference is the model that the run starts from, with its adapters (bare: --model.bare-reference)."
+    else:
+        adapters = None
+    kept = reference_of(params, adapters) if whole else adapters
+    if kept is None:
+        return None, said
+    return jax.device_put(kept, _like(shardings, kept)), said
+
+
+def _like(tree: Any, part: Any) -> Any:
+    """The entries of a tree that a part of it has."""
+    return {name: _like(tree[name], part[name]) for name in part} if isinstance(part, dict) else tree
 
 
 def merge_adapters(params: Params, config: ModelConfig) -> Params:

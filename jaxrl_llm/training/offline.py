@@ -21,7 +21,7 @@ from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.lora import has_adapters, reference_of
+from jaxrl_llm.models.lora import start_reference
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
@@ -99,8 +99,7 @@ class OfflineTrainer:
 
     Args:
         model: what the objective computes with: a `Transformer`, a `ScoreModel`.
-        params: its parameters at the start, also the reference's where the objective has one (of parameters with
-            adapters that is the base).
+        params: its parameters at the start, also the reference's where the objective has one.
         objective: what it is trained towards.
         dataset: rows to train on.
         eval_dataset: held-out rows, or `None`.
@@ -202,10 +201,10 @@ class OfflineTrainer:
             start = jax.jit(lambda p: make_train_state(p, optimizer, seed, rounding=rounding), out_shardings=placed)
             self.state: TrainState = start(params)  # a copy of them: updates overwrite it
             self.reference = None
-            if self.objective.needs_reference and (self.plan.reference == "ahead" or not has_adapters(params)):
-                base = reference_of(params, None) or params
-                shardings = reference_of(placed.params, None) or placed.params
-                self.reference = jax.device_put(base, shardings)
+            if self.objective.needs_reference:
+                with_adapters, whole = not self.setup.bare_reference, self.plan.reference == "ahead"
+                self.reference, said = start_reference(params, placed.params, with_adapters=with_adapters, whole=whole)
+                self.what_a_step_is += said
         check_frozen(self.saved, self.state)
         self._rates = Rates(schedule)
 

@@ -23,7 +23,7 @@ from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.lora import has_adapters
+from jaxrl_llm.models.lora import start_reference
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -82,8 +82,7 @@ class Trainer:
 
     Args:
         model: the policy.
-        params: its parameters at the start, also the reference's where the algorithm has one (of parameters with
-            adapters that is the base).
+        params: its parameters at the start, also the reference's where the algorithm has one.
         tokenizer: decodes completions.
         stop_tokens: ids that end a completion.
         dataset: prompts to train on.
@@ -181,8 +180,6 @@ class Trainer:
         )
         if not stop_tokens:
             self.what_a_step_is += f" No token ends a completion: each has sampling.max_tokens={sampling.max_tokens}."
-        if algorithm.needs_reference and has_adapters(params):
-            self.what_a_step_is += " The reference is the base, without adapters."
         self.abstract_state = learner.abstract_state(mesh)
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)} | rollout_bytes(
             model.config, sampling, prompts=prompts, group=group, max_prompt_length=dataset.max_prompt_length
@@ -226,10 +223,11 @@ class Trainer:
         with jax.set_mesh(self.setup.mesh):
             # a copy of the parameters: updates overwrite it
             self.state: TrainState = start(params, critic_params, seed=self.setup.seed)
-            shardings = {name: placed.params[name] for name in params}
-            # Without its adapters, a policy that has some is the base.
-            needed = self.algorithm.needs_reference and not has_adapters(params)
-            self.reference = jax.device_put(params, shardings) if needed else None
+            self.reference = None
+            if self.algorithm.needs_reference:
+                with_adapters = not self.setup.bare_reference
+                self.reference, said = start_reference(params, placed.params, with_adapters=with_adapters)
+                self.what_a_step_is += said
         check_frozen(self.saved, self.state)
 
     def _make_programs(self, learner: Learner) -> None:

@@ -25,6 +25,8 @@ class RunSetup:
     """Of samples, orders and noise; what else it seeds, the trainer says."""
     resume: bool = False
     """Go on from the latest checkpoint in `folder` if there is one."""
+    bare_reference: bool = False
+    """The reference is the base alone, also where the model starts with trained adapters."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Flat JSON-able record of all settings that a resumed run must share."""
     title: str = ""

@@ -31,6 +31,10 @@ MAX_BLOCKS = 64
 sharded over as many devices, a power of two."""
 
 
+IMPOSSIBLE = -1e30
+"""Logit of a token that is never drawn: finite, so that no difference of two of them is NaN."""
+
+
 class TokenScores(NamedTuple):
     """Scores of the given tokens, both float32 `[..., T]`."""
 
@@ -77,6 +81,7 @@ def token_scores(
     *,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    known_tokens: int | None = None,
     chunk_size: int | None = None,
 ) -> TokenScores:
     """Log-probabilities and entropies from the hidden states that predict the tokens, in chunks of the vocabulary.
@@ -93,6 +98,7 @@ def token_scores(
         tokens: `[..., T]` int in [0, V).
         temperature: τ > 0.
         logit_softcap: bound on the logits, or `None`.
+        known_tokens: ids from here on are impossible, as if their logits were −∞; `None`: none is.
         chunk_size: vocabulary entries per chunk, at most. `None` chooses by `CHUNK_LOGITS` and `MIN_CHUNK`, and keeps
             `KEPT_LOGITS` for the backward pass.
 
@@ -112,7 +118,7 @@ def token_scores(
     size = min(vocabulary, chunk_size or max(MIN_CHUNK, CHUNK_LOGITS // max(1, tokens.size)))
     blocks, rows = _blocks(vocabulary, size)
     kept = 0 if chunk_size is not None else KEPT_LOGITS // max(1, tokens.size * blocks * rows)
-    slices = _Slices(vocabulary, blocks, rows, kept, head.dtype, float(temperature), logit_softcap)
+    slices = _Slices(vocabulary, blocks, rows, kept, head.dtype, float(temperature), logit_softcap, known_tokens)
     return _scores(slices, hidden, head, tokens)
 
 
@@ -142,6 +148,8 @@ class _Slices(NamedTuple):
     head_dtype: jnp.dtype
     temperature: float
     softcap: float | None
+    known: int | None
+    """Entries from here on are impossible."""
 
     @property
     def block_size(self) -> int:
@@ -199,18 +207,22 @@ class _Slices(NamedTuple):
         rows = self.start(index) + jnp.arange(self.rows)
         return jnp.tile(rows >= index * self.rows, self.blocks)
 
-    def logits(self, hidden: jax.Array, weight: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, bits: jax.Array, index: jax.Array) -> jax.Array:
         """Logits of one slice `[..., size]`, soft-capped and divided by the temperature."""
-        raw = jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        weight = self.cut(bits, index).astype(hidden.dtype)
+        raw = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
         if self.softcap is None:
-            return raw / self.temperature
-        return jnp.tanh(raw / self.softcap) * (self.softcap / self.temperature)
+            logits = raw / self.temperature
+        else:
+            logits = jnp.tanh(raw / self.softcap) * (self.softcap / self.temperature)
+        return logits if self.known is None else jnp.where(self.entries(index) < self.known, logits, IMPOSSIBLE)
 
     def slope(self, logits: jax.Array) -> jax.Array | float:
         """Derivative of soft cap and temperature in terms of their value."""
         if self.softcap is None:
             return 1.0 / self.temperature
-        return (1.0 - jnp.square(logits * (self.temperature / self.softcap))) / self.temperature
+        bounded = jnp.maximum(logits * (self.temperature / self.softcap), -1.0)  # of impossible tokens it is 0
+        return (1.0 - jnp.square(bounded)) / self.temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -225,7 +237,7 @@ def _forward(
 
     def accumulate(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         peak, total, moment, chosen = carry  # max z, Σ exp(z − max), Σ exp(z − max)·(z − max), z of the token
-        every = slices.logits(hidden, slices.cut(bits, index))
+        every = slices.logits(hidden, bits, index)
         logits = every if slices.even else jnp.where(slices.fresh(index), every, -1e30)
         is_token = slices.entries(index) == tokens[..., None]
         chosen = jnp.maximum(chosen, jnp.max(jnp.where(is_token, logits, -1e30), axis=-1))
@@ -271,7 +283,7 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         return (to_hidden, slices.paste(to_head, outer_product(states, gradient).T, index)), None
 
     def recompute_and_pull(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple:
-        return pull(carry, (index, slices.logits(hidden, slices.cut(bits, index))))
+        return pull(carry, (index, slices.logits(hidden, bits, index)))
 
     carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(bits))
     carry, _ = jax.lax.scan(pull, carry, (slices.kept_indices, kept))

@@ -444,3 +444,24 @@ def test_logits_that_are_no_distribution_show_as_nan() -> None:
     scores = scores_from_logits(logits, jnp.ones(4, jnp.int32))
     np.testing.assert_array_equal(scores.logprobs, [np.nan, np.nan, np.nan, 0.0])
     np.testing.assert_array_equal(scores.entropy, [np.nan, np.nan, np.nan, 0.0])
+
+
+@pytest.mark.parametrize("settings", [{}, BENT], ids=str)
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 5])
+def test_ids_that_no_tokenizer_has_are_impossible(settings, chunk_size):
+    """In value and gradient what the head without their rows gives; these learn nothing."""
+    case = make_case()
+    known = len(case.head) - 4
+    tokens = jnp.minimum(case.tokens, known - 1)
+
+    def masked(hidden: jax.Array, head: jax.Array) -> TokenScores:
+        return token_scores(hidden, head, tokens, chunk_size=chunk_size, known_tokens=known, **settings)
+
+    def shorter(hidden: jax.Array, head: jax.Array) -> TokenScores:
+        return token_scores(hidden, head[:known], tokens, chunk_size=chunk_size, **settings)
+
+    ours, theirs = with_gradients(masked, case), with_gradients(shorter, case)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), ours, theirs)
+    assert not np.any(ours[1][1][known:])
+    whole, _ = with_gradients(lambda h, w: token_scores(h, w, tokens, chunk_size=chunk_size, **settings), case)
+    assert np.abs(whole.logprobs - ours[0].logprobs).max() > 1e-2

@@ -36,6 +36,7 @@ class Scorer:
             completion,
             temperature=self.temperature,
             logit_softcap=self.policy.config.logit_softcap,
+            known_tokens=self.policy.config.known_tokens,
             chunk_size=_vocabulary_chunk(completion.size),
         )
 

@@ -155,6 +155,8 @@ class ModelConfig:
     remat: Remat = "full"
     """What the backward pass computes again in each block: everything (`full`: least memory), all but
     the linear maps (`dots`), the MLP's activation alone (`none`: fastest where memory allows)."""
+    known_tokens: int | None = None
+    """Ids from here on are impossible: the embedding is longer than the tokenizer. `None`: all V are possible."""
     lora: LoraConfig | None = None
     """Adapters beside the weights of each block, or none; parameters that lack them are those of the base alone."""
 

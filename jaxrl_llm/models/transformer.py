@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.logprobs import IMPOSSIBLE
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
 from jaxrl_llm.models.blocks import LINEAR, Attend, Block, Frame, RMSNorm
@@ -80,6 +81,12 @@ class Transformer:
     @functools.cached_property
     def _block(self) -> nnx.GraphDef:
         return nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))[0]
+
+    def with_known_tokens(self, count: int) -> Transformer:
+        """The model that gives ids from `count` on, which its tokenizer has not, no probability."""
+        if count >= self.config.vocab_size:
+            return self
+        return Transformer(dataclasses.replace(self.config, known_tokens=count))
 
     @functools.cached_property
     def base(self) -> Transformer:
@@ -269,8 +276,9 @@ class Transformer:
     def project(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
         """`head_logits` with the weight `[V, D]` itself."""
         logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        cap, known = self.config.logit_softcap, self.config.known_tokens
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        return logits if known is None else jnp.where(jnp.arange(head.shape[0]) < known, logits, IMPOSSIBLE)
 
     def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Logits `[B, T, V]` of a plain causal pass: for checks, not for training."""

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.logprobs import IMPOSSIBLE
+
 _LEAST_TEMPERATURE = 1e-3  # logits of float32 are known to about a millionth: divided by it, to a thousandth
-_IMPOSSIBLE = -1e30  # finite, so that no difference of two of them is NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +85,16 @@ def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     """
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
-        logits = jnp.where(logits >= threshold, logits, _IMPOSSIBLE)
+        logits = jnp.where(logits >= threshold, logits, IMPOSSIBLE)
     if config.top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
         probabilities = jax.nn.softmax(descending, axis=-1)
         above = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of strictly more likely tokens
         threshold = jnp.min(jnp.where(above < config.top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= threshold, logits, _IMPOSSIBLE)
+        logits = jnp.where(logits >= threshold, logits, IMPOSSIBLE)
     if config.min_p > 0:
         threshold = jnp.max(logits, axis=-1, keepdims=True) + math.log(config.min_p)
-        logits = jnp.where(logits >= threshold, logits, _IMPOSSIBLE)
+        logits = jnp.where(logits >= threshold, logits, IMPOSSIBLE)
     return logits
 
 

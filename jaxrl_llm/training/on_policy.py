@@ -22,6 +22,7 @@ from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import start_reference
 from jaxrl_llm.models.transformer import Transformer
@@ -132,6 +133,7 @@ class Trainer:
         self.config, self.evaluation = training or TrainingConfig(), evaluation or EvaluationConfig()
         plan, sampling = update or UpdateConfig(), sampling or SamplingConfig()
         prompts, group = self.config.prompts_per_step, self.config.samples_per_prompt
+        model = model.with_known_tokens(known_tokens(tokenizer))  # of sampler and learner alike
         self.model, self.tokenizer, self.algorithm = model, tokenizer, algorithm
         self.setup, mesh = setup, setup.mesh
         self.rewards, self.device_rewards, self.judge = rewards, tuple(device_rewards), judge

@@ -80,6 +80,12 @@ def _load(path: Path) -> Any:
         raise ValueError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
 
 
+def known_tokens(tokenizer: Any) -> int:
+    """The number of ids that a tokenizer can read: its highest one, and 1. Embeddings are often longer than that."""
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    return len(tokenizer) if vocabulary is None else max(vocabulary().values()) + 1
+
+
 def stop_token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
     """The tokens that end a completion.
 

@@ -24,6 +24,7 @@ from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
+from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -138,13 +139,14 @@ class StarTrainer:
 
         shards = row_shards(mesh)
         self._batch_size = -(-min(self.star.problems_per_batch, len(problems)) // shards) * shards
-        self.sampler = Sampler(model, self.sampling, group=self.star.samples, stop_tokens=stop_tokens, mesh=mesh)
+        sampled = model.with_known_tokens(known_tokens(tokenizer))
+        self.sampler = Sampler(sampled, self.sampling, group=self.star.samples, stop_tokens=stop_tokens, mesh=mesh)
         for prompts in (problems, hinted):
             if prompts is not None:
                 self.sampler.check_length(prompts.longest, width=prompts.max_prompt_length)
         self.evaluator = make_evaluator(
             self.evaluation,
-            model,
+            sampled,
             eval_problems,
             tokenizer,
             rewards,

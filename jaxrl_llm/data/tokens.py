@@ -158,7 +158,7 @@ def _after(before: str, text: str, read: Callable[[str], list[int]], tokenizer: 
     for character in _BEFORE:
         try:
             ids = _continuation(character, text, functools.partial(encode, tokenizer=tokenizer))
-        except ValueError:  # a tokenizer that does not know this character
+        except Exception:  # a tokenizer that does not know this character; the package has no type for it
             continue
         if ids is not None:
             return ids
@@ -178,7 +178,7 @@ def stop_texts(tokenizer: Any, stop_tokens: Iterable[int]) -> dict[str, int]:
         text = tokenizer.decode([token])
         try:
             ids = list(tokenizer.encode(text, add_special_tokens=False))
-        except ValueError:  # a tokenizer that has no text for it
+        except Exception:  # a tokenizer that has no text for it; the package has no type of its own for that
             continue
         if ids == [token]:
             texts[text] = token

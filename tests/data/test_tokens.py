@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.steps import StepFormat
+from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.tokens import encode_parts, encode_prompt, without_end
 from jaxrl_llm.data.unpaired import UnpairedFormat
+from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer
 from tests.data.small_tokenizers import INST, KINDS, LINES, MARKED, PLAIN, Kind, small_tokenizer
 
 WIDE: dict[str, Any] = {"max_prompt_length": 199, "max_completion_length": 199}
@@ -183,3 +186,12 @@ def test_half_of_a_character_is_refused_with_its_row(form: str) -> None:
         with pytest.raises(ValueError, match=r"row 1: .*lone surrogate"):
             PromptDataset([fine, row], tokenizer, max_prompt_length=99)
     assert PromptFormat().prompt({"prompt": "\U0001f600"}) == "\U0001f600"
+
+
+def test_a_tokenizer_that_cannot_read_its_own_end(tmp_path: Path) -> None:
+    """One by characters, to which `<eos>` is five of them, also as transformers loads it."""
+    own = CharTokenizer("0123456789+= ")
+    own.save_pretrained(tmp_path)
+    for tokenizer in (own, load_tokenizer(tmp_path)):
+        row = demonstration({"prompt": "4+1=", "completion": " 5"}, tokenizer)
+        assert tokenizer.decode([*row.prompt, *row.completion]) == "4+1= 5<eos>"

@@ -39,7 +39,7 @@ from jaxrl_llm.losses.distillation import (
 )
 from jaxrl_llm.losses.dpo import cdpo_loss, dpo_loss, robust_dpo_loss
 from jaxrl_llm.losses.entropy import EntropyControl, entropy_bonus, update_entropy_control
-from jaxrl_llm.losses.gates import SoftGate, sapo_loss, soft_gate
+from jaxrl_llm.losses.gates import RatioLevel, SoftGate, sapo_loss, soft_gate
 from jaxrl_llm.losses.geometric_mean import gmpo_loss
 from jaxrl_llm.losses.kl import (
     KLDirection,
@@ -104,6 +104,7 @@ __all__ = [
     "NeutralSteps",
     "OddsLogprob",
     "PairLabels",
+    "RatioLevel",
     "RejectionLevel",
     "RejectionStatistic",
     "RewardShift",

@@ -1,7 +1,8 @@
-"""The worked example of CONTRIBUTING.md is an algorithm that trains."""
+"""The worked example of CONTRIBUTING.md is an algorithm that trains, and its path through a step is there."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,30 @@ from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_one_step_file_by_file_leads_through_files_that_are_there() -> None:
+    section = TEXT.partition("## One GRPO step, file by file")[2].partition("\n## ")[0]
+    path = re.findall(r"^\| `([\w/.]+)` \| `(\w+)` \|", section, re.MULTILINE)
+    assert len(path) == section.count("\n| `") > 10
+    assert path[0] == ("experiments/grpo_arithmetic.py", "main") and path[-1][0].startswith("losses/")
+    for file, name in path:
+        source = ROOT / file if file.startswith("experiments/") else ROOT / "jaxrl_llm" / file
+        body = ast.parse(source.read_text()).body
+        defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert name in defined, f"{file} has no {name}"
+
+
+def test_the_rooms_are_named_in_the_order_of_their_layers() -> None:
+    (order,) = re.findall(r"^(`checks`.*?`cli`)$", TEXT, re.MULTILINE | re.DOTALL)
+    rooms = {path.stem for path in (ROOT / "jaxrl_llm").iterdir() if path.suffix in ("", ".py") and path.name[0] != "_"}
+    assert set(re.findall(r"`(\w+)`", order)) == rooms
+
 
 def test_the_worked_example_makes_an_update(tiny_config, lively_params) -> None:
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(block, "CONTRIBUTING.md", "exec"), names)
     algorithm = names["median_grpo"]()

@@ -18,8 +18,6 @@ class SequenceClipped(Clip):
     length_normalize: bool = True
     """The n-th root of the product of the tokens' ratios; without it, the product."""
 
-    aggregations = ("seq-mean-token-mean",)
-
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""
         return functions.gspo_loss(
@@ -27,7 +25,7 @@ class SequenceClipped(Clip):
             **self.bounds,
             length_normalize=self.length_normalize,
             weights=tokens.weights,
-            normalizer=reduction.normalizer,
+            **reduction.arguments,
         )
 
 
@@ -38,15 +36,13 @@ class SequenceTokenClipped(Clip):
     clip_low: float | None = 3e-4
     clip_high: float | None = 4e-4
 
-    aggregations = ("seq-mean-token-mean",)
-
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
         """The rows' part of the loss, and its metrics."""
         return functions.gspo_token_loss(
             *tokens.arrays,
             **self.bounds,
             weights=tokens.weights,
-            normalizer=reduction.normalizer,
+            **reduction.arguments,
         )
 
 

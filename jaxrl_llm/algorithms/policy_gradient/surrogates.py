@@ -11,7 +11,7 @@ import jax
 
 from jaxrl_llm import losses as functions
 from jaxrl_llm.checks import check_fields, finite, not_negative, one_of, positive, share
-from jaxrl_llm.losses import AggregationMode, BinaryDivergence, SoftGate
+from jaxrl_llm.losses import AggregationMode, BinaryDivergence, RatioLevel, SoftGate
 from jaxrl_llm.records import Metrics
 
 PREFIX = "algorithm.surrogate"
@@ -179,6 +179,8 @@ class SoftGated(Surrogate):
     """Shape of the gate."""
     gate_scale: bool = True
     """Scale the gate so that its slope at a ratio of 1 is 1."""
+    ratio_level: RatioLevel = "token"
+    """Whose ratio it is: each token's, or that of the sequence, as GSPO's."""
 
     def __post_init__(self) -> None:
         """Rejects settings that cannot be meant."""
@@ -188,6 +190,7 @@ class SoftGated(Surrogate):
             tau_pos=positive(self.tau_pos),
             tau_neg=positive(self.tau_neg),
             gate=one_of(self.gate, SoftGate),
+            ratio_level=one_of(self.ratio_level, RatioLevel),
         )
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
@@ -198,6 +201,7 @@ class SoftGated(Surrogate):
             tau_neg=self.tau_neg,
             gate=self.gate,
             gate_scale=self.gate_scale,
+            ratio_level=self.ratio_level,
             weights=tokens.weights,
             **reduction.arguments,
         )

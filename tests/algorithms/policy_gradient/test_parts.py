@@ -17,6 +17,7 @@ from jaxrl_llm.algorithms.interfaces import Feedback, Signals
 from jaxrl_llm.algorithms.policy_gradient import presets
 from jaxrl_llm.algorithms.policy_gradient.estimators import GDPOAdvantage, HADWAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import Correction, LearnerBatch, OverlongPenalty, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.surrogates import SoftGated
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.masking import whiten
 
@@ -231,8 +232,27 @@ def test_the_penalty_for_length_lowers_rewards() -> None:
 
 
 def test_a_surrogate_without_that_aggregation_says_so() -> None:
-    with pytest.raises(ValueError, match="must be 'seq-mean-token-mean': the surrogate SequenceClipped has no other"):
-        PolicyGradient(surrogate=presets.gspo().surrogate, aggregation="token-mean")
+    with pytest.raises(
+        ValueError, match="must be 'seq-mean-token-mean': the surrogate GeometricMeanClipped has no other"
+    ):
+        PolicyGradient(surrogate=presets.gmpo().surrogate, aggregation="token-mean")
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "loss"),
+    [
+        (presets.gspo().surrogate, losses.gspo_loss),
+        (presets.gspo_token().surrogate, losses.gspo_token_loss),
+        (SoftGated(ratio_level="sequence"), functools.partial(losses.sapo_loss, ratio_level="sequence")),
+    ],
+    ids=["gspo", "gspo_token", "sapo"],
+)
+def test_ratios_of_sequences_are_reduced_by_any_aggregation(surrogate: Any, loss: Callable[..., Any]) -> None:
+    for mode in ("token-mean", "seq-mean-token-sum-norm"):
+        expected, _ = loss(*TOKENS, aggregation=mode, max_length=WIDTH)
+        assert loss_of(PolicyGradient(surrogate=surrogate, aggregation=mode)) == pytest.approx(
+            float(expected), rel=1e-6
+        )
 
 
 def test_memories_move_after_their_use() -> None:

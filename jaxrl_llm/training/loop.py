@@ -17,7 +17,7 @@ from jaxrl_llm.training.run.checkpoint import Checkpointer
 from jaxrl_llm.training.run.distributed import any_process, ending_with_the_others, is_main_process
 from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
-from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state
+from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state, unsaved
 from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.run.metrics import MetricsWriter
 from jaxrl_llm.training.run.report import Report, SampledCompletion
@@ -105,6 +105,7 @@ class Stage(Protocol):
     saved: SavedRun | None
     abstract_state: TrainState
     state: TrainState
+    reference: Params | None
     compilations: CompilationCounter
 
     @property
@@ -229,7 +230,7 @@ class Loop:
         self._data_state = stage.loader.get_state()
         self._seconds: dict[str, float] = {}
         self._skipped, self._unsaved = SkippedSteps(stage.length.max_skipped_steps), False
-        self._frozen = stage.saved.frozen if stage.saved else fingerprint(split_state(stage.state)[1])
+        self._frozen = stage.saved.frozen if stage.saved else fingerprint(unsaved(stage.state, stage.reference))
 
     def train(self) -> None:
         """Iterates until the last step or until `stop`; then all is saved.

@@ -200,12 +200,12 @@ class OfflineTrainer:
         with jax.set_mesh(self.setup.mesh):
             start = jax.jit(lambda p: make_train_state(p, optimizer, seed, rounding=rounding), out_shardings=placed)
             self.state: TrainState = start(params)  # a copy of them: updates overwrite it
-            self.reference = None
+            self.reference: Params | None = None
             if self.objective.needs_reference:
                 with_adapters, whole = not self.setup.bare_reference, self.plan.reference == "ahead"
                 self.reference, said = start_reference(params, placed.params, with_adapters=with_adapters, whole=whole)
                 self.what_a_step_is += said
-        check_frozen(self.saved, self.state)
+        check_frozen(self.saved, self.state, self.reference)
         self._rates = Rates(schedule)
 
     @property

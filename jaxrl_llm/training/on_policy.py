@@ -225,12 +225,12 @@ class Trainer:
         with jax.set_mesh(self.setup.mesh):
             # a copy of the parameters: updates overwrite it
             self.state: TrainState = start(params, critic_params, seed=self.setup.seed)
-            self.reference = None
+            self.reference: Params | None = None
             if self.algorithm.needs_reference:
                 with_adapters = not self.setup.bare_reference
                 self.reference, said = start_reference(params, placed.params, with_adapters=with_adapters)
                 self.what_a_step_is += said
-        check_frozen(self.saved, self.state)
+        check_frozen(self.saved, self.state, self.reference)
 
     def _make_programs(self, learner: Learner) -> None:
         """The programs, still to be compiled."""

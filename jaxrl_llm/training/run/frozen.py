@@ -1,10 +1,11 @@
-"""What checkpoints leave out: the parameters that training does not change, known again by a fingerprint."""
+"""What checkpoints leave out, known again by a fingerprint: what training does not change, and the reference."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import Any
 
+from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import join, split_trainable
 from jaxrl_llm.training.run.checksums import checksums
 from jaxrl_llm.training.run.resume import SavedRun
@@ -35,6 +36,11 @@ def join_state(state: TrainState, frozen: dict[str, Any]) -> TrainState:
     return state.replace(critic=state.critic.replace(params=join(state.critic.params, frozen.get("critic", {}))))
 
 
+def unsaved(state: TrainState, reference: Params | None) -> dict[str, Any]:
+    """What no checkpoint holds: frozen parameters, and the reference if a run has one of its own."""
+    return split_state(state)[1] | ({} if reference is None else {"reference": reference})
+
+
 def fingerprint(frozen: dict[str, Any]) -> str | None:
     """A few characters that tell frozen parameters from others, on whatever mesh; `None` where there are none."""
     if not frozen:
@@ -45,15 +51,16 @@ def fingerprint(frozen: dict[str, Any]) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def check_frozen(saved: SavedRun | None, state: TrainState) -> None:
-    """Checks that a run goes on with the frozen parameters that it had: its checkpoints do not hold them.
+def check_frozen(saved: SavedRun | None, state: TrainState, reference: Params | None) -> None:
+    """Checks that a run goes on with the frozen parameters and the reference that it had: no checkpoint holds them.
 
     Raises:
         ValueError: they are others.
     """
-    if saved is None or (now := fingerprint(split_state(state)[1])) == saved.frozen:
+    if saved is None or (now := fingerprint(unsaved(state, reference))) == saved.frozen:
         return
     raise ValueError(
-        f"cannot go on from step {saved.step}: the base beside the adapters is not the one that the run began with "
-        f"(fingerprint {saved.frozen}, now {now}). Give the same checkpoint, or choose another --run-dir"
+        f"cannot go on from step {saved.step}: the model that the run began with, its reference or the base of its "
+        f"adapters, is another one now (fingerprint {saved.frozen}, now {now}). Give the same checkpoint, or choose "
+        "another --run-dir"
     )

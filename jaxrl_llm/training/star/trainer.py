@@ -219,7 +219,8 @@ class StarTrainer:
                 lambda params: make_train_state(params, resting, seed, rounding="nearest"), out_shardings=at_rest
             )
             self.state: TrainState = rest(self._base)  # a copy of them
-        check_frozen(self.saved, self.state)
+        self.reference: Params | None = None
+        check_frozen(self.saved, self.state, self.reference)
 
     # ---- What the loop asks for --------------------------------------------------------------------
 

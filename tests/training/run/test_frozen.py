@@ -89,7 +89,9 @@ def test_a_fingerprint_does_not_depend_on_the_mesh(adapted, mesh_config) -> None
 def make(tiny: ModuleType, tmp_path: Path):
     """Makes a trainer of adapters, with a reference, on a base from a seed."""
 
-    def make(folder: str, *, steps: int, base_seed: int = 0, resume: bool = False) -> Trainer:
+    def make(
+        folder: str, *, steps: int, base_seed: int = 0, resume: bool = False, tuned: bool = False, whole: bool = False
+    ) -> Trainer:
         config = dataclasses.replace(
             tiny.CONFIG,
             run_dir=str(tmp_path / folder),
@@ -101,8 +103,13 @@ def make(tiny: ModuleType, tmp_path: Path):
         )
         policy = tiny.make_policy(ONE_DEVICE)
         model = Transformer(dataclasses.replace(policy.model.config, lora=LoraConfig(rank=2)))
-        base = jax.jit(model.base.init)(jax.random.key(base_seed))
-        params = add_adapters(base, model, jax.random.key(1))
+        base = jax.jit(model.base.init)(jax.random.key(0 if tuned else base_seed))
+        params = base if whole else add_adapters(base, model, jax.random.key(1))
+        model = model.base if whole else model
+        if tuned:  # its adapters are then the reference's, too
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf + 0.01 * (1 + base_seed) if path[-1].key == "lora_b" else leaf, params
+            )
         policy = dataclasses.replace(policy, model=model, params=params)
         return tiny.make_trainer(config, policy, ONE_DEVICE, train_rows=tiny.TRAIN_ROWS)
 
@@ -124,5 +131,16 @@ def test_a_run_goes_on_from_a_checkpoint_without_the_base(make) -> None:
     with Checkpointer(resumed.setup.folder / "checkpoints", read_only=True) as checkpoints:
         saved, _ = checkpoints.restore(split_state(resumed.abstract_state)[0])
     assert sorted(saved.params) == ["layers"]
-    with pytest.raises(ValueError, match=r"cannot go on from step 4: the base .* is not the one"):
+    with pytest.raises(
+        ValueError, match=r"cannot go on from step 4: the model that the run began with, .* is another one"
+    ):
         make("run", steps=6, base_seed=5, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["tuned", "whole"])
+def test_a_run_does_not_go_on_with_another_reference(make, kind: str) -> None:
+    """Adapters that it began with, or a whole model: neither is in its checkpoints."""
+    make("run", steps=1, **{kind: True}).run()
+    with pytest.raises(ValueError, match=r"cannot go on from step 1: the model that the run began with, its reference"):
+        make("run", steps=2, base_seed=1, resume=True, **{kind: True})
+    assert make("run", steps=2, resume=True, **{kind: True}).run().step == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.data.interfaces import Row
 
@@ -19,9 +21,13 @@ class ArrowRows:
 
     Args:
         table: The columns.
+
+    Raises:
+        ValueError: Two columns bear one name.
     """
 
     def __init__(self, table: pyarrow.Table) -> None:
+        check_distinct(table.schema.names)
         self._table = table
 
     def __len__(self) -> int:
@@ -35,7 +41,8 @@ def read_parquet(path: str | os.PathLike[str]) -> ArrowRows:
     """The rows of a Parquet file.
 
     Raises:
-        ValueError: the file is damaged, or not Parquet; names the row group and its rows.
+        ValueError: the file is damaged, or not Parquet (names the row group and its rows), or two of its columns bear
+            one name.
     """
     import pyarrow
     import pyarrow.parquet
@@ -64,7 +71,16 @@ def read_parquet(path: str | os.PathLike[str]) -> ArrowRows:
                 ) from error
             groups.append(group)
             first += size
+    try:
         return ArrowRows(pyarrow.concat_tables(groups) if groups else parquet.schema_arrow.empty_table())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_distinct(columns: Iterable[Any]) -> None:
+    """Raises ValueError where two columns bear one name: a row would have the last of them alone."""
+    if repeated := [name for name, times in collections.Counter(columns).items() if times > 1]:
+        raise ValueError(f"there are several columns {repeated[0]!r}, and only one can be meant; rename the others")
 
 
 def _said(error: BaseException) -> str:

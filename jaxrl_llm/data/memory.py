@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.data.arrow import ArrowRows
+from jaxrl_llm.data.arrow import ArrowRows, check_distinct
 from jaxrl_llm.data.interfaces import RowSource
 
 
@@ -20,7 +20,7 @@ def rows_in_memory(rows: Any, max_rows: int | None = None) -> RowSource:
         max_rows: how many are going to be read; a stream has no other end.
 
     Raises:
-        ValueError: it holds no rows, several splits, or is a stream of which all are to be read.
+        ValueError: it holds no rows, several splits or columns of one name, or is a stream of which all are to be read.
     """
     library = type(rows).__module__.partition(".")[0]
     if isinstance(rows, Mapping):
@@ -34,6 +34,7 @@ def rows_in_memory(rows: Any, max_rows: int | None = None) -> RowSource:
     if library == "pyarrow" and hasattr(rows, "slice") and hasattr(rows, "schema"):  # a Table or RecordBatch
         return ArrowRows(rows)
     if library == "pandas" and hasattr(rows, "columns"):
+        check_distinct(rows.columns)
         return [{name: _of_pandas(value) for name, value in row.items()} for row in rows.to_dict("records")]
     if not hasattr(rows, "__len__") and isinstance(rows, Iterable):
         if max_rows is None:

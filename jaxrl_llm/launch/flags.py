@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import operator
 import re
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def _one_line(said: str) -> str:
     lines = [line.strip(" │╭╮╰╯─") for line in said.splitlines()]
     if not lines or lines[0] not in ("Value error", "Invalid choice"):
         return said
-    message = itertools.takewhile(bool, lines[1:])  # a rule follows it
+    text = ["" if set(line) == {"-"} else line for line in lines[1:]]  # rules, where the terminal has ASCII alone
+    message = itertools.takewhile(bool, itertools.dropwhile(operator.not_, text))  # a rule follows it
     return re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(message)).join(("error: ", "\n"))
 
 

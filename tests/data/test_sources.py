@@ -309,6 +309,17 @@ def test_tables_and_frames():
         assert contents(open_source(pandas.DataFrame({"x": ["a", nothing]}))) == [{"x": "a"}, {"x": None}]
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "answer", "prompt"])
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table, path)
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([["a", "b", "c"]], columns=table.schema.names)
+    for given, place in ((path, f"{path}: "), (table, ""), (table.to_batches()[0], ""), (frame, "")):
+        with pytest.raises(ValueError, match=f"^{place}there are several columns 'prompt', and only one can be meant"):
+            open_source(given)
+
+
 def test_streams_are_read_as_far_as_is_asked():
     def endless():
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from typing import Any
 
@@ -60,6 +61,26 @@ def test_a_flag_without_effect_is_refused(config, flags, message, capsys):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--optimizer.learning-rate=nan", "optimizer.learning_rate=nan must not be negative"),
+        ("--training.steps=x", "Error parsing --training.steps: invalid literal for int() with base 10: 'x'"),
+        (
+            "--model.dtype=f",
+            "invalid choice 'f' for argument '--model.dtype'. Expected one of ('float32', 'bfloat16').",
+        ),
+    ],
+)
+def test_a_bad_value_is_one_line_in_any_terminal(flag, message, encoding, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))  # by it tyro draws its frames
+    with pytest.raises(SystemExit) as stop:
+        parse(CONFIG, [flag])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 @pytest.mark.parametrize(

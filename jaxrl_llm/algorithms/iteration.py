@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
+from jaxrl_llm.checks import check_fields, finite
 from jaxrl_llm.masking import segment_last
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.sampling.engine import Sampler
@@ -28,6 +29,10 @@ class DeviceReward:
     """A tree of arrays, handed to the function."""
     weight: float = 1.0
     """Factor in the sum of all rewards; at 0 it is only reported."""
+
+    def __post_init__(self) -> None:
+        """Rejects a weight with which every sum would be NaN or infinite."""
+        check_fields(f"device_rewards[{self.name!r}]", self, weight=finite(self.weight))
 
 
 class DeviceScores(NamedTuple):
@@ -61,8 +66,10 @@ def make_device_scores(rewards: Sequence[DeviceReward]) -> Callable[[Sequence[An
         parts = [
             reward.weight * (_at_last_token(values, rollout) if by_token else values)
             for reward, values in zip(rewards, given, strict=True)
+            if reward.weight  # 0 times NaN would be NaN
         ]
-        total = jnp.sum(jnp.stack(parts), axis=0)
+        shape = rollout.completion.shape if by_token else rollout.completion_lengths.shape
+        total = jnp.sum(jnp.stack(parts), axis=0) if parts else jnp.zeros(shape, jnp.float32)
         return DeviceScores(total, dict(zip(names, map(rollout.of_completions, given), strict=True)))
 
     return scores

@@ -197,9 +197,9 @@ class Trainer:
         needs, name = self.algorithm.needs, self.algorithm.reader
         if self.rewards is None and not self.device_rewards:
             raise ValueError("there is no reward: pass rewards=, or device_rewards=")
-        weights = self.rewards.weights if self.rewards is not None else None
-        if weights and not any(weights) and not self.device_rewards:
-            raise ValueError(f"reward_weights={tuple(weights)} are all 0, and nothing would be learned: give others")
+        if not any(weights := self._reward_weights().tolist()):
+            setting = "the weights of device_rewards, " if self.rewards is None else "reward_weights="
+            raise ValueError(f"{setting}{tuple(weights)} are all 0, and nothing would be learned: give others")
         if ("verdicts" in needs) != (self.judge is not None):
             raise ValueError(
                 f"{name} reads a judge's verdicts: pass judge=, as experiments/compare_algorithms.py does"
@@ -332,8 +332,7 @@ class Trainer:
 
     def _reward_weights(self) -> np.ndarray:
         """Of the reward functions and the rewards on the device, in the order of `Episodes.by_name`."""
-        assert self.rewards is not None
-        own = self.rewards.weights or (1.0,) * len(self.rewards.names)
+        own = () if self.rewards is None else self.rewards.weights or (1.0,) * len(self.rewards.names)
         return np.array([*own, *(reward.weight for reward in self.device_rewards)], np.float32)
 
     def _iterate_on_device(self, phase: Phase) -> Outcome:

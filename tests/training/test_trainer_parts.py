@@ -406,3 +406,15 @@ def test_online_dpo_of_a_device_reward_is_one_program(make) -> None:
 def test_what_online_dpo_cannot_do_is_told_at_once(make, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(algorithm=presets.online_dpo(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [((), r"the weights of device_rewards, \(0.0,\) are all 0"), (None, r"reward_weights=\(0.0, 0.0\) are all 0")],
+    ids=["device rewards alone", "beside others"],
+)
+def test_rewards_of_which_none_counts_are_refused(make, rewards, message) -> None:
+    given = {"rewards": rewards} if rewards is not None else {"reward_weights": (0.0,)}
+    reported = DeviceReward("spread", spread, {"scale": np.float32(2.0)}, weight=0.0)
+    with pytest.raises(ValueError, match=message):
+        make(parts={"device_rewards": (reported,)}, **given)

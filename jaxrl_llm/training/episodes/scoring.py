@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_llm.checks import nearest_name, positive
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.training.episodes.user_functions import UserFunction, excerpt
+from jaxrl_llm.training.episodes.user_functions import UserFunction, excerpt, shown
 
 # What every reward function is given beside the columns of the data set.
 _SAMPLE_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -36,8 +36,8 @@ class RewardSum:
     """A weighted sum of reward functions: rᵢ = Σₖ wₖ rₖᵢ over the functions k that apply to sample i.
 
     Raises:
-        ValueError: If there is no function, one is not callable, is async or has no `__name__`, two bear the same name,
-            or the weights are not one finite number a function.
+        ValueError: If there is no function, or no sequence of them, one is not callable, is async or has no `__name__`,
+            two bear the same name, or the weights are not one finite number a function.
     """
 
     functions: Sequence[RewardFunction]
@@ -51,6 +51,8 @@ class RewardSum:
     def __post_init__(self) -> None:
         if not self.functions:
             raise ValueError("no reward function: give at least one")
+        if not isinstance(self.functions, Sequence):
+            raise ValueError(f"rewards are a tuple or list of functions, got {shown(self.functions)}: put it in one")
         unnamed = [f for f in self.functions if not (callable(f) and isinstance(getattr(f, "__name__", None), str))]
         if unnamed:
             raise ValueError(
@@ -179,7 +181,7 @@ def _number(function: UserFunction, value: Any, index: int, completion: Any) -> 
         raise function.refuse(value, index, completion)
     try:
         number = float(value)
-    except Exception as error:  # of any kind: a __float__ of the user's
+    except (Exception, SystemExit) as error:  # of any kind: a __float__ of the user's
         raise function.refuse(value, index, completion, why=f" ({type(error).__name__})") from error
     if not abs(number) <= _LARGEST:
         raise function.refuse(value, index, completion)

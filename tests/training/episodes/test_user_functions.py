@@ -37,8 +37,11 @@ def returning(values: Any) -> Callable[..., Any]:
 
 
 class NoFloat:
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
     def __float__(self) -> float:
-        raise RuntimeError("no")
+        raise self.error("no")
 
 
 class NoRepr(dict[str, Any]):
@@ -62,7 +65,11 @@ def test_rewards_are_a_list(values: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [NoFloat(), "1", b"1", 1j, np.complex64(1), [1.0], (1.0,), np.ones(1), jnp.ones((1, 1)), object(), np.inf]
+    "value",
+    [
+        *(NoFloat(error) for error in (RuntimeError, KeyError, SystemExit)),
+        *("1", b"1", 1j, np.complex64(1), [1.0], (1.0,), np.ones(1), jnp.ones((1, 1)), object(), np.inf),
+    ],
 )
 def test_a_reward_is_a_number(value: Any) -> None:
     with pytest.raises(
@@ -172,6 +179,9 @@ def test_what_cannot_be_called_as_a_reward_function_is_refused_at_once() -> None
         RewardSum([max])
     with pytest.raises(ValueError, match=r"must return a list of 3 values, got <coroutine .*: it is async"):
         score(lambda_of(later))
+    for given in (fails, {fails}, iter([fails])):
+        with pytest.raises(ValueError, match=r"rewards are a tuple or list of functions, got .*: put it in one"):
+            RewardSum(given)
     for timeout in (0, -1.0, np.nan):
         with pytest.raises(ValueError, match=r"timeout=.* must be None, or positive seconds"):
             RewardSum([fails], timeout=timeout)

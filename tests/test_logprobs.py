@@ -146,7 +146,7 @@ def test_uniform_and_certain_distributions():
         case = Case(hidden, head, np.array([token]), np.ones(1, np.float32), np.ones(1, np.float32))
         ours, gradients = with_gradients(lambda h, w, c=case: token_scores(h, w, c.tokens, chunk_size=4), case)
         np.testing.assert_allclose([ours.logprobs[0], ours.entropy[0]], [logprob, 0.0], atol=1e-6)
-        assert all(np.isfinite(gradient).all() for gradient in gradients)
+        chex.assert_tree_all_finite(gradients)
 
 
 def test_logits_common_to_all_tokens_do_not_matter():
@@ -225,7 +225,7 @@ def test_padding_tokens_that_are_no_tokens(chunk_size):
     expected = score(case.tokens)
     for garbage in (10**6, -3):
         ours = score(np.where(padded, garbage, case.tokens))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, expected)
+        chex.assert_trees_all_close(ours, expected, rtol=1e-7, atol=1e-6)
 
 
 def test_memory_holds_no_logits_of_all_tokens():
@@ -294,7 +294,7 @@ def test_logits_that_are_kept_change_nothing(monkeypatch, vocabulary, kept):
 
     expected = with_gradients(plain, case)
     assert all(np.abs(x).max() > 0.1 for x in jax.tree.leaves(expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, expected)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-7, atol=2e-5)
 
 
 def test_logits_are_kept_for_a_gradient_alone(monkeypatch):
@@ -359,7 +359,7 @@ def test_sharded_vocabulary(fsdp, tensor):
     large = [size for size in moved if size > max(chunk * width // tensor, rows * time // fsdp)]
     assert large == [states] * (tensor > 1)
     expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, expected)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-7, atol=2e-5)
 
 
 # ---------------------------------------------------------------- alignment
@@ -461,7 +461,7 @@ def test_ids_that_no_tokenizer_has_are_impossible(settings, chunk_size):
         return token_scores(hidden, head[:known], tokens, chunk_size=chunk_size, **settings)
 
     ours, theirs = with_gradients(masked, case), with_gradients(shorter, case)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-7, atol=2e-5)
     assert not np.any(ours[1][1][known:])
     whole, _ = with_gradients(lambda h, w: token_scores(h, w, tokens, chunk_size=chunk_size, **settings), case)
     assert np.abs(whole.logprobs - ours[0].logprobs).max() > 1e-2

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -55,6 +56,7 @@ def make_device_scores(rewards: Sequence[DeviceReward]) -> Callable[[Sequence[An
         raise ValueError(f"several device rewards are named {repeated}: give each its own name")
 
     def scores(params: Sequence[Any], rollout: Rollout) -> DeviceScores:
+        rollout.check()
         given = [reward.function(own, rollout) for reward, own in zip(rewards, params, strict=True)]
         for reward, values in zip(rewards, given, strict=True):
             if values.shape not in (rollout.completion_lengths.shape, rollout.completion.shape):
@@ -107,6 +109,7 @@ def make_iteration(
 
     Raises:
         ValueError: there is no reward, or two of the same name.
+        AssertionError: when it is traced, if prompts and their lengths do not fit together.
     """
     if not rewards:
         raise ValueError("no reward: one program needs at least one reward that is a JAX function")
@@ -119,6 +122,9 @@ def make_iteration(
         reward_params: Sequence[Any],
         reference: Params | None = None,
     ) -> Iteration:
+        chex.assert_rank(prompt, 2)
+        chex.assert_shape(prompt_lengths, (len(prompt),))
+        chex.assert_type([prompt, prompt_lengths], int)
         rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1)
         scores = score(reward_params, rollout)
         state, metrics = update_step(state, rollout, scores.total, reference)

@@ -166,8 +166,13 @@ def with_reference(
 
     Raises:
         ValueError: there is no reference, and one is needed.
+        AssertionError: log-probs that the rows bring do not have the shape of their mask, or are no floats.
     """
-    if not objective.needs_reference or rows.ref_logprobs is not None:
+    if not objective.needs_reference:
+        return rows
+    if rows.ref_logprobs is not None:
+        chex.assert_equal_shape([rows.ref_logprobs, rows.mask])
+        chex.assert_type(rows.ref_logprobs, float)
         return rows
     if reference is None:
         raise ValueError("this objective reads a reference: pass its parameters, or rows with ref_logprobs")

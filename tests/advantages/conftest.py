@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from jax.test_util import check_grads
 
 Arrays = dict[str, np.ndarray]
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture
@@ -81,22 +83,22 @@ def check_estimator() -> Callable[..., None]:
         held = arrays[mask]
         clean = {name: _filled(x, held, 0.0) for name, x in arrays.items()}
         expected = function(**clean)
-        _all_finite(expected)
+        chex.assert_tree_all_finite(expected)
         assert any(np.any(np.asarray(x) != 0) for x in jax.tree.leaves(expected))
 
         # What is masked does not matter.
         for padding in (np.nan, np.inf, 7.0):
-            _same(expected, function(**{n: _filled(x, held, padding) for n, x in arrays.items()}), exact=True)
+            chex.assert_trees_all_equal(expected, function(**{n: _filled(x, held, padding) for n, x in arrays.items()}))
 
         # Transformations and types.
-        _same(expected, jax.jit(function)(**clean))
+        chex.assert_trees_all_close(expected, jax.jit(function)(**clean), **TOLERANCE)
         reversed_rows = {name: x[::-1] for name, x in clean.items()}
         both = {name: np.stack([x, reversed_rows[name]]) for name, x in clean.items()}
         either = jax.tree.map(lambda *x: jnp.stack(x), expected, function(**reversed_rows))
-        _same(either, jax.jit(jax.vmap(lambda kwargs: function(**kwargs)))(both))
+        chex.assert_trees_all_close(either, jax.jit(jax.vmap(lambda kwargs: function(**kwargs)))(both), **TOLERANCE)
         narrow = {n: jnp.asarray(x, jnp.bfloat16) if x.dtype.kind == "f" else x for n, x in clean.items()}
         wide = {n: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for n, x in narrow.items()}
-        _same(function(**narrow), function(**wide), exact=True)
+        chex.assert_trees_all_equal(function(**narrow), function(**wide))
         for leaf in jax.tree.leaves(function(**narrow)):
             assert leaf.dtype in (jnp.float32, jnp.bool_, jnp.int32)
 
@@ -104,7 +106,7 @@ def check_estimator() -> Callable[..., None]:
         one = np.zeros_like(held)
         one.flat[np.flatnonzero(held)[0]] = True
         for few in (np.zeros_like(held), one):
-            _all_finite(function(**{**clean, mask: few}))
+            chex.assert_tree_all_finite(function(**{**clean, mask: few}))
 
         if trained is not None:
             _check_gradient(function, arrays, mask, trained, [one, np.zeros_like(held)])
@@ -116,7 +118,7 @@ def check_estimator() -> Callable[..., None]:
             unpacked = jax.tree.map(
                 lambda x: jnp.concatenate([x[:, :width], x[:, width:]]), function(**packed, segment_ids=segment_ids)
             )
-            _same(expected, unpacked)
+            chex.assert_trees_all_close(expected, unpacked, **TOLERANCE)
 
     return check
 
@@ -147,13 +149,3 @@ def _check_gradient(function: Callable[..., Any], arrays: Arrays, mask: str, tra
 
 def _filled(x: np.ndarray, mask: np.ndarray, value: float) -> np.ndarray:
     return np.where(mask, x, value) if x.shape == mask.shape and x.dtype.kind == "f" else x
-
-
-def _all_finite(tree: Any) -> None:
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
-
-
-def _same(one: Any, other: Any, *, exact: bool = False) -> None:
-    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(np.asarray(x), np.asarray(y), **tolerance)

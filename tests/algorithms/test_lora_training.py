@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,10 +57,6 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(jnp.array, tree)
 
 
-def assert_equal(ours: Any, expected: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, ours, expected)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_adapters_move(model, params, make_rollout, dtype):
     """Bit by bit, through minibatches, micro-batches, weight decay and donation; with both types of the base."""
@@ -72,7 +69,7 @@ def test_only_adapters_move(model, params, make_rollout, dtype):
     after, metrics = compiled_step(model, PLAN)(state, make_rollout(), REWARDS)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     moved, still = split_adapters(after.params)
-    assert_equal(still, base)
+    chex.assert_trees_all_equal(still, base)
     for leaf, old, new in zip(moments, jax.tree.leaves(adapters), jax.tree.leaves(moved), strict=True):
         assert leaf.dtype == new.dtype == jnp.float32
         assert not np.any(np.asarray(old) == np.asarray(new))
@@ -84,7 +81,7 @@ def test_the_reference_is_the_base_without_a_copy(model, params, make_rollout):
     given, expected = step(make_train_state(copied(params), OPTIMIZER, 0), rollout, REWARDS, without_adapters(params))
     own, metrics = step(make_train_state(copied(params), OPTIMIZER, 0), rollout, REWARDS)
     assert expected["kl"] > 1e-3
-    assert_equal((own, metrics), (given, expected))
+    chex.assert_trees_all_equal((own, metrics), (given, expected))
     base = without_adapters(params)
     with pytest.raises(ValueError, match="reads a reference"):
         jax.eval_shape(step, make_train_state(base, OPTIMIZER, 0), rollout, REWARDS)
@@ -111,7 +108,7 @@ def test_gradient_norm_is_that_of_what_is_trained():
     assert after["embed"] == params["embed"]
 
 
-def test_eight_devices_train_as_one_does(model, params, make_rollout, mesh_config, assert_trees_close):
+def test_eight_devices_train_as_one_does(model, params, make_rollout, mesh_config):
     rollout, mesh = make_rollout(), make_mesh(mesh_config)
     alone, expected = compiled_step(model, UpdateConfig())(
         make_train_state(copied(params), OPTIMIZER, 0), rollout, REWARDS
@@ -127,7 +124,7 @@ def test_eight_devices_train_as_one_does(model, params, make_rollout, mesh_confi
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == placed
         jax.block_until_ready(step(state, rollout, REWARDS))
         assert counter.counts["update_step"] == 1
-    assert_trees_close(moments, alone.opt_state[0].mu)
+    chex.assert_trees_all_close(moments, alone.opt_state[0].mu, rtol=0, atol=1e-5)
     ours = {name: float(value) for name, value in metrics.items()}
     assert ours == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-3, abs=1e-4)
 
@@ -185,7 +182,7 @@ def test_grpo_learns_with_adapters(tiny_config, fresh):
         state, _ = update(state, rollout, reward(rollout))
     assert rewards[0] < 0.1, rewards
     assert np.mean(rewards[-3:]) > 0.8, rewards
-    assert_equal(without_adapters(state.params), base)
+    chex.assert_trees_all_equal(without_adapters(state.params), base)
 
 
 def test_supervised_training_learns_with_adapters(tiny_config, fresh):

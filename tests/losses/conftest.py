@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,11 +88,6 @@ def ragged_pairs() -> dict[str, np.ndarray]:
 Loss = Callable[..., tuple[jax.Array, Any]]
 
 
-def _same(one: Any, other: Any, **tolerance: float) -> None:
-    for name, value in jax.tree_util.tree_leaves_with_path(one):
-        np.testing.assert_allclose(value, dict(jax.tree_util.tree_leaves_with_path(other))[name], **tolerance)
-
-
 @pytest.fixture(scope="session")
 def check_token_loss() -> Callable[..., None]:
     """Checks what holds of every named loss of tokens; see `check` below for the arguments."""
@@ -130,11 +126,11 @@ def check_token_loss() -> Callable[..., None]:
 
         # What is at the padding does not matter, and gets no gradient.
         expected, expected_gradient = gradient()
-        assert np.isfinite(expected) and np.isfinite(expected_gradient).all()
+        chex.assert_tree_all_finite((expected, expected_gradient))
         assert np.any(np.asarray(expected_gradient) != 0)
         for padding in (np.nan, np.inf, 7.0):
             dirty = {name: _filled(x, mask, padding) for name, x in arrays.items()}
-            _same((value(), gradient()), (value(dirty), gradient(dirty)), rtol=0, atol=0)
+            chex.assert_trees_all_equal((value(), gradient()), (value(dirty), gradient(dirty)))
         np.testing.assert_array_equal(np.asarray(expected_gradient)[~mask], 0)
 
         # The gradient is that of the value.
@@ -150,14 +146,14 @@ def check_token_loss() -> Callable[..., None]:
         assert not any(np.any(g) for g in jax.grad(lambda changes: value(changes)[0])(passive).values())
 
         # Transformations and types.
-        _same(value(), jax.jit(lambda changes: value(changes))(clean), rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(value(), jax.jit(lambda changes: value(changes))(clean), rtol=1e-5, atol=1e-6)
         twice = {name: jnp.stack([x, x[::-1]]) for name, x in clean.items()}
         both = jax.vmap(lambda changes: value(changes)[0])(twice)
         np.testing.assert_allclose(both, [expected, expected], rtol=1e-5, atol=1e-6)
         narrow = {n: jnp.asarray(x, jnp.bfloat16) if x.dtype.kind == "f" else x for n, x in clean.items()}
         wide = {n: jnp.asarray(x, jnp.float32) if n != "mask" else x for n, x in narrow.items()}
         assert value(narrow)[0].dtype == jnp.float32
-        _same(value(narrow), value(wide), rtol=1e-6, atol=1e-7)
+        chex.assert_trees_all_close(value(narrow), value(wide), rtol=1e-6, atol=1e-7)
         assert gradient(narrow)[1].dtype == jnp.bfloat16
 
         # Nothing to train on; one token.
@@ -165,11 +161,11 @@ def check_token_loss() -> Callable[..., None]:
         assert empty == 0 and not np.any(empty_gradient)
         one = np.zeros_like(mask)
         one.flat[np.flatnonzero(mask)[0]] = True
-        assert all(np.isfinite(x).all() for x in gradient({"mask": one}))
+        chex.assert_tree_all_finite(gradient({"mask": one}))
 
         # A constant group, from which there is nothing to learn.
         if "advantages" in clean:
-            assert all(np.isfinite(x).all() for x in gradient({"advantages": np.zeros_like(clean["advantages"])}))
+            chex.assert_tree_all_finite(gradient({"advantages": np.zeros_like(clean["advantages"])}))
 
         rows = len(mask) // 2
         if mode is not None:  # parts add up, value and gradient

@@ -1,5 +1,6 @@
 from typing import get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,7 +193,7 @@ def test_without_old_policy_it_is_the_policy_itself(ragged):
     assert metrics["ratio/mean"].value() == metrics["ratio/max"].value() == 1
     assert metrics["clip_ratio/region_mean"].value() == metrics["approx_kl/k3"].value() == 0
     with_old = jax.value_and_grad(loss, has_aux=True)(logprobs, logprobs)
-    jax.tree.map(np.testing.assert_array_equal, with_old, ((value, metrics), grad))
+    chex.assert_trees_all_equal(with_old, ((value, metrics), grad))
     # The policy gradient: −A for each valid token.
     close(grad, np.where(ragged.mask, -ragged.advantages[..., None], 0))
 

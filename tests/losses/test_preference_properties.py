@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +114,7 @@ def run(case, arrays, **options):
 
 
 def same(one, other, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), one, other)
+    chex.assert_trees_all_close(one, other, rtol=rtol, atol=atol)
 
 
 @every_loss
@@ -151,7 +152,7 @@ def test_jit_vmap_any_shape_and_types(case, arrays):
     same(compiled(data), expected)
     twice = {name: np.stack([x, x[::-1]]) for name, x in data.items()}
     # AOT's ranks do not move when the rows do, either.
-    same(jax.vmap(lambda data: run(case, data)[0])(twice), [expected[0]] * 2)
+    same(jax.vmap(lambda data: run(case, data)[0])(twice), jnp.stack([expected[0]] * 2))
     square = {name: x.reshape(2, 4) for name, x in data.items()}
     same(run(case, square)[:2], expected[:2])
     narrow = {n: jnp.asarray(x, jnp.bfloat16) if x.dtype.kind == "f" else x for n, x in data.items()}
@@ -166,7 +167,7 @@ def test_jit_vmap_any_shape_and_types(case, arrays):
 def test_no_sample_and_one_sample_are_finite(case, arrays, valid):
     data = of(case, arrays) | {"mask": np.arange(8) < valid}
     value, metrics, gradients = run(case, data)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, metrics, gradients)))
+    chex.assert_tree_all_finite((value, metrics, gradients))
     assert all(np.isfinite(metric.value()) for metric in metrics.values())
     if not valid:
         assert value == 0
@@ -220,7 +221,7 @@ def test_far_policies_are_finite(case, arrays, distance):
         if name in data:
             data[name] = data[name] + sign * distance - abs(distance)
     value, _, gradients = run(case, data)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradients)))
+    chex.assert_tree_all_finite((value, gradients))
 
 
 @every_loss

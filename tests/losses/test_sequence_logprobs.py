@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_padding_gradient_types_and_transformations(ragged):
     for options in ({}, {"average": True}, {"ld_alpha": 0.3, "shared_lengths": np.ones((4, 3))}):
         value, gradient = run(0.0, **options)
         for padding in (np.nan, np.inf):
-            jax.tree.map(np.testing.assert_array_equal, run(padding, **options), (value, gradient))
+            chex.assert_trees_all_equal(run(padding, **options), (value, gradient))
         np.testing.assert_array_equal(np.asarray(gradient)[~ragged.mask], 0)
         assert value.dtype == jnp.float32
     close(run(0.0)[1], ragged.mask)

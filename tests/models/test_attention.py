@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +131,7 @@ def test_gradients_of_shared_equal_those_of_one_softmax():
         )
 
     ours, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*inputs) for f in (two_parts, one_part))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, expected)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-7, atol=2e-5)
 
 
 def test_a_query_without_any_key_is_finite():
@@ -144,8 +145,7 @@ def test_a_query_without_any_key_is_finite():
 
     differentiated = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
     value, gradient = differentiated(given.query, given.prompt, given.own)
-    assert np.isfinite(value)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    chex.assert_tree_all_finite((value, gradient))
 
 
 def test_what_is_masked_does_not_matter():

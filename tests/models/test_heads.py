@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +153,7 @@ def test_trees_of_a_model_fit_each_other(bias, lm_head, tiny_config):
     assert jax.tree.structure(state.params) == jax.tree.structure(shapes)
     assert jax.tree.structure(parameter_shardings(make_mesh(), axes, shapes)) == jax.tree.structure(shapes)
     made = jax.eval_shape(lambda p: model.from_trunk(p), trunk.abstract_params())
-    assert jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), made, shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(made, shapes)
     if lm_head:
         tokens = [jnp.ones(s, int) for s in [(1, 2), 1, (1, 1, 2)]]
         assert jax.eval_shape(trunk.hidden, shapes, *tokens).shape == (1, 1, 2, 32)

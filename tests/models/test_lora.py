@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,10 +48,6 @@ def logits(model: Transformer, params: Params) -> np.ndarray:
     return np.asarray(jax.jit(model.logits)(params, TOKENS))
 
 
-def same(one: Any, other: Any) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, one, other))
-
-
 # ---- What they compute ---------------------------------------------------------------------------
 
 
@@ -72,7 +69,7 @@ def test_fresh_adapters_change_nothing(tiny_config, lively_params, dtype):
 
 def test_the_base_of_init_is_that_of_the_model_without_adapters(model):
     params = model.init(jax.random.key(3))
-    assert same(without_adapters(params), model.base.init(jax.random.key(3)))
+    chex.assert_trees_all_equal(without_adapters(params), model.base.init(jax.random.key(3)), strict=True)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scan", "unrolled"])
@@ -151,7 +148,7 @@ def test_eight_devices_compute_what_one_does(model, params, mesh_config):
     fresh = add_adapters(without_adapters(placed), model, jax.random.key(0), shardings)
     assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, fresh, shardings))
     whole = add_adapters(without_adapters(params), model, jax.random.key(0))
-    assert same(split_adapters(fresh)[0], split_adapters(whole)[0])
+    chex.assert_trees_all_equal(split_adapters(fresh)[0], split_adapters(whole)[0], strict=True)
 
 
 # ---- Trees ---------------------------------------------------------------------------------------

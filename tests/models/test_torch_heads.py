@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_reward_model_in_both_directions(changes, tiny_config, lively_params, ro
     theirs.save_pretrained(tmp_path / "theirs")
     loaded, arrays, _ = load_score_model(tmp_path / "theirs", remat="none")
     assert loaded == model
-    jax.tree.map(np.testing.assert_array_equal, arrays, params)
+    chex.assert_trees_all_equal(arrays, params)
 
 
 def test_process_reward_model_in_both_directions(tiny_config, lively_params, rows, tmp_path):
@@ -87,4 +88,4 @@ def test_process_reward_model_in_both_directions(tiny_config, lively_params, row
     theirs.save_pretrained(tmp_path / "theirs")
     loaded, arrays, _ = load_score_model(tmp_path / "theirs", remat="none")
     assert loaded == model
-    jax.tree.map(np.testing.assert_array_equal, arrays, params)
+    chex.assert_trees_all_equal(arrays, params)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,14 +105,8 @@ def value_and_gradient(model: Transformer, params: Params, rows: Rows) -> tuple[
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float = 2e-5) -> None:
-    """Each leaf within `tolerance` of its largest entry."""
-
-    def one(path: Any, a: Any, b: Any) -> None:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.isfinite(a).all(), path
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=str(path))
-
-    jax.tree_util.tree_map_with_path(one, ours, theirs)
+    chex.assert_tree_all_finite(ours)
+    chex.assert_trees_all_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------- one prompt for its group
@@ -387,17 +383,14 @@ def test_param_dtype_is_that_of_storage(tiny_config):
 
 
 def test_equal_configurations_share_a_compiled_program(tiny_config, lively_params):
-    traces = []
-
+    @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
     def logits(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
-        traces.append(model)
         return model.logits(params, tokens)
 
-    compiled = jax.jit(logits, static_argnums=0)
     params, tokens = lively_params(Transformer(tiny_config())), np.zeros((1, 2), np.int32)
     for _ in range(2):
-        compiled(Transformer(tiny_config()), params, tokens)
-    assert len(traces) == 1
+        logits(Transformer(tiny_config()), params, tokens)
     assert Transformer(tiny_config()) != Transformer(tiny_config(num_layers=3))
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -79,15 +80,15 @@ def test_what_is_kept_of_the_start(fresh: Params, tuned: Params) -> None:
     trained = jax.tree.map_with_path(lambda path, leaf: leaf + (path[-1].key in ("lora_a", "lora_b")), tuned)
     reference = reference_of(trained, kept)
     assert reference is not None
-    jax.tree.map(np.testing.assert_array_equal, reference, tuned)
+    chex.assert_trees_all_equal(reference, tuned)
     whole, _ = start_reference(tuned, places, with_adapters=True, whole=True)
-    jax.tree.map(np.testing.assert_array_equal, whole, tuned)
+    chex.assert_trees_all_equal(whole, tuned)
     for params, with_adapters in ((tuned, False), (fresh, True)):
         kept, said = start_reference(params, places, with_adapters=with_adapters)
         assert kept is None and "the base" in said
-        jax.tree.map(np.testing.assert_array_equal, reference_of(trained, kept), without_adapters(tuned))
+        chex.assert_trees_all_equal(reference_of(trained, kept), without_adapters(tuned))
         whole, _ = start_reference(params, places, with_adapters=with_adapters, whole=True)
-        jax.tree.map(np.testing.assert_array_equal, whole, without_adapters(tuned))
+        chex.assert_trees_all_equal(whole, without_adapters(tuned))
     plain = without_adapters(tuned)
     kept, said = start_reference(plain, places, with_adapters=True)
     assert said == "" and kept is not None and reference_of(plain, kept) is kept

@@ -19,7 +19,6 @@ from jaxrl_llm.cli import make_trainer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
-from jaxrl_llm.training.on_policy import Trainer
 from jaxrl_llm.training.run.metrics import comparable_metrics
 
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -46,10 +45,6 @@ def make(tiny: ModuleType, tmp_path: Path):
     return make
 
 
-def assert_same_state(one: Trainer, other: Trainer) -> None:
-    chex.assert_trees_all_equal(one.state, other.state)
-
-
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 def test_a_run_in_bfloat16_resumes_exactly(rounding: Rounding, make) -> None:
     whole = make("whole", 3, rounding)
@@ -58,7 +53,7 @@ def test_a_run_in_bfloat16_resumes_exactly(rounding: Rounding, make) -> None:
     make("cut", 1, rounding).run()
     resumed = make("cut", 3, rounding, resume=True)
     resumed.run()
-    assert_same_state(whole, resumed)
+    chex.assert_trees_all_equal(whole.state, resumed.state)
     lines = [comparable_metrics(trainer.setup.folder / "metrics.jsonl")[-1] for trainer in (whole, resumed)]
     assert lines[0] == lines[1]
 

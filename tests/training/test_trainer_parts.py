@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,11 +58,6 @@ def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
     return comparable_metrics(trainer.setup.folder / "metrics.jsonl")
 
 
-def assert_same_params(one: Trainer, other: Trainer) -> None:
-    for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(other.state.params), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 # ---- Critics and baselines ------------------------------------------------------------------------------
 
 
@@ -92,7 +88,7 @@ def test_ppo_resumes_exactly_with_its_critic_and_its_coefficient(make) -> None:
     make("cut", algorithm=algorithm, training={"steps": 1, "checkpoint_every": 1}).run()
     resumed = make("cut", algorithm=algorithm, training={"steps": 2, "checkpoint_every": 1}, resume=True)
     resumed.run()
-    assert_same_params(whole, resumed)
+    chex.assert_trees_all_equal(whole.state.params, resumed.state.params)
     np.testing.assert_array_equal(whole.state.memory, resumed.state.memory)
     assert metrics_of(whole)[-1] == metrics_of(resumed)[-1]
     assert float(whole.state.memory) != advantage.kl_coef
@@ -273,8 +269,7 @@ def test_the_fused_iteration_is_one_program_and_the_same_run(make, tiny: ModuleT
     assert apart.compilations.counts == {"sample": 1, "scores": 1, "update_step": 1}
     for one, other in zip(metrics_of(fused), metrics_of(apart), strict=True):
         assert {k: v for k, v in other.items() if "nothing" not in k} == pytest.approx(one, rel=1e-5, abs=1e-6)
-    for a, b in zip(jax.tree.leaves(fused.state.params), jax.tree.leaves(apart.state.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    chex.assert_trees_all_close(fused.state.params, apart.state.params, rtol=1e-7, atol=1e-5)
     assert metrics_of(fused)[0]["rewards/spread/mean"] > 0
 
 
@@ -382,7 +377,7 @@ def test_online_dpo_in_two_programs_resumes_exactly(make) -> None:
     make("cut", algorithm=algorithm, training=saving | {"steps": 1}).run()
     resumed = make("cut", algorithm=algorithm, training=saving, resume=True)
     resumed.run()
-    assert_same_params(whole, resumed)
+    chex.assert_trees_all_equal(whole.state.params, resumed.state.params)
     assert metrics_of(whole)[-1] == metrics_of(resumed)[-1]
     with pytest.raises(ValueError, match=r"algorithm.*PolicyGradient"):
         make("cut", training=saving, resume=True)

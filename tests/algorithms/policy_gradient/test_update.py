@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +89,7 @@ def step_once(
     step = compiled_step(model, optimizer, algorithm, UpdateConfig(**plan), temperature)
     state, metrics = step(make_train_state(params, optimizer, 0), rollout, rewards, reference)
     change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
+    chex.assert_tree_all_finite(change)  # a comparison takes two NaNs for equal
     return change, {name: float(value) for name, value in metrics.items()}
 
 
@@ -150,7 +152,6 @@ def test_gradient_is_that_of_repeated_prompts(
     lively_params,
     make_rollout,
     repeated_logprobs,
-    assert_trees_close,
 ):
     """Loss, entropy, KL and gradient from the logits of the P·G whole sequences."""
     model = Transformer(tiny_config(**architecture))
@@ -179,7 +180,7 @@ def test_gradient_is_that_of_repeated_prompts(
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, means), expected = plain(params)
-    assert_trees_close(gradient, expected)
+    chex.assert_trees_all_close(gradient, expected, rtol=0, atol=1e-5)
     assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(expected))
     assert metrics["loss"] == pytest.approx(float(loss), abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(jax.jit(optax.tree.norm)(expected)), rel=1e-4)
@@ -207,14 +208,14 @@ def whole(tiny_config, lively_params, make_rollout) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("micro_batches", [2, 16])
-def test_micro_batches_do_not_change_the_gradient(micro_batches, whole, assert_trees_close):
+def test_micro_batches_do_not_change_the_gradient(micro_batches, whole):
     """Of 4 prompts × 4 samples, 16 pieces hold a single completion each."""
     gradient, metrics = step_once(**whole["case"], micro_batches=micro_batches)
-    assert_trees_close(gradient, whole["gradient"], tolerance=2e-6)
+    chex.assert_trees_all_close(gradient, whole["gradient"], rtol=0, atol=2e-6)
     assert metrics == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
 
 
-def test_padding_does_not_change_the_gradient(whole, assert_trees_close):
+def test_padding_does_not_change_the_gradient(whole):
     """Wider rows, with ids at the padding that are no tokens."""
     rollout: Rollout = whole["case"]["rollout"]
     tail = ((0, 0), (0, 0), (0, 3))
@@ -225,11 +226,11 @@ def test_padding_does_not_change_the_gradient(whole, assert_trees_close):
         sampler_logprobs=np.pad(np.where(rollout.mask, rollout.sampler_logprobs, np.nan), tail),
     )
     gradient, metrics = step_once(**{**whole["case"], "rollout": wide})
-    assert_trees_close(gradient, whole["gradient"], tolerance=2e-6)
+    chex.assert_trees_all_close(gradient, whole["gradient"], rtol=0, atol=2e-6)
     assert metrics == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
 
 
-def test_order_does_not_change_the_gradient(whole, assert_trees_close):
+def test_order_does_not_change_the_gradient(whole):
     """Prompts, and samples of a group, in another order: rewards stay with their rows."""
     prompts, samples = np.array([2, 0, 3, 1]), np.array([3, 1, 0, 2])
     rollout: Rollout = whole["case"]["rollout"]
@@ -242,11 +243,11 @@ def test_order_does_not_change_the_gradient(whole, assert_trees_close):
     }
     other = {"rollout": Rollout(**shuffled), "rewards": whole["case"]["rewards"][prompts][:, samples]}
     gradient, metrics = step_once(**{**whole["case"], **other})
-    assert_trees_close(gradient, whole["gradient"], tolerance=2e-6)
+    chex.assert_trees_all_close(gradient, whole["gradient"], rtol=0, atol=2e-6)
     assert metrics == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
 
 
-def test_mesh_does_not_change_the_update(mesh_config, whole, assert_trees_close):
+def test_mesh_does_not_change_the_update(mesh_config, whole):
     """The gradient (the momentum after one step), the parameters and the metrics; the state stays sharded."""
     mesh, case = make_mesh(mesh_config), whole["case"]
     model, optimizer = case["model"], optax.sgd(1.0, momentum=0.9)
@@ -266,16 +267,16 @@ def test_mesh_does_not_change_the_update(mesh_config, whole, assert_trees_close)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
         state, _ = compiled(state, case["rollout"], case["rewards"], reference)
         assert counter.counts["update_step"] == 1
-    assert_trees_close(gradient, whole["gradient"])
+    chex.assert_trees_all_close(gradient, whole["gradient"], rtol=0, atol=1e-5)
     expected = jax.tree.map(lambda old, change: np.asarray(old) - change, case["params"], whole["gradient"])
-    assert_trees_close(params, expected)
+    chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-5)
     ours = {name: float(value) for name, value in metrics.items()}
     assert ours == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-5)
     split = state.params["layers"]["mlp"]["up"]["weight"]
     assert split.addressable_shards[0].data.size == split.size // (mesh_config.tensor * mesh.shape["fsdp"])
 
 
-def test_one_compiled_step_follows_the_mesh(whole, assert_trees_close):
+def test_one_compiled_step_follows_the_mesh(whole):
     """Also onto a mesh of the user's own, which has not all our axes."""
     case, optimizer = whole["case"], optax.sgd(1.0)
     step = jax.jit(make_update_step(case["model"], optimizer, case["algorithm"]))
@@ -285,7 +286,7 @@ def test_one_compiled_step_follows_the_mesh(whole, assert_trees_close):
             state = make_train_state(case["params"], optimizer, 0)
             state, _ = step(state, case["rollout"], case["rewards"], case["reference"])
         change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), case["params"], state.params)
-        assert_trees_close(change, whole["gradient"])
+        chex.assert_trees_all_close(change, whole["gradient"], rtol=0, atol=1e-5)
     too_few = make_rewards()[:3, :1]
     rollout = jax.tree.map(lambda x: x[:3, :1] if x.ndim > 1 and x.shape[1] == 4 else x[:3], case["rollout"])
     with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match=r"3 prompts × 1 samples .* 8 row shards"):
@@ -463,7 +464,7 @@ def test_a_batch_of_which_all_is_masked_changes_nothing(tiny_config, lively_para
     assert metrics["completions/clipped_ratio"] == 1
 
 
-def test_one_token_completions(tiny_config, lively_params, make_rollout, repeated_logprobs, assert_trees_close):
+def test_one_token_completions(tiny_config, lively_params, make_rollout, repeated_logprobs):
     model = Transformer(tiny_config())
     params, rollout, rewards = lively_params(model), make_rollout(width=1), make_rewards()
     gradient, _ = step_once(model, params, rollout, rewards, PolicyGradient())
@@ -476,10 +477,10 @@ def test_one_token_completions(tiny_config, lively_params, make_rollout, repeate
 
         return jax.grad(loss)(params)
 
-    assert_trees_close(gradient, plain(params))
+    chex.assert_trees_all_close(gradient, plain(params), rtol=0, atol=1e-5)
 
 
-def test_masked_truncated_completions_have_no_part(tiny_config, lively_params, make_rollout, assert_trees_close):
+def test_masked_truncated_completions_have_no_part(tiny_config, lively_params, make_rollout):
     """What they hold does not matter; their rewards stay in the group's baseline."""
     model = Transformer(tiny_config())
     params, rollout, rewards = lively_params(model), make_rollout(), make_rewards()
@@ -488,7 +489,7 @@ def test_masked_truncated_completions_have_no_part(tiny_config, lively_params, m
     other = rollout.replace(completion=np.where(cut, (rollout.completion + 1) % 64, rollout.completion))
     algorithm = dataclasses.replace(PolicyGradient(), mask_truncated=True)
     before, after = (step_once(model, params, rows, rewards, algorithm) for rows in (rollout, other))
-    assert_trees_close(after[0], before[0], tolerance=1e-7)
+    chex.assert_trees_all_close(after[0], before[0], rtol=0, atol=1e-7)
     assert after[1] == pytest.approx(before[1], rel=1e-6)
     unmasked, _ = step_once(model, params, other, rewards, PolicyGradient())
     assert distance(unmasked, before[0]) > 1e-3
@@ -510,7 +511,7 @@ def test_half_precision(dtype, param_dtype, whole, tiny_config, lively_params):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {param_dtype}
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert {leaf.dtype.name for leaf in moments} == {"float32"}
-    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
     assert all(np.isfinite(value) for value in metrics.values())
     assert distance(state.params, params) > 1e-3
     adam = optax.tree.get(state.opt_state, "mu")
@@ -603,7 +604,6 @@ def test_a_reward_that_is_not_finite_costs_its_minibatch_alone(bad, tiny_config,
     change, metrics = step_once(model, params, make_rollout(), rewards, PolicyGradient(), minibatches=2)
     assert metrics["frac_steps_skipped"] == 0.5
     assert not np.isfinite(metrics["reward"])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(change))
     assert distance(change, jax.tree.map(np.zeros_like, change)) > 1e-4
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +60,7 @@ def step_once(
     reference = None if rows.ref_logprobs is not None else setting["reference"]
     state, metrics = step(make_train_state(setting["params"], optimizer, 0), rows, reference)
     change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), setting["params"], state.params)
+    chex.assert_tree_all_finite(change)  # a comparison takes two NaNs for equal
     return change, {name: float(value) for name, value in metrics.items()}
 
 
@@ -67,9 +69,7 @@ def whole(setting, pairs) -> tuple[Params, dict[str, float]]:
     return step_once(setting, EVERYTHING, pairs)
 
 
-def test_gradient_is_that_of_the_losses_of_repeated_prompts(
-    whole, setting, pairs, rollout, repeated_logprobs, assert_trees_close
-):
+def test_gradient_is_that_of_the_losses_of_repeated_prompts(whole, setting, pairs, rollout, repeated_logprobs):
     """Log-probs of whole sequences from all their logits, the padded pair cut out of the arrays."""
     kept = np.arange(8) != PADDING
     lengths = pairs.mask[kept].sum(-1).astype(np.int32)
@@ -102,7 +102,7 @@ def test_gradient_is_that_of_the_losses_of_repeated_prompts(
     gradient, metrics = whole
     loss, expected = plain(setting["params"], setting["reference"])
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert_trees_close(gradient, expected)
+    chex.assert_trees_all_close(gradient, expected, rtol=0, atol=1e-5)
 
     chosen, rejected, tokens = jax.jit(sides)(setting["params"])
     ref = jax.jit(sides)(setting["reference"])
@@ -114,22 +114,22 @@ def test_gradient_is_that_of_the_losses_of_repeated_prompts(
     assert metrics["nll"] == pytest.approx(-float(np.asarray(tokens[:, 0])[chosen_tokens].mean()), rel=1e-4)
 
 
-def test_mesh_does_not_change_the_gradient(whole, setting, pairs, assert_trees_close):
+def test_mesh_does_not_change_the_gradient(whole, setting, pairs):
     """Nor does the sort of AOT, which then is over all devices."""
     with jax.set_mesh(make_mesh()):
         gradient, metrics = step_once(setting, EVERYTHING, pairs)
-    assert_trees_close(gradient, whole[0])
+    chex.assert_trees_all_close(gradient, whole[0], rtol=0, atol=1e-5)
     assert metrics == pytest.approx(whole[1], rel=1e-4)
 
 
-def test_micro_batches_and_a_reference_ahead_of_time_do_not_change_the_gradient(setting, pairs, assert_trees_close):
+def test_micro_batches_and_a_reference_ahead_of_time_do_not_change_the_gradient(setting, pairs):
     """Also where what was computed ahead has anything at padding."""
     objective = dataclasses.replace(EVERYTHING, pair_loss=OF_PAIRS, ld_alpha=0.5)
     gradient, metrics = step_once(setting, objective, pairs)
     ahead = np.array(jax.jit(make_reference_pass(setting["model"], 1))(setting["reference"], pairs))
     ahead[~pairs.mask] = np.nan
     parts = step_once(setting, objective, pairs._replace(ref_logprobs=ahead), micro_batches=4)
-    assert_trees_close(parts[0], gradient)
+    chex.assert_trees_all_close(parts[0], gradient, rtol=0, atol=1e-5)
     assert parts[1] == pytest.approx(metrics, rel=1e-5)
 
 

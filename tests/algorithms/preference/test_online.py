@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -63,19 +64,20 @@ def run(model, lively_params) -> Callable[..., tuple[Params, dict[str, float]]]:
         state = make_train_state(lively_params(model), optimizer, 0)
         step = jax.jit(make_online_preference_step(model, optimizer, algorithm, plan))
         state, metrics = step(state, rollout, rewards, lively_params(model, seed=1))
+        chex.assert_tree_all_finite(state.params)  # a comparison takes two NaNs for equal
         return state.params, {name: float(value) for name, value in metrics.items()}
 
     return run
 
 
-def test_the_step_is_that_on_given_pairs(rollout, expected, model, run, lively_params, assert_trees_close):
+def test_the_step_is_that_on_given_pairs(rollout, expected, model, run, lively_params):
     optimizer, objective = optax.sgd(1.0), PreferenceObjective()
     online, metrics = run(OnlinePreference(objective), rollout, REWARDS)
     state = make_train_state(lively_params(model), optimizer, 0)
     given, others = jax.jit(make_offline_step(model, optimizer, objective))(
         state, expected, lively_params(model, seed=1)
     )
-    assert_trees_close(online, given.params)
+    chex.assert_trees_all_close(online, given.params, rtol=0, atol=1e-5)
     assert {name: metrics[name] for name in others} == pytest.approx(
         {name: float(value) for name, value in others.items()}, rel=1e-5
     )
@@ -85,12 +87,12 @@ def test_the_step_is_that_on_given_pairs(rollout, expected, model, run, lively_p
     assert metrics["entropy"] == pytest.approx(-np.asarray(rollout.sampler_logprobs)[mask].mean(), rel=1e-5)
 
 
-def test_rewards_of_tokens_are_summed(rollout, run, assert_trees_close):
+def test_rewards_of_tokens_are_summed(rollout, run):
     mask = np.asarray(rollout.mask)
     by_token = np.where(mask, (REWARDS / mask.sum(-1))[..., None], np.nan).astype(np.float32)
     whole, metrics = run(OnlinePreference(), rollout, REWARDS)
     summed, same = run(OnlinePreference(), rollout, by_token)
-    assert_trees_close(summed, whole)
+    chex.assert_trees_all_close(summed, whole, rtol=0, atol=1e-5)
     assert same == pytest.approx(metrics, rel=1e-5)
 
 
@@ -100,26 +102,26 @@ def test_a_prompt_without_a_difference_has_no_pair(rollout, model, run, lively_p
     assert not np.asarray(sampled_pairs(rollout, rewards).mask).any()
     after, metrics = run(OnlinePreference(), rollout, np.ones_like(REWARDS))
     assert metrics["grad_norm"] == 0
-    jax.tree.map(np.testing.assert_array_equal, after, lively_params(model))
+    chex.assert_trees_all_equal(after, lively_params(model))
 
 
-def test_a_completion_without_an_end_is_worth_less(rollout, run, assert_trees_close):
+def test_a_completion_without_an_end_is_worth_less(rollout, run):
     finished = np.asarray(rollout.finished)
     assert not finished.all()
     penalised, metrics = run(OnlinePreference(missing_eos_penalty=3.0), rollout, REWARDS)
     lowered, _ = run(OnlinePreference(), rollout, REWARDS - 3 * ~finished)
-    assert_trees_close(penalised, lowered)
+    chex.assert_trees_all_close(penalised, lowered, rtol=0, atol=1e-5)
     assert metrics["reward"] == pytest.approx(REWARDS.mean())  # as it was given
 
 
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=2)])
-def test_micro_batches_and_meshes_change_nothing(config, run, make_rollout, assert_trees_close):
+def test_micro_batches_and_meshes_change_nothing(config, run, make_rollout):
     rollout = make_rollout(prompts=8, group=3)
     rewards = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     plain, metrics = run(OnlinePreference(), rollout, rewards)
     with jax.set_mesh(make_mesh(config, jax.devices()[: max(1, config.data) * max(1, config.fsdp) * config.tensor])):
         again, same = run(OnlinePreference(), rollout, rewards, UpdateConfig(micro_batches=2))
-    assert_trees_close(again, plain, tolerance=1e-4)
+    chex.assert_trees_all_close(again, plain, rtol=0, atol=1e-4)
     assert same == pytest.approx(metrics, rel=1e-4)
 
 
@@ -128,7 +130,7 @@ def test_pairs_that_would_be_cut_raise(rollout, run):
         run(OnlinePreference(), rollout, REWARDS, UpdateConfig(micro_batches=3))
 
 
-def test_minibatches_are_steps_one_after_the_other(rollout, expected, model, run, lively_params, assert_trees_close):
+def test_minibatches_are_steps_one_after_the_other(rollout, expected, model, run, lively_params):
     """On the pairs of some prompts each, all against the reference and none against the step before."""
     together, _ = run(OnlinePreference(), rollout, REWARDS, UpdateConfig(minibatches=2))
     optimizer = optax.sgd(1.0)
@@ -137,20 +139,20 @@ def test_minibatches_are_steps_one_after_the_other(rollout, expected, model, run
     step = jax.jit(make_offline_step(model, optimizer, PreferenceObjective()))
     for part in (order[:2], order[2:]):
         state, _ = step(state, jax.tree.map(lambda x, part=part: x[part], expected), lively_params(model, seed=1))
-    assert_trees_close(together, state.params)
+    chex.assert_trees_all_close(together, state.params, rtol=0, atol=1e-5)
 
 
-def test_with_adapters_the_base_is_the_reference_and_stays(rollout, tiny_config, lively_params, assert_trees_close):
+def test_with_adapters_the_base_is_the_reference_and_stays(rollout, tiny_config, lively_params):
     model, optimizer = Transformer(tiny_config(lora=LoraConfig(rank=2))), optax.sgd(1.0)
     params = lively_params(model)
     state = make_train_state(params, optimizer, 0)
     step = jax.jit(make_online_preference_step(model, optimizer, OnlinePreference()))
     ours, metrics = step(state, rollout, REWARDS)
     given, _ = step(state, rollout, REWARDS, without_adapters(params))
-    assert_trees_close(ours.params, given.params)
+    chex.assert_trees_all_close(ours.params, given.params, rtol=0, atol=1e-5)
     assert float(metrics["rewards/margins"]) != 0  # the adapters are no longer what they began with
     trained, base = split_trainable(ours.params)
-    jax.tree.map(np.testing.assert_array_equal, base, split_trainable(params)[1])
+    chex.assert_trees_all_equal(base, split_trainable(params)[1])
     assert any(
         np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (trained, split_trainable(params)[0])), strict=True)
     )

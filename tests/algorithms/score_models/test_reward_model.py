@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +60,7 @@ def whole(model, params, pairs, step_of_score_model) -> tuple[Params, dict[str, 
     return step_of_score_model(model, params, pairs, OBJECTIVE)
 
 
-def test_loss_is_that_of_the_scores_of_complete_pairs(model, params, pairs, whole, assert_trees_close):
+def test_loss_is_that_of_the_scores_of_complete_pairs(model, params, pairs, whole):
     @jax.jit
     def plain(params: Params) -> tuple[tuple[jax.Array, Any], Params]:
         def loss(params: Params) -> tuple[jax.Array, Any]:
@@ -70,22 +71,22 @@ def test_loss_is_that_of_the_scores_of_complete_pairs(model, params, pairs, whol
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, metrics), gradient = plain(params)
-    assert_trees_close(whole[0], gradient)
+    chex.assert_trees_all_close(whole[0], gradient, rtol=0, atol=1e-5)
     assert whole[1]["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert metrics.keys() == {"accuracy", "margin", "score/mean", "score/std"}
     assert {name: whole[1][name] for name in metrics} == pytest.approx(jax.tree.map(float, metrics), rel=1e-4)
 
 
-def test_micro_batches_do_not_change_the_gradient(model, params, pairs, whole, assert_trees_close, step_of_score_model):
+def test_micro_batches_do_not_change_the_gradient(model, params, pairs, whole, step_of_score_model):
     gradient, metrics = step_of_score_model(model, params, pairs, OBJECTIVE, micro_batches=4)
-    assert_trees_close(gradient, whole[0])
+    chex.assert_trees_all_close(gradient, whole[0], rtol=0, atol=1e-5)
     assert metrics == pytest.approx(whole[1], rel=1e-4)
 
 
-def test_mesh_does_not_change_the_gradient(model, params, pairs, whole, assert_trees_close, step_of_score_model):
+def test_mesh_does_not_change_the_gradient(model, params, pairs, whole, step_of_score_model):
     with jax.set_mesh(make_mesh()):
         gradient, metrics = step_of_score_model(model, params, pairs, OBJECTIVE)
-    assert_trees_close(gradient, whole[0])
+    chex.assert_trees_all_close(gradient, whole[0], rtol=0, atol=1e-5)
     assert metrics == pytest.approx(whole[1], rel=1e-4)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +28,6 @@ from jaxrl_llm.losses.kl import kl_exact
 
 def close(value, expected, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol)
-
-
-def trees_close(value, expected, **tolerance):
-    assert jax.tree.structure(value) == jax.tree.structure(expected)
-    jax.tree.map(lambda x, y: close(x, y, **tolerance), value, expected)
 
 
 @pytest.fixture
@@ -204,13 +200,13 @@ def test_parts_add_up_and_padding_does_not_matter(policy, product):
         )
 
     parts = part(slice(0, 1)), part(slice(1, 3))
-    trees_close(jax.tree.map(jnp.add, *parts), whole)
+    chex.assert_trees_all_close(jax.tree.map(jnp.add, *parts), whole, rtol=1e-5, atol=1e-6)
 
     def dirty(params):  # whatever came back from there would reach the parameters
         x = function(params)
         return x + jnp.where(policy.mask if x.ndim == 2 else policy.mask[..., None], 0.0, jnp.nan)
 
-    trees_close(product(dirty, policy.params, policy.vector, policy.mask), whole, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(product(dirty, policy.params, policy.vector, policy.mask), whole, rtol=1e-6, atol=1e-7)
     empty = product(function, policy.params, policy.vector, np.zeros_like(policy.mask))
     assert not np.any(flat(empty))
 
@@ -298,7 +294,7 @@ def test_the_scaled_direction_has_the_divergence_asked_for(policy):
     # The scale of the objective cancels.
     larger = jax.tree.map(lambda g: 100 * g, gradient)
     other = trpo_direction(product, larger, max_kl=0.003, damping=0.2, iterations=40)
-    trees_close(other.step, found.step, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(other.step, found.step, rtol=1e-3, atol=1e-5)
     assert trust_region_scale({"x": jnp.zeros(2)}, lambda v: v) == 0
 
 
@@ -312,7 +308,7 @@ def test_a_step_improves_and_stays_in_the_region(policy):
     close(metrics["trpo/improvement"].value(), policy.surrogate(params) - policy.surrogate(policy.params), atol=1e-6)
     close(metrics["grad_norm"].value(), np.linalg.norm(flat(jax.grad(policy.surrogate)(policy.params))))
     eager, _ = trpo_step(policy.surrogate, policy.kl, policy.params, max_kl=0.02)
-    trees_close(eager, params, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(eager, params, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cause", ["no improvement", "divergence", "nan"])
@@ -328,12 +324,12 @@ def test_a_failed_search_keeps_the_old_parameters_bit_for_bit(policy, cause):
     found = search(policy.params)
     assert not found.accepted and found.backtracks == 4
     assert found.improvement == found.kl == 0
-    jax.tree.map(np.testing.assert_array_equal, found.params, policy.params)
+    chex.assert_trees_all_equal(found.params, policy.params)
 
 
 def test_without_a_gradient_nothing_moves(policy):
     params, metrics = trpo_step(lambda p: 0.0 * policy.surrogate(p), policy.kl, policy.params)
-    jax.tree.map(np.testing.assert_array_equal, params, policy.params)
+    chex.assert_trees_all_equal(params, policy.params)
     assert metrics["trpo/accepted"].value() == 0
     assert all(np.isfinite(metric.value()) for metric in metrics.values())
 
@@ -341,7 +337,7 @@ def test_without_a_gradient_nothing_moves(policy):
 def test_bounds_may_be_traced(policy):
     fixed, _ = trpo_step(policy.surrogate, policy.kl, policy.params, max_kl=0.02, damping=0.3)
     traced = jax.jit(lambda kl, d: trpo_step(policy.surrogate, policy.kl, policy.params, max_kl=kl, damping=d)[0])
-    trees_close(traced(0.02, 0.3), fixed, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(traced(0.02, 0.3), fixed, rtol=1e-4, atol=1e-5)
 
 
 def test_errors(policy):

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +98,7 @@ def repeated_distributions(model: Transformer, params: Params, rollout: Rollout,
     ids=["gauss_newton", "hessian"],
 )
 def test_the_step_is_that_of_all_logits(
-    algorithm, fisher, architecture, temperature, tiny_config, lively_params, make_rollout, assert_trees_close
+    algorithm, fisher, architecture, temperature, tiny_config, lively_params, make_rollout
 ):
     model = Transformer(tiny_config(num_layers=1, **architecture))
     params, rollout, rewards = lively_params(model), make_rollout(), make_rewards()
@@ -132,8 +133,8 @@ def test_the_step_is_that_of_all_logits(
     ours, metrics = step_once(model, params, rollout, rewards, algorithm, region, temperature=temperature)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change(expected, params)))
     assert largest > 1e-3
-    scaled = [jax.tree.map(lambda x: x / largest, change(new, params)) for new in (ours, expected)]
-    assert_trees_close(*scaled, tolerance=2e-3)
+    moved = change(ours, params), change(expected, params)
+    chex.assert_trees_all_close(*moved, rtol=0, atol=2e-3 * largest)
     assert metrics["trpo/accepted"] == 1
     for name in ("trpo/kl", "trpo/improvement", "trpo/step_scale", "trpo/backtracks", "grad_norm"):
         assert metrics[name] == pytest.approx(float(found[name].value()), rel=2e-3, abs=1e-6), name
@@ -150,15 +151,15 @@ def whole(tiny_config, lively_params, make_rollout) -> dict[str, Any]:
     return {"case": case, "change": change(params, case["params"]), "metrics": metrics}
 
 
-def same_as_whole(found: Result, whole: dict[str, Any], close: Callable) -> None:
+def same_as_whole(found: Result, whole: dict[str, Any]) -> None:
     params, metrics = found
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole["change"]))
     moved = change(params, whole["case"]["params"])
-    close(*(jax.tree.map(lambda x: x / largest, tree) for tree in (moved, whole["change"])), tolerance=2e-3)
+    chex.assert_trees_all_close(moved, whole["change"], rtol=0, atol=2e-3 * largest)
     assert metrics == pytest.approx(whole["metrics"], rel=5e-3, abs=1e-5)
 
 
-def test_micro_batches_chunks_and_padding_do_not_change_the_step(whole, assert_trees_close):
+def test_micro_batches_chunks_and_padding_do_not_change_the_step(whole):
     """Four pieces of wider rows, and of the nine positions the logits of four at a time."""
     rollout: Rollout = whole["case"]["rollout"]
     tail = ((0, 0), (0, 0), (0, 3))
@@ -168,10 +169,10 @@ def test_micro_batches_chunks_and_padding_do_not_change_the_step(whole, assert_t
         sampler_logprobs=np.pad(np.where(rollout.mask, rollout.sampler_logprobs, np.nan), tail),
     )
     found = step_once(**{**whole["case"], "rollout": wide}, micro_batches=4, chunk_size=4)
-    same_as_whole(found, whole, assert_trees_close)
+    same_as_whole(found, whole)
 
 
-def test_a_mesh_does_not_change_the_step(mesh, whole, assert_trees_close):
+def test_a_mesh_does_not_change_the_step(mesh, whole):
     """One program, compiled once, with the state donated and split over eight devices."""
     case = whole["case"]
     shardings = parameter_shardings(mesh, case["model"].logical_axes(), case["params"])
@@ -181,7 +182,7 @@ def test_a_mesh_does_not_change_the_step(mesh, whole, assert_trees_close):
         state, metrics = step(make_train_state(params, optax.identity(), 0), case["rollout"], case["rewards"])
         found = jax.device_get(state.params), {name: float(value) for name, value in metrics.items()}
         assert counter.counts["trust_region_step"] == 1
-    same_as_whole(found, whole, assert_trees_close)
+    same_as_whole(found, whole)
 
 
 # ---------------------------------------------------------------- the region
@@ -196,7 +197,7 @@ def test_a_refused_step_leaves_the_parameters_bit_equal(cause, whole):
     params, metrics = step_once(**{**whole["case"], "rewards": rewards})
     assert metrics["trpo/accepted"] == metrics["trpo/kl"] == 0
     assert metrics["frac_steps_skipped"] == (cause != "equal rewards")
-    jax.tree.map(np.testing.assert_array_equal, params, whole["case"]["params"])
+    chex.assert_trees_all_equal(params, whole["case"]["params"])
 
 
 def test_another_reward_moves_the_other_way(whole):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import gguf
 import jax
 import numpy as np
@@ -15,10 +16,6 @@ from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_config
 from jaxrl_llm.models.config import RopeConfig
 from jaxrl_llm.models.rope import frequencies
 from jaxrl_llm.sharding import parameter_shardings
-
-
-def assert_equal(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def close(config):
@@ -55,13 +52,13 @@ def test_equals_the_hugging_face_checkpoint(case, write, checkpoint):
     if case == "mistral":  # without a window it is a llama in GGUF, and in arithmetic
         assert ours.config.sliding_windows is None
     assert ours.config == theirs.config or close(ours.config) == close(theirs.config)
-    assert_equal(params, expected)
+    chex.assert_trees_all_equal(params, expected)
 
 
 def test_biases_of_llama_are_permuted_too(write, checkpoint):
     """(llama.cpp knows no tanh-gelu llama: only the weights are compared.)"""
     _, params = from_pretrained(write("llama_biases"))
-    assert_equal(params, from_pretrained(checkpoint("llama_biases"))[1])
+    chex.assert_trees_all_equal(params, from_pretrained(checkpoint("llama_biases"))[1])
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
@@ -117,7 +114,7 @@ def test_sharded(write, checkpoint, mesh):
     def shardings(transformer):
         return parameter_shardings(mesh, transformer.logical_axes(), transformer.abstract_params())
 
-    assert_equal(from_pretrained(path, shardings=shardings)[1], from_pretrained(path)[1])
+    chex.assert_trees_all_equal(from_pretrained(path, shardings=shardings)[1], from_pretrained(path)[1])
 
 
 # ---------------------------------------------------------------- rope
@@ -237,4 +234,4 @@ def test_a_file_that_changed_is_read_again(write, golden_tensors):
     _, first = from_pretrained(path)
     path.unlink()
     write("llama", tensors={name: 2 * value for name, value in golden_tensors("llama").items()})
-    assert_equal(from_pretrained(path)[1], jax.tree.map(lambda leaf: 2 * leaf, first))
+    chex.assert_trees_all_equal(from_pretrained(path)[1], jax.tree.map(lambda leaf: 2 * leaf, first))

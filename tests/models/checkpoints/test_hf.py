@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -32,10 +33,6 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings
 
 CASES = sorted(path.stem for path in (Path(__file__).parents[1] / "golden").glob("*.npz"))
-
-
-def assert_equal(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def write_shards(folder, tensors, parts=3):
@@ -68,7 +65,7 @@ def test_sharded_files_are_read(checkpoint, golden_tensors):
     _, whole = from_pretrained(checkpoint("llama"))
     folder = checkpoint("llama")
     write_shards(folder, golden_tensors("llama"))
-    assert_equal(from_pretrained(folder)[1], whole)
+    chex.assert_trees_all_equal(from_pretrained(folder)[1], whole)
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -90,14 +87,14 @@ def test_sharded_arrays_hold_the_same_values(checkpoint, mesh):
 
     _, whole = from_pretrained(folder)
     transformer, params = from_pretrained(folder, shardings=shardings)
-    assert_equal(params, whole)
+    chex.assert_trees_all_equal(params, whole)
     jax.tree.map(
         lambda array, place: array.sharding == place or pytest.fail(str(place)),
         params,
         shardings(transformer),
     )
     assert params["layers"]["mlp"]["gate"]["weight"].addressable_shards[0].data.shape == (2, 28, 16)
-    assert_equal(load_params(folder, transformer, shardings(transformer)), whole)
+    chex.assert_trees_all_equal(load_params(folder, transformer, shardings(transformer)), whole)
 
 
 def test_only_the_slices_of_the_devices_are_read(checkpoint, mesh):
@@ -284,7 +281,7 @@ def test_round_trip_of_random_parameters_in_bfloat16(checkpoint, tmp_path):
     folder = save_pretrained(tmp_path / "export", transformer, params)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == ml_dtypes.bfloat16
-    assert_equal(from_pretrained(folder, param_dtype="bfloat16")[1], params)
+    chex.assert_trees_all_equal(from_pretrained(folder, param_dtype="bfloat16")[1], params)
 
 
 def test_large_models_are_split_and_sharded_parameters_gathered(checkpoint, tmp_path, mesh):
@@ -299,7 +296,7 @@ def test_large_models_are_split_and_sharded_parameters_gathered(checkpoint, tmp_
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     sizes = [sum(value.nbytes for value in load_file(folder / file).values()) for file in files]
     assert max(sizes) <= 16_000 and sum(sizes) == index["metadata"]["total_size"]
-    assert_equal(from_pretrained(folder)[1], params)
+    chex.assert_trees_all_equal(from_pretrained(folder)[1], params)
 
 
 def test_generation_config_is_written_and_read(checkpoint, tmp_path):
@@ -320,7 +317,7 @@ def test_existing_folders_are_safe(checkpoint, tmp_path):
         save_pretrained(folder, transformer, params)
     doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
     save_pretrained(folder, transformer, doubled, overwrite=True)
-    assert_equal(from_pretrained(folder)[1], doubled)
+    chex.assert_trees_all_equal(from_pretrained(folder)[1], doubled)
 
     other = tmp_path / "thesis"
     other.mkdir()
@@ -340,7 +337,7 @@ def test_failed_export_leaves_the_old_folder_and_no_litter(checkpoint, tmp_path)
 
     with pytest.raises(RuntimeError, match="disk full"):
         save_pretrained(folder, transformer, jax.tree.map(jnp.zeros_like, params), tokenizer=Broken(), overwrite=True)
-    assert_equal(from_pretrained(folder)[1], params)
+    chex.assert_trees_all_equal(from_pretrained(folder)[1], params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "llama_checkpoint"]
 
 
@@ -383,4 +380,4 @@ def test_two_processes_load_and_save(checkpoint, tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert all("refused" in output for output in outputs)
-    assert_equal(from_pretrained(tmp_path / "export")[1], from_pretrained(folder)[1])
+    chex.assert_trees_all_equal(from_pretrained(tmp_path / "export")[1], from_pretrained(folder)[1])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_there_and_back(tiny_config, lively_params, tmp_path, lora):
     assert load_lora_config(tmp_path, model.base.config) == lora
     base = lively_params(model.base, seed=1)
     loaded = load_adapters(tmp_path, model, base)
-    jax.tree.map(np.testing.assert_array_equal, split_adapters(loaded)[0], split_adapters(params)[0])
+    chex.assert_trees_all_equal(split_adapters(loaded)[0], split_adapters(params)[0])
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, without_adapters(loaded), base))
 
 
@@ -116,9 +117,9 @@ def test_model_folders_hold_the_base_or_the_merged_model(adapted, tmp_path):
     folder = save_pretrained(tmp_path / "merged", model, params)
     plain, loaded = from_pretrained(folder)
     assert plain.config.lora is None
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loaded, merged)
+    chex.assert_trees_all_close(loaded, merged, rtol=1e-6, atol=0)
     again = load_params(folder, Transformer(dataclasses.replace(plain.config, lora=LORA)))
-    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+    chex.assert_trees_all_equal(again, loaded)
 
 
 def test_only_folders_of_adapters_are_replaced(adapted, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxrl_llm.data.tokenizers import CharTokenizer
@@ -41,7 +41,7 @@ def test_a_folder_gives_back_the_same_bits(outputs, bias, architecture, tiny_con
         remat="none",
     )
     assert loaded == model
-    jax.tree.map(np.testing.assert_array_equal, arrays, params)
+    chex.assert_trees_all_equal(arrays, params)
     assert arrays["score_head"]["weight"].sharding.mesh == mesh
     assert read == statistics
     assert CharTokenizer.from_pretrained(folder) == tokenizer
@@ -56,7 +56,7 @@ def test_adapters_are_merged(tiny_config, lively_params, tmp_path):
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)  # else the adapters do nothing
     loaded, arrays, _ = load_score_model(save_score_model(tmp_path / "model", model, params), remat="none")
     assert loaded.config == dataclasses.replace(model.config, lora=None)
-    jax.tree.map(np.testing.assert_array_equal, arrays, jax.jit(merge_adapters, static_argnums=1)(params, model.config))
+    chex.assert_trees_all_equal(arrays, jax.jit(merge_adapters, static_argnums=1)(params, model.config))
 
 
 def test_what_is_no_score_model_raises(tiny_config, tmp_path):

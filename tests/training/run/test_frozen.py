@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,11 +122,11 @@ def test_a_run_goes_on_from_a_checkpoint_without_the_base(make) -> None:
     assert whole.reference is None
     base = jax.device_get(without_adapters(whole.state.params))
     whole.run()
-    jax.tree.map(np.testing.assert_array_equal, without_adapters(whole.state.params), base)
+    chex.assert_trees_all_equal(without_adapters(whole.state.params), base)
     make("run", steps=2).run()
     resumed = make("run", steps=4, resume=True)
     resumed.run()
-    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    chex.assert_trees_all_equal(resumed.state, whole.state)
     read = [comparable_metrics(trainer.setup.folder / "metrics.jsonl") for trainer in (resumed, whole)]
     assert read[0] == read[1]
     with Checkpointer(resumed.setup.folder / "checkpoints", read_only=True) as checkpoints:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_a_killed_run_ends_bit_equal(phase, step, whole, make, tmp_path, monkeyp
     monkeypatch.setattr(StarTrainer, "_sample", count)
     result = resumed.run()
     folder, expected = whole
-    jax.tree.map(np.testing.assert_array_equal, result.params, expected.params)
+    chex.assert_trees_all_equal(result.params, expected.params)
     assert comparable_metrics(run_dir / "metrics.jsonl") == comparable_metrics(folder / "metrics.jsonl")
     assert sampled == {"_train": [(2, 0), (2, 1)], "_keep": [], "_sample": [(2, 1)]}[phase]
 
@@ -153,14 +154,14 @@ def test_each_iteration_starts_from_the_base(whole, make, tmp_path):
     """Without a learning rate nothing moves, and the second iteration's moments are fresh."""
     still = make(tmp_path / "still", star=SMALL, optimizer=OptimizerConfig(learning_rate=0))
     base = jax.device_get(still.state.params)
-    jax.tree.map(np.testing.assert_array_equal, still.run().params, base)
+    chex.assert_trees_all_equal(still.run().params, base)
 
     trainer = make(tmp_path / "moved", star=SMALL)
     record = {"item": 0, "ids": [5, 1], "completion": "3", "reward": 1.0, "correct": True, "rationalized": False}
     trainer._train([record] * 4, 1)
     once = jax.device_get(trainer.state.params)
     trainer._train([record] * 4, 1)
-    jax.tree.map(np.testing.assert_array_equal, trainer.state.params, once)
+    chex.assert_trees_all_equal(trainer.state.params, once)
 
 
 def test_hints_are_removed_unless_they_are_to_be_shown():

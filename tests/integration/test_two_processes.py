@@ -108,7 +108,8 @@ import tiny_experiment as tiny
 
 distributed.initialize(address, 2, process)
 signal = ["--signal=SIGKILL", "--signal-at=update:3"] if process == 1 else []
-tiny.main([f"--run-dir={folder}", "--mesh.data=2", "--evaluation.every=0", *signal])
+saved = ["--training.checkpoint-every=1", "--training.keep-checkpoints=4"]
+tiny.main([f"--run-dir={folder}", "--mesh.data=2", "--evaluation.every=0", *saved, *signal])
 """
 
 
@@ -119,4 +120,5 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(two_processes, tm
     assert len(lines) == 1, first.stderr
     assert lines[0].startswith("error: process 0 of 2 lost another one of this run (")
     assert lines[0].endswith("go on with the same command and --resume in all of them, from the latest checkpoint")
-    assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    # The second one may still be being written when the third step begins, the first one may not.
+    assert "1" in {path.name for path in (tmp_path / "checkpoints").iterdir()}

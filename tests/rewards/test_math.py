@@ -94,8 +94,8 @@ def test_hanging_answers_are_stopped_in_time_and_the_next_one_is_scored():
     completions = ["72", HANGING, "72", HANGING, r"\boxed{72}"]
     assert reward([""] * 5, completions, answer=["72"] * 5) == [1.0, 0.0, 1.0, 0.0, 1.0]
     elapsed = time.monotonic() - start
-    # Both did hang; beyond their limits there are two starts of a process.
-    assert 1.0 <= elapsed < 20.0
+    # It did hang, asked once for both; beyond its limit there are two starts of a process.
+    assert 0.5 <= elapsed < 20.0
 
 
 def test_works_from_several_threads_at_once():

@@ -134,6 +134,7 @@ def test_the_step_is_that_of_all_logits(
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change(expected, params)))
     assert largest > 1e-3
     moved = change(ours, params), change(expected, params)
+    chex.assert_tree_all_finite(moved)  # a comparison takes two NaNs for equal
     chex.assert_trees_all_close(*moved, rtol=0, atol=2e-3 * largest)
     assert metrics["trpo/accepted"] == 1
     for name in ("trpo/kl", "trpo/improvement", "trpo/step_scale", "trpo/backtracks", "grad_norm"):
@@ -155,6 +156,7 @@ def same_as_whole(found: Result, whole: dict[str, Any]) -> None:
     params, metrics = found
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole["change"]))
     moved = change(params, whole["case"]["params"])
+    chex.assert_tree_all_finite(moved)
     chex.assert_trees_all_close(moved, whole["change"], rtol=0, atol=2e-3 * largest)
     assert metrics == pytest.approx(whole["metrics"], rel=5e-3, abs=1e-5)
 

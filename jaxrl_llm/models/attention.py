@@ -24,6 +24,66 @@ class KeyValue(NamedTuple):
         return cls(jnp.moveaxis(key, -3, -1), jnp.swapaxes(value, -3, -2))
 
 
+class Visibility(NamedTuple):
+    """Which keys a query sees, one integer a key: those with key_place ≤ place < end.
+
+    Tokens of a tree (a prompt and its completions, a conversation and its branches, several prompts one after another)
+    lie in depth-first order: `end` is one past the last token of the key's subtree. A causal row and packed rows are
+    trees, too. A sliding window acts on depth, which is also the rotary position. Padding is a tree of its own, token
+    by token (`end` = place + 1), so that every query sees itself at least.
+
+    Queries and keys are the same tokens, or queries are some of them (one device's part of a row).
+    """
+
+    place: jax.Array
+    """`[B, Tq]` int32: where the queries lie in their rows."""
+    depth: jax.Array
+    """`[B, Tq]` int32: how many tokens are above each in its tree."""
+    key_place: jax.Array
+    """`[B, Tk]` int32."""
+    key_depth: jax.Array
+    """`[B, Tk]` int32."""
+    end: jax.Array
+    """`[B, Tk]` int32."""
+
+    @classmethod
+    def of_rows(cls, depth: jax.Array, end: jax.Array) -> Visibility:
+        """That of whole rows `[B, T]`, token by token."""
+        place = jnp.broadcast_to(jnp.arange(depth.shape[1], dtype=jnp.int32), depth.shape)
+        return cls(place, depth, place, depth, end)
+
+    def mask(self, window: int | None) -> jax.Array:
+        """The same as an array, bool `[B, Tq, Tk]`; with a window, only keys less than so many levels above."""
+        query, key, end = self.place[:, :, None], self.key_place[:, None], self.end[:, None]
+        seen = (key <= query) & (query < end)
+        return seen if window is None else seen & (self.depth[:, :, None] - self.key_depth[:, None] < window)
+
+
+def dense_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: Visibility,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """softmax(q·k/√H)·v over the keys that each query sees: the reference, with all scores in memory.
+
+    Args:
+        query: `[B, Tq, N, H]`, rotated.
+        key: `[B, Tk, K, H]`, rotated; query head n reads key head n // (N/K).
+        value: `[B, Tk, K, H]`.
+        visible: which keys each query sees.
+        window: how many levels of the tree a query sees, its own included; `None`: all.
+        softcap: c in c·tanh(·/c) on the scores, or `None`.
+
+    Returns:
+        `[B, Tq, N, H]` in the type of the queries; softmax in float32.
+    """
+    return attend(query, KeyValue.of(key, value), visible.mask(window), softcap=softcap)
+
+
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
     """Which keys a query sees: itself and earlier ones, the last `window` of them.
 

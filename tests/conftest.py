@@ -43,7 +43,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.config import LayerKind, ModelConfig, Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig
 
@@ -84,7 +84,10 @@ def tiny_config() -> Callable[..., ModelConfig]:
         sizes = {"vocab_size": 64, "embed_dim": 32, "mlp_dim": 48, "num_layers": 2}
         heads = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4}
         other = {"max_position_embeddings": 128, "remat": "none", "tie_embeddings": True}
-        return ModelConfig(**{**sizes, **heads, **other, **changes})
+        windows = changes.pop("sliding_windows", (None,))  # of each layer
+        of_kind = {field: changes.pop(field) for field in ("rope", "activation", "norms") if field in changes}
+        kinds = {"layer_kinds": tuple(LayerKind(window, **of_kind) for window in windows)}
+        return ModelConfig(**{**sizes, **heads, **other, **kinds, **changes})
 
     return make
 

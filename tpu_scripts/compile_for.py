@@ -37,7 +37,7 @@ from jaxrl_llm.algorithms.state import abstract_train_state
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.models.checkpoints.pretrained import load_config
-from jaxrl_llm.models.config import ModelConfig, RopeConfig
+from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.lora import has_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -52,7 +52,7 @@ versions differ by 0.01)."""
 
 Size = Literal["smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama3.1-8b"]
 _QWEN: Any = {
-    "rope": RopeConfig(theta=1e6),
+    "layer_kinds": (LayerKind(rope=RopeConfig(theta=1e6)),),
     "max_position_embeddings": 32_768,
     "attention_bias": True,
     "num_kv_heads": 2,

@@ -14,7 +14,7 @@ import tyro
 
 from jaxrl_llm.models.checkpoints.locate import import_transformers
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
-from jaxrl_llm.models.config import ModelConfig, RopeConfig
+from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 
 Size = Literal["tiny", "smollm2"]
@@ -38,7 +38,7 @@ SIZES: dict[Size, ModelConfig] = {
         num_kv_heads=3,
         head_dim=64,
         max_position_embeddings=8192,
-        rope=RopeConfig(theta=100_000.0),
+        layer_kinds=(LayerKind(rope=RopeConfig(theta=100_000.0)),),
         tie_embeddings=True,
     ),
 }

@@ -84,13 +84,13 @@ def dense_attention(
     return attend(query, KeyValue.of(key, value), visible.mask(window), softcap=softcap)
 
 
-def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
+def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
     """Which keys a query sees: itself and earlier ones, the last `window` of them.
 
     Args:
         query_positions: `[..., Tq]` int.
         key_positions: `[..., Tk]` int.
-        window: scalar number of visible positions, or `None` for all.
+        window: number of visible positions, or `None` for all.
 
     Returns:
         bool `[..., Tq, Tk]`.

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_llm.logprobs import outer_product
-from jaxrl_llm.models.config import LoraTarget, ModelConfig
+from jaxrl_llm.models.config import LayerKind, LoraTarget, ModelConfig, Norms
 from jaxrl_llm.models.rope import Rotation, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -146,28 +146,32 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(h, config) if config.qk_norm else None
         self.head_dim = h
 
-    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps `[..., D]` to `[..., D]`, and returns the keys and values `[..., K, H]` it made."""
+    def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
+        """Maps `[..., D]` to `[..., D]`, and returns the keys and values `[..., K, H]` it made.
+
+        Without a rotation neither queries nor keys know their position.
+        """
         query, key, value = (
             projection(x).reshape(*x.shape[:-1], -1, self.head_dim) for projection in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        key = rotate(key, turn)
-        mixed = attention(rotate(query, turn), key, value)
+        if turn is not None:
+            key, query = rotate(key, turn), rotate(query, turn)
+        mixed = attention(query, key, value)
         return self.output(mixed.reshape(*x.shape[:-1], -1)), (key, value)
 
 
 class MLP(nnx.Module):
     """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
         """The three projections."""
         d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
         self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="gate")
         self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
         self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = _ACTIVATIONS[kind.activation]
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -182,20 +186,31 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Residual block: x + a(x), then x + m(x), where a is attention and m the MLP, each with the norms of its kind."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
         """Parameters of one layer."""
-        self.attention_norm = RMSNorm(config.embed_dim, config)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, config)
-        self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, turn: Rotation, attention: Attend) -> tuple[jax.Array, Projected]:
+        def norm(*kinds: Norms) -> RMSNorm | None:
+            return RMSNorm(config.embed_dim, config) if kind.norms in kinds else None
+
+        self.attention_norm = norm("pre", "sandwich")
+        self.attention = Attention(config, rngs)
+        self.attention_post_norm = norm("post", "sandwich")
+        self.mlp_norm = norm("pre", "sandwich")
+        self.mlp = MLP(config, kind, rngs)
+        self.mlp_post_norm = norm("post", "sandwich")
+
+    def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
         """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values."""
-        mixed, projected = self.attention(self.attention_norm(x), turn, attention)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), projected
+        mixed, projected = self.attention(_normed(x, self.attention_norm), turn, attention)
+        x = x + _normed(mixed, self.attention_post_norm)
+        mixed = self.mlp(_normed(x, self.mlp_norm))
+        return x + _normed(mixed, self.mlp_post_norm), projected
+
+
+def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Frame(nnx.Module):

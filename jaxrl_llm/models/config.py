@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal, get_args
 
-from jaxrl_llm.checks import check_fields, positive
+from jaxrl_llm.checks import check_fields, one_of, positive
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
+Norms = Literal["pre", "post", "sandwich"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
 LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -72,6 +74,31 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What one layer may have otherwise than its neighbours: static, so that its mask and its kernel are."""
+
+    window: int | None = None
+    """Positions that a token sees, itself included; `None`: all before it."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary position embedding; `None`: queries and keys are not turned (NoPE, SmolLM3)."""
+    activation: Activation = "silu"
+    """Nonlinearity of the MLP's gate."""
+    norms: Norms = "pre"
+    """Where RMS norms are: on what attention and MLP read (`pre`), on what they give, before it is added to the
+    residual stream (`post`, OLMo 2), or both (`sandwich`, Gemma 2 and 3)."""
+
+    def __post_init__(self) -> None:
+        """Rejects layers that cannot be."""
+        check_fields(
+            "LayerKind",
+            self,
+            window=(self.window is None or self.window >= 1, "be at least 1, or None for full attention"),
+            activation=one_of(self.activation, Activation),
+            norms=one_of(self.norms, Norms),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters: W·x + (alpha / rank)·B·A·x, of which A and B alone are trained (Hu et al. 2021).
 
@@ -105,7 +132,7 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: pre-norm blocks, rotary positions, grouped-query attention, gated MLP."""
+    """A decoder-only transformer: residual blocks of kinds, grouped-query attention, gated MLP, RMS norms."""
 
     vocab_size: int
     """V, rows of the embedding."""
@@ -125,8 +152,9 @@ class ModelConfig:
     """Longest sequence the checkpoint was made for."""
     norm_eps: float = 1e-5
     """ε of the RMS norms."""
-    rope: RopeConfig = RopeConfig()
-    """Rotary position embedding."""
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    """The kinds of the layers: of each, or of the first few, after which they begin again. Kept as the shortest such
+    period: `kinds` has that of each layer."""
     qk_norm: bool = False
     """RMS norm over H on queries and keys, before the rotation (Qwen3)."""
     attention_bias: bool = False
@@ -137,10 +165,6 @@ class ModelConfig:
     """Bias on the MLP's projections."""
     tie_embeddings: bool = False
     """Use the embedding as the LM head."""
-    sliding_windows: tuple[int | None, ...] | None = None
-    """Attention window per layer in tokens (itself included); `None` everywhere means full attention."""
-    activation: Activation = "silu"
-    """Nonlinearity of the MLP's gate."""
     attention_softcap: float | None = None
     """c in c·tanh(logits/c) of the attention."""
     logit_softcap: float | None = None
@@ -171,22 +195,37 @@ class ModelConfig:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
-        if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
-            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
-        if any(window is not None and window < 1 for window in self.sliding_windows or ()):
-            raise ValueError(f"sliding_windows={self.sliding_windows} must be positive, or None for full attention")
-        for field, options in (("activation", Activation), ("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
+        if not 1 <= len(self.layer_kinds) <= self.num_layers:
+            raise ValueError(
+                f"layer_kinds has {len(self.layer_kinds)} entries for num_layers={self.num_layers}: give that of each "
+                "layer, or a period of them"
+            )
+        object.__setattr__(self, "layer_kinds", _shortest_period(self.layer_kinds, self.num_layers))
+        for field, options in (("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
         if self.lora is not None and not self.lora.rank:
             raise ValueError("ModelConfig.lora has rank 0: give adapters a rank, or set lora=None")
 
     @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, from the first to the last."""
+        return tuple(itertools.islice(itertools.cycle(self.layer_kinds), self.num_layers))
+
+    @property
     def num_parameters(self) -> int:
         """Number of scalars, a tied embedding counted once, adapters left out."""
         d, f, h = self.embed_dim, self.mlp_dim, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
-        block = d * (qkv + self.num_heads * h + 3 * f + 2)
+        block = d * (qkv + self.num_heads * h + 3 * f)
         block += 2 * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
         block += (2 * f + d) * self.mlp_bias
-        return self.vocab_size * d * (2 - self.tie_embeddings) + self.num_layers * block + d
+        norms = sum(4 if kind.norms == "sandwich" else 2 for kind in self.kinds)
+        return self.vocab_size * d * (2 - self.tie_embeddings) + self.num_layers * block + (norms + 1) * d
+
+
+def _shortest_period(kinds: tuple[LayerKind, ...], layers: int) -> tuple[LayerKind, ...]:
+    """The fewest kinds that, begun again and again, give those of the layers: equal models have equal records."""
+    kinds = tuple(itertools.islice(itertools.cycle(kinds), layers))
+    period = next(period for period in range(1, layers + 1) if kinds[period:] == kinds[: layers - period])
+    return kinds[:period]

@@ -19,17 +19,21 @@ from jaxrl_llm.logprobs import IMPOSSIBLE
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
 from jaxrl_llm.models.blocks import LINEAR, Attend, Block, Frame, RMSNorm
-from jaxrl_llm.models.config import ModelConfig, Params
-from jaxrl_llm.models.lora import has_adapters
+from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
+from jaxrl_llm.models.lora import has_adapters, join
 from jaxrl_llm.models.rope import Rotation, rotation
+from jaxrl_llm.models.stack import Stack, flat
 from jaxrl_llm.sharding import constrain
 
 
-def unstack(stacked: Any) -> list[Any]:
-    """Cuts a tree of arrays along their common first axis; the gradient is one concatenation."""
-    leaves, structure = jax.tree.flatten(stacked)
-    cut = [[part[0] for part in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
-    return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)]
+@functools.lru_cache(maxsize=1024)
+def _abstract_block(config: ModelConfig, kind: LayerKind) -> Block:
+    return nnx.eval_shape(lambda: Block(config, kind, nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _definition(config: ModelConfig, kind: LayerKind) -> nnx.GraphDef:
+    return nnx.split(_abstract_block(config, kind))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,13 @@ class Transformer:
         """Random parameters: weights N(0, 0.02²), norms one, biases zero; adapters as `Linear` says."""
         frame_key, layers_key = jax.random.split(key)
 
-        def one_layer(layer_key: jax.Array) -> Params:
+        def one_layer(kind: LayerKind, layer_key: jax.Array) -> Params:
             # Adapters draw from a stream of their own, so that the base is that of the model without them.
             rngs = nnx.Rngs(layer_key, lora=jax.random.fold_in(layer_key, 1))
-            return nnx.to_pure_dict(nnx.state(Block(self.config, rngs)))
+            return nnx.to_pure_dict(nnx.state(Block(self.config, kind, rngs)))
 
-        layers = jax.vmap(one_layer)(jax.random.split(layers_key, self.config.num_layers))
+        keys = jax.random.split(layers_key, self.config.num_layers)
+        layers = self.stack.build(lambda kind, some: jax.vmap(functools.partial(one_layer, kind))(some), keys)
         frame = nnx.to_pure_dict(nnx.state(Frame(self.config, nnx.Rngs(frame_key))))
         return {**frame, "layers": layers}
 
@@ -65,22 +70,28 @@ class Transformer:
     def logical_axes(self) -> Params:
         """Logical axis names of each parameter: the tree of `init` with tuples as leaves."""
 
-        def names(make: Callable[[ModelConfig, nnx.Rngs], nnx.Module], prefix: tuple[str, ...]) -> Params:
-            state = nnx.state(nnx.eval_shape(lambda: make(self.config, nnx.Rngs(0))))
+        def names(module: nnx.Module, prefix: tuple[str, ...]) -> Params:
             axes = jax.tree.map(
                 lambda leaf: prefix + leaf.get_metadata()["axes"],
-                state,
+                nnx.state(module),
                 is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
             )
             return nnx.to_pure_dict(axes)
 
-        return {**names(Frame, ()), "layers": names(Block, ("layers",))}
+        blocks = [names(_abstract_block(self.config, kind), ("layers",)) for kind in self.config.layer_kinds]
+        frame = nnx.eval_shape(lambda: Frame(self.config, nnx.Rngs(0)))
+        return {**names(frame, ()), "layers": functools.reduce(join, blocks)}
 
     # ---------------------------------------------------------------- layers
 
     @functools.cached_property
-    def _block(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))[0]
+    def stack(self) -> Stack:
+        """Which layers are scanned together, and where the parameters of each lie."""
+
+        def paths(kind: LayerKind) -> tuple[str, ...]:
+            return tuple(flat(nnx.to_pure_dict(nnx.state(_abstract_block(self.config, kind)))))
+
+        return Stack(self.config.kinds, {kind: paths(kind) for kind in self.config.layer_kinds})
 
     def with_known_tokens(self, count: int) -> Transformer:
         """The model that gives ids from `count` on, which its tokenizer has not, no probability."""
@@ -93,10 +104,14 @@ class Transformer:
         """The model without adapters."""
         return Transformer(dataclasses.replace(self.config, lora=None))
 
-    def block(self, layer_params: Params) -> Block:
-        """The block with one layer's parameters in it; without adapters it is the base's."""
+    def layers(self, params: Params) -> list[Params]:
+        """The parameters of each layer, cut out of the stacked ones."""
+        return self.stack.each(params["layers"])
+
+    def block(self, layer_params: Params, kind: LayerKind) -> Block:
+        """The block of a layer of some kind, with its parameters in it; without adapters it is the base's."""
         plain = self.config.lora is not None and not has_adapters(layer_params)
-        return nnx.merge((self.base if plain else self)._block, layer_params)
+        return nnx.merge(_definition((self.base if plain else self).config, kind), layer_params)
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:
         """The last norm, after the layers."""
@@ -104,28 +119,22 @@ class Transformer:
             x
         )
 
-    def windows(self) -> jax.Array | None:
-        """Attention window of each layer, `[L]` int32, or `None` where no layer has one."""
-        windows = self.config.sliding_windows
-        if windows is None or not any(windows):
-            return None
-        return jnp.array([window or jnp.iinfo(jnp.int32).max for window in windows], jnp.int32)
-
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Embeddings of `tokens` `[..., T]` in the compute type, `[..., T, D]`."""
         x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
         return constrain(x, "rows", *(None,) * (x.ndim - 1))
 
-    def rotation(self, positions: jax.Array) -> Rotation:
-        """Rotary angles of `positions`."""
-        return rotation(self.config.rope, self.config.head_dim, positions)
+    def rotations(self, positions: jax.Array) -> dict[RopeConfig | None, Rotation | None]:
+        """Rotary angles of `positions` for each rotary embedding that layers have."""
+        ropes = dict.fromkeys(kind.rope for kind in self.config.layer_kinds)
+        return {rope: None if rope is None else rotation(rope, self.config.head_dim, positions) for rope in ropes}
 
     def run_layers(
         self,
         params: Params,
         x: jax.Array,
         positions: jax.Array,
-        make_attention: Callable[[jax.Array | None], Attend],
+        make_attention: Callable[[int | None], Attend],
         *,
         collect: bool = False,
     ) -> tuple[jax.Array, KeyValue | None]:
@@ -135,30 +144,27 @@ class Transformer:
             params: all parameters.
             x: `[B, T, D]`.
             positions: `[B, T]`, each below T.
-            make_attention: the layer's window (a traced scalar, or `None`) → its attention.
+            make_attention: the layer's window → its attention.
             collect: also return the keys and values of all layers, stacked on axis 0.
         """
         # A table, since XLA's CPU compiler takes sines into the loops of every layer, and then does not vectorise them.
-        table = self.rotation(jnp.arange(x.shape[1]))
-        turn = jax.tree.map(lambda angles: jnp.take(angles, positions, axis=0, mode="clip"), table)
+        table = self.rotations(jnp.arange(x.shape[1]))
+        turns = jax.tree.map(lambda angles: jnp.take(angles, positions, axis=0, mode="clip"), list(table.values()))
+        turn = dict(zip(table, turns, strict=True))
 
-        def step(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, KeyValue | None]:
-            layer_params, window = layer
-            x, projected = self.block(layer_params)(x, turn, make_attention(window))
+        def step(x: jax.Array, layer: Params, kind: LayerKind) -> tuple[jax.Array, KeyValue | None]:
+            x, projected = self.block(layer, kind)(x, turn[kind.rope], make_attention(kind.window))
             x = constrain(x, "rows", None, None)
             return x, KeyValue.of(*projected) if collect else None
 
-        if self.config.remat != "none":
-            policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
-            step = jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
-        layers = (params["layers"], self.windows())
-        if self.config.scan_layers:
-            return jax.lax.scan(step, x, layers)
-        memories = []
-        for layer in unstack(layers):
-            x, memory = step(x, layer)
-            memories.append(memory)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *memories) if collect else None
+        return self.stack.scan(step, x, params["layers"], self._rematerialised, in_loops=self.config.scan_layers)
+
+    def _rematerialised(self, step: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:
+        """A layer that the backward pass computes again, as far as the configuration says."""
+        if self.config.remat == "none":
+            return step
+        policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
+        return jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=not in_loop)
 
     # ---------------------------------------------------------------- forward passes
 
@@ -184,7 +190,7 @@ class Transformer:
             begins = segment_ids != jnp.roll(segment_ids, 1, axis=1)
             positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
-        def make_attention(window: jax.Array | None) -> Attend:
+        def make_attention(window: int | None) -> Attend:
             mask = causal_mask(places, places, window)
             if segment_ids is not None:
                 mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -243,7 +249,7 @@ class Transformer:
             """`[P, Tp + G·Tc, …]` → `[P, Tp, …]` and `[P, G, Tc, …]`."""
             return x[:, :prompt_width], x[:, prompt_width:].reshape(prompts, group, width, *x.shape[2:])
 
-        def make_attention(window: jax.Array | None) -> Attend:
+        def make_attention(window: int | None) -> Attend:
             causal = causal_mask(prompt_positions, prompt_positions, window)
             own = causal_mask(times, times, window)
             to_prompt = is_prompt

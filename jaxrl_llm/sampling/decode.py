@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend_shared, causal_mask
-from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.config import LayerKind, Params, RopeConfig
 from jaxrl_llm.models.rope import Rotation
-from jaxrl_llm.models.transformer import Transformer, unstack
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, uniforms
 from jaxrl_llm.sharding import constrain
 from jaxrl_llm.types import Rollout
@@ -58,7 +58,7 @@ class _Layer(NamedTuple):
 
     params: Params
     """As `_turn` leaves them."""
-    window: jax.Array | None
+    kind: LayerKind
     memory: KeyValue
     """The prompts' keys and values, `[P]` before the axes of `KeyValue`."""
 
@@ -75,8 +75,8 @@ class _Prompt(NamedTuple):
     """`[P, V]` of each completion's first token."""
     uniform: jax.Array
     """`[P, G, Tc, 2]` the randomness of each token."""
-    turn: Rotation
-    """`[P, Tc]` of the completions' positions: in the loop, each layer would compute it again."""
+    turns: dict[RopeConfig | None, Rotation | None]
+    """`[P, Tc]` of the completions' positions: in the loop, each layer would compute them again."""
 
 
 def row_keys(key: jax.Array, prompt_index: jax.Array, group: int) -> jax.Array:
@@ -171,15 +171,15 @@ def _read(
     assert memory is not None
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     # Without the barrier XLA would undo the turning.
-    layers, head = jax.lax.optimization_barrier((_turn(unstack(params["layers"])), _turn(model.head(params))))
-    around = unstack((model.windows(), memory))
+    layers, head = jax.lax.optimization_barrier((_turn(model.layers(params)), _turn(model.head(params))))
+    memories = [KeyValue(*parts) for parts in zip(*(jnp.unstack(part) for part in memory), strict=True)]
     return _Prompt(
         lengths=prompt_lengths,
-        layers=tuple(_Layer(layer, *others) for layer, others in zip(layers, around, strict=True)),
+        layers=tuple(map(_Layer, layers, model.config.kinds, memories)),
         head=head,
         logits=model.head_logits(params, last),
         uniform=uniform,
-        turn=model.rotation(prompt_lengths[:, None] + jnp.arange(uniform.shape[2])),
+        turns=model.rotations(prompt_lengths[:, None] + jnp.arange(uniform.shape[2])),
     )
 
 
@@ -298,7 +298,10 @@ def _decode(
     times = jnp.arange(state.completion.shape[-1])[None, None]
     prompt_width = prompts.layers[0].memory.key.shape[-1]
     is_prompt = length_mask(prompts.lengths, prompt_width)[:, None, None]
-    turn = Rotation(*(_at(angles, time) for angles in prompts.turn))
+    turns = {
+        rope: None if turn is None else Rotation(*(_at(angles, time) for angles in turn))
+        for rope, turn in prompts.turns.items()
+    }
     softcap = model.config.attention_softcap
     x, caches = model.embed(params, state.token), []
     for layer, own in zip(prompts.layers, state.cache, strict=True):
@@ -306,14 +309,14 @@ def _decode(
         def attention(query: jax.Array, key: jax.Array, value: jax.Array, layer=layer, own=own) -> jax.Array:
             own = _write(own, key, value, time)
             caches.append(own)
-            to_own = causal_mask(now, times, layer.window)
+            to_own = causal_mask(now, times, layer.kind.window)
             to_prompt = is_prompt
-            if layer.window is not None:
+            if layer.kind.window is not None:
                 position = prompts.lengths[:, None, None] + now
-                to_prompt = is_prompt & causal_mask(position, jnp.arange(prompt_width)[None, None], layer.window)
+                to_prompt = is_prompt & causal_mask(position, jnp.arange(prompt_width)[None, None], layer.kind.window)
             return attend_shared(query[:, :, None], layer.memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
 
-        x, _ = model.block(_turn(layer.params))(x, turn, attention)
+        x, _ = model.block(_turn(layer.params), layer.kind)(x, turns[layer.kind.rope], attention)
         x = constrain(x, "rows", None, None)
     return model.norm(params, x), tuple(caches)
 

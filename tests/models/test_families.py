@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
-from jaxrl_llm.models.config import ModelConfig, RopeConfig
+from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.families import FAMILIES, family_for, family_of
 from jaxrl_llm.models.transformer import Transformer
 
@@ -71,15 +71,16 @@ def test_every_case_has_a_golden_file(golden_module):
         ("llama_linear_long", {"rope": RopeConfig()}),
         ("llama_llama3_long", {"rope": RopeConfig()}),
         ("llama_yarn_mscale_long", {"rope": RopeConfig()}),
-        ("mistral_window", {"sliding_windows": (6, 6)}),
-        ("qwen2_upper_window", {"sliding_windows": (4, 4)}),
+        ("mistral_window", {"window": 6}),
+        ("qwen2_upper_window", {"window": 4}),
         ("llama_biases", {"activation": "silu"}),
     ],
 )
 def test_golden_logits_depend_on_what_they_check(case, change, checkpoint, golden_module):
     """A model that ignored the setting would fail the comparison by a wide margin."""
     transformer, params = from_pretrained(checkpoint(case))
-    other = Transformer(dataclasses.replace(transformer.config, **change))
+    kinds = tuple(dataclasses.replace(kind, **change) for kind in transformer.config.layer_kinds)
+    other = Transformer(dataclasses.replace(transformer.config, layer_kinds=kinds))
     batch, expected = read_golden(case)
     row = plain_rows(batch, golden_module.sequences(batch))[:1]  # the longest, without padding
     ours = np.asarray(jax.jit(other.logits)(params, row))[0, -len(expected[0]) :]
@@ -171,7 +172,7 @@ def test_known_checkpoints():
         "eos_token_id": [128001, 128008, 128009],
     }
     config = family_of(llama32).read_config(llama32)
-    assert config.rope == RopeConfig(500000.0, "llama3", 32.0, 8192, 1.0, 4.0)
+    assert config.layer_kinds == (LayerKind(rope=RopeConfig(500000.0, "llama3", 32.0, 8192, 1.0, 4.0)),)
     assert config.num_parameters == 1_235_814_400  # as its model card says: 1.24 billion
 
     qwen25 = {
@@ -193,7 +194,7 @@ def test_known_checkpoints():
         "hidden_act": "silu",
     }
     config = family_of(qwen25).read_config(qwen25)
-    assert config.sliding_windows is None and config.attention_bias and config.rope.theta == 1e6
+    assert config.attention_bias and config.layer_kinds == (LayerKind(rope=RopeConfig(1e6)),)
     assert config.num_parameters == 494_032_768
 
 
@@ -225,7 +226,7 @@ def test_what_is_not_implemented_is_named(case, change, message, golden_config):
 
 def test_harmless_entries_are_accepted(golden_config):
     config = {**golden_config("llama"), "attention_dropout": 0.1, "pretraining_tp": 2, "hidden_act": "swish"}
-    assert family_of(config).read_config(config).activation == "silu"
+    assert family_of(config).read_config(config).layer_kinds[0].activation == "silu"
 
 
 def test_export_refuses_what_no_family_has():

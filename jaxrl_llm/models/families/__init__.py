@@ -49,7 +49,7 @@ def family_for(config: ModelConfig) -> Family:
         name: getattr(config, name)
         for name in (
             *("embed_dim", "num_heads", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
-            *("sliding_windows", "attention_softcap", "logit_softcap"),
+            *("layer_kinds", "attention_softcap", "logit_softcap"),
         )
     }
     raise ValueError(

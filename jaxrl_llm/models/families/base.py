@@ -7,12 +7,13 @@ the parts of `config.json` that the families share; what differs is in each fami
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import LayerKind, ModelConfig
 from jaxrl_llm.models.entries import Json, require, shown
 from jaxrl_llm.models.families.config_json import ACTIVATIONS
+from jaxrl_llm.models.families.rope import read_rope, write_rope
 
 DECODER_NAMES: dict[str, str] = {
     "embed.weight": "model.embed_tokens.weight",
@@ -57,7 +58,7 @@ class Family:
 
 
 def read_decoder(config: Json) -> dict[str, Any]:
-    """The arguments of `ModelConfig` that all families spell alike, positions (`rope.py`) left out.
+    """The arguments of `ModelConfig` that all families spell alike, `read_kinds` apart.
 
     Args:
         config: entries that `CONFIG` allows.
@@ -94,12 +95,27 @@ def read_decoder(config: Json) -> dict[str, Any]:
         "max_position_embeddings": require(config, "max_position_embeddings"),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": config.get("tie_word_embeddings", False),
-        "activation": ACTIVATIONS[config.get("hidden_act", "silu")],
     }
 
 
+def read_kinds(config: Json, windows: Sequence[int | None] = (None,)) -> tuple[LayerKind, ...]:
+    """The kinds of layers that differ in their windows alone.
+
+    Args:
+        config: entries that `CONFIG` allows.
+        windows: of each layer, or one for all.
+
+    Raises:
+        ValueError: as in `read_rope`.
+    """
+    rope, activation = read_rope(config), ACTIVATIONS[config.get("hidden_act", "silu")]
+    return tuple(LayerKind(window, rope, activation) for window in windows)
+
+
 def write_decoder(config: ModelConfig) -> dict[str, Any]:
-    """The entries of `config.json` that all families spell alike: the inverse of `read_decoder`."""
+    """The entries of `config.json` that all families spell alike: the inverse of `read_decoder` and `read_kinds`."""
+    kind = config.layer_kinds[0]
+    assert kind.rope is not None  # `plain_kinds`
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -111,8 +127,9 @@ def write_decoder(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu" if config.activation == "silu" else "gelu_pytorch_tanh",
+        "hidden_act": "silu" if kind.activation == "silu" else "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
+        **write_rope(kind.rope),
     }
 
 
@@ -121,6 +138,12 @@ def plain_logits(config: ModelConfig) -> bool:
     return config.attention_softcap is None and config.logit_softcap is None
 
 
+def plain_kinds(config: ModelConfig) -> bool:
+    """Whether layers differ in their windows alone, have Llama's norms and turn queries and keys."""
+    kinds = {dataclasses.replace(kind, window=None) for kind in config.layer_kinds}
+    return len(kinds) == 1 and all(kind.rope is not None and kind.norms == "pre" for kind in kinds)
+
+
 def single_window(config: ModelConfig) -> bool:
     """Whether all layers with a sliding window have the same one, as these families need."""
-    return len({window for window in config.sliding_windows or () if window is not None}) <= 1
+    return len({kind.window for kind in config.layer_kinds} - {None}) <= 1

@@ -6,8 +6,7 @@ from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.entries import Json, require
-from jaxrl_llm.models.families.base import Family, plain_logits, read_decoder, write_decoder
-from jaxrl_llm.models.families.rope import read_rope, write_rope
+from jaxrl_llm.models.families.base import Family, plain_kinds, plain_logits, read_decoder, read_kinds, write_decoder
 
 
 def _read(config: Json) -> ModelConfig:
@@ -17,7 +16,7 @@ def _read(config: Json) -> ModelConfig:
     bias = config.get("attention_bias", False)
     return ModelConfig(
         **read_decoder(config),
-        rope=read_rope(config),
+        layer_kinds=read_kinds(config),
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=config.get("mlp_bias", False),
@@ -27,7 +26,6 @@ def _read(config: Json) -> ModelConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_decoder(config),
-        **write_rope(config.rope),
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
     }
@@ -36,7 +34,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _expresses(config: ModelConfig) -> bool:
     return (
         not config.qk_norm
-        and not any(config.sliding_windows or ())
+        and not any(kind.window for kind in config.layer_kinds)
+        and plain_kinds(config)
         and config.attention_bias == config.output_bias
         and config.embed_dim % config.num_heads == 0
         and plain_logits(config)

@@ -6,8 +6,7 @@ from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.entries import Json, require
-from jaxrl_llm.models.families.base import Family, plain_logits, read_decoder, write_decoder
-from jaxrl_llm.models.families.rope import read_rope, write_rope
+from jaxrl_llm.models.families.base import Family, plain_kinds, plain_logits, read_decoder, read_kinds, write_decoder
 
 _DEFAULT_WINDOW = 4096  # what transformers takes where config.json does not say; null means no window
 
@@ -19,19 +18,18 @@ def _read(config: Json) -> ModelConfig:
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
         raise ValueError(f"layer_types {sorted(kinds)}: Mistral has the same attention in every layer")
-    windows = None if window is None else (window,) * sizes["num_layers"]
-    return ModelConfig(**sizes, rope=read_rope(config), sliding_windows=windows)
+    return ModelConfig(**sizes, layer_kinds=read_kinds(config, (window,)))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    window = config.sliding_windows[0] if config.sliding_windows else None
-    return {**write_decoder(config), **write_rope(config.rope), "sliding_window": window}
+    return {**write_decoder(config), "sliding_window": config.layer_kinds[0].window}
 
 
 def _expresses(config: ModelConfig) -> bool:
     return (
         not config.qk_norm
-        and len(set(config.sliding_windows or ())) <= 1
+        and len(config.layer_kinds) == 1
+        and plain_kinds(config)
         and not (config.attention_bias or config.output_bias or config.mlp_bias)
         and plain_logits(config)
     )

@@ -6,12 +6,19 @@ from typing import Any
 
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.entries import Json, require
-from jaxrl_llm.models.families.base import Family, plain_logits, read_decoder, single_window, write_decoder
-from jaxrl_llm.models.families.rope import read_rope, write_rope
+from jaxrl_llm.models.families.base import (
+    Family,
+    plain_kinds,
+    plain_logits,
+    read_decoder,
+    read_kinds,
+    single_window,
+    write_decoder,
+)
 
 
-def read_windows(config: Json) -> tuple[int | None, ...] | None:
-    """Window of each layer: from `layer_types`, or where that is absent from `max_window_layers`."""
+def read_windows(config: Json) -> tuple[int | None, ...]:
+    """Window of each layer, or one for all: from `layer_types`, or where that is absent from `max_window_layers`."""
     layers = require(config, "num_hidden_layers")
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     kinds = config.get("layer_types")
@@ -21,7 +28,7 @@ def read_windows(config: Json) -> tuple[int | None, ...] | None:
     if len(kinds) != layers:
         raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
     if "sliding_attention" not in kinds:
-        return None
+        return (None,)
     if window is None:
         raise ValueError("layer_types asks for sliding_attention, but use_sliding_window and sliding_window do not")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -29,7 +36,7 @@ def read_windows(config: Json) -> tuple[int | None, ...] | None:
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_windows`, in the spelling of both `transformers` 4 and 5."""
-    windows = config.sliding_windows or (None,) * config.num_layers
+    windows = [kind.window for kind in config.kinds]
     width = next((window for window in windows if window is not None), None)
     full = next((layer for layer, window in enumerate(windows) if window is not None), config.num_layers)
     return {
@@ -44,14 +51,13 @@ def _read(config: Json) -> ModelConfig:
     require(config, "num_key_value_heads")
     return ModelConfig(
         **read_decoder(config),
-        rope=read_rope(config),
+        layer_kinds=read_kinds(config, read_windows(config)),
         attention_bias=True,
-        sliding_windows=read_windows(config),
     )
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_decoder(config), **write_rope(config.rope), **write_windows(config)}
+    return {**write_decoder(config), **write_windows(config)}
 
 
 def _expresses(config: ModelConfig) -> bool:
@@ -59,6 +65,7 @@ def _expresses(config: ModelConfig) -> bool:
         not config.qk_norm
         and config.attention_bias
         and not (config.output_bias or config.mlp_bias)
+        and plain_kinds(config)
         and single_window(config)
         and plain_logits(config)
     )

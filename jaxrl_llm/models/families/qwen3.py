@@ -9,13 +9,14 @@ from jaxrl_llm.models.entries import Json, require
 from jaxrl_llm.models.families.base import (
     DECODER_NAMES,
     Family,
+    plain_kinds,
     plain_logits,
     read_decoder,
+    read_kinds,
     single_window,
     write_decoder,
 )
 from jaxrl_llm.models.families.qwen2 import read_windows, write_windows
-from jaxrl_llm.models.families.rope import read_rope, write_rope
 
 _DEFAULT_HEAD_DIM = 128  # of transformers; not hidden_size / num_attention_heads
 
@@ -25,18 +26,16 @@ def _read(config: Json) -> ModelConfig:
     bias = config.get("attention_bias", False)
     return ModelConfig(
         **read_decoder({"head_dim": _DEFAULT_HEAD_DIM, **config}),
-        rope=read_rope(config),
+        layer_kinds=read_kinds(config, read_windows(config)),
         qk_norm=True,
         attention_bias=bias,
         output_bias=bias,
-        sliding_windows=read_windows(config),
     )
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_decoder(config),
-        **write_rope(config.rope),
         **write_windows(config),
         "attention_bias": config.attention_bias,
     }
@@ -47,6 +46,7 @@ def _expresses(config: ModelConfig) -> bool:
         config.qk_norm
         and config.attention_bias == config.output_bias
         and not config.mlp_bias
+        and plain_kinds(config)
         and single_window(config)
         and plain_logits(config)
     )

@@ -50,7 +50,7 @@ def test_equals_the_hugging_face_checkpoint(case, write, checkpoint):
     ours, params = from_pretrained(write(case))
     theirs, expected = from_pretrained(checkpoint(case))
     if case == "mistral":  # without a window it is a llama in GGUF, and in arithmetic
-        assert ours.config.sliding_windows is None
+        assert [kind.window for kind in ours.config.layer_kinds] == [None]
     assert ours.config == theirs.config or close(ours.config) == close(theirs.config)
     chex.assert_trees_all_equal(params, expected)
 
@@ -130,8 +130,9 @@ def test_llama3_scaling_is_read_from_its_table(factor, length, write):
         writer.add_tensor("rope_freqs.weight", table.astype(np.float32))
 
     config = load_config(write("llama", config={"rope_parameters": {"rope_theta": theta}}, extra=extra))
-    np.testing.assert_allclose(frequencies(config.rope, head_dim)[0], frequencies(rope, head_dim)[0], rtol=1e-6)
-    assert config.rope.scaling == "llama3" and config.rope.factor == factor
+    (read,) = (kind.rope for kind in config.layer_kinds)
+    np.testing.assert_allclose(frequencies(read, head_dim)[0], frequencies(rope, head_dim)[0], rtol=1e-6)
+    assert read.scaling == "llama3" and read.factor == factor
 
 
 def test_llama3_table_with_other_parameters_is_refused(write):
@@ -152,8 +153,8 @@ def test_yarn_and_linear(write):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
 
-    assert load_config(write("qwen2", extra=yarn)).rope == RopeConfig(10_000.0, "yarn", 4.0, 16)
-    assert load_config(write("llama", extra=linear)).rope == RopeConfig(10_000.0, "linear", 4.0)
+    assert load_config(write("qwen2", extra=yarn)).layer_kinds[0].rope == RopeConfig(10_000.0, "yarn", 4.0, 16)
+    assert load_config(write("llama", extra=linear)).layer_kinds[0].rope == RopeConfig(10_000.0, "linear", 4.0)
 
 
 # ---------------------------------------------------------------- errors

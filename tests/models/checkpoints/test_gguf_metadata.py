@@ -100,7 +100,7 @@ def test_metadata_of_the_model(changes, message, model):
 
 def test_a_factor_without_a_type_is_linear(model):
     """As llama.cpp reads it."""
-    assert load_config(model({"qwen2.rope.scaling.factor": 2.0})).rope.scaling == "linear"
+    assert load_config(model({"qwen2.rope.scaling.factor": 2.0})).layer_kinds[0].rope.scaling == "linear"
 
 
 # ---------------------------------------------------------------- the tokenizer

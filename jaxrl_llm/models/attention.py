@@ -7,6 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+ATTENTION = "attention"
+"""Name of attention's outputs and log-sum-exps for remat policies (`jax.ad_checkpoint.checkpoint_name`)."""
+
 _MASKED = -1e30  # finite, so that a row without any key gives finite weights and gradients
 
 

@@ -1,0 +1,1 @@
+"""Implementations of attention beside the dense one, which needs all scores in memory."""

@@ -62,7 +62,9 @@ class ModelSource:
     in a float32 copy beside the moments, so that training needs more memory than with parameters in float32, and
     less is moved between devices and from memory."""
     remat: Remat = "full"
-    """What the backward pass computes again: full needs the least memory, none is the fastest."""
+    """What the backward pass computes again: none (the fastest) nothing, full everything from the layers' inputs.
+    Between them, attention keeps the outputs of attention, for long texts, and dots those of linear maps. offload is
+    full with the layers' inputs in the host's memory."""
     scan_layers: bool = True
     """Compile the layers as one loop. Unrolled, a small model on a CPU is faster, and takes longer to compile."""
     lora: LoraConfig = LoraConfig(rank=0)

@@ -17,6 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
 
+HOST = "pinned_host"
+"""The kind of memory that belongs to the host and that devices read and write."""
+
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "rows": ("data", "fsdp"),
@@ -115,6 +118,25 @@ def _mesh_axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
     rule = () if axis is None else RULES[axis] or ()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     return tuple(name for name in ((rule,) if isinstance(rule, str) else rule) if name in free)
+
+
+def check_host_memory(mesh: Mesh, setting: str, instead: str) -> None:
+    """Checks that the devices can keep arrays in the memory of their host.
+
+    Args:
+        mesh: the devices.
+        setting: what wants it, `name=value`.
+        instead: what does without.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    device = mesh.devices.flat[0]
+    if HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+        raise ValueError(
+            f"{setting} needs memory of kind {HOST!r}, but devices of kind {device.device_kind!r} have only "
+            f"{', '.join(kinds)}: choose {instead}"
+        )
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import (
     MESH_AXES,
     MeshConfig,
+    check_host_memory,
     constrain,
     gather_for_sampling,
     make_mesh,
@@ -214,3 +216,17 @@ def test_gathering_for_sampling_keeps_tensor_and_casts(tiny_config, lively_param
     jax.tree_util.tree_map_with_path(check, gathered, params)
     up = gathered["layers"]["mlp"]["up"]["weight"]
     assert up.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "tensor", None)), 3)
+
+
+def test_devices_without_memory_of_their_host_are_told():
+    class Device:
+        device_kind = "abacus"
+
+        def addressable_memories(self) -> list[Any]:
+            return [SimpleNamespace(kind="device"), SimpleNamespace(kind="unpinned_host")]
+
+    check_host_memory(make_mesh(), "a=b", "a=c")  # CPUs have
+    with pytest.raises(
+        ValueError, match=r"^a=b needs .*'pinned_host'.*'abacus' have only device, unpin.*: choose a=c$"
+    ):
+        check_host_memory(cast(Any, SimpleNamespace(devices=np.array([Device()]))), "a=b", "a=c")

@@ -12,7 +12,7 @@ from jaxrl_llm.algorithms.rounding import Rounding, optimizer_state
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import split_trainable
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import parameter_shardings, state_shardings
+from jaxrl_llm.sharding import check_host_memory, parameter_shardings, state_shardings
 from jaxrl_llm.types import TrainState
 
 _OF_POLICY, _OF_CRITIC = 2**31, 2**31 + 1
@@ -71,8 +71,10 @@ def abstract_train_state(
     """Shapes, types and shardings of a training state on `mesh`.
 
     Raises:
-        ValueError: the mesh does not divide a parameter; names it.
+        ValueError: the mesh does not divide a parameter, or its devices cannot do as a setting says; names it.
     """
+    if policy.config.remat == "offload":
+        check_host_memory(mesh, "model.remat='offload'", "model.remat=full")
     model = critic.model if critic is not None and critic.shares_trunk else policy
     params = model.abstract_params()
     shardings = parameter_shardings(mesh, model.logical_axes(), params)

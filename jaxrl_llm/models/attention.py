@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+ATTENTION = "attention"
+"""Name of attention's outputs and log-sum-exps for remat policies (`jax.ad_checkpoint.checkpoint_name`)."""
 
 ATTENTION = "attention"
 """Name of attention's outputs and log-sum-exps for remat policies (`jax.ad_checkpoint.checkpoint_name`)."""
@@ -125,7 +129,8 @@ def attend(query: jax.Array, memory: KeyValue, mask: jax.Array, *, softcap: floa
     scores = _product(grouped, memory.key)
     weights = jax.nn.softmax(_logits(scores, mask[:, None, :, None, :], softcap), axis=-1)
     mixed = _product(weights.astype(query.dtype), memory.value)
-    return jnp.swapaxes(mixed, 1, 2).reshape(batch, length, heads, head_dim).astype(query.dtype)
+    mixed = jnp.swapaxes(mixed, 1, 2).reshape(batch, length, heads, head_dim)
+    return checkpoint_name(mixed.astype(query.dtype), ATTENTION)
 
 
 def attend_shared(
@@ -168,7 +173,8 @@ def attend_shared(
 
     mixed = jnp.swapaxes(_product(to_prompt.astype(query.dtype), prompt.value, rows=3), 1, 2)
     mixed = (mixed + _product(to_own.astype(query.dtype), own.value)) / total[..., None]
-    return jnp.swapaxes(mixed, 2, 3).reshape(prompts, group, length, heads, head_dim).astype(query.dtype)
+    mixed = jnp.swapaxes(mixed, 2, 3).reshape(prompts, group, length, heads, head_dim)
+    return checkpoint_name(mixed.astype(query.dtype), ATTENTION)
 
 
 def _by_kv_head(query: jax.Array, kv_heads: int) -> jax.Array:

@@ -22,8 +22,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Projected = tuple[jax.Array, jax.Array]
 """Keys (rotated) and values of some tokens, both `[..., K, H]`."""
 
-LINEAR = "linear"
-"""Name of what a `Linear` gives, for policies of rematerialisation: they do not see the products in it."""
+LINEAR, RESIDUAL = "linear", "residual"
+"""Names, for policies of rematerialisation, of what a `Linear` gives, since they do not see the product in it, and of
+the residual stream where it enters a block."""
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
@@ -203,6 +204,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
         """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values."""
+        x = checkpoint_name(x, RESIDUAL)
         mixed, projected = self.attention(_normed(x, self.attention_norm), turn, attention)
         x = x + _normed(mixed, self.attention_post_norm)
         mixed = self.mlp(_normed(x, self.mlp_norm))

@@ -13,7 +13,7 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 Norms = Literal["pre", "post", "sandwich"]
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "attention", "offload"]
 LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
 Params = dict[str, Any]
 """A tree of arrays: of a whole model, or of a part of it."""
@@ -177,8 +177,11 @@ class ModelConfig:
     """Run the layers as one compiled loop, so that compile time does not grow with depth. Unrolled, a small
     model on a CPU is up to twice as fast."""
     remat: Remat = "full"
-    """What the backward pass computes again in each block: everything (`full`: least memory), all but
-    the linear maps (`dots`), the MLP's activation alone (`none`: fastest where memory allows)."""
+    """What the backward pass finds of each layer, in numbers of the compute type per token, and what it does again:
+    `full`: D, the layer's input, all is done again. `attention`: D + N·H, the output of attention, too (of kernels
+    also N log-sum-exps in float32), so that kernels do not attend twice. `dots`: 2·D + 2·F + (N + 2·K)·H, what linear
+    maps give. `none`: everything, and only the MLP's activation is done again: fastest, where memory allows. `offload`:
+    as `full`, with the layers' inputs in the memory of the host, and one or two of them at a time on the device."""
     known_tokens: int | None = None
     """Ids from here on are impossible: the embedding is longer than the tokenizer. `None`: all V are possible."""
     lora: LoraConfig | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,10 @@ from flax import nnx
 from jaxrl_llm.logprobs import IMPOSSIBLE
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
-from jaxrl_llm.models.blocks import LINEAR, Attend, Block, Frame, RMSNorm
+from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
 from jaxrl_llm.models.lora import has_adapters, join
+from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.models.stack import Stack, flat
 from jaxrl_llm.sharding import constrain
@@ -157,14 +157,8 @@ class Transformer:
             x = constrain(x, "rows", None, None)
             return x, KeyValue.of(*projected) if collect else None
 
-        return self.stack.scan(step, x, params["layers"], self._rematerialised, in_loops=self.config.scan_layers)
-
-    def _rematerialised(self, step: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:
-        """A layer that the backward pass computes again, as far as the configuration says."""
-        if self.config.remat == "none":
-            return step
-        policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
-        return jax.checkpoint(step, policy=policies[self.config.remat], prevent_cse=not in_loop)
+        wrap = functools.partial(rematerialised, self.config.remat)
+        return self.stack.scan(step, x, params["layers"], wrap, in_loops=self.config.scan_layers)
 
     # ---------------------------------------------------------------- forward passes
 

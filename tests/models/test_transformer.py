@@ -214,13 +214,15 @@ def test_remat_and_unrolled_layers_change_nothing(tiny_config, lively_params):
     params, rows = lively_params(model), make_rows()
     expected = value_and_gradient(model, params, rows)
     ways: list[dict[str, Any]] = [
-        {"remat": "full"},
-        {"remat": "dots"},
+        *({"remat": remat} for remat in ("full", "dots", "attention", "offload")),
         {"scan_layers": False, "remat": "full"},
     ]
     for changes in ways:
         other = Transformer(dataclasses.replace(model.config, **changes))
         assert_close(value_and_gradient(other, params, rows), expected, tolerance=1e-6)
+
+
+REMAT = ("none", "dots", "attention", "full", "offload")
 
 
 def test_rematerialisation_saves_memory_for_work(tiny_config):
@@ -235,12 +237,33 @@ def test_rematerialisation_saves_memory_for_work(tiny_config):
         program = jax.jit(jax.grad(scalar)).lower(model.abstract_params()).compile()
         return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
 
-    (memory_of_none, work_of_none), (memory_of_dots, work_of_dots), (memory_of_full, work_of_full) = map(
-        needs, ("none", "dots", "full")
-    )
-    assert memory_of_full < 0.5 * memory_of_none
-    assert memory_of_full < 0.9 * memory_of_dots < 0.8 * memory_of_none
-    assert work_of_none < 0.95 * work_of_dots < 0.9 * work_of_full
+    memory, work = ({remat: found[i] for remat, found in ((r, needs(r)) for r in REMAT)} for i in range(2))
+    assert memory["full"] < 0.5 * memory["none"]
+    assert memory["full"] < 0.9 * memory["dots"] < 0.8 * memory["none"]
+    assert memory["full"] < memory["attention"] < memory["dots"]
+    assert work["none"] < 0.95 * work["dots"] < 0.9 * work["full"]
+    assert work["dots"] < work["attention"] < work["full"]
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_what_the_backward_pass_finds_of_each_layer(remat, tiny_config):
+    """As `ModelConfig.remat` says, and where it says: in numbers per token and layer."""
+    config = tiny_config(num_layers=3, remat=remat)
+    model, rows = Transformer(config), make_rows((2, 2, 5, 6))
+
+    def backward(params: Params) -> Any:
+        return jax.vjp(lambda p: model.hidden(p, rows.prompt, rows.prompt_lengths, rows.completion), params)[1]
+
+    params = model.abstract_params()
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    kept = [leaf for leaf in jax.make_jaxpr(backward)(params).out_avals if leaf.shape[0] == 3]
+    kept = [leaf for leaf in kept if leaf.shape not in weights]
+    assert {leaf.memory_space for leaf in kept} == {
+        (jax.memory.Space.Device, jax.memory.Space.Host)[remat == "offload"]
+    }
+    d, n, k, f = config.embed_dim, 32, 16, config.mlp_dim
+    expected = {"full": d, "attention": d + n, "dots": 2 * d + 2 * f + n + 2 * k, "offload": d}
+    assert sum(leaf.size for leaf in kept) == 3 * 2 * (5 + 2 * 6) * expected[remat]
 
 
 def test_bfloat16_computes_near_float32(tiny_config, lively_params):

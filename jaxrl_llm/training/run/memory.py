@@ -21,7 +21,7 @@ from jaxrl_llm.training.run.errors import RunError
 ROWS = "training.prompts_per_step, training.samples_per_prompt, sampling.max_tokens or data.max_prompt_length"
 _LOWERS = {
     "sample": f"lower {ROWS}, or set sampling.slots",
-    "update": f"raise update.micro_batches or mesh.fsdp, set model.remat=full, or lower {ROWS}",
+    "update": f"raise update.micro_batches or mesh.fsdp, set model.remat=full or offload, or lower {ROWS}",
     "iteration": f"raise update.micro_batches, set sampling.slots, or lower {ROWS}",
     "evaluate": "lower evaluation.batch_size or evaluation.samples",
     "reference": "lower evaluation.batch_size, or raise update.micro_batches",

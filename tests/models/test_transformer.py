@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.config import Params, RopeConfig
+from jaxrl_llm.models.config import LayerKind, Params, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 
 ARCHITECTURES = {
@@ -26,6 +26,14 @@ ARCHITECTURES = {
         "output_bias": True,
         "mlp_bias": True,
         "activation": "gelu_tanh",
+    },
+    "kinds": {
+        "num_layers": 3,
+        "layer_kinds": (
+            LayerKind(window=3),
+            LayerKind(rope=None, norms="sandwich"),
+            LayerKind(rope=RopeConfig(theta=1e6), norms="post"),
+        ),
     },
     "qk_norm_yarn": {
         "qk_norm": True,

@@ -13,7 +13,7 @@ import pytest
 from jax import Array
 
 from jaxrl_llm.logprobs import TokenScores, token_scores
-from jaxrl_llm.models.config import Params, RopeConfig
+from jaxrl_llm.models.config import LayerKind, Params, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 
@@ -27,6 +27,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sliding_windows": (3, None, 5),
         "attention_softcap": 1.5,
         "logit_softcap": 4.0,
+    },
+    "kinds": {
+        "num_layers": 3,
+        "layer_kinds": (
+            LayerKind(window=3),
+            LayerKind(rope=None, norms="sandwich"),
+            LayerKind(rope=RopeConfig(theta=1e6), norms="post"),
+        ),
     },
     "qk_norm_biases_yarn": {
         "qk_norm": True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -26,6 +26,8 @@ class ParameterSubset:
         params: the whole tree, of arrays or shapes.
         trainable: which part of it.
         last_layers: how many layers "last_layers" means.
+        owners: which layers have a parameter, by its dotted path below `layers`: one a row of it (`Stack.owners`).
+            `None`: all of them have all.
         moves: in place of `trainable`: whether the parameter of a dotted path (`layers.mlp.up.weight`) moves.
 
     Raises:
@@ -38,6 +40,7 @@ class ParameterSubset:
         trainable: Trainable = "all",
         *,
         last_layers: int = 1,
+        owners: Mapping[str, Sequence[int]] | None = None,
         moves: Callable[[str], bool] | None = None,
     ):
         if trainable not in get_args(Trainable):
@@ -49,12 +52,17 @@ class ParameterSubset:
             chosen = [path for path in leaves if path.startswith(("layers.", "final_norm.", "lm_head."))]
         if not chosen:
             raise ValueError(f"none of the parameters is to move; there are {', '.join(leaves)}")
-        layers = {leaf.shape[0] for path, leaf in leaves.items() if path.startswith("layers.")}
-        if not 1 <= last_layers <= max(layers, default=1):
-            raise ValueError(f"last_layers={last_layers} must be between 1 and the {max(layers, default=1)} there are")
-        self._first = {
-            path: leaves[path].shape[0] - last_layers if last and path.startswith("layers.") else 0 for path in chosen
+        rows = {path: leaf.shape[0] for path, leaf in leaves.items() if path.startswith("layers.")}
+        of_layers = {
+            path: range(count) if owners is None else owners[path.removeprefix("layers.")]
+            for path, count in rows.items()
         }
+        layers = max((layer + 1 for owning in of_layers.values() for layer in owning), default=1)
+        if not 1 <= last_layers <= layers:
+            raise ValueError(f"last_layers={last_layers} must be between 1 and the {layers} there are")
+        first = {path: sum(layer < layers - last_layers for layer in owning) for path, owning in of_layers.items()}
+        self._first = {path: first.get(path, 0) if last else 0 for path in chosen}
+        self._first = {path: row for path, row in self._first.items() if row < rows.get(path, 1)}
 
     def take(self, params: Params) -> Part:
         """The part, in float32."""

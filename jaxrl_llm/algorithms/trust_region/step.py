@@ -171,7 +171,13 @@ def make_trust_region_step(
         assert old is not None  # they are kept
         normalizer = algorithm.normalizer(batch.mask)
         loss, of_loss = algorithm.loss(old, batch, normalizer)
-        subset = ParameterSubset(state.params, region.trainable, last_layers=region.last_layers, moves=moves)
+        subset = ParameterSubset(
+            state.params,
+            region.trainable,
+            last_layers=region.last_layers,
+            owners=policy.stack.owners,
+            moves=moves,
+        )
         trained, frozen = split_trainable(state.params)
         exact, rule = unrounded(trained, state.opt_state)
         posed = problem(state, subset, subset.take(join(exact, frozen)), batch, normalizer)

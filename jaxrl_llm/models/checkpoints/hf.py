@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from jaxrl_llm.models.checkpoints.weights import Index, Leaf, leaves
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.entries import shown
+from jaxrl_llm.models.stack import Stack
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -216,6 +217,7 @@ def write_weights(
     folder: Path | None,
     params: Params,
     names: Mapping[str, str],
+    stack: Stack,
     *,
     max_shard_bytes: int | None = 5 * 10**9,
     file: str = WEIGHTS,
@@ -229,11 +231,12 @@ def write_weights(
         folder: an existing folder, or `None` on the processes that do not write.
         params: the tree of parameters.
         names: parameter → tensor name.
+        stack: says which layers have a parameter.
         max_shard_bytes: a file holds at most this much, unless one tensor alone is larger; `None`: all are in one.
         file: its name where there is but one.
     """
-    plan = _plan_shards(leaves(params, names), max_shard_bytes)
-    arrays = dict(zip([leaf.path for leaf in leaves(params, names)], jax.tree.leaves(params), strict=True))
+    plan = _plan_shards(leaves(params, names, stack), max_shard_bytes)
+    arrays = dict(zip([leaf.path for leaf in leaves(params, names, stack)], jax.tree.leaves(params), strict=True))
     placed: dict[str, str] = {}
     gathered: dict[str, np.ndarray] = {}
     for number, shard in enumerate(plan, start=1):
@@ -253,7 +256,7 @@ def write_weights(
         )
         placed |= dict.fromkeys(tensors, name)
     if folder is not None and len(plan) > 1:
-        size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves(params, names))
+        size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves(params, names, stack))
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
 
 

@@ -94,10 +94,10 @@ def save_adapters(
     agree_on_problem(problem, folder)
     if writer:
         with replace_folder(folder) as staging:
-            write_weights(staging, adapters, names, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
+            write_weights(staging, adapters, names, model.stack, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
             write_json(staging / ADAPTER_CONFIG, _describe(lora, family, base_name))
     else:
-        write_weights(None, adapters, names, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
+        write_weights(None, adapters, names, model.stack, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapters {folder}")
     return folder
@@ -129,7 +129,7 @@ def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> Lor
         )
     lora = LoraConfig(settings["r"], float(settings["lora_alpha"]), targets, bool(settings.get("use_rslora")))
     adapted = Transformer(dataclasses.replace(config, lora=lora))
-    check_tensors(leaves(split_adapters(adapted.abstract_params())[0], names), present, where=str(path))
+    check_tensors(leaves(split_adapters(adapted.abstract_params())[0], names, adapted.stack), present, where=str(path))
     return lora
 
 
@@ -160,7 +160,7 @@ def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Pa
     if differing:
         raise ValueError(f"the adapters in {path} are not those of this model: {'; '.join(differing)}")
     source, abstract = SafetensorsSource(path, ADAPTER_WEIGHTS), split_adapters(model.abstract_params())[0]
-    wanted = leaves(abstract, _tensor_names(family_for(model.config)))
+    wanted = leaves(abstract, _tensor_names(family_for(model.config)), model.stack)
     placements = None if shardings is None else split_adapters(shardings)[0]
     arrays = load_leaves(source, wanted, placements, where=str(path))
     return join(without_adapters(params), jax.tree.unflatten(jax.tree.structure(abstract), arrays))

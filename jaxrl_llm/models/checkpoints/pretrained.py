@@ -189,10 +189,10 @@ def save_pretrained(
     agree_on_problem(overwrite_problem(folder, overwrite=overwrite) if writer else None, folder)
     if writer:
         with replace_folder(folder) as staging:
-            write_weights(staging, params, family.tensor_names, max_shard_bytes=max_shard_bytes)
+            write_weights(staging, params, family.tensor_names, transformer.stack, max_shard_bytes=max_shard_bytes)
             _write_description(staging, family, transformer.config, params, tokenizer, generation_config)
     else:
-        write_weights(None, params, family.tensor_names, max_shard_bytes=max_shard_bytes)
+        write_weights(None, params, family.tensor_names, transformer.stack, max_shard_bytes=max_shard_bytes)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_pretrained {folder}")
     return folder

@@ -81,10 +81,10 @@ def save_score_model(
     writer = jax.process_index() == 0
     agree_on_problem(overwrite_problem(folder, overwrite=overwrite) if writer else None, folder)
     if not writer:
-        write_weights(None, params, names, max_shard_bytes=max_shard_bytes)
+        write_weights(None, params, names, model.transformer.stack, max_shard_bytes=max_shard_bytes)
     else:
         with replace_folder(folder) as staging:
-            write_weights(staging, params, names, max_shard_bytes=max_shard_bytes)
+            write_weights(staging, params, names, model.transformer.stack, max_shard_bytes=max_shard_bytes)
             write_json(staging / CONFIG, _description(model, params, tokenizer))
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(staging))
@@ -138,7 +138,7 @@ def load_score_model(
     config = dataclasses.replace(trunk, dtype=dtype, param_dtype=param_dtype, remat=remat)
     model = ScoreModel(Transformer(config), outputs=head[0], bias="score.bias" in source.shapes)
     abstract = model.abstract_params()
-    wanted = leaves(abstract, {**family.tensor_names, **HEAD_NAMES})
+    wanted = leaves(abstract, {**family.tensor_names, **HEAD_NAMES}, model.transformer.stack)
     check_tensors(wanted, source.shapes, where=str(path))
     arrays = load_leaves(source, wanted, None if shardings is None else shardings(model), where=str(path))
     return model, jax.tree.unflatten(jax.tree.structure(abstract), arrays), statistics

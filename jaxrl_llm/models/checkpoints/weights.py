@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.stack import Stack
 from jaxrl_llm.models.transformer import Transformer
 
 Index = tuple[slice, ...]
@@ -41,7 +42,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: tuple[str, ...]
-    """One tensor, or one for each layer."""
+    """One tensor, or one for each layer that has the parameter."""
 
     @property
     def stacked(self) -> bool:
@@ -54,15 +55,22 @@ class Leaf(NamedTuple):
         return self.shape[1:] if self.stacked else self.shape
 
 
-def leaves(tree: Params, names: Mapping[str, str]) -> list[Leaf]:
-    """The parameters of a tree (of arrays or of shapes) with their tensors' names, in the tree's order."""
+def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
+    """The parameters of a tree (of arrays or of shapes) with their tensors' names, in the tree's order.
+
+    Args:
+        tree: a model's parameters, or some of them.
+        names: parameter → tensor name, `{layer}` standing for each layer.
+        stack: says which layers have a parameter.
+    """
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         if path not in names:
             raise ValueError(f"parameter {path} has no tensor name in this format")
-        layers = leaf.shape[0] if path.startswith("layers.") else 1
-        tensors = tuple(names[path].format(layer=layer) for layer in range(layers))
+        inner = path.removeprefix("layers.")
+        owners = (None,) if inner == path else stack.owners[inner]
+        tensors = tuple(names[path].format(layer=layer) for layer in owners)
         found.append(Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors))
     return found
 
@@ -91,7 +99,7 @@ def load_weights(
         ValueError: tensors are missing, unexpected, of the wrong shape, or not finite; they are named.
     """
     abstract = transformer.abstract_params()
-    wanted = leaves(abstract, names)
+    wanted = leaves(abstract, names, transformer.stack)
     tied = names["lm_head.weight"] if transformer.config.tie_embeddings else None
     check_tensors(wanted, source.shapes, tied=tied, head=names["lm_head.weight"], where=where)
     if transformer.config.tie_embeddings and names["lm_head.weight"] in source.shapes:

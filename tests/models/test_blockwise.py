@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models.attention import ATTENTION, Visibility, dense_attention
-from jaxrl_llm.models.kernels.blockwise import _Blocks, blockwise_attention
-from tests.models.trees import lay_out, random_trees, visibility
+from jaxrl_llm.models.kernels.blocks import Blocks
+from jaxrl_llm.models.kernels.blockwise import blockwise_attention
+from tests.models.trees import Row, lay_out, random_trees, visibility
 
 LENGTH = 27  # of every row here, which a block of 8 does not divide
 
@@ -278,14 +279,14 @@ def test_memory_is_linear_in_tokens():
 
 def test_blocks_that_see_nothing_cost_nothing():
     """Pairs of blocks that are computed: those that hold a visible pair of tokens, and those of other rows apart."""
-    blocks = _Blocks(None, None, 8, 8)
     rows = [lay_out([(32, [])], 32), lay_out([(8, [])] * 4, 32), lay_out([(8, [(8, []), (16, [])])], 32)]
-    pairs = blocks.pairs(blocks.of_visible(visibility(*rows)), 3)
-    assert int(pairs.count) == 10 + 4 + (4 + 3 + 1)
-    windowed = blocks._replace(window=3)
-    assert int(windowed.pairs(windowed.of_visible(visibility(*rows)), 3).count) == 7 + 4 + 7
-    padded = lay_out([(3, [])], 32)
-    assert int(blocks.pairs(blocks.of_visible(visibility(padded)), 1).count) == 4  # pads see themselves
+
+    def counts(*rows: Row, window: int | None = None) -> list[list[int]]:
+        return Blocks(window, 8, 8).of_visible(visibility(*rows))[0].count.reshape(len(rows), -1).tolist()
+
+    assert counts(*rows) == [[1, 2, 3, 4], [1, 1, 1, 1], [1, 2, 2, 3]]
+    assert counts(*rows, window=3) == [[1, 2, 2, 2], [1, 1, 1, 1], [1, 2, 2, 2]]
+    assert counts(lay_out([(3, [])], 32)) == [[1, 1, 1, 1]]  # pads see themselves
 
 
 def test_split_over_devices():

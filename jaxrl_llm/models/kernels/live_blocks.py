@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from jaxrl_llm.models.attention import Visibility
 
+_FAR = 2**30  # beyond every place and depth
+
 
 class Walk(NamedTuple):
     """Pairs of blocks, those of one outer block one behind the other. Blocks are counted through all rows."""
@@ -29,8 +31,9 @@ class Walk(NamedTuple):
 def live_blocks(visible: Visibility, block: tuple[int, int], window: int | None) -> jax.Array:
     """Blocks of queries that may see something of blocks of keys, bool `[B, Tq / block, Tk / block]`.
 
-    Never false where a query sees a key. True for no more than that, where tokens lie in depth-first order and no
-    window is set; a window is judged by the least depth of the queries and the greatest of the keys.
+    Never false where a query sees a key; queries of negative place, which see none, do not count. True for no more than
+    that, where tokens lie in depth-first order and no window is set; a window is judged by the least depth of the
+    queries and the greatest of the keys.
 
     Args:
         visible: Tq and Tk are multiples of the blocks.
@@ -43,11 +46,14 @@ def live_blocks(visible: Visibility, block: tuple[int, int], window: int | None)
         blocks = x.reshape(rows, -1, size)
         return blocks.min(axis=2), blocks.max(axis=2)
 
-    first, last = (x[:, :, None] for x in extremes(visible.place, block[0]))
+    absent = visible.place < 0
+    first = extremes(jnp.where(absent, _FAR, visible.place), block[0])[0][:, :, None]
+    last = extremes(visible.place, block[0])[1][:, :, None]
     key, end = extremes(visible.key_place, block[1])[0][:, None], extremes(visible.end, block[1])[1][:, None]
     live = (key <= last) & (first < end)
     if window is not None:
-        highest, lowest = extremes(visible.depth, block[0])[0], extremes(visible.key_depth, block[1])[1]
+        highest = extremes(jnp.where(absent, _FAR, visible.depth), block[0])[0]
+        lowest = extremes(visible.key_depth, block[1])[1]
         live &= highest[:, :, None] - lowest[:, None] < window
     return live
 

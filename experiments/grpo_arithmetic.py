@@ -36,7 +36,7 @@ from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import ModelConfig, Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.on_policy import TrainingConfig, TrainingResult
 from jaxrl_llm.training.run.distributed import is_main_process
@@ -157,7 +157,7 @@ def warm_start(config: ArithmeticExperiment, tokenizer: CharTokenizer, mesh: jax
     model = character_model(tokenizer)
     run_dir = Path(config.run_dir or "")
     if find_run(run_dir, config.settings(), resume=config.resume):
-        shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+        shardings = model.shardings(mesh)
         params = load_params(run_dir / WARM_START, model, shardings)
     else:
         shown = DemonstrationFormat(completion_column="answer").dataset(
@@ -176,7 +176,7 @@ def fine_tune(
     """Parameters of a new model after supervised steps on solved problems."""
     adam = OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=settings.steps // 10)
     optimizer = make_optimizer(adam, make_schedule(adam, settings.steps))
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shardings = model.shardings(mesh)
     order = np.random.default_rng(seed)
     with jax.set_mesh(mesh):
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))

@@ -45,7 +45,7 @@ from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.records import Moments
-from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource
@@ -124,7 +124,7 @@ def train_reward_model(
 ) -> tuple[ScoreModel, Params, Moments]:
     """A reward model from the policy, and the statistics of its scores; a run that goes on reads it from its folder."""
     model, folder = ScoreModel(policy.model), Path(config.run_dir or "") / REWARD_MODEL
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shardings = model.shardings(mesh)
     if find_run(config.run_dir or "", config.settings(), resume=config.resume):
         _, params, statistics = load_score_model(folder, shardings=lambda _: shardings)
         assert statistics is not None  # it was written with them

@@ -42,7 +42,7 @@ from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.run.distributed import is_main_process
@@ -120,7 +120,7 @@ def base_model(config: StarArithmetic, tokenizer: CharTokenizer, mesh: jax.shard
     """A new model after a few demonstrations, half of them with hints; read again by a run that goes on."""
     model = character_model(tokenizer)
     folder, shardings = Path(config.run_dir or "") / WARM_START, None
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shardings = model.shardings(mesh)
     if config.resume and folder.exists():
         params = load_params(folder, model, shardings)
     else:

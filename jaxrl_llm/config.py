@@ -61,6 +61,9 @@ class ModelSource:
     """Type in which parameters are stored. In bfloat16, `optimizer.rounding` says how small updates add up: by default
     in a float32 copy beside the moments, so that training needs more memory than with parameters in float32, and
     less is moved between devices and from memory."""
+    gradient_sums: DType = "float32"
+    """Type in which devices sum the gradients of the layers' weights. bfloat16 moves half as much, and costs 0.4 % of
+    a gradient on 8 devices, 1.6 to 1.9 % on 256."""
     remat: Remat = "full"
     """What the backward pass computes again: none (the fastest) nothing, full everything from the layers' inputs.
     Between them, attention keeps the outputs of attention, for long texts, and dots those of linear maps. offload is
@@ -87,6 +90,7 @@ class ModelSource:
             config,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            gradient_sums=self.gradient_sums,
             remat=self.remat,
             scan_layers=self.scan_layers,
             lora=self.lora if self.lora.rank else None,
@@ -247,6 +251,7 @@ _FREE = (
     "model.remat",
     "model.scan_layers",
     "sampling.slots",
+    "sampling.tensor",
     "update.micro_batches",
     "update.reference",
     "training.checkpoint_every",

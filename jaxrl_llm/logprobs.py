@@ -291,8 +291,10 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
     return to_hidden.astype(hidden.dtype), slices.head(to_head), None
 
 
-def outer_product(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Sums left ⊗ right over tokens, `[..., M]` and `[..., N]` to `[M, N]`, in float32: the gradient of a weight.
+def outer_product(left: jax.Array, right: jax.Array, *, dtype: str = "float32") -> jax.Array:
+    """Sums left ⊗ right over tokens, `[..., M]` and `[..., N]` to `[M, N]`: the gradient of a weight.
+
+    A device sums its own tokens in float32; `dtype` is the type of that, in which devices add theirs up.
 
     Of the two operands XLA's CPU product transposes the left one: better the narrow, ready-made states. It has no
     such product of bfloat16 operands at all (jaxlib 0.10: "Unsupported element type for DotThunk"), so that there
@@ -300,7 +302,7 @@ def outer_product(left: jax.Array, right: jax.Array) -> jax.Array:
     """
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.einsum("...m,...n->mn", left, right, preferred_element_type=jnp.float32)
+        return jnp.einsum("...m,...n->mn", left, right, preferred_element_type=dtype)
 
     def widened(left: jax.Array, right: jax.Array) -> jax.Array:
         return product(left.astype(jnp.float32), right.astype(jnp.float32))

@@ -2,6 +2,9 @@
 
 Parameters and activations carry *logical* axis names; one table of rules maps them to the mesh axes
 `data` (rows), `fsdp` (rows, and parameters cut along the embedding), `tensor` (heads, MLP, vocabulary).
+
+The learner wants `fsdp`: it reads each weight a few times a step. The sampler reads all of them for every token and
+wants `tensor`: it sees the same devices as a mesh of its own (`sampling_mesh`), on which the rules say what it wants.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ HOST = "pinned_host"
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "rows": ("data", "fsdp"),
+    "rows_of_replica": "data",
     "heads_activation": "tensor",
     "vocab_activation": "tensor",
     # parameters
@@ -95,8 +99,18 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
         mesh: the device mesh; `None`: the ambient one (`jax.set_mesh`), or 1 where none is set. In a function that
             is compiled, that is the one set where it is traced, and another one compiles it again.
     """
+    return _pieces("rows", mesh)
+
+
+def head_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Number of pieces into which heads are cut: the size of `tensor`; `mesh` as for `row_shards`."""
+    return _pieces("heads_activation", mesh)
+
+
+def _pieces(axis: str, mesh: Mesh | AbstractMesh | None) -> int:
+    """Number of pieces into which a logical axis is cut on a mesh, or on the ambient one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return math.prod(mesh.shape[axis] for axis in _mesh_axes(mesh, "rows"))
+    return math.prod(mesh.shape[name] for name in _mesh_axes(mesh, axis))
 
 
 def on_cpu() -> bool:
@@ -186,15 +200,68 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, axes))
 
 
-def gather_for_sampling(params: Any, axes: Any, dtype: Any) -> Any:
-    """Parameters in `dtype`, still split over `tensor` but no longer over `fsdp`: what a decoding loop wants.
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a program as whole ones of `mesh`, on which another mesh of the same devices may go on."""
+    whole = replicated(mesh)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
+
+
+def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
+    """The devices of `mesh` as the sampler sees them: `tensor` of them share a copy of the weights, which rows need.
+
+    Nothing is cut along the embedding there, and all that is not `tensor` (or `expert`) splits rows. Devices that
+    share a copy are neighbours on `mesh`: those along its `tensor` axis, and along the axes before it if these are
+    not enough.
+
+    Args:
+        mesh: the learner's.
+        tensor: shards of heads, MLP and vocabulary; `None`: as on `mesh`.
+
+    Raises:
+        ValueError: it is no multiple of the mesh's own, or the devices cannot be dealt so.
+    """
+    own, expert = head_shards(mesh), mesh.shape.get("expert", 1)
+    tensor = own if tensor is None else tensor
+    if tensor % own or mesh.size % (tensor * expert):
+        raise ValueError(
+            f"sampling.tensor={tensor} must be a multiple of the mesh's tensor={own} that divides its "
+            f"{mesh.size // expert} devices{' of each expert' * (expert > 1)}"
+        )
+    return _with_sizes(mesh, data=mesh.size // (tensor * expert), tensor=tensor, expert=expert)
+
+
+def _with_sizes(mesh: Mesh, **sizes: int) -> Mesh:
+    """The devices of `mesh`, in their order, along the axes of `MESH_AXES`; those that are not named have size 1."""
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return Mesh(mesh.devices.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
+    """Parameters in `dtype` as the ambient mesh, the sampler's, wants them.
+
+    From the learner's layout they get there by way of one that is cut along the embedding *and* over the sampler's
+    `tensor`: an all-to-all, and then a gathering of what a device needs. XLA's direct way is by whole weights.
 
     Scales of norms keep their type: norms are computed in float32, in the learner, too.
+
+    Args:
+        params: tree of parameters, laid out on `mesh`.
+        axes: their logical axes.
+        dtype: type to decode with.
+        mesh: the learner's.
     """
+    tensor, data, expert = head_shards(), mesh.shape.get("data", 1), mesh.shape.get("expert", 1)
+    between = None
+    if tensor != head_shards(mesh):
+        between = _with_sizes(
+            mesh, data=data, fsdp=mesh.size // (data * tensor * expert), tensor=tensor, expert=expert
+        ).abstract_mesh
 
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
         leaf = leaf if names[-1] == "norm" else leaf.astype(dtype)
-        return constrain(leaf, *(None if name == "embed" else name for name in names))
+        if between is not None:
+            leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(between, spec(between, names)))
+        return constrain(leaf, *names)
 
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,11 +23,13 @@ from jaxrl_llm.sharding import (
     check_host_memory,
     constrain,
     gather_for_sampling,
+    head_shards,
     make_mesh,
     parameter_shardings,
     replicated,
     row_sharding,
     row_shards,
+    sampling_mesh,
     state_shardings,
 )
 
@@ -197,25 +201,25 @@ def test_constrain_lays_rows_out_over_data_and_fsdp(mesh):
     assert laid.sharding.shard_shape(x.shape) == (2, 2)
 
 
-def test_gathering_for_sampling_keeps_tensor_and_casts(tiny_config, lively_params):
+@pytest.mark.parametrize("tensor", [4, 8])
+def test_gathering_for_sampling_keeps_tensor_and_casts(tensor, tiny_config, lively_params):
+    """Over the tensor axis of the mesh, or over more devices, which are then the sampler's tensor axis."""
     model = Transformer(tiny_config())
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
-    axes = model.logical_axes()
-    params = jax.device_put(lively_params(model), parameter_shardings(mesh, axes, model.abstract_params()))
-    with jax.set_mesh(mesh):
-        gathered = jax.jit(lambda p: gather_for_sampling(p, axes, jnp.bfloat16))(params)
+    axes, own = model.logical_axes(), sampling_mesh(mesh, tensor)
+    params = jax.device_put(lively_params(model), model.shardings(mesh))
+    with jax.set_mesh(own):
+        gathered = jax.jit(lambda p: gather_for_sampling(p, axes, jnp.bfloat16, mesh))(params)
 
     def check(path: Any, leaf: jax.Array, whole: jax.Array) -> None:
         kept = path[-1].key == "scale"  # of a norm, which is computed in float32
         assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
         np.testing.assert_array_equal(leaf, whole.astype(leaf.dtype), err_msg=str(path))
-        sharding = leaf.sharding
-        assert isinstance(sharding, NamedSharding)
-        assert "fsdp" not in jax.tree.leaves(tuple(sharding.spec)), path
+        assert leaf.size == leaf.addressable_shards[0].data.size * (1 if kept else tensor), path
 
     jax.tree_util.tree_map_with_path(check, gathered, params)
     up = gathered["layers"]["mlp"]["up"]["weight"]
-    assert up.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "tensor", None)), 3)
+    assert up.sharding.is_equivalent_to(NamedSharding(own, PartitionSpec(None, "tensor", None)), 3)
 
 
 def test_devices_without_memory_of_their_host_are_told():
@@ -230,3 +234,37 @@ def test_devices_without_memory_of_their_host_are_told():
         ValueError, match=r"^a=b needs .*'pinned_host'.*'abacus' have only device, unpin.*: choose a=c$"
     ):
         check_host_memory(cast(Any, SimpleNamespace(devices=np.array([Device()]))), "a=b", "a=c")
+
+
+def test_weights_go_to_the_samplers_layout_without_being_gathered_whole(tiny_config):
+    """From fsdp 8 to tensor 4: no device receives more than the quarter of a weight that it is to hold."""
+    model, mesh = Transformer(tiny_config()), make_mesh(MeshConfig(fsdp=8))
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract_params(),
+        model.shardings(mesh),
+    )
+    own = sampling_mesh(mesh, 4)
+    with jax.set_mesh(own):
+        gather = jax.jit(lambda p: gather_for_sampling(p, model.logical_axes(), jnp.float32, mesh))
+        text = gather.lower(params).compile().as_text()
+    kinds = re.findall(r" = .*? (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\(", text)
+    gathered = re.findall(r" = f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert kinds.count("all-to-all") == len(gathered) == 8 and set(kinds) == {"all-to-all", "all-gather"}
+    parts = {math.prod(shape) // 4 for shape in ((64, 32), (2, 32, 32), (2, 16, 32), (2, 48, 32))}
+    assert {math.prod(map(int, shape.split(","))) for shape in gathered} == parts
+
+
+def test_the_samplers_mesh():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    own = sampling_mesh(mesh)
+    assert dict(own.shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2, "expert": 1}
+    np.testing.assert_array_equal(own.devices.flat, mesh.devices.flat)
+    assert row_shards(own) == 4 and head_shards(own) == 2
+    assert dict(sampling_mesh(mesh, 8).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 8, "expert": 1}
+    for impossible in (1, 3, 6, 16):
+        with pytest.raises(
+            ValueError, match=rf"sampling\.tensor={impossible} must be a multiple .* tensor=2 that divides"
+        ):
+            sampling_mesh(mesh, impossible)
+    assert row_shards(sampling_mesh(partial_mesh(), 4)) == 2

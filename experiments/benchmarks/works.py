@@ -25,7 +25,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import MeshConfig, parameter_shardings, replicated
+from jaxrl_llm.sharding import MeshConfig, replicated
 from jaxrl_llm.training.episodes.episodes import score_rollout
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.types import Rollout
@@ -85,7 +85,7 @@ def load(config: Benchmark, mesh: jax.sharding.Mesh) -> tuple[Transformer, Param
     if source.path is not None:
         return *load_model(source, mesh), load_tokenizer(source.path)
     model = Transformer(source.applied_to(SIZES[config.size]))
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shardings = model.shardings(mesh)
     params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
     return model, params, word_tokenizer(model.config.vocab_size)
 

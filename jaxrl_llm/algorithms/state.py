@@ -12,7 +12,7 @@ from jaxrl_llm.algorithms.rounding import Rounding, optimizer_state
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import split_trainable
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import check_host_memory, parameter_shardings, state_shardings
+from jaxrl_llm.sharding import check_host_memory, state_shardings
 from jaxrl_llm.types import TrainState
 
 _OF_POLICY, _OF_CRITIC = 2**31, 2**31 + 1
@@ -71,13 +71,14 @@ def abstract_train_state(
     """Shapes, types and shardings of a training state on `mesh`.
 
     Raises:
-        ValueError: the mesh does not divide a parameter, or its devices cannot do as a setting says; names it.
+        ValueError: the mesh does not divide a parameter or the heads, or its devices cannot do as a setting says; names
+            them.
     """
     if policy.config.remat == "offload":
         check_host_memory(mesh, "model.remat='offload'", "model.remat=full")
     model = critic.model if critic is not None and critic.shares_trunk else policy
     params = model.abstract_params()
-    shardings = parameter_shardings(mesh, model.logical_axes(), params)
+    shardings = model.shardings(mesh)
     own = None if critic is None or critic.shares_trunk else critic.model.abstract_params()
     abstract = jax.eval_shape(
         lambda p, c: make_train_state(
@@ -89,7 +90,7 @@ def abstract_train_state(
     placed = state_shardings(mesh, abstract.replace(critic=None), shardings, split_trainable(shardings)[0])
     if own is not None:
         assert critic is not None
-        of_critic = parameter_shardings(mesh, critic.model.logical_axes(), own)
+        of_critic = critic.model.shardings(mesh)
         trained = split_trainable(of_critic)[0]
         placed = placed.replace(critic=state_shardings(mesh, abstract.critic, of_critic, trained))
     return jax.tree.map(

@@ -19,7 +19,7 @@ from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_i
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import parameter_shardings
+from jaxrl_llm.sharding import sampling_mesh
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.run.memory import bytes_of, check_memory
@@ -61,14 +61,18 @@ def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = Non
     path = _path(config.model)
     tokenizer = load_tokenizer_of(config.model) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
-    model, params = load_model(config.model, mesh, seed=config.seed)
+    own = sampling_mesh(mesh, config.sampling.tensor) if isinstance(config, Experiment) else None
+    model, params = load_model(config.model, mesh, seed=config.seed, sampled_on=own)
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
 
 
-def load_model(source: ModelSource, mesh: jax.sharding.Mesh, *, seed: int = 0) -> tuple[Transformer, Params]:
+def load_model(
+    source: ModelSource, mesh: jax.sharding.Mesh, *, seed: int = 0, sampled_on: jax.sharding.Mesh | None = None
+) -> tuple[Transformer, Params]:
     """The checkpoint that `source` names, without its tokenizer; errors as in `load_policy`.
 
-    With adapters where `source` asks for them: those of its folder, or new ones, drawn from `seed`.
+    With adapters where `source` asks for them: those of its folder, or new ones, drawn from `seed`. A model that cannot
+    be cut for the sampler's mesh, `sampled_on`, is refused before it is read.
     """
     path = _path(source)
     config = source.applied_to(load_config(path))
@@ -83,7 +87,9 @@ def load_model(source: ModelSource, mesh: jax.sharding.Mesh, *, seed: int = 0) -
     model = Transformer(config)
     needs = {"parameters": bytes_of(model.abstract_params())}
     check_memory(mesh, needs, "model.lora.rank, set model.param_dtype=bfloat16, or take a smaller model")
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shardings = model.shardings(mesh)
+    if sampled_on is not None:
+        model.shardings(sampled_on)  # raises if there are none
     params = load_params(path, model, shardings)
     if source.adapters is not None:
         return model, load_adapters(source.adapters, model, params, shardings)

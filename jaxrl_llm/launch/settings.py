@@ -12,7 +12,7 @@ from jaxrl_llm.algorithms.optimizer import make_schedule
 from jaxrl_llm.config import Experiment, OfflineExperiment, RunConfig, StarExperiment, flatten
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import make_mesh, row_shards
+from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
 from jaxrl_llm.training.learner import check_group, make_learner
 from jaxrl_llm.training.run.distributed import from_main_process
 from jaxrl_llm.training.run.memory import ROWS, check_memory
@@ -155,7 +155,15 @@ def remarks_on_resuming(folder: Path, config: RunConfig) -> list[str]:
     ]
 
 
-_LAST_BITS = ("mesh.", "update.micro_batches", "update.reference", "model.remat", "model.scan_layers", "sampling.slots")
+_LAST_BITS = (
+    "mesh.",
+    "update.micro_batches",
+    "update.reference",
+    "model.remat",
+    "model.scan_layers",
+    "sampling.slots",
+    "sampling.tensor",
+)
 
 # ---- Settings of a step --------------------------------------------------------------------------
 
@@ -172,6 +180,8 @@ def check_step(config: RunConfig) -> None:
         raise ValueError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
     mesh = make_mesh(config.mesh)
     shards = row_shards(mesh)
+    if isinstance(config, Experiment):
+        sampling_mesh(mesh, config.sampling.tensor)
     if isinstance(config, StarExperiment):
         config.update.group_split(config.star.rows_per_step, 1, shards)
     elif isinstance(config, Experiment):

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_llm.logprobs import outer_product
-from jaxrl_llm.models.config import LayerKind, LoraTarget, ModelConfig, Norms
+from jaxrl_llm.models.config import DType, LayerKind, LoraTarget, ModelConfig, Norms
 from jaxrl_llm.models.rope import Rotation, rotate
+from jaxrl_llm.sharding import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens → mixed values `[..., N, H]`."""
@@ -29,9 +30,9 @@ the residual stream where it enters a block."""
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x·Wᵀ in the type of x, whose weight's gradient leaves its product in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(sums: DType, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x·Wᵀ in the type of x, whose weight's gradient leaves its product in the type `sums`.
 
     It is summed over tokens there, and after it over devices and micro-batches: of bfloat16 numbers that sum is worth
     little. A weight in float32 has it as it is, which is why gradients are taken at float32 copies of parameters.
@@ -44,15 +45,17 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
-def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, weight), (x, weight)
+def _product_forward(sums: DType, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(sums, x, weight), (x, weight)
 
 
-def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(
+    sums: DType, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     to_x = jnp.einsum("...o,oi->...i", gradient, weight.astype(x.dtype))
     narrow = weight.shape[0] < weight.shape[1]
-    to_weight = outer_product(gradient, x) if narrow else outer_product(x, gradient).T
+    to_weight = outer_product(gradient, x, dtype=sums) if narrow else outer_product(x, gradient, dtype=sums).T
     return to_x, to_weight.astype(weight.dtype)
 
 
@@ -100,7 +103,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
         lora = config.lora if config.lora is not None and name in config.lora.targets else None
-        self.scale = 0.0 if lora is None else lora.scale
+        self.scale, self.gradient_sums = 0.0 if lora is None else lora.scale, config.gradient_sums
         if lora is None:
             self.lora_a = self.lora_b = None
         else:
@@ -111,9 +114,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inner]` to `[..., out]`."""
-        y = _product(x, self.weight[...])
+        product = functools.partial(_product, self.gradient_sums)
+        y = product(x, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
-            y = y + self.scale * _product(_product(x, self.lora_a[...]), self.lora_b[...])
+            y = y + self.scale * product(product(x, self.lora_a[...]), self.lora_b[...])
         return checkpoint_name(y if self.bias is None else _shift(y, self.bias[...]), LINEAR)
 
 
@@ -150,17 +154,21 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
         """Maps `[..., D]` to `[..., D]`, and returns the keys and values `[..., K, H]` it made.
 
-        Without a rotation neither queries nor keys know their position.
+        Without a rotation neither queries nor keys know their position. Where `tensor_heads` has repeated the weights
+        of keys and values, K counts the repeated heads.
         """
-        query, key, value = (
-            projection(x).reshape(*x.shape[:-1], -1, self.head_dim) for projection in (self.query, self.key, self.value)
-        )
+        query, key, value = (self._heads(projection(x)) for projection in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if turn is not None:
             key, query = rotate(key, turn), rotate(query, turn)
         mixed = attention(query, key, value)
         return self.output(mixed.reshape(*x.shape[:-1], -1)), (key, value)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """`[..., N·H]` → `[..., N, H]`, whole heads on each device."""
+        x = x.reshape(*x.shape[:-1], -1, self.head_dim)
+        return constrain(x, "rows", *(None,) * (x.ndim - 3), "heads_activation", None)
 
 
 class MLP(nnx.Module):

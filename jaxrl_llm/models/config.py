@@ -173,6 +173,10 @@ class ModelConfig:
     """Type of activations and matrix products; norms, softmax and logits are float32 always."""
     param_dtype: DType = "float32"
     """Type in which parameters are stored."""
+    gradient_sums: DType = "float32"
+    """Type in which gradients of the layers' weights leave their products, to be summed over devices. In bfloat16,
+    where activations are, half as much is moved, and a gradient is off by 0.4 % on 8 devices, by 1.6 to 1.9 % on 256
+    (which sum one after another); embedding and head keep float32, and CPUs sum the rounded numbers in it."""
     scan_layers: bool = True
     """Run the layers as one compiled loop, so that compile time does not grow with depth. Unrolled, a small
     model on a CPU is up to twice as fast."""
@@ -204,9 +208,19 @@ class ModelConfig:
                 "layer, or a period of them"
             )
         object.__setattr__(self, "layer_kinds", _shortest_period(self.layer_kinds, self.num_layers))
-        for field, options in (("dtype", DType), ("param_dtype", DType), ("remat", Remat)):
+        for field, options in (
+            ("dtype", DType),
+            ("param_dtype", DType),
+            ("gradient_sums", DType),
+            ("remat", Remat),
+        ):
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
+        if (self.gradient_sums, self.dtype) == ("bfloat16", "float32"):
+            raise ValueError(
+                "gradient_sums=bfloat16 would round gradients that dtype=float32 asks to be exact: set dtype=bfloat16, "
+                "or leave it out"
+            )
         if self.lora is not None and not self.lora.rank:
             raise ValueError("ModelConfig.lora has rank 0: give adapters a rank, or set lora=None")
 

@@ -10,10 +10,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxrl_llm.losses.reward import last_token_score
 from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.tensor_heads import kv_heads_on
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import parameter_shardings
 
 SCORE_HEAD, LM_HEAD = "score_head", "lm_head"
 
@@ -80,6 +83,11 @@ class ScoreModel:
         """Logical axis names of each parameter: the tree of `init` with tuples as leaves."""
         head = {"weight": (None, "embed")} | ({"bias": (None,)} if self.bias else {})
         return {**self._trunk(self.transformer.logical_axes()), SCORE_HEAD: head}
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """Where each parameter lies on a mesh; errors as in `Transformer.shardings`."""
+        kv_heads_on(self.config, mesh)
+        return parameter_shardings(mesh, self.logical_axes(), self.abstract_params())
 
     def _trunk(self, params: Params) -> Params:
         left_out = {SCORE_HEAD} if self.lm_head else {SCORE_HEAD, LM_HEAD}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxrl_llm.logprobs import IMPOSSIBLE
 from jaxrl_llm.masking import length_mask
@@ -23,7 +24,8 @@ from jaxrl_llm.models.lora import has_adapters, join
 from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.models.stack import Stack, flat
-from jaxrl_llm.sharding import constrain
+from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
+from jaxrl_llm.sharding import constrain, parameter_shardings
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,6 +84,15 @@ class Transformer:
         frame = nnx.eval_shape(lambda: Frame(self.config, nnx.Rngs(0)))
         return {**names(frame, ()), "layers": functools.reduce(join, blocks)}
 
+    def shardings(self, mesh: Mesh) -> Params:
+        """Where each parameter lies on a mesh.
+
+        Raises:
+            ValueError: the mesh does not divide a parameter, or its `tensor` axis not the query heads; names both.
+        """
+        kv_heads_on(self.config, mesh)
+        return parameter_shardings(mesh, self.logical_axes(), self.abstract_params())
+
     # ---------------------------------------------------------------- layers
 
     @functools.cached_property
@@ -109,9 +120,14 @@ class Transformer:
         return self.stack.each(params["layers"])
 
     def block(self, layer_params: Params, kind: LayerKind) -> Block:
-        """The block of a layer of some kind, with its parameters in it; without adapters it is the base's."""
+        """The block of a layer of some kind, its parameters in it, on each device whole heads.
+
+        Without adapters it is the base's.
+        """
         plain = self.config.lora is not None and not has_adapters(layer_params)
-        return nnx.merge(_definition((self.base if plain else self).config, kind), layer_params)
+        return nnx.merge(
+            _definition((self.base if plain else self).config, kind), with_whole_heads(layer_params, self.config)
+        )
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:
         """The last norm, after the layers."""
@@ -122,7 +138,11 @@ class Transformer:
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Embeddings of `tokens` `[..., T]` in the compute type, `[..., T, D]`."""
         x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
-        return constrain(x, "rows", *(None,) * (x.ndim - 1))
+        between = (None,) * (x.ndim - 2)
+        # A device looks up its part of the embedding for all rows of its replica, and rows are dealt after that. Else
+        # XLA gathers the table or, in the backward pass, the gradient of all rows on every device.
+        x = constrain(x, "rows_of_replica", *between, "embed")
+        return constrain(x, "rows", *between, None)
 
     def rotations(self, positions: jax.Array) -> dict[RopeConfig | None, Rotation | None]:
         """Rotary angles of `positions` for each rotary embedding that layers have."""

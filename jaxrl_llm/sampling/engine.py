@@ -10,28 +10,34 @@ import numpy as np
 
 from jaxrl_llm.models.config import DType, Params
 from jaxrl_llm.models.lora import merge_adapters, without_adapters
+from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import constrain, gather_for_sampling, replicated, row_shards
+from jaxrl_llm.sharding import constrain, everywhere, gather_for_sampling, replicated, row_shards, sampling_mesh
 from jaxrl_llm.types import Rollout
 
 
 class Sampler:
     """Samples `group` completions of each prompt of a batch.
 
-    Inside the program adapters are merged, and the parameters cast to the rollout type and gathered from `fsdp`
-    shards, once, before the loop, so that no weight moves per decoded token. The rollout is replicated over the
-    mesh: it is small, and the host of each process reads it.
+    Inside the program adapters are merged, and the parameters cast to the rollout type and brought to the sampler's
+    own layout (`sampling_mesh`), once, before the loop, so that no weight moves per decoded token. Where `tensor` is
+    more than the heads of keys and values, these are repeated (`tensor_heads.py`), and the caches hold the repeated
+    ones: a device's part of them is a whole head. The rollout is replicated over the mesh: it is small, and the host of
+    each process reads it.
 
     Args:
         model: the transformer.
-        config: distribution, longest completion, slots.
+        config: distribution, longest completion, slots, shards of the weights.
         group: G, completions per prompt.
         stop_tokens: ids that end a completion.
-        mesh: the device mesh.
+        mesh: the device mesh, on which the parameters lie.
         dtype: type of the parameters while decoding; `None`: the model's compute type.
         greedy: decode one more completion of each prompt greedily, in the same program; it is the last of its group.
+
+    Raises:
+        ValueError: these do not fit together, or the model's heads and parameters cannot be cut as the sampler wants.
     """
 
     def __init__(
@@ -54,7 +60,9 @@ class Sampler:
             raise ValueError(f"sampling.top_k={top_k} is more than the {vocabulary} tokens of the model: leave it out")
         self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
         self.stop_tokens = tuple(stop_tokens)
-        self.mesh, self.dtype = mesh, jnp.dtype(dtype or model.config.dtype)
+        self.mesh, self._own_mesh = mesh, sampling_mesh(mesh, config.tensor)
+        model.shardings(self._own_mesh)  # raises if there are none
+        self.dtype = jnp.dtype(dtype or model.config.dtype)
         self._axes = without_adapters(model.logical_axes())
         self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
 
@@ -113,25 +121,35 @@ class Sampler:
 
     def _row_split(self, prompts: int) -> int:
         """Into how many rows the completions of a prompt are dealt, so that rows fill the mesh."""
-        shards = row_shards(self.mesh)
+        shards = row_shards(self._own_mesh)
         for split in range(1, self.group + 1):
             if self.group % split == 0 and prompts * split % shards == 0:
                 return split
         raise ValueError(
             f"{prompts} prompts × {self.group} samples{' (the greedy one counted)' * self.greedy} cannot be split over "
-            f"the {shards} row shards of the mesh (data × fsdp); make one of them a multiple of it"
+            f"the {shards} row shards of the sampler (the devices / tensor); make one of them a multiple of it"
         )
 
     def sample(
         self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
     ) -> Rollout:
-        """The program, to be compiled; see `__call__`."""
+        """The program, to be compiled under `jax.set_mesh`, on its own or as a part of another; see `__call__`."""
+        trunk = {name: params[name] for name in self._axes}  # heads have no part in it
+        merged = merge_adapters(trunk, self.model.config)
+        with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
+            ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
+            given = everywhere((prompt, prompt_lengths, key, step), self._own_mesh)
+            rollout = self._sample(with_whole_heads(ours, self.model.config), *given)
+        return everywhere(rollout, self.mesh)
+
+    def _sample(
+        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
+    ) -> Rollout:
+        """The program on the sampler's own mesh."""
         prompts, group = prompt.shape[0], self.group
         split = self._row_split(prompts)
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 0)
         keys = row_keys(root, jnp.arange(prompts), group).reshape(prompts * split, group // split)
-        trunk = {name: params[name] for name in self._axes}  # heads have no part in it
-        params = gather_for_sampling(merge_adapters(trunk, self.model.config), self._axes, self.dtype)
         rows = constrain(jnp.repeat(prompt, split, axis=0), "rows", None)
         lengths = constrain(jnp.repeat(prompt_lengths, split), "rows")
         greedy = None

@@ -31,6 +31,9 @@ class SamplingConfig:
     slots: int | None = None
     """Completions of one prompt that are decoded at a time; a finished one makes room for the next
     (`None`: all of them)."""
+    tensor: int | None = None
+    """Devices that share one copy of the weights while sampling: a multiple of mesh.tensor that divides the devices,
+    the others split rows (`None`: mesh.tensor, so that each device holds its part of that whole)."""
 
     def __post_init__(self) -> None:
         """Rejects settings that describe no distribution."""
@@ -41,6 +44,7 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1),
             ("min_p", 0 <= self.min_p < 1),
             ("slots", self.slots is None or self.slots >= 1),
+            ("tensor", self.tensor is None or self.tensor >= 1),
         ):
             if not good:
                 raise ValueError(f"sampling.{field}={getattr(self, field)!r} is out of range")

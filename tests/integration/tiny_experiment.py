@@ -28,7 +28,7 @@ from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh, parameter_shardings
+from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.on_policy import Trainer, TrainingConfig
 
@@ -83,7 +83,7 @@ EVAL_ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)]
 
 def make_policy(mesh: jax.sharding.Mesh) -> Policy:
     model = Transformer(ModelConfig(**SIZES))
-    shardings = parameter_shardings(mesh, model.logical_axes(), model.abstract_params())
+    shardings = model.shardings(mesh)
     params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
     return Policy(model, params, TOKENIZER, (TOKENIZER.eos_token_id,))
 

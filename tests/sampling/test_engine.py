@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.scorer import Scorer
-from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings, replicated
 from jaxrl_llm.training.compilation import CompilationCounter
@@ -29,6 +29,25 @@ def test_every_mesh_samples_the_same_rows(
     ours = make_sampler(model, mesh=mesh, **settings)(sharded, *prompts, key, 2)
     assert_same(ours, expected, atol=1e-4)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(ours))
+
+
+@pytest.mark.parametrize(
+    ("mesh_sizes", "tensor"),
+    [({"data": 2, "fsdp": 4}, 4), ({"fsdp": 2, "tensor": 4}, None)],
+    ids=["more than the learner", "as the learner"],
+)
+def test_tensor_of_the_sampler_samples_the_same_rows(
+    mesh_sizes, tensor, tiny_config, lively_params, make_sampler, prompts, key, assert_same
+):
+    """Heads of keys and values are repeated; adapters are merged on the way."""
+    model = Transformer(tiny_config(num_kv_heads=2, attention_bias=True, lora=LoraConfig(rank=2)))
+    params, mesh = lively_params(model), make_mesh(MeshConfig(**mesh_sizes))
+    expected = make_sampler(model)(params, *prompts, key, 2)
+    ours = make_sampler(model, mesh=mesh, tensor=tensor)(
+        jax.device_put(params, model.shardings(mesh)), *prompts, key, 2
+    )
+    assert_same(ours, expected, atol=1e-4)
+    assert all(leaf.sharding == replicated(mesh) for leaf in jax.tree.leaves(ours))
 
 
 def test_slots_on_a_mesh(tiny_config, lively_params, make_sampler, prompts, key, assert_same):
@@ -154,6 +173,10 @@ def test_settings_that_do_not_fit_raise(tiny_config, lively_params, make_sampler
         make_sampler(model, stop_tokens=(-1,))
     with pytest.raises(ValueError, match="at least 1, got 0"):
         make_sampler(model, group=0)
+    with pytest.raises(ValueError, match=r"sampling\.tensor=3 must be a multiple"):
+        make_sampler(model, tensor=3, mesh=make_mesh(MeshConfig(fsdp=8)))
+    with pytest.raises(ValueError, match=r"tensor axis of 8 devices .* 4 query heads"):
+        make_sampler(Transformer(tiny_config(num_heads=4)), tensor=8, mesh=make_mesh(MeshConfig(fsdp=8)))
     sampler = make_sampler(model, group=3, mesh=make_mesh(MeshConfig(fsdp=8)))
     with pytest.raises(ValueError, match="4 prompts × 3 samples cannot be split over the 8 row shards"):
         sampler(lively_params(model), *prompts, key, 0)

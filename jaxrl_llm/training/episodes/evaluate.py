@@ -106,7 +106,7 @@ class Evaluator:
         shards = row_shards(mesh)
         wanted = min(config.batch_size or rows, len(dataset))
         self._batch_size = -(-wanted // shards) * shards
-        greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0)
+        greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0, tensor=sampling.tensor)
         self._greedy = Sampler(model, greedy, group=1, stop_tokens=stop_tokens, mesh=mesh)
         self._greedy.check_length(dataset.longest, width=dataset.max_prompt_length)
         self._samples = config.samples

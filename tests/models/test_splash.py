@@ -193,6 +193,27 @@ def test_inside_a_shard_map_over_rows_only_heads_are_split(mesh: Mesh):
     assert_near([found], [dense_attention(query, key, value, visible)], 2e-5)
 
 
+def test_second_derivatives_on_a_mesh_equal_those_of_dense_attention(mesh: Mesh):
+    """J v by transposing the pull function, and the gradient of a gradient times v: what TRPO asks for."""
+    visible = visibility(128, *[DEEP[0][1:2], (60, 20)] * 2)
+    *given, weights = arrays(visible, 4, 2, 64, jnp.float32)
+    vector = tuple(x[::-1] for x in given)
+
+    def both(attention: Callable[..., jax.Array]) -> Any:
+        def attend(*x: jax.Array) -> jax.Array:
+            return attention(*x, visible, window=30, softcap=2.0)
+
+        out, pull = jax.vjp(attend, *given)
+        gradient = jax.grad(lambda x: jnp.sum(weights * jnp.sin(attend(*x))))
+        curved = jax.vjp(gradient, tuple(given))[1](vector)[0]
+        return jax.linear_transpose(pull, out)(vector)[0], *curved
+
+    wanted = jax.jit(functools.partial(both, dense_attention))()
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(both, functools.partial(over_mesh, interpreted)))()
+    assert_near(found, wanted, 5e-5)
+
+
 @pytest.mark.parametrize(
     ("rows", "kv_heads", "message"),
     [(3, 2, r"query of attention: 3 rows .* 4 shards of mesh.data × fsdp"), (4, 1, r"key .* 1 heads .* mesh.tensor")],

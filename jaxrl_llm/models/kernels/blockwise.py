@@ -2,31 +2,23 @@
 
 The online softmax of Rabe & Staats 2021 (2112.05682) and FlashAttention (Dao et al. 2022, 2205.14135) in plain JAX, for
 any backend. Which pairs of blocks are computed is decided when the program runs: one loop over a list of them, whose
-length is not known to the compiler.
+length is not known to the compiler, so that JAX is told the derivatives (`derivatives.py`).
 
     forward      s = c·tanh(q·k/√H / c),  lse = log Σ exp s,  out = Σ exp(s − lse) v
     pull (Jᵀ g)  p = exp(s − lse),  δ = ⟨g, out⟩,  dv = Σ p g,  ds = p (⟨g, v⟩ − δ) ∂s,  dq = Σ ds k,  dk = Σ ds q
-
-A loop of unknown length has no rule for going backwards, so that JAX is told the derivatives: the pull, its transpose
-(the push J v), and the derivative of the pull, H w, where H, being the Hessian of ⟨g, out⟩, is its own transpose. Push
-and H w are these loops, differentiated forwards by JAX. `linear_call` joins what are each other's transposes; it
-transposes in all of its arguments or none, and hence is given one array of all tangents.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import linear_call
-from jax.flatten_util import ravel_pytree
 
-from jaxrl_llm.models.attention import ATTENTION, Visibility
+from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.kernels.blocks import Blocks, QueryBlocks
+from jaxrl_llm.models.kernels.derivatives import Inputs, Output, attend
 from jaxrl_llm.sharding import on_cpu
 
 _MASKED = -1e30
@@ -68,9 +60,9 @@ def blockwise_attention(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}; None chooses one")
     size = block_size or default_block_size(max(query.shape[1], key.shape[1]))
-    cut = _Cut(Blocks(window, min(size, query.shape[1]), min(size, key.shape[1])), softcap)
-    inputs, visible = _alike(_Inputs(query, key, value), visible)
-    output: _Output = _attend(cut, inputs, visible)
+    cut = Blockwise(Blocks(window, min(size, query.shape[1]), min(size, key.shape[1])), softcap)
+    inputs, visible = _alike(Inputs(query, key, value), visible)
+    output: Output = attend(cut, inputs, visible)
     return output.mixed
 
 
@@ -85,26 +77,23 @@ def default_block_size(tokens: int) -> int:
     return 64 if tokens <= 256 else 128
 
 
-class _Inputs(NamedTuple):
-    """What attention is differentiated in."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-
-class _Output(NamedTuple):
-    mixed: jax.Array
-    """`[B, Tq, N, H]`."""
-    normalizer: jax.Array
-    """`[B, Tq, N]` float32: log Σ exp s."""
-
-
-class _Cut(NamedTuple):
-    """Everything static."""
+class Blockwise(NamedTuple):
+    """The method: everything static."""
 
     blocks: Blocks
     softcap: float | None
+
+    def forward(self, inputs: Inputs, visible: Visibility) -> Output:
+        """Attention; the normalizer is `[B, Tq, N]`."""
+        return _forward(self, inputs, visible)
+
+    def pull(self, inputs: Inputs, visible: Visibility, output: Output, cotangent: jax.Array) -> Inputs:
+        """Jᵀ g."""
+        return _pull(self, inputs, visible, output, cotangent)
+
+    def plain(self) -> Blockwise:
+        """Itself: JAX differentiates loops of unknown length forwards."""
+        return self
 
     def scores(self, query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
         """Scores of one pair of blocks, `[K, queries · N/K, keys]`."""
@@ -123,12 +112,12 @@ def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(equation, left, right.astype(left.dtype), preferred_element_type=jnp.float32)
 
 
-def _wide(inputs: _Inputs) -> _Inputs:
+def _wide(inputs: Inputs) -> Inputs:
     """In the type that products are taken in.
 
     XLA's CPU has no product of bfloat16, and cuts no part of such an array without a wider copy of the whole.
     """
-    return _Inputs(*(x.astype(jnp.float32) for x in inputs)) if on_cpu() else inputs
+    return Inputs(*(x.astype(jnp.float32) for x in inputs)) if on_cpu() else inputs
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
@@ -158,12 +147,12 @@ def _add_at(x: jax.Array, index: jax.Array, part: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x, x[index] + part, index, 0)
 
 
-def _usable(inputs: _Inputs) -> jax.Array:
+def _usable(inputs: Inputs) -> jax.Array:
     """Marks the keys that hold numbers, bool `[B, Tk, 1, 1]`."""
     return jnp.all(jnp.isfinite(inputs.key) & jnp.isfinite(inputs.value), axis=(2, 3), keepdims=True)
 
 
-def _forward(cut: _Cut, inputs: _Inputs, visible: Visibility) -> _Output:
+def _forward(cut: Blockwise, inputs: Inputs, visible: Visibility) -> Output:
     (query, key, value), blocks = _wide(inputs), cut.blocks
     usable = _usable(inputs)  # 0 times a NaN would be one; a NaN in a key is masked, or makes the output NaN
     key, value = jnp.where(usable, key, jnp.nan), jnp.where(usable, value, 0)
@@ -190,10 +179,10 @@ def _forward(cut: _Cut, inputs: _Inputs, visible: Visibility) -> _Output:
         return (mixed / total[..., None]).astype(inputs.query.dtype), peak + jnp.log(total)
 
     mixed, normalizer = jax.lax.map(of_queries, (query, queries))
-    return _Output(blocks.to_queries(mixed, inputs.query), blocks.to_queries(normalizer, inputs.query))
+    return Output(blocks.to_queries(mixed, inputs.query), blocks.to_queries(normalizer, inputs.query))
 
 
-def _pull(cut: _Cut, inputs: _Inputs, visible: Visibility, output: _Output, cotangent: jax.Array) -> _Inputs:
+def _pull(cut: Blockwise, inputs: Inputs, visible: Visibility, output: Output, cotangent: jax.Array) -> Inputs:
     """Jᵀ g of the mixed values."""
     (query, key, value), blocks = _wide(inputs), cut.blocks
     kv_heads, scale = key.shape[2], query.shape[-1] ** -0.5
@@ -231,73 +220,4 @@ def _pull(cut: _Cut, inputs: _Inputs, visible: Visibility, output: _Output, cota
     zeros = jnp.zeros_like(jnp.swapaxes(key, 2, 3), jnp.float32)
     (to_key, to_value), to_query = jax.lax.scan(of_queries, (zeros, zeros), (arrays, queries))
     to_query = blocks.to_queries(to_query, inputs.query)
-    return _Inputs(to_query, blocks.to_keys(to_key, inputs.key), blocks.to_keys(to_value, inputs.value))
-
-
-_Saved = tuple[_Inputs, Visibility, _Output]
-
-
-def _push(cut: _Cut, saved: _Saved, tangent: _Inputs) -> jax.Array:
-    """J v of the mixed values."""
-    inputs, visible, _ = saved
-    return jax.jvp(lambda inputs: _forward(cut, inputs, visible).mixed, (inputs,), (tangent,))[1]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(cut: _Cut, inputs: _Inputs, visible: Visibility) -> _Output:
-    """Differentiable in the mixed values; the normalizer passes no gradient on."""
-    return _forward(cut, inputs, visible)
-
-
-def _attend_forward(cut: _Cut, inputs: _Inputs, visible: Visibility) -> tuple[_Output, _Saved]:
-    # Itself, so that the gradient can be differentiated. Where `visible` is the same for all steps of a scan, JAX would
-    # take it out of the call and then mistake its residuals for others, were it not tied to the inputs.
-    inputs, visible = jax.lax.optimization_barrier((inputs, visible))
-    output: _Output = _attend(cut, inputs, visible)
-    output = _Output(checkpoint_name(output.mixed, ATTENTION), checkpoint_name(output.normalizer, ATTENTION))
-    return output, (inputs, visible, output)
-
-
-def _attend_backward(cut: _Cut, saved: _Saved, cotangent: _Output) -> tuple[_Inputs, None]:
-    return _differentiable_pull(cut, *saved, cotangent.mixed), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable_pull(
-    cut: _Cut, inputs: _Inputs, visible: Visibility, output: _Output, cotangent: jax.Array
-) -> _Inputs:
-    """Jᵀ g as a function that can be transposed in g, and differentiated in inputs and g."""
-
-    def pull(saved: _Saved, cotangent: jax.Array) -> _Inputs:
-        return _pull(cut, *saved, cotangent)
-
-    def push(saved: _Saved, tangent: _Inputs) -> jax.Array:
-        return _push(cut, saved, tangent)
-
-    return linear_call(pull, push, (inputs, visible, output), cotangent)
-
-
-@_differentiable_pull.defjvp
-def _differentiate_pull(cut: _Cut, primals: tuple, tangents: tuple) -> tuple[_Inputs, _Inputs]:
-    flat, unflatten = ravel_pytree((tangents[0], tangents[3]))  # the output is a function of the inputs
-    *saved, cotangent = primals
-
-    def curved(saved: _Saved, cotangent: jax.Array, tangent: _Inputs) -> _Inputs:
-        """H w."""
-
-        def pull(inputs: _Inputs) -> _Inputs:
-            return _pull(cut, inputs, saved[1], _forward(cut, inputs, saved[1]), cotangent)
-
-        return jax.jvp(pull, (saved[0],), (tangent,))[1]
-
-    def push(at: tuple[_Saved, jax.Array], flat: jax.Array) -> _Inputs:
-        (saved, cotangent), (along_inputs, along_cotangent) = at, unflatten(flat)
-        return jax.tree.map(jnp.add, curved(saved, cotangent, along_inputs), _pull(cut, *saved, along_cotangent))
-
-    def pull(at: tuple[_Saved, jax.Array], tangent: _Inputs) -> jax.Array:
-        return ravel_pytree((curved(*at, tangent), _push(cut, at[0], tangent)))[0]
-
-    return _differentiable_pull(cut, *primals), linear_call(push, pull, (tuple(saved), cotangent), flat)
+    return Inputs(to_query, blocks.to_keys(to_key, inputs.key), blocks.to_keys(to_value, inputs.value))

@@ -23,11 +23,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_llm.models.attention import ATTENTION, Visibility
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.kernels.blocks import Blocks
+from jaxrl_llm.models.kernels.blockwise import Blockwise
+from jaxrl_llm.models.kernels.derivatives import Inputs, Output, attend
 from jaxrl_llm.models.kernels.live_blocks import Walk, live_blocks, walk
 
 _MASKED = -1e30  # finite, so that no row gives NaN
@@ -40,14 +42,32 @@ _PLAIN = (((1,), (0,)), ((), ()))  # a·b
 _TRANSPOSED = (((1,), (1,)), ((), ()))  # a·bᵀ
 
 
-class _Setting(NamedTuple):
-    """What a compilation depends on."""
+class _Splash(NamedTuple):
+    """The method, for rows of whole blocks: everything static."""
 
     window: int | None
     softcap: float | None
     block: tuple[int, int]
     """Tokens in a block of queries and in one of keys."""
     interpret: bool
+
+    def forward(self, inputs: Inputs, visible: Visibility) -> Output:
+        """Attention; the normalizer is `[N, blocks, 1, block]`, blocks being those of all rows."""
+        query, key, value = map(_by_head, inputs)
+        out, lse = _forward(self, query, key, value, visible)
+        return Output(_by_row(out, len(inputs.query)), lse)
+
+    def pull(self, inputs: Inputs, visible: Visibility, output: Output, cotangent: jax.Array) -> Inputs:
+        """Jᵀ g."""
+        delta = jnp.sum(output.mixed.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)  # [B, Tq, N]
+        delta = jnp.moveaxis(delta, 2, 0).reshape(output.normalizer.shape)
+        query, key, value, d_out = map(_by_head, (*inputs, cotangent))
+        gradients = _backward(self, query, key, value, d_out, visible, output.normalizer, delta)
+        return Inputs(*(_by_row(x, len(inputs.query)) for x in gradients))
+
+    def plain(self) -> Blockwise:
+        """Second derivatives are those of plain JAX."""
+        return Blockwise(Blocks(self.window, *self.block), self.softcap)
 
 
 def splash_attention(
@@ -62,8 +82,9 @@ def splash_attention(
 ) -> jax.Array:
     """`dense_attention` on a TPU, in memory that is linear in the tokens; same arguments and result.
 
-    The backward pass is given the inputs, the output and the log-sum-exp of the scores; the latter two bear the name
-    `ATTENTION` for `jax.checkpoint`. Products of float32 are exact to float32, those of bfloat16 are summed in float32.
+    Gradients may be differentiated once more, backwards, which takes the time of `blockwise_attention`. The backward
+    pass is given the inputs, the output and the log-sum-exp of the scores; the latter two bear the name `ATTENTION` for
+    policies of `jax.checkpoint`. Products of float32 are exact to float32, those of bfloat16 are summed in float32.
 
     Args:
         query: `[B, Tq, N, H]`, rotated.
@@ -96,9 +117,9 @@ def splash_attention(
         key_depth=_pad(visible.key_depth, block[1], "edge"),
         end=_pad(visible.end, block[1]),  # 0: nobody sees these keys
     )
-    query, key, value = _pad(query, block[0]), _pad(key, block[1]), _pad(value, block[1])
-    out: Any = _attention(_Setting(window, softcap, block, interpret), query, key, value, visible)
-    return out[:, : lengths[0]]
+    inputs = Inputs(_pad(query, block[0]), _pad(key, block[1]), _pad(value, block[1]))
+    output: Output = attend(_Splash(window, softcap, block, interpret), inputs, visible)
+    return output.mixed[:, : lengths[0]]
 
 
 def _block(length: int) -> int:
@@ -109,32 +130,6 @@ def _block(length: int) -> int:
 def _pad(x: jax.Array, block: int, mode: str = "constant") -> jax.Array:
     missing = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], mode=mode) if missing else x
-
-
-# ---- Attention and its gradient, of whole blocks ----------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(setting: _Setting, query: jax.Array, key: jax.Array, value: jax.Array, visible: Visibility) -> jax.Array:
-    return _attention_forward(setting, query, key, value, visible)[0]
-
-
-def _attention_forward(setting: _Setting, query: Any, key: Any, value: Any, visible: Visibility) -> tuple[Any, Any]:
-    out, lse = _forward(setting, _by_head(query), _by_head(key), _by_head(value), visible)
-    out = checkpoint_name(_by_row(out, query.shape[0]), ATTENTION)
-    lse = checkpoint_name(lse, ATTENTION)
-    return out, (query, key, value, visible, out, lse)
-
-
-def _attention_backward(setting: _Setting, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    query, key, value, visible, out, lse = saved
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # [B, Tq, N]
-    delta = jnp.moveaxis(delta, 2, 0).reshape(lse.shape)
-    by_head = _by_head(query), _by_head(key), _by_head(value), _by_head(d_out)
-    return (*(_by_row(x, query.shape[0]) for x in _backward(setting, *by_head, visible, lse, delta)), None)
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _by_head(x: jax.Array) -> jax.Array:
@@ -150,14 +145,14 @@ def _by_row(x: jax.Array, rows: int) -> jax.Array:
 # ---- Grids: heads × pairs of blocks that meet --------------------------------------------------------------
 
 
-def _forward(setting: _Setting, query: Any, key: Any, value: Any, visible: Visibility) -> tuple[jax.Array, jax.Array]:
+def _forward(splash: _Splash, query: Any, key: Any, value: Any, visible: Visibility) -> tuple[jax.Array, jax.Array]:
     """Output `[N, B · Tq, H]` and log-sum-exp `[N, blocks, 1, block]`."""
-    (heads, tokens, size), block, group = query.shape, setting.block, query.shape[0] // key.shape[0]
+    (heads, tokens, size), block, group = query.shape, splash.block, query.shape[0] // key.shape[0]
     return _call(
         _forward_kernel,
-        setting,
+        splash,
         (heads,),
-        walk(live_blocks(visible, block, setting.window)),
+        walk(live_blocks(visible, block, splash.window)),
         (lambda n, s, q, k: (n, q[s]), lambda n, s, q, k: (n // group, k[s])),
         (query, key, value, *_places(visible, block)),
         {
@@ -169,15 +164,15 @@ def _forward(setting: _Setting, query: Any, key: Any, value: Any, visible: Visib
 
 
 def _backward(
-    setting: _Setting, query: Any, key: Any, value: Any, d_out: Any, visible: Visibility, lse: Any, delta: Any
+    splash: _Splash, query: Any, key: Any, value: Any, d_out: Any, visible: Visibility, lse: Any, delta: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries, keys and values, laid out as they are."""
-    (heads, _, size), block, group = query.shape, setting.block, query.shape[0] // key.shape[0]
-    live = live_blocks(visible, block, setting.window)
+    (heads, _, size), block, group = query.shape, splash.block, query.shape[0] // key.shape[0]
+    live = live_blocks(visible, block, splash.window)
     arrays = (query, key, value, *_places(visible, block), d_out, lse, delta)
     (d_query,) = _call(
         _query_gradient_kernel,
-        setting,
+        splash,
         (heads,),
         walk(live),
         (lambda n, s, q, k: (n, q[s]), lambda n, s, q, k: (n // group, k[s])),
@@ -187,7 +182,7 @@ def _backward(
     )
     d_key, d_value = _call(
         _key_gradient_kernel,
-        setting,
+        splash,
         (heads // group, group),
         walk(live.swapaxes(1, 2)),
         (lambda n, s, g, k, q: (n * group + g, q[s]), lambda n, s, g, k, q: (n, k[s])),
@@ -207,7 +202,7 @@ def _places(visible: Visibility, block: tuple[int, int]) -> tuple[jax.Array, jax
 
 def _call(
     kernel: Callable[..., None],
-    setting: _Setting,
+    splash: _Splash,
     heads: tuple[int, ...],
     pairs: Walk,
     at: tuple[Callable[..., Any], Callable[..., Any]],
@@ -218,8 +213,8 @@ def _call(
     """Runs `kernel` over heads × pairs, or kv heads × pairs × the query heads of each.
 
     Args:
-        kernel: is given the setting and references to `pairs`, a block of each array, of each output, the scratch.
-        setting: what a compilation depends on.
+        kernel: is given the splash and references to `pairs`, a block of each array, of each output, the scratch.
+        splash: what a compilation depends on.
         heads: the grid without the pairs.
         pairs: the walk over blocks.
         at: head and block of the queries and of the keys, from the grid's indices and the walk.
@@ -227,7 +222,7 @@ def _call(
         outputs: shapes, by kind.
         scratch: shapes of what is kept from one step to the next, float32.
     """
-    (rows, columns), size, (query, key) = setting.block, arrays[0].shape[2], at
+    (rows, columns), size, (query, key) = splash.block, arrays[0].shape[2], at
     specs = {
         "query": pl.BlockSpec((None, rows, size), lambda *i: (*query(*i), 0)),
         "key": pl.BlockSpec((None, columns, size), lambda *i: (*key(*i), 0)),
@@ -239,7 +234,7 @@ def _call(
     grid = (heads[0], pairs.count, *heads[1:])
     order: list[Literal["parallel", "arbitrary"]] = ["parallel", "arbitrary", "arbitrary"]
     return pl.pallas_call(
-        functools.partial(kernel, setting),
+        functools.partial(kernel, splash),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,
@@ -249,7 +244,7 @@ def _call(
         ),
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(dimension_semantics=order[: len(grid)]),
-        interpret=setting.interpret,
+        interpret=splash.interpret,
         name=f"splash{kernel.__name__.removesuffix('_kernel')}",
     )(pairs.outer, pairs.inner, *arrays)
 
@@ -257,9 +252,7 @@ def _call(
 # ---- One step: a block of queries and a block of keys --------------------------------------------------------
 
 
-def _forward_kernel(
-    setting: _Setting, outer, _, query, key, value, queries, keys, out, lse, peak, total, mixed
-) -> None:
+def _forward_kernel(splash: _Splash, outer, _, query, key, value, queries, keys, out, lse, peak, total, mixed) -> None:
     step = pl.program_id(1)
 
     @pl.when(_is_first(outer, step))
@@ -268,8 +261,8 @@ def _forward_kernel(
         total[...] = jnp.zeros_like(total)
         mixed[...] = jnp.zeros_like(mixed)
 
-    scores = _scores(query[...], key[...], setting.softcap)
-    scores = jnp.where(_seen(queries, keys, setting.window), scores, _MASKED)
+    scores = _scores(query[...], key[...], splash.softcap)
+    scores = jnp.where(_seen(queries, keys, splash.window), scores, _MASKED)
     before = peak[...]
     now = jnp.maximum(before, jnp.max(scores, axis=1)[:, None])  # the same in all lanes
     weights = jnp.exp(scores - _widen(now, scores.shape[1]))
@@ -285,7 +278,7 @@ def _forward_kernel(
 
 
 def _query_gradient_kernel(
-    setting: _Setting, outer, _, query, key, value, queries, keys, d_out, lse, delta, d_query, total
+    splash: _Splash, outer, _, query, key, value, queries, keys, d_out, lse, delta, d_query, total
 ) -> None:
     step = pl.program_id(1)
 
@@ -293,11 +286,11 @@ def _query_gradient_kernel(
     def _():
         total[...] = jnp.zeros_like(total)
 
-    scores = _scores(query[...], key[...], setting.softcap)
-    seen = _seen(queries, keys, setting.window)
+    scores = _scores(query[...], key[...], splash.softcap)
+    seen = _seen(queries, keys, splash.window)
     weights = jnp.exp(jnp.where(seen, scores, _MASKED) - lse[0][:, None])
     slope = weights * (_product(d_out[...], value[...], _TRANSPOSED) - delta[0][:, None])
-    slope = _through_cap(slope, scores, setting.softcap)
+    slope = _through_cap(slope, scores, splash.softcap)
     total[...] += _product(slope.astype(key.dtype), key[...])
 
     @pl.when(_is_last(outer, step))
@@ -306,7 +299,7 @@ def _query_gradient_kernel(
 
 
 def _key_gradient_kernel(
-    setting: _Setting, outer, _, query, key, value, queries, keys, d_out, lse, delta, d_key, d_value, sum_key, sum_value
+    splash: _Splash, outer, _, query, key, value, queries, keys, d_out, lse, delta, d_key, d_value, sum_key, sum_value
 ) -> None:
     """Of a kv head, over all query heads that read it; scores are keys × queries."""
     step, member, members = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
@@ -316,12 +309,12 @@ def _key_gradient_kernel(
         sum_key[...] = jnp.zeros_like(sum_key)
         sum_value[...] = jnp.zeros_like(sum_value)
 
-    scores = _scores(key[...], query[...], setting.softcap)
-    seen = _seen(queries, keys, setting.window, keys_first=True)
+    scores = _scores(key[...], query[...], splash.softcap)
+    seen = _seen(queries, keys, splash.window, keys_first=True)
     weights = jnp.exp(jnp.where(seen, scores, _MASKED) - lse[...])
     sum_value[...] += _product(weights.astype(d_out.dtype), d_out[...])
     slope = weights * (_product(value[...], d_out[...], _TRANSPOSED) - delta[...])
-    slope = _through_cap(slope, scores, setting.softcap)
+    slope = _through_cap(slope, scores, splash.softcap)
     sum_key[...] += _product(slope.astype(query.dtype), query[...])
 
     @pl.when(_is_last(outer, step) & (member == members - 1))

@@ -249,6 +249,8 @@ _FREE = (
     "data.format.part",
     "data.format.pairs.part",
     "model.remat",
+    "optimizer.offload",
+    "critic.optimizer.offload",
     "model.scan_layers",
     "sampling.slots",
     "sampling.tensor",

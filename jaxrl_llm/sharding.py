@@ -153,6 +153,21 @@ def check_host_memory(mesh: Mesh, setting: str, instead: str) -> None:
         )
 
 
+def in_host_memory(x: jax.Array) -> bool:
+    """Whether an array, be it traced, lies in the memory of the host (`HOST`)."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def to_device_memory(x: jax.Array) -> jax.Array:
+    """An array in the devices' own memory; for compiled functions, which compute with none that lies elsewhere."""
+    return jax.device_put(x, jax.memory.Space.Device) if in_host_memory(x) else x
+
+
+def to_host_memory(x: jax.Array) -> jax.Array:
+    """An array in the memory of the host; for compiled functions."""
+    return x if in_host_memory(x) else jax.device_put(x, jax.memory.Space.Host)
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is rows (prompts)."""
     return NamedSharding(mesh, spec(mesh, ("rows",)))
@@ -266,7 +281,9 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any, shardings: Any, trainable: Any = None) -> Any:
+def state_shardings(
+    mesh: Mesh, abstract_state: Any, shardings: Any, trainable: Any = None, *, offload: bool = False
+) -> Any:
     """Shardings of a training state: the optimizer's copies of a parameter lie where the parameter does.
 
     Args:
@@ -274,8 +291,11 @@ def state_shardings(mesh: Mesh, abstract_state: Any, shardings: Any, trainable: 
         abstract_state: record with `params` and `opt_state`, of shapes.
         shardings: tree of the parameters' shardings.
         trainable: the part of that tree of which the optimizer has copies; `None`: all of it.
+        offload: whether these copies lie in the host's memory.
     """
     trainable = shardings if trainable is None else trainable
+    if offload:
+        trainable = jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), trainable)
     structure = jax.tree.structure(trainable)
     whole = replicated(mesh)
 

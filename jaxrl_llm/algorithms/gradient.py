@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm.algorithms.rounding import rounded, unrounded, widen
+from jaxrl_llm.algorithms.leafwise import move
+from jaxrl_llm.algorithms.rounding import widen
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import join, split_trainable
 from jaxrl_llm.records import Mean, Metrics
@@ -59,11 +61,15 @@ def make_gradient_step(
             gradient, value, metrics = gradient_of(widen(params), frozen, spread(rows), normalizer)
         else:
             gradient, value, metrics = accumulated(widen(params), frozen, rows, normalizer)
-        norm, (exact, before) = optax.tree.norm(gradient), unrounded(params, state)
-        updates, after = optimizer.update(gradient, before, exact)
-        moved = rounded(optax.apply_updates(exact, updates), after, params, state)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, (params, state))
+        # Not `where`, which keeps what was before beside what is after.
+        params, opt_state = jax.lax.cond(
+            finite,
+            functools.partial(move, optimizer),
+            lambda gradient, norm, params, state: (params, state),
+            *(gradient, norm, params, state),
+        )
         carry = join(params, frozen), opt_state
         step = {"loss": Mean.of(value), "grad_norm": Mean.of(norm), "frac_steps_skipped": Mean.of(~finite)}
         return carry, metrics | step

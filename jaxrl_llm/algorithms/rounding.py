@@ -8,6 +8,7 @@ nearest, and at the learning rates of this field that is nearly every one: of Ad
 from __future__ import annotations
 
 import functools
+import zlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -84,11 +85,13 @@ def rounded(moved: Any, optimizer: optax.OptState, params: Params, state: Any) -
             return _nearest(moved, params), MasterCopy(moved, optimizer)
         case RandomRounding(data, _):
             key, own = jax.random.split(jax.random.wrap_key_data(data))
-            leaves, structure = jax.tree.flatten(moved)
-            keys = jax.tree.unflatten(structure, list(jax.random.split(own, len(leaves))))
-            stored = jax.tree.map(
-                lambda new, old, key: new if new.dtype == old.dtype else _at_random(new, key), moved, params, keys
-            )
+
+            def one(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+                # By its name, so that it is the same whichever other parameters are moved along.
+                number = zlib.crc32(jax.tree_util.keystr(path).encode())
+                return new if new.dtype == old.dtype else _at_random(new, jax.random.fold_in(own, number))
+
+            stored = jax.tree_util.tree_map_with_path(one, moved, params)
             return stored, RandomRounding(jax.random.key_data(key), optimizer)
         case _:
             return _nearest(moved, params), optimizer

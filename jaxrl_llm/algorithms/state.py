@@ -67,8 +67,18 @@ def abstract_train_state(
     algorithm: Algorithm | None = None,
     critic: Critic | None = None,
     rounding: Rounding = "master",
+    offload: bool = False,
 ) -> TrainState:
-    """Shapes, types and shardings of a training state on `mesh`.
+    """Shapes, types and shardings of a training state on `mesh`; arguments beside it as of `make_train_state`.
+
+    Args:
+        policy: the model.
+        optimizer: of the policy.
+        mesh: the devices.
+        algorithm: whose memory is part of the state.
+        critic: the critic.
+        rounding: of the policy's parameters.
+        offload: whether the state of the policy's optimizer lies in the host's memory.
 
     Raises:
         ValueError: the mesh does not divide a parameter or the heads, or its devices cannot do as a setting says; names
@@ -76,6 +86,8 @@ def abstract_train_state(
     """
     if policy.config.remat == "offload":
         check_host_memory(mesh, "model.remat='offload'", "model.remat=full")
+    if offload or (critic is not None and critic.offload):
+        check_host_memory(mesh, "optimizer.offload=True", "optimizer.offload=False")
     model = critic.model if critic is not None and critic.shares_trunk else policy
     params = model.abstract_params()
     shardings = model.shardings(mesh)
@@ -87,12 +99,15 @@ def abstract_train_state(
         params,
         own,
     )
-    placed = state_shardings(mesh, abstract.replace(critic=None), shardings, split_trainable(shardings)[0])
+    trained = split_trainable(shardings)[0]
+    placed = state_shardings(mesh, abstract.replace(critic=None), shardings, trained, offload=offload)
     if own is not None:
         assert critic is not None
         of_critic = critic.model.shardings(mesh)
         trained = split_trainable(of_critic)[0]
-        placed = placed.replace(critic=state_shardings(mesh, abstract.critic, of_critic, trained))
+        placed = placed.replace(
+            critic=state_shardings(mesh, abstract.critic, of_critic, trained, offload=critic.offload)
+        )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed
     )

@@ -163,6 +163,7 @@ _LAST_BITS = (
     "model.scan_layers",
     "sampling.slots",
     "sampling.tensor",
+    "optimizer.offload",
 )
 
 # ---- Settings of a step --------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class CriticSource:
         if self.shares_trunk:
             return Critic(model, stop_gradient=self.stop_gradient)
         rule = make_optimizer(self.optimizer, make_schedule(self.optimizer, optimizer_steps))
-        return Critic(model, rule, rounding=self.optimizer.rounding)
+        return Critic(model, rule, rounding=self.optimizer.rounding, offload=self.optimizer.offload)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared as what it is: a step is a function
@@ -66,6 +66,8 @@ class Learner:
     """Pure, still to be compiled."""
     rounding: Rounding
     """Of the policy's parameters."""
+    offload: bool
+    """Whether the optimizer's state lies in the host's memory."""
 
     def start(self, params: Params, critic_params: Params | None, seed: int) -> TrainState:
         """The state before the first step; a critic without parameters starts from the policy's, with a new head."""
@@ -93,6 +95,7 @@ class Learner:
             algorithm=self.algorithm,
             critic=self.critic,
             rounding=self.rounding,
+            offload=self.offload,
         )
 
 
@@ -171,6 +174,11 @@ def make_learner(
                 "optimizer.rounding='stochastic' would move the policy from where the trust region was measured: "
                 "pass --optimizer.rounding=master"
             )
+        case PolicyGradient() if optimizer.offload:
+            raise ValueError(
+                "optimizer.offload=True would have no effect: a trust region has no moments; pass "
+                "--optimizer.no-offload"
+            )
         case PolicyGradient():
             rule = optax.identity()
             step = make_trust_region_step(policy, algorithm, trust_region, micro_batches=plan.micro_batches, **drawn)
@@ -182,4 +190,4 @@ def make_learner(
             step = make_online_preference_step(policy, rule, algorithm, plan)
         case _:
             raise TypeError(f"no update step is known for an algorithm of type {type(algorithm).__name__}")
-    return Learner(policy, algorithm, rule, schedule, value_function, step, optimizer.rounding)
+    return Learner(policy, algorithm, rule, schedule, value_function, step, optimizer.rounding, optimizer.offload)

@@ -185,7 +185,9 @@ class OfflineTrainer:
         optimizer = make_optimizer(config, schedule)
         step = make_offline_step(self.model, optimizer, self.objective, micro_batches=self.plan.micro_batches)
         rounding, seed = config.rounding, self.setup.seed
-        self.abstract_state = abstract_train_state(self.model, optimizer, self.setup.mesh, rounding=rounding)
+        self.abstract_state = abstract_train_state(
+            self.model, optimizer, self.setup.mesh, rounding=rounding, offload=config.offload
+        )
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)}
         check_memory(self.setup.mesh, needs, "the model's size, or train adapters: --model.lora.rank=16")
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)

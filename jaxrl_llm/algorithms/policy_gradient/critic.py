@@ -28,6 +28,8 @@ class Critic:
     """With a shared trunk, let only the head learn from the values."""
     rounding: Rounding = "master"
     """As `make_train_state`, for parameters of its own."""
+    offload: bool = False
+    """As `abstract_train_state`, for the state of its optimizer."""
 
     @property
     def shares_trunk(self) -> bool:

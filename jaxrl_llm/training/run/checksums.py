@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.sharding import in_host_memory, to_device_memory
+
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -24,11 +26,11 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
     Args:
         leaves: arrays by name.
     """
-    together: dict[Any, dict[str, Any]] = collections.defaultdict(
-        dict
-    )  # one program for all that lies on the same devices
+    # One program for all that lies on the same devices; what lies in the host's memory may not fit there at once.
+    together: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
     for name, leaf in leaves.items():
-        together[frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None][name] = leaf
+        devices = frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None
+        together[name if devices and in_host_memory(leaf) else devices][name] = leaf
     sums: dict[str, Any] = {}
     for group in together.values():
         sums |= jax.device_get(_checksums(group))
@@ -99,6 +101,7 @@ def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _checksum(x: jax.Array) -> jax.Array:
     """Σ mixed(bits, index) mod 2³²: exact in any order, and another one for entries that change or change places."""
+    x = to_device_memory(x)
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)

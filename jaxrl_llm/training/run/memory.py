@@ -16,12 +16,14 @@ import jax.numpy as jnp
 
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import HOST
 from jaxrl_llm.training.run.errors import RunError
 
 ROWS = "training.prompts_per_step, training.samples_per_prompt, sampling.max_tokens or data.max_prompt_length"
 _LOWERS = {
     "sample": f"lower {ROWS}, or set sampling.slots",
-    "update": f"raise update.micro_batches or mesh.fsdp, set model.remat=full or offload, or lower {ROWS}",
+    "update": "raise update.micro_batches or mesh.fsdp, set model.remat=full or offload, set optimizer.offload, or "
+    f"lower {ROWS}",
     "iteration": f"raise update.micro_batches, set sampling.slots, or lower {ROWS}",
     "evaluate": "lower evaluation.batch_size or evaluation.samples",
     "reference": "lower evaluation.batch_size, or raise update.micro_batches",
@@ -53,8 +55,12 @@ def naming_phase(phase: str) -> Iterator[None]:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of a tree's arrays, abstract or not, each counted once."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a tree's arrays, abstract or not, each counted once; what lies in the host's memory is left out."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if not _is_far(leaf))
+
+
+def _is_far(leaf: Any) -> bool:
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 
 def check_memory(mesh: jax.sharding.Mesh, needs: Mapping[str, int], settings: str) -> None:

@@ -205,7 +205,7 @@ class StarTrainer:
         rounding, resting = self._optimizer.rounding, optax.identity()
         self._schedule = make_schedule(self._optimizer, 1)
         trained = make_optimizer(self._optimizer, self._schedule)
-        abstract = abstract_train_state(model, trained, mesh, rounding=rounding)
+        abstract = abstract_train_state(model, trained, mesh, rounding=rounding, offload=self._optimizer.offload)
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self.abstract_state = abstract_train_state(model, resting, mesh, rounding="nearest")
         at_rest: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)

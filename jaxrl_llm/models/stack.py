@@ -18,6 +18,9 @@ import numpy as np
 
 from jaxrl_llm.models.config import LayerKind, Params
 
+_Repeat = tuple[Params, jax.Array | None]
+"""The parameters of one repeat of a run, and its number where there are several runs."""
+
 
 class Run(NamedTuple):
     """Layers next to each other that are a pattern of kinds, again and again."""
@@ -123,26 +126,47 @@ class Stack:
             What comes out of the last layer, and what was collected, stacked over the layers.
         """
         collected = []
-        for run, part in self._cut(layers, self.runs if in_loops else self._singles):
-            steps = [self._at(step, run, place, wrap) for place in range(run.period)]
+        runs = self.runs if in_loops else self._singles
+        for run, part in self._cut(layers, runs):
+            loop = run.repeats > 1
+            whole = layers if loop and len(runs) > 1 else None
+            steps = [self._at(step, run, place, wrap, whole) for place in range(run.period)]
 
-            def repeat(x: jax.Array, part: Params, steps: Any = steps) -> tuple[jax.Array, list[Any]]:
+            def repeat(x: jax.Array, one: _Repeat, steps: Any = steps) -> tuple[jax.Array, list[Any]]:
                 found = []
-                for one in steps:
-                    x, collected = one(x, part)
+                for layer in steps:
+                    x, collected = layer(x, one)
                     found.append(collected)
                 return x, found
 
-            x, found = jax.lax.scan(repeat, x, part) if run.repeats > 1 else repeat(x, part)
+            each = (part, None if whole is None else jnp.arange(run.repeats))
+            x, found = jax.lax.scan(repeat, x, each) if loop else repeat(x, each)
             collected.append(jax.tree.map(functools.partial(_in_order, run), *found))
         return x, jax.tree.map(lambda *parts: _joined(parts), *collected)
 
-    def _at(self, step: Callable[..., Any], run: Run, place: int, wrap: Callable[..., Any]) -> Callable[..., Any]:
+    def _at(
+        self, step: Callable[..., Any], run: Run, place: int, wrap: Callable[..., Any], whole: Params | None
+    ) -> Callable[..., Any]:
+        """A layer of a run; `whole` are all parameters where it reads these and not the run's, which are a copy."""
+
         # Cut out inside of what is wrapped: what a backward pass keeps is then the stacked parameters themselves.
-        def one(x: jax.Array, part: Params) -> tuple[jax.Array, Any]:
+        def layer(x: jax.Array, one: _Repeat) -> tuple[jax.Array, Any]:
+            part, number = one
+            if whole is not None and number is not None:
+                part = self._read(whole, run, part, number)
             return step(x, self._place(part, run, place), self.kinds[run.first + place])
 
-        return wrap(one, in_loop=run.repeats > 1)
+        return wrap(layer, in_loop=run.repeats > 1)
+
+    def _read(self, whole: Params, run: Run, part: Params, number: jax.Array) -> Params:
+        """The parameters of a repeat, out of all; their gradient is that of `part`."""
+        stacked = flat(whole)
+
+        def rows(path: str, leaf: jax.Array) -> jax.Array:
+            count = leaf.shape[0] if run.period > 1 else 1
+            return _rows(jax.lax.stop_gradient(stacked[path]), leaf, self._row(path, run.first) + count * number, count)
+
+        return nested({path: rows(path, leaf) for path, leaf in flat(part).items()})
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -156,7 +180,7 @@ class Stack:
     def _cut(self, layers: Params, runs: tuple[Run, ...]) -> list[tuple[Run, Params]]:
         """Each run with its parameters: `[repeats, …]`, or those of a pattern `[repeats, rows of a leaf, …]`.
 
-        A single run's are the arrays themselves, cuts are copies.
+        A single run's are the arrays themselves.
         """
         cut: list[dict[str, jax.Array]] = [{} for _ in runs]
         for path, leaf in flat(layers).items():
@@ -181,6 +205,28 @@ class Stack:
     def _row(self, path: str, layer: int) -> int:
         """How many of a leaf's rows belong to the layers before this one."""
         return bisect.bisect_left(self.owners[path], layer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rows(stacked: jax.Array, part: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """Some rows of a stack that is not differentiated, in the shape of a cut out `part` of it that is.
+
+    They have the same values. A loop over the part alone would need it as an array of its own, which is a second copy
+    of the parameters; that is never made where only its gradient is asked for. A gradient of the stack itself would be
+    as long as the stack at every repeat.
+    """
+    return jax.lax.dynamic_slice_in_dim(stacked, first, count).reshape(part.shape)
+
+
+def _rows_forward(stacked: jax.Array, part: jax.Array, first: jax.Array, count: int) -> tuple[jax.Array, None]:
+    return _rows(stacked, part, first, count), None
+
+
+def _rows_backward(count: int, _: None, gradient: jax.Array) -> tuple[None, jax.Array, None]:
+    return None, gradient, None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def _in_order(run: Run, *places: jax.Array) -> jax.Array:

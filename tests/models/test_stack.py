@@ -244,3 +244,11 @@ def test_the_last_layers_of_several_kinds(tiny_config, lively_params):
     for layer, (was, now) in enumerate(zip(*(cut.layers(nested(tree)) for tree in (flat(params), moved)), strict=True)):
         changed = {bool(np.any(flat(was)[path] != flat(now)[path])) for path in flat(was)}
         assert changed == {layer >= 4}
+
+
+def test_several_runs_read_the_parameters_where_they_lie(tiny_config):
+    """A second copy of them, one array a run, would be as large as they are."""
+    config = tiny_config(num_layers=16, mlp_dim=2048, remat="full", layer_kinds=(LOCAL,) * 9 + (GLOBAL,) * 7)
+    model = Transformer(config)
+    program = jax.jit(lambda params: model.logits(params, jnp.zeros((1, 4), jnp.int32))).lower(model.abstract_params())
+    assert program.compile().memory_analysis().temp_size_in_bytes < 0.3 * 4 * config.num_parameters

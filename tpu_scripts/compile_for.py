@@ -87,6 +87,8 @@ class Plan:
     """Tc, tokens of the longest completion."""
     slots: int | None = None
     """Completions of one prompt that are decoded at a time; `None`: all."""
+    sampling_tensor: int | None = None
+    """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
     update: UpdateConfig = UpdateConfig(micro_batches=8)
     """Epochs, minibatches, micro-batches."""
     algorithm: PolicyGradient = PolicyGradient()
@@ -163,7 +165,7 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
 
     p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
     prompt, lengths = array(p, plan.prompt_tokens), array(p)
-    settings = SamplingConfig(max_tokens=tc, slots=plan.slots)
+    settings = SamplingConfig(max_tokens=tc, slots=plan.slots, tensor=plan.sampling_tensor)
     sampler = Sampler(model, settings, group=g, stop_tokens=(0,), mesh=mesh)
     sampler.check_length(plan.prompt_tokens)
     sample = jax.jit(sampler.sample, out_shardings=whole)

@@ -401,6 +401,10 @@ def test_a_gold_answer_that_no_reward_reads(refused) -> None:
 
 def test_a_mesh_that_does_not_fit(refused) -> None:
     assert "8 devices" in refused("--mesh.tensor=3")
+    assert "sampling.tensor=3 must be a multiple" in refused("--sampling.tensor=3")
+    train = f"--data.train={write('train.jsonl', *[ROW] * 8)}"
+    for flag in ("--mesh.tensor=8", "--sampling.tensor=8"):
+        assert "8 devices cannot hold whole heads: it does not divide the 4 query heads" in refused(train, flag)
 
 
 def test_weights_that_do_not_match(refused) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -38,11 +39,11 @@ from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
-from jaxrl_llm.models.lora import has_adapters
+from jaxrl_llm.models.lora import has_adapters, in_compute_type
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import MeshConfig, make_mesh, replicated
+from jaxrl_llm.sharding import HOST, MeshConfig, make_mesh, replicated
 from jaxrl_llm.types import Rollout
 
 GIB = 2**30
@@ -158,10 +159,17 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     optimizer = make_optimizer(plan.optimizer, make_schedule(plan.optimizer, 1000))
-    state = abstract_train_state(model, optimizer, mesh, rounding=plan.optimizer.rounding)
+    state = abstract_train_state(
+        model, optimizer, mesh, rounding=plan.optimizer.rounding, offload=plan.optimizer.offload
+    )
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
-    reference = state.params if needed else None
+    reference = None
+    if needed:
+        kept = jax.eval_shape(functools.partial(in_compute_type, dtype=model.config.dtype), state.params)
+        reference = jax.tree.map(
+            lambda leaf, kept: jax.ShapeDtypeStruct(leaf.shape, kept.dtype, sharding=leaf.sharding), state.params, kept
+        )
 
     p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
     prompt, lengths = array(p, plan.prompt_tokens), array(p)
@@ -188,8 +196,9 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
 
 
 def bytes_per_device(arrays: Any) -> int:
-    """What abstract arrays with shardings take on one device, without padding."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    """What abstract arrays with shardings take on one device, without padding; none in the host's memory."""
+    near = (x for x in jax.tree.leaves(arrays) if x.sharding.memory_kind != HOST)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in near)
 
 
 # ---- Compiling and telling -----------------------------------------------------------------------
@@ -214,6 +223,8 @@ class Report(NamedTuple):
     collectives: list[Collective]
     text: str
     """HLO."""
+    host: int = 0
+    """What the program has in the host's memory for one device, arguments and temporaries."""
 
     @property
     def needed(self) -> int:
@@ -241,6 +252,7 @@ def compile_program(program: Program, mesh: Mesh) -> Report:
         flops=compiled.cost_analysis().get("flops", math.nan),
         collectives=collectives(text),
         text=text,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     )
 
 
@@ -256,6 +268,8 @@ def describe(name: str, report: Report, limit: float | None) -> str:
     parts = f"arguments {gib(report.arguments)}, outputs {gib(report.outputs)}, temporaries {gib(report.temporaries)}"
     if report.resident:
         parts += f", beside it the rest of the state {gib(report.resident)}"
+    if report.host:
+        parts += f"; in the host's memory {gib(report.host)}"
     rows = [
         f"{name}: {verdict}",
         f"  compiled in {report.seconds:.0f} s",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.config import DType, ModelConfig, Params
 
 ADAPTERS = ("lora_a", "lora_b")
 """Names of an adapter's leaves."""
@@ -111,18 +111,19 @@ def starting_adapters(params: Params) -> Params | None:
 
 
 def start_reference(
-    params: Params, shardings: Any, *, with_adapters: bool, whole: bool = False
+    params: Params, shardings: Any, dtype: DType, *, with_adapters: bool, whole: bool = False
 ) -> tuple[Params | None, str]:
     """What a run keeps of the model that it starts from, for `reference_of`, and a sentence that says which that is.
 
     Args:
         params: of the model at the start.
         shardings: of all parameters, where they are kept.
+        dtype: in which the model computes. A reference of its own is kept in it (`in_compute_type`).
         with_adapters: whether adapters that the model starts with are the reference's, too; else it is the base.
         whole: keep all parameters of the reference, though it shares the base of the model that is trained.
     """
     if not has_adapters(params):
-        return jax.device_put(params, _like(shardings, params)), ""
+        return jax.device_put(in_compute_type(params, dtype), _like(shardings, params)), ""
     adapters = starting_adapters(params)
     said = " The reference is the base, without adapters."
     if adapters is not None and with_adapters:
@@ -133,6 +134,20 @@ def start_reference(
     if kept is None:
         return None, said
     return jax.device_put(kept, _like(shardings, kept)), said
+
+
+def in_compute_type(params: Params, dtype: DType) -> Params:
+    """Parameters that are only computed with, no wider than the model's `dtype`: half the memory of float32 ones.
+
+    Products take them in that type anyway. Norms are computed in float32, and their scales stay as they are, as do
+    heads beside the model. What need not be narrowed is the same arrays.
+    """
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        is_read_wide = path[-1].key == "scale" or path[0].key not in TRUNK
+        return leaf if is_read_wide or leaf.dtype.itemsize <= jnp.dtype(dtype).itemsize else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(one, params)
 
 
 def _like(tree: Any, part: Any) -> Any:

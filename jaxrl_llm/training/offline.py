@@ -205,7 +205,9 @@ class OfflineTrainer:
             self.reference: Params | None = None
             if self.objective.needs_reference:
                 with_adapters, whole = not self.setup.bare_reference, self.plan.reference == "ahead"
-                self.reference, said = start_reference(params, placed.params, with_adapters=with_adapters, whole=whole)
+                self.reference, said = start_reference(
+                    params, placed.params, self.model.config.dtype, with_adapters=with_adapters, whole=whole
+                )
                 self.what_a_step_is += said
         check_frozen(self.saved, self.state, self.reference)
         self._rates = Rates(schedule)

@@ -228,7 +228,9 @@ class Trainer:
             self.reference: Params | None = None
             if self.algorithm.needs_reference:
                 with_adapters = not self.setup.bare_reference
-                self.reference, said = start_reference(params, placed.params, with_adapters=with_adapters)
+                self.reference, said = start_reference(
+                    params, placed.params, self.model.config.dtype, with_adapters=with_adapters
+                )
                 self.what_a_step_is += said
         check_frozen(self.saved, self.state, self.reference)
 

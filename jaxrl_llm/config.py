@@ -17,7 +17,7 @@ from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.rows import RowFormat
-from jaxrl_llm.models.config import DType, LoraConfig, ModelConfig, Remat
+from jaxrl_llm.models.config import AttentionKernel, DType, LoraConfig, ModelConfig, Remat
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
@@ -70,6 +70,9 @@ class ModelSource:
     full with the layers' inputs in the host's memory."""
     scan_layers: bool = True
     """Compile the layers as one loop. Unrolled, a small model on a CPU is faster, and takes longer to compile."""
+    attention: AttentionKernel = "auto"
+    """How attention is computed in training: dense is fastest on short texts, blockwise and splash (TPU) need memory in
+    proportion to tokens; auto chooses by platform and length."""
     lora: LoraConfig = LoraConfig(rank=0)
     """Train low-rank adapters beside the weights, in place of these: --model.lora.rank=16."""
     adapters: str | None = None
@@ -93,6 +96,7 @@ class ModelSource:
             gradient_sums=self.gradient_sums,
             remat=self.remat,
             scan_layers=self.scan_layers,
+            attention=self.attention,
             lora=self.lora if self.lora.rank else None,
         )
 
@@ -255,6 +259,8 @@ _FREE = (
     "sampling.slots",
     "sampling.tensor",
     "update.micro_batches",
+    "update.tokens_per_micro_batch",
+    "model.attention",
     "update.reference",
     "training.checkpoint_every",
     "training.keep_checkpoints",

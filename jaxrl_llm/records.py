@@ -6,8 +6,9 @@ the end.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -135,5 +136,26 @@ class ExplainedVariance(NamedTuple):
         return safe_divide(varied - self.errors.squares, varied)
 
 
-Metrics = dict[str, Mean | Max | Moments | ExplainedVariance]
+Record = Mean | Max | Moments | ExplainedVariance
+Metrics = dict[str, Record]
 """The metrics of a loss, by name."""
+
+
+def _is_record(node: Any) -> bool:
+    return isinstance(node, Record)
+
+
+def join_parts(left: Any, right: Any) -> Any:
+    """Joins two trees of what parts of a batch add up to: arrays are summed, records are merged."""
+    return jax.tree.map(lambda a, b: a.merge(b) if _is_record(a) else a + b, left, right, is_leaf=_is_record)
+
+
+def nothing_yet(like: Any) -> Any:
+    """What `join_parts` of it and any tree like that (of arrays or shapes) leaves as it is."""
+
+    def empty(node: Any) -> Any:
+        if isinstance(node, Max):
+            return Max(jnp.full(node.maximum.shape, -jnp.inf, node.maximum.dtype))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), node)
+
+    return jax.tree.map(empty, like, is_leaf=_is_record)

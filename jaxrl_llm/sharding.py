@@ -113,10 +113,15 @@ def _pieces(axis: str, mesh: Mesh | AbstractMesh | None) -> int:
     return math.prod(mesh.shape[name] for name in _mesh_axes(mesh, axis))
 
 
-def on_cpu() -> bool:
-    """Whether what is traced here will run on CPUs: by the ambient mesh, or by JAX's default where none is set."""
+def platform() -> str:
+    """What that is traced here will run on, as `cpu`: by the ambient mesh, or by JAX's default where none is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_cpu() -> bool:
+    """Whether what is traced here will run on CPUs."""
+    return platform() == "cpu"
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None]) -> PartitionSpec:

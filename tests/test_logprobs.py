@@ -18,6 +18,7 @@ from jaxrl_llm import logprobs
 from jaxrl_llm.logprobs import TokenScores, scores_from_logits, token_scores
 from jaxrl_llm.masking import fill_masked
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
 
 
@@ -384,7 +385,7 @@ def test_three_tokens_by_hand(tiny_config):
 
     @jax.jit
     def score(params: Params) -> TokenScores:
-        hidden = model.hidden(params, prompt, lengths, completion)
+        hidden = model.hidden(params, PaddedLayout.of(prompt, lengths, completion))
         return token_scores(hidden, model.head(params), completion)
 
     gap = -30 * math.sqrt(width)  # RMS norm makes e_i as long as √width

@@ -5,6 +5,7 @@ Supervised fine-tuning, reward models and preference optimisation differ in thei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups, split_groups
-from jaxrl_llm.algorithms.gradient import make_gradient_step, spread
+from jaxrl_llm.algorithms.batching import MicroBatches, cut, spread
+from jaxrl_llm.algorithms.gradient import Loss, make_gradient_step
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.records import Metrics
-from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import TrainState
 
 
@@ -38,14 +38,23 @@ class Objective(Protocol):
 
     @property
     def whole_groups(self) -> bool:
-        """Whether the G completions of a prompt must be computed together (a preference pair)."""
+        """Whether the G completions of a prompt are compared (a preference pair)."""
+        ...
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether those of different prompts are."""
         ...
 
     def normalizer(self, rows: Any) -> Any:
         """The denominators, a tree of scalars, that all micro-batches of one step share."""
         ...
 
-    def loss(self, model: Any, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: Any, params: Params, texts: Any) -> Any:
+        """What the loss reads of a forward pass over texts (see `layout_of`): a tree of arrays `[P, G, Tc, …]`."""
+        ...
+
+    def loss(self, scores: Any, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
         ...
 
@@ -66,8 +75,7 @@ def make_offline_step(
     model: Any,
     optimizer: optax.GradientTransformation,
     objective: Objective,
-    *,
-    micro_batches: int = 1,
+    plan: MicroBatches | None = None,
 ) -> OfflineStep:
     """The pure function `(state, rows, reference=None) -> (state, metrics)` that makes one optimizer step.
 
@@ -77,19 +85,16 @@ def make_offline_step(
         model: a `Transformer`, or what the objective reads in its place (`ScoreModel`).
         optimizer: an optax transformation.
         objective: what it is trained towards.
-        micro_batches: pieces in which the gradient is accumulated.
+        plan: the pieces in which the gradient is accumulated.
 
     Returns:
         A function of `TrainState`, rows, and the parameters of the reference: read only if the objective needs one and
         the rows do not bring its log-probs; `None`: those of the state without its adapters, if it has any. Rows whose
         arrays do not fit together raise AssertionError when it is traced.
     """
-    plan, reference_logprobs = UpdateConfig(micro_batches=micro_batches), make_reference_pass(model, micro_batches)
-
-    def loss(params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
-        return objective.loss(model, params, rows, normalizer)
-
-    gradient_step = make_gradient_step(loss, optimizer, micro_batches)
+    plan = plan or MicroBatches()
+    reference_logprobs = make_reference_pass(model, plan)
+    gradient_step = make_gradient_step(loss_of(objective, model), optimizer, plan)
 
     def offline_step(
         state: TrainState, rows: Any, reference: Params | None = None
@@ -97,14 +102,22 @@ def make_offline_step(
         _check_rows(rows)
         rows = with_reference(objective, rows, reference_of(state.params, reference), reference_logprobs)
         rows = _prepared(objective, rows, state.params, reference_logprobs)
-        prompts, group = rows.mask.shape[:2]
-        split = plan.group_split(prompts, group, row_shards(), whole_groups=objective.whole_groups)
         carry = (state.params, state.opt_state)
-        (params, opt_state), metrics = gradient_step(carry, split_groups(rows, split), objective.normalizer(rows))
+        (params, opt_state), metrics = gradient_step(carry, rows, objective.normalizer(rows))
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {name: record.value() for name, record in metrics.items()}
 
     return offline_step
+
+
+def loss_of(objective: Objective, model: Any) -> Loss:
+    """The objective's loss of a model."""
+    return Loss(
+        functools.partial(objective.scores, model),
+        objective.loss,
+        whole_groups=objective.whole_groups,
+        whole_batch=objective.whole_batch,
+    )
 
 
 def _check_rows(rows: Any) -> None:
@@ -123,7 +136,7 @@ def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., t
     batches join by `merge`. Their losses add up to that of all of them, if each is given the sum of the batches'
     `objective.normalizer`; without it the loss is that of the batch. What in that tree is no array is the batch's own.
     """
-    reference_logprobs = make_reference_pass(model, 1)
+    reference_logprobs = make_reference_pass(model)
 
     def evaluation(
         params: Params, rows: Any, reference: Params | None = None, normalizer: Any = None
@@ -134,20 +147,20 @@ def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., t
         own = objective.normalizer(rows)
         if normalizer is not None:
             own = jax.tree.map(lambda mine, given: given if isinstance(mine, jax.Array) else mine, own, normalizer)
-        return objective.loss(model, params, rows, own)
+        return objective.loss(objective.scores(model, params, rows), rows, own)
 
     return evaluation
 
 
-def make_reference_pass(model: Any, micro_batches: int) -> Callable[[Params, Any], jax.Array]:
+def make_reference_pass(model: Any, plan: MicroBatches | None = None) -> Callable[[Params, Any], jax.Array]:
     """The pure function from parameters and rows to the log-probs `[P, G, Tc]` of all their tokens.
 
     To be compiled by itself where a reference is computed once ahead of training; part of the step otherwise.
     """
-    scores, plan = Scorer(model), UpdateConfig(micro_batches=micro_batches)
+    scores, plan = Scorer(model), plan or MicroBatches()
 
     def logprobs(params: Params, rows: Any) -> jax.Array:
-        given = map_groups(lambda part: scores(params, part).logprobs, rows, plan)
+        given = cut(rows, plan).map(lambda _, texts: scores(params, texts).logprobs)
         return jnp.where(rows.mask, given, 0.0)
 
     return logprobs

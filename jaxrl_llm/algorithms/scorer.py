@@ -9,6 +9,7 @@ import jax
 
 from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import on_cpu, row_shards
 
@@ -23,21 +24,21 @@ class Scorer:
     policy: Transformer
     temperature: float = 1.0
 
-    def __call__(self, params: Params, rows: Any) -> TokenScores:
-        """Scores rows: any record with `prompt`, `prompt_lengths` and `completion`."""
-        hidden = self.policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
-        return self.of_hidden(params, hidden, rows.completion)
+    def __call__(self, params: Params, texts: Any) -> TokenScores:
+        """Scores texts: a `Layout`, or any record with `prompt`, `prompt_lengths` and `completion`."""
+        layout = layout_of(texts)
+        return layout.unpack(self.of_hidden(params, self.policy.hidden(params, layout), layout.targets))
 
-    def of_hidden(self, params: Params, hidden: jax.Array, completion: jax.Array) -> TokenScores:
+    def of_hidden(self, params: Params, hidden: jax.Array, tokens: jax.Array) -> TokenScores:
         """Scores of tokens from the states that predict them."""
         return token_scores(
             hidden,
             self.policy.head(params),
-            completion,
+            tokens,
             temperature=self.temperature,
             logit_softcap=self.policy.config.logit_softcap,
             known_tokens=self.policy.config.known_tokens,
-            chunk_size=_vocabulary_chunk(completion.size),
+            chunk_size=_vocabulary_chunk(tokens.size),
         )
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.checks import check_fields, one_of
@@ -81,27 +80,27 @@ class SupervisedObjective:
         """No: each completion counts by itself."""
         return False
 
+    @property
+    def whole_batch(self) -> bool:
+        """No."""
+        return False
+
     def normalizer(self, rows: Any) -> jax.Array:
         """Number of masked tokens, or of completions that have some."""
         return aggregation_normalizer(rows.mask, mode=self.aggregation, segment_ids=_segments(rows))
 
-    def loss(self, model: Transformer, params: Params, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: Transformer, params: Params, texts: Any) -> TokenScores:
+        """Log-probs and entropies of the tokens; those of the first token of a packed demonstration mean nothing."""
+        return Scorer(model)(params, texts)
+
+    def loss(self, scores: TokenScores, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        segments = _segments(rows)
-        scores = Scorer(model)(params, rows) if segments is None else _packed_scores(model, params, rows)
         loss = {"nll": sft_loss, "dft": dft_loss}[self.kind]
         value, metrics = loss(
-            scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer, segment_ids=segments
+            scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer, segment_ids=_segments(rows)
         )
         return value, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), rows.mask)}
 
 
 def _segments(rows: Any) -> jax.Array | None:
     return getattr(rows, "segment_ids", None)
-
-
-def _packed_scores(model: Transformer, params: Params, rows: PackedDemonstrations) -> TokenScores:
-    """Scores `[P, 1, T]` of packed tokens; those of the first token of a demonstration mean nothing."""
-    states, _ = model.causal(params, rows.completion[:, 0], segment_ids=rows.segment_ids[:, 0])
-    before = jnp.roll(states, 1, axis=1)  # what has read all tokens before one predicts it
-    return Scorer(model).of_hidden(params, before[:, None], rows.completion)

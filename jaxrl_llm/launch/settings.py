@@ -158,7 +158,9 @@ def remarks_on_resuming(folder: Path, config: RunConfig) -> list[str]:
 _LAST_BITS = (
     "mesh.",
     "update.micro_batches",
+    "update.tokens_per_micro_batch",
     "update.reference",
+    "model.attention",
     "model.remat",
     "model.scan_layers",
     "sampling.slots",

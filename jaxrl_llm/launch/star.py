@@ -50,7 +50,7 @@ def make_star_trainer(
         sampling=config.sampling,
         optimizer=config.optimizer,
         evaluation=config.evaluation,
-        micro_batches=config.update.micro_batches,
+        plan=config.update,
     )
     write_config(config, trainer.setup.folder)
     return trainer

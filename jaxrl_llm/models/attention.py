@@ -91,6 +91,52 @@ def dense_attention(
     return attend(query, KeyValue.of(key, value), visible.mask(window), softcap=softcap)
 
 
+class SharedPrompt(NamedTuple):
+    """The shape of rows that are each a prompt and, after it, its G completions, padding included: Tp + G·Tc tokens.
+
+    G = 0 stands for plain causal rows of Tp tokens.
+    """
+
+    prompt_width: int
+    group: int
+    width: int
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`[B, Tp + G·Tc, …]` → `[B, Tp, …]` and `[B, G, Tc, …]`."""
+        own = x[:, self.prompt_width :]
+        return x[:, : self.prompt_width], own.reshape(len(x), self.group, self.width, *x.shape[2:])
+
+
+def dense_shared_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: Visibility,
+    shared: SharedPrompt,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`dense_attention` of whole rows whose shape is known: completions have no scores with each other.
+
+    Arguments as for `dense_attention`, and the shape of the rows.
+    """
+    (of_prompt, own), (prompt_depth, own_depth) = shared.split(query), shared.split(visible.depth)
+    causal = causal_mask(prompt_depth, prompt_depth, window)
+    prompt, memory = zip(*(shared.split(x) for x in (key, value)), strict=True)
+    to_shared = attend(of_prompt, KeyValue.of(*prompt), causal, softcap=softcap)
+    if not shared.group:
+        return to_shared
+    is_prompt = (visible.end[:, : shared.prompt_width] > shared.prompt_width)[:, None, None]  # [B, 1, 1, Tp]
+    if window is not None:
+        is_prompt = is_prompt & causal_mask(own_depth, prompt_depth[:, None], window)
+    times = jnp.arange(shared.width)[None, None]
+    mixed = attend_shared(
+        own, KeyValue.of(*prompt), KeyValue.of(*memory), is_prompt, causal_mask(times, times, window), softcap=softcap
+    )
+    return jnp.concatenate([to_shared, mixed.reshape(len(query), -1, *mixed.shape[3:])], axis=1)
+
+
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
     """Which keys a query sees: itself and earlier ones, the last `window` of them.
 

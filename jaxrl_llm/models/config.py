@@ -13,6 +13,7 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 Norms = Literal["pre", "post", "sandwich"]
 DType = Literal["float32", "bfloat16"]
+AttentionKernel = Literal["auto", "dense", "blockwise", "splash", "splash_interpret"]
 Remat = Literal["none", "full", "dots", "attention", "offload"]
 LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
 Params = dict[str, Any]
@@ -186,6 +187,10 @@ class ModelConfig:
     also N log-sum-exps in float32), so that kernels do not attend twice. `dots`: 2·D + 2·F + (N + 2·K)·H, what linear
     maps give. `none`: everything, and only the MLP's activation is done again: fastest, where memory allows. `offload`:
     as `full`, with the layers' inputs in the memory of the host, and one or two of them at a time on the device."""
+    attention: AttentionKernel = "auto"
+    """How attention is computed in training: with all scores in memory (`dense`: fastest on short texts), in blocks in
+    plain JAX (`blockwise`), by a TPU kernel (`splash`; `splash_interpret` runs it anywhere, slowly). `auto` chooses by
+    platform and length."""
     known_tokens: int | None = None
     """Ids from here on are impossible: the embedding is longer than the tokenizer. `None`: all V are possible."""
     lora: LoraConfig | None = None
@@ -208,12 +213,8 @@ class ModelConfig:
                 "layer, or a period of them"
             )
         object.__setattr__(self, "layer_kinds", _shortest_period(self.layer_kinds, self.num_layers))
-        for field, options in (
-            ("dtype", DType),
-            ("param_dtype", DType),
-            ("gradient_sums", DType),
-            ("remat", Remat),
-        ):
+        choices = {"dtype": DType, "param_dtype": DType, "gradient_sums": DType}
+        for field, options in (choices | {"remat": Remat, "attention": AttentionKernel}).items():
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
         if (self.gradient_sums, self.dtype) == ("bfloat16", "float32"):

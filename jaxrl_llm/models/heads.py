@@ -7,6 +7,7 @@ that tells the three kinds apart.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.losses.reward import last_token_score
 from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.tensor_heads import kv_heads_on
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings
@@ -30,7 +32,7 @@ class ScoreModel:
 
     >>> model = ScoreModel(transformer)
     >>> params = model.from_trunk(policy_params, jax.random.key(0))
-    >>> scores = model.scores(params, prompt, prompt_lengths, completion, mask)  # [P, G]
+    >>> scores = model.scores(params, rows, rows.mask)  # [P, G]
     """
 
     transformer: Transformer
@@ -101,7 +103,7 @@ class ScoreModel:
         out = jnp.einsum("...d,cd->...c", states.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
         return out + params[SCORE_HEAD]["bias"].astype(jnp.float32) if self.bias else out
 
-    def values(self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> jax.Array:
+    def values(self, params: Params, texts: Any) -> jax.Array:
         """A critic's Vₜ: what is expected before completion token t is written, from the state that predicts it.
 
         Arguments as for `Transformer.hidden`.
@@ -112,12 +114,27 @@ class ScoreModel:
         Raises:
             ValueError: the head has more than one output.
         """
-        hidden = self.transformer.hidden(params, prompt, prompt_lengths, completion)
-        return self._one(self.head(params, hidden))
+        layout = layout_of(texts)
+        return layout.unpack(one_output(self.head(params, self.transformer.hidden(params, layout))))
 
-    def token_scores(
-        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array
-    ) -> jax.Array:
+    def values_around(self, params: Params, texts: Any) -> tuple[jax.Array, jax.Array]:
+        """`values`, and those of the states after completion token t was written, in one pass.
+
+        Arguments as for `Transformer.hidden`.
+
+        Returns:
+            `[P, G, Tc]` each, float32.
+
+        Raises:
+            ValueError: the head has more than one output.
+        """
+        layout = layout_of(texts)
+        states = self.transformer.norm(params, self.transformer.read(params, layout.rows)[0])
+        values = one_output(self.head(params, states))[..., None]
+        before, after = layout.unpack((layout.before(values), layout.at(values)))
+        return before[..., 0], after[..., 0]
+
+    def token_scores(self, params: Params, texts: Any) -> jax.Array:
         """The head at every completion token, after it was read: the logits of a process reward model.
 
         Arguments as for `Transformer.hidden`.
@@ -125,23 +142,15 @@ class ScoreModel:
         Returns:
             `[P, G, Tc, C]`, float32.
         """
-        return self.head(params, self.transformer.states(params, prompt, prompt_lengths, completion))
+        layout = layout_of(texts)
+        return layout.unpack(self.head(params, self.transformer.states(params, layout)))
 
-    def scores(
-        self,
-        params: Params,
-        prompt: jax.Array,
-        prompt_lengths: jax.Array,
-        completion: jax.Array,
-        mask: jax.Array,
-    ) -> jax.Array:
+    def scores(self, params: Params, texts: Any, mask: jax.Array) -> jax.Array:
         """A reward model's score of each completion: the head at its last token.
 
         Args:
             params: parameters.
-            prompt: `[P, Tp]` right-padded.
-            prompt_lengths: `[P]`, at least 1.
-            completion: `[P, G, Tc]` right-padded.
+            texts: as for `Transformer.hidden`.
             mask: `[P, G, Tc]` bool, True on real tokens: they, and not padding ids, say which is the last one.
 
         Returns:
@@ -150,9 +159,15 @@ class ScoreModel:
         Raises:
             ValueError: the head has more than one output.
         """
-        return last_token_score(self._one(self.token_scores(params, prompt, prompt_lengths, completion)), mask)
+        return last_token_score(one_output(self.token_scores(params, texts)), mask)
 
-    def _one(self, outputs: jax.Array) -> jax.Array:
-        if self.outputs != 1:
-            raise ValueError(f"a head of {self.outputs} outputs gives no single number: make it with outputs=1")
-        return outputs[..., 0]
+
+def one_output(outputs: jax.Array) -> jax.Array:
+    """`[…, 1]` → `[…]`.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if outputs.shape[-1] != 1:
+        raise ValueError(f"a head of {outputs.shape[-1]} outputs gives no single number: make it with outputs=1")
+    return outputs[..., 0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxrl_llm.logprobs import IMPOSSIBLE
-from jaxrl_llm.masking import length_mask
-from jaxrl_llm.models.attention import KeyValue, attend, attend_shared, causal_mask
+from jaxrl_llm.models.attention import KeyValue, Visibility
 from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
+from jaxrl_llm.models.kernels.seam import attention
 from jaxrl_llm.models.lora import has_adapters, join
 from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
+from jaxrl_llm.models.rows import TokenRows, layout_of
 from jaxrl_llm.models.stack import Stack, flat
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.sharding import constrain, parameter_shardings
@@ -44,7 +46,7 @@ class Transformer:
 
     >>> model = Transformer(config)
     >>> params = jax.jit(model.init)(jax.random.key(0))
-    >>> hidden = model.hidden(params, prompt, prompt_lengths, completion)  # [P, G, Tc, D]
+    >>> hidden = model.hidden(params, rows)  # [P, G, Tc, D]
     """
 
     config: ModelConfig
@@ -182,40 +184,43 @@ class Transformer:
 
     # ---------------------------------------------------------------- forward passes
 
-    def causal(
-        self, params: Params, tokens: jax.Array, *, segment_ids: jax.Array | None = None, collect: bool = False
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """Plain causal pass over right-padded rows.
+    def read(self, params: Params, rows: TokenRows, *, collect: bool = False) -> tuple[jax.Array, KeyValue | None]:
+        """The residual stream after the last layer, `[B, T, D]`, which the last `norm` is yet to be applied to.
 
-        Padding lies after every real token, so that causality alone hides it; its own states are meaningless.
+        Args:
+            params: parameters.
+            rows: trees of tokens. The states of padding are meaningless.
+            collect: also return the keys and values of all layers, stacked on axis 0.
+        """
+        visible = Visibility.of_rows(rows.depth, rows.end)
+
+        def make_attention(window: int | None) -> Attend:
+            return functools.partial(
+                attention,
+                visible=visible,
+                window=window,
+                softcap=self.config.attention_softcap,
+                implementation=self.config.attention,
+                shared=rows.shared,
+            )
+
+        return self.run_layers(params, self.embed(params, rows.tokens), rows.depth, make_attention, collect=collect)
+
+    def causal(self, params: Params, tokens: jax.Array, *, collect: bool = False) -> tuple[jax.Array, KeyValue | None]:
+        """Plain causal pass over right-padded rows.
 
         Args:
             params: parameters.
             tokens: `[B, T]`.
-            segment_ids: `[B, T]` int where rows hold several packed sequences, each a run of equal ids: they do not
-                see each other, and the positions of each begin at 0.
             collect: also return the keys and values of all layers, stacked on axis 0.
 
         Returns:
             Normed hidden states `[B, T, D]`, and the keys and values or `None`.
         """
-        places = positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segment_ids is not None:
-            begins = segment_ids != jnp.roll(segment_ids, 1, axis=1)
-            positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
-
-        def make_attention(window: int | None) -> Attend:
-            mask = causal_mask(places, places, window)
-            if segment_ids is not None:
-                mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-            return lambda query, key, value: attend(
-                query, KeyValue.of(key, value), mask, softcap=self.config.attention_softcap
-            )
-
-        x, memory = self.run_layers(params, self.embed(params, tokens), positions, make_attention, collect=collect)
+        x, memory = self.read(params, TokenRows.causal(tokens), collect=collect)
         return self.norm(params, x), memory
 
-    def hidden(self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> jax.Array:
+    def hidden(self, params: Params, texts: Any) -> jax.Array:
         """States that predict each completion token, each prompt computed once for its G completions.
 
         In every layer prompt tokens attend to the prompt; a completion's tokens attend to the prompt and,
@@ -223,65 +228,27 @@ class Transformer:
 
         Args:
             params: parameters.
-            prompt: `[P, Tp]` right-padded.
-            prompt_lengths: `[P]`, 1 to Tp.
-            completion: `[P, G, Tc]` right-padded; padding content does not matter to real tokens.
+            texts: a `Layout`, or any record with `prompt` `[P, Tp]`, `prompt_lengths` `[P]`, 1 to Tp, and `completion`
+                `[P, G, Tc]`, both right-padded; padding content does not matter to real tokens.
 
         Returns:
-            Normed hidden states `[P, G, Tc, D]`: entry t predicts completion token t; entry 0 is the
-            prompt's last state, shared by the group.
+            Normed hidden states `[…, D]` before the layout's targets. Of a record, `[P, G, Tc, D]`: entry t predicts
+            completion token t; entry 0 is the prompt's last state, shared by the group.
         """
-        of_prompt, own = self._prompts_and_completions(params, prompt, prompt_lengths, completion)
-        last = jnp.take_along_axis(of_prompt, (prompt_lengths - 1)[:, None, None], axis=1)
-        first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[-1]))
-        return self.norm(params, jnp.concatenate([first, own[:, :, :-1]], axis=2))
+        layout = layout_of(texts)
+        return self.norm(params, layout.before(self.read(params, layout.rows)[0]))
 
-    def states(self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> jax.Array:
+    def states(self, params: Params, texts: Any) -> jax.Array:
         """States at the completions' own tokens: what heads read that judge a text and not what comes next.
 
         Arguments as for `hidden`, which has the same states one place later.
 
         Returns:
-            Normed hidden states `[P, G, Tc, D]`: entry t has read completion token t.
+            Normed hidden states `[…, D]` at the layout's targets. Of a record, `[P, G, Tc, D]`: entry t has read
+            completion token t.
         """
-        return self.norm(params, self._prompts_and_completions(params, prompt, prompt_lengths, completion)[1])
-
-    def _prompts_and_completions(
-        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream after the last layer: at the prompts `[P, Tp, D]`, at the completions `[P, G, Tc, D]`."""
-        prompts, prompt_width = prompt.shape
-        _, group, width = completion.shape
-        tokens = jnp.concatenate([prompt, completion.reshape(prompts, -1)], axis=1)
-        prompt_positions = jnp.broadcast_to(jnp.arange(prompt_width), prompt.shape)
-        times = jnp.arange(width)[None, None]
-        own_positions = prompt_lengths[:, None, None] + times  # [P, 1, Tc]
-        positions = jnp.concatenate([prompt_positions, jnp.tile(own_positions[:, 0], (1, group))], axis=1)
-        is_prompt = length_mask(prompt_lengths, prompt_width)[:, None, None]  # [P, 1, 1, Tp]
-
-        def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """`[P, Tp + G·Tc, …]` → `[P, Tp, …]` and `[P, G, Tc, …]`."""
-            return x[:, :prompt_width], x[:, prompt_width:].reshape(prompts, group, width, *x.shape[2:])
-
-        def make_attention(window: int | None) -> Attend:
-            causal = causal_mask(prompt_positions, prompt_positions, window)
-            own = causal_mask(times, times, window)
-            to_prompt = is_prompt
-            if window is not None:
-                to_prompt = is_prompt & causal_mask(own_positions, prompt_positions[:, None], window)
-
-            def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-                softcap = self.config.attention_softcap
-                of_prompt, of_own = zip(*(split(a) for a in (query, key, value)), strict=True)
-                shared = KeyValue.of(*of_prompt[1:])
-                to_shared = attend(of_prompt[0], shared, causal, softcap=softcap)
-                mixed = attend_shared(of_own[0], shared, KeyValue.of(*of_own[1:]), to_prompt, own, softcap=softcap)
-                return jnp.concatenate([to_shared, mixed.reshape(prompts, group * width, *mixed.shape[3:])], axis=1)
-
-            return attention
-
-        x, _ = self.run_layers(params, self.embed(params, tokens), positions, make_attention)
-        return split(x)
+        layout = layout_of(texts)
+        return self.norm(params, layout.at(self.read(params, layout.rows)[0]))
 
     # ---------------------------------------------------------------- head
 

@@ -181,7 +181,7 @@ def make_learner(
             )
         case PolicyGradient():
             rule = optax.identity()
-            step = make_trust_region_step(policy, algorithm, trust_region, micro_batches=plan.micro_batches, **drawn)
+            step = make_trust_region_step(policy, algorithm, trust_region, plan=plan.of_minibatch, **drawn)
         case OnlinePreference() if trust_region is not None:
             raise ValueError(f"{algorithm.reader} has no surrogate that a trust region could bound")
         case OnlinePreference() if sampling.temperature == 0:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
@@ -54,19 +54,16 @@ class OfflineTrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OfflineUpdateConfig:
+class OfflineUpdateConfig(MicroBatches):
     """How a step is computed; changes memory and time, not the result."""
 
-    micro_batches: int = 1
-    """Pieces in which the gradient is accumulated."""
     reference: Literal["in_step", "ahead"] = "in_step"
     """Where an objective's reference is computed: in each step, with its parameters kept on the devices, or once for
     all rows ahead of training, with its log-probs kept in the host's memory and its parameters freed."""
 
     def __post_init__(self) -> None:
         """Rejects what there is not."""
-        if self.micro_batches < 1:
-            raise ValueError(f"update.micro_batches={self.micro_batches} must be at least 1")
+        super().__post_init__()
         if self.reference not in ("in_step", "ahead"):
             raise ValueError(f"update.reference={self.reference!r} is neither 'in_step' nor 'ahead'")
 
@@ -138,9 +135,7 @@ class OfflineTrainer:
         if self.eval_dataset is not None:
             self._check(self.eval_dataset, "held-out rows")
         rows, shape = self.config.rows_per_step, dataset.batch([0]).mask.shape
-        UpdateConfig(micro_batches=self.plan.micro_batches).group_split(
-            rows, shape[1], row_shards(setup.mesh), whole_groups=objective.whole_groups
-        )
+        self.plan.group_split(rows, shape[1], row_shards(setup.mesh), whole_groups=objective.whole_groups)
         self.loader = RowLoader(dataset, batch_size=rows, seed=setup.seed)
         if self.saved:
             self.loader.set_state(self.saved.data)
@@ -183,7 +178,7 @@ class OfflineTrainer:
         """The programs, still to be compiled, and what they work on: the state, and the reference if there is one."""
         schedule = make_schedule(config, self.config.steps)
         optimizer = make_optimizer(config, schedule)
-        step = make_offline_step(self.model, optimizer, self.objective, micro_batches=self.plan.micro_batches)
+        step = make_offline_step(self.model, optimizer, self.objective, plan=self.plan)
         rounding, seed = config.rounding, self.setup.seed
         self.abstract_state = abstract_train_state(
             self.model, optimizer, self.setup.mesh, rounding=rounding, offload=config.offload
@@ -196,7 +191,7 @@ class OfflineTrainer:
         self._evaluate = jax.jit(make_offline_evaluation(self.model, self.objective), out_shardings=whole)
         self._normalizer = jax.jit(self.objective.normalizer, out_shardings=whole)
         self._merged = jax.jit(_merged, out_shardings=whole)
-        self._reference_pass = jax.jit(make_reference_pass(self.model, micro_batches=1), out_shardings=whole)
+        self._reference_pass = jax.jit(make_reference_pass(self.model), out_shardings=whole)
         self._tables: dict[int, np.ndarray] = {}
         self._normalizers: Any = None
         with jax.set_mesh(self.setup.mesh):

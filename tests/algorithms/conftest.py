@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.config import Params
@@ -80,7 +81,7 @@ def step_of_score_model() -> Callable[..., tuple[Params, dict[str, float]]]:
         model: ScoreModel, params: Params, rows: Any, objective: Any, **settings: int
     ) -> tuple[Params, dict[str, float]]:
         optimizer = optax.sgd(1.0)
-        step = jax.jit(make_offline_step(model, optimizer, objective, **settings))
+        step = jax.jit(make_offline_step(model, optimizer, objective, plan=MicroBatches(**settings)))
         state, metrics = step(make_train_state(params, optimizer, 0), rows)
         change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
         chex.assert_tree_all_finite(change)  # a comparison takes two NaNs for equal

@@ -11,11 +11,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.gradient import collect, deal, make_gradient_step
+from jaxrl_llm.algorithms.batching import MicroBatches, collect, deal
+from jaxrl_llm.algorithms.gradient import Loss, make_gradient_step
 from jaxrl_llm.algorithms.rounding import widen
 from jaxrl_llm.records import Max, Mean, Metrics
 
 ROWS = np.arange(24, dtype=np.float32).reshape(12, 2)
+
+
+def parameters(params: Any, texts: Any) -> Any:
+    """The scores of a loss that is a function of the parameters alone."""
+    return params
 
 
 def loss(params: Any, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -29,7 +35,7 @@ def loss(params: Any, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metr
 def test_micro_batches_add_up(micro_batches, dtype):
     optimizer = optax.sgd(0.5)
     params = {"w": {"weight": jnp.array([0.5, -0.25], dtype)}}
-    step = jax.jit(make_gradient_step(loss, optimizer, micro_batches))
+    step = jax.jit(make_gradient_step(Loss(parameters, loss), optimizer, MicroBatches(micro_batches)))
     (after, _), metrics = step((params, optimizer.init(widen(params))), {"x": ROWS}, jnp.float32(12))
     products = ROWS @ np.array([0.5, -0.25])
     gradient = products @ ROWS / 12
@@ -57,7 +63,7 @@ def test_small_updates_of_bfloat16_parameters_are_computed_in_float32():
     rows = {"x": np.concatenate([[1.0], np.full(255, 2.0**-9)]).astype(np.float32)}
     params = {"weight": jnp.zeros((), jnp.bfloat16)}
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_gradient_step(linear, optimizer, 256))
+    step = jax.jit(make_gradient_step(Loss(parameters, linear), optimizer, MicroBatches(256)))
     (after, _), _ = step((params, optimizer.init(widen(params))), rows, jnp.float32(1))
     assert float(after["weight"]) == pytest.approx(-(1 + 255 * 2.0**-9), rel=2**-8)
 
@@ -68,7 +74,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, micro_batches):
     """Not even the moments or the count of steps; the next step is as if it had not been."""
     optimizer = optax.adam(0.5)
     params = {"w": {"weight": jnp.array([0.5, -0.25], jnp.bfloat16)}}
-    step = jax.jit(make_gradient_step(loss, optimizer, micro_batches))
+    step = jax.jit(make_gradient_step(Loss(parameters, loss), optimizer, MicroBatches(micro_batches)))
     before, metrics = step((params, optimizer.init(widen(params))), {"x": ROWS}, jnp.float32(12))
     assert float(metrics["frac_steps_skipped"].value()) == 0
     broken = ROWS.copy()

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.gradient import make_gradient_step
+from jaxrl_llm.algorithms.batching import MicroBatches, UpdateConfig
+from jaxrl_llm.algorithms.gradient import Loss, make_gradient_step
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.presets import grpo
@@ -98,7 +98,7 @@ def test_gradient_norm_is_that_of_what_is_trained():
         return jnp.sum(rows * total**2), {}
 
     optimizer = optax.sgd(0.01)
-    step = make_gradient_step(loss, optimizer, 1)
+    step = make_gradient_step(Loss(lambda params, texts: params, loss), optimizer, MicroBatches())
     carry = (params, optimizer.init(widen(split_trainable(params)[0])))
     (after, _), metrics = step(carry, jnp.ones(1), jnp.float32(1))
     assert float(metrics["grad_norm"].value()) == pytest.approx(24 * np.sqrt(0.5**2 + 2**2 + 1))

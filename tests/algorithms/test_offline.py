@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import make_train_state
@@ -42,13 +43,17 @@ class Regression:
 
     needs_reference: bool = True
     whole_groups: bool = False
+    whole_batch: bool = False
 
     def normalizer(self, rows: Rows) -> Counts:
         return Counts(count_true(jnp.any(rows.mask, axis=-1)), rows.mask.shape[0])
 
-    def loss(self, model: Transformer, params: Params, rows: Rows, normalizer: Counts) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: Transformer, params: Params, texts: Any) -> jax.Array:
+        return Scorer(model)(params, texts).logprobs
+
+    def loss(self, scores: jax.Array, rows: Rows, normalizer: Counts) -> tuple[jax.Array, Metrics]:
         assert isinstance(normalizer.width, int)  # what is static stays so
-        logprobs = Scorer(model)(params, rows).logprobs
+        logprobs = scores
         gap = masked_sum(logprobs - rows.ref_logprobs - 0.5, rows.mask, axis=-1)
         valid = jnp.any(rows.mask, axis=-1)
         return masked_sum(gap**2, valid) / normalizer.rows, {"gap": Mean.of(jax.lax.stop_gradient(gap), valid)}
@@ -74,7 +79,7 @@ def changed(step: Any, params: Params, *args: Any) -> tuple[Params, dict[str, fl
 
 def test_a_reference_ahead_is_one_in_the_step(setting) -> None:
     model, params, reference, rows, (gradient, metrics) = setting
-    ahead = jax.jit(make_reference_pass(model, 2))(reference, rows)
+    ahead = jax.jit(make_reference_pass(model, MicroBatches(2)))(reference, rows)
     np.testing.assert_allclose(ahead, np.where(rows.mask, Scorer(model)(reference, rows).logprobs, 0), atol=1e-5)
     step = jax.jit(make_offline_step(model, optax.sgd(1.0), Regression()))
     again, same = changed(step, params, rows._replace(ref_logprobs=ahead))
@@ -86,7 +91,7 @@ def test_a_reference_ahead_is_one_in_the_step(setting) -> None:
 def test_micro_batches_and_meshes_change_nothing(setting) -> None:
     model, params, reference, rows, (gradient, metrics) = setting
     with jax.set_mesh(make_mesh()):
-        step = jax.jit(make_offline_step(model, optax.sgd(1.0), Regression(), micro_batches=2))
+        step = jax.jit(make_offline_step(model, optax.sgd(1.0), Regression(), plan=MicroBatches(2)))
         again, same = changed(step, params, rows, reference)
     chex.assert_trees_all_close(again, gradient, rtol=0, atol=1e-4)
     assert same == pytest.approx(metrics, rel=1e-4)

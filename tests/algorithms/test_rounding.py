@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.gradient import make_gradient_step
+from jaxrl_llm.algorithms.batching import MicroBatches
+from jaxrl_llm.algorithms.gradient import Loss, make_gradient_step
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient import presets
@@ -32,6 +33,11 @@ CONFIG = OptimizerConfig(learning_rate=1e-6)
 ADAMW = make_optimizer(CONFIG, make_schedule(CONFIG, 100))
 REWARDS = np.random.default_rng(5).normal(size=(4, 4)).astype(np.float32)
 STEPS = 20
+
+
+def parameters(params: Any, texts: Any) -> Any:
+    """The scores of a loss that is a function of the parameters alone."""
+    return params
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -112,10 +118,10 @@ def test_rounding_at_random_is_right_on_average_and_between_neighbours():
     values = jnp.concatenate([jnp.full(4000, 3 + 2.0**-8), jnp.full(4000, -3 - 2.0**-8), jnp.array([1.5, -0.0, 1e18])])
     params, sgd = {"weight": jnp.zeros(values.shape, jnp.bfloat16)}, optax.sgd(1.0)
 
-    def linear(params: Any, rows: Any, normalizer: Any) -> Any:
+    def linear(params: Any, rows: Any, _: Any) -> Any:
         return -jnp.sum(params["weight"] * rows[0]), {}
 
-    step = jax.jit(make_gradient_step(linear, sgd, 1))
+    step = jax.jit(make_gradient_step(Loss(parameters, linear), sgd, MicroBatches()))
     state = optimizer_state(params, sgd, "stochastic", jax.random.key(0))
     (stored, after), _ = step((params, state), values[None], None)
     got = np.asarray(stored["weight"], np.float64)
@@ -144,11 +150,10 @@ def test_weight_gradients_leave_their_product_in_float32(param_dtype, tiny_confi
     model = Transformer(tiny_config(dtype="bfloat16", param_dtype=param_dtype, **settings))
     params = lively_params(model)
 
-    def loss(params: Params, rows: Demonstrations, normalizer: Any) -> tuple[jax.Array, dict[str, Any]]:
-        return jnp.mean(Scorer(model)(params, rows).logprobs), {}
+    loss = Loss(Scorer(model), lambda scores, rows, normalizer: (jnp.mean(scores.logprobs), {}))
 
     momentum = optax.trace(decay=0.0)  # its state is the gradient
-    step = jax.jit(make_gradient_step(loss, momentum, 1))
+    step = jax.jit(make_gradient_step(loss, momentum, MicroBatches()))
     state = optimizer_state(params, momentum, "nearest", jax.random.key(0))
     rows = rows_of(make_rollout(group=16))
     few = rows._replace(prompt=rows.prompt % 3, completion=rows.completion % 3)  # so that embeddings sum over tokens
@@ -198,7 +203,7 @@ def test_an_offline_objective_and_a_skipped_step(tiny_config, lively_params, mak
     """A loss that is not finite leaves copy and parameters as they are, bit by bit."""
     model = Transformer(tiny_config(param_dtype="bfloat16"))
     rows = rows_of(make_rollout())
-    step = jax.jit(make_offline_step(model, ADAMW, SupervisedObjective(), micro_batches=2))
+    step = jax.jit(make_offline_step(model, ADAMW, SupervisedObjective(), plan=MicroBatches(2)))
     begun = make_train_state(lively_params(model), ADAMW, 0)
     state, _ = step(begun, rows)
     assert_is_the_rounded_copy(state.params, state.opt_state)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import Demonstrations, PackedDemonstrations, SupervisedObjective
@@ -43,7 +44,7 @@ def step_once(
 ) -> tuple[Params, dict[str, float]]:
     """The gradient (the change under SGD with rate 1), and the metrics."""
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_offline_step(model, optimizer, objective, **settings))
+    step = jax.jit(make_offline_step(model, optimizer, objective, plan=MicroBatches(**settings)))
     state, metrics = step(make_train_state(params, optimizer, 0), batch)
     assert int(state.step) == 1
     change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, state.params)
@@ -176,7 +177,7 @@ def test_training_lowers_the_loss_and_learns_to_stop(tiny_config, demonstrations
 
     @jax.jit
     def greedy(params: Params) -> jax.Array:
-        hidden = model.hidden(params, batch.prompt, batch.prompt_lengths, batch.completion)
+        hidden = model.hidden(params, batch)
         return jnp.argmax(model.head_logits(params, hidden), axis=-1)
 
     right = np.asarray(greedy(state.params)) == batch.completion

@@ -38,6 +38,7 @@ from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -121,7 +122,7 @@ def inclined(model: Transformer, context: np.ndarray, seed: int) -> Params:
     """A policy that says token 0 seven times in ten, and any other as often as another."""
     params = jax.jit(model.init)(jax.random.key(seed))
     nothing = np.zeros((1, 1, 1), np.int32)
-    hidden = model.hidden(params, context[:1], np.ones(1, np.int32), nothing)[0, 0, 0]
+    hidden = model.hidden(params, PaddedLayout.of(context[:1], np.ones(1, np.int32), nothing))[0, 0, 0]
     logits = jnp.zeros(VOCABULARY).at[0].set(np.log(0.7 / 0.3 * (VOCABULARY - 1)))
     head = params["lm_head"]["weight"]
     head += jnp.outer(logits - head @ hidden, hidden / (hidden @ hidden))

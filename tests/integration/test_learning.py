@@ -96,9 +96,10 @@ class Negated(Advantage):
 class Swapped(PreferenceObjective):
     """The same objective, with the worse completion as the chosen one."""
 
-    def loss(self, model: Any, params: Any, rows: PreferenceBatch, normalizer: Any) -> Any:
+    def loss(self, scores: Any, rows: PreferenceBatch, normalizer: Any) -> Any:
         sides = {name: getattr(rows, name)[:, ::-1] for name in ("completion", "mask", "ref_logprobs")}
-        return super().loss(model, params, rows._replace(**sides), normalizer)
+        scores = scores._replace(logprobs=scores.logprobs[:, ::-1])
+        return super().loss(scores, rows._replace(**sides), normalizer)
 
 
 def flipped(algorithm: Algorithm) -> Algorithm:

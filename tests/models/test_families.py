@@ -13,6 +13,7 @@ import pytest
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.families import FAMILIES, family_for, family_of
+from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
 
 CASES = sorted(path.stem for path in Path(__file__).with_name("golden").glob("*.npz"))
@@ -42,7 +43,8 @@ def test_logits_equal_pytorch(case, checkpoint, golden_module):
 
     @jax.jit
     def both(params: Any, rows: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden = transformer.hidden(params, batch["prompt"], batch["prompt_lengths"], batch["completion"])
+        texts = PaddedLayout.of(batch["prompt"], batch["prompt_lengths"], batch["completion"])
+        hidden = transformer.hidden(params, texts)
         return transformer.logits(params, rows), transformer.head_logits(params, hidden)
 
     plain, shared = map(np.asarray, both(params, plain_rows(batch, golden_module.sequences(batch)), batch))

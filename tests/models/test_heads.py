@@ -15,6 +15,7 @@ import pytest
 from jaxrl_llm.algorithms.state import abstract_train_state
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh, parameter_shardings
 
@@ -78,11 +79,13 @@ def outputs(trunk: Transformer, params: Params, rows: Rows) -> dict[str, np.ndar
         head = params["score_head"]
         first = params | {"score_head": {"weight": head["weight"][:1]}}
         return {
-            "states": trunk.states(params, *rows[:3]),
-            "token_scores": model.token_scores(params, *rows[:3]),
-            "values": one.values(first, *rows[:3]),
-            "scores": one.scores(first, *rows),
-            "repadded": one.scores(first, *rows._replace(completion=jnp.where(rows.mask, rows.completion, 7))),
+            "states": trunk.states(params, rows),
+            "token_scores": model.token_scores(params, rows),
+            "values": one.values(first, rows),
+            "scores": one.scores(first, rows, rows.mask),
+            "repadded": one.scores(
+                first, rows._replace(completion=jnp.where(rows.mask, rows.completion, 7)), rows.mask
+            ),
         }
 
     return {name: np.asarray(value) for name, value in compute(params, rows).items()}
@@ -120,16 +123,15 @@ def test_padding_with_the_id_that_ends_every_answer(trunk, params, rows):
     is_last = rows.mask & ~np.roll(rows.mask, -1, -1)
     is_last[..., -1] = rows.mask[..., -1]
     ended = np.where(is_last, 7, rows.completion)
-    scores = jax.jit(model.scores)
-    with_eos = scores(params, *rows._replace(completion=np.where(rows.mask, ended, 7)))
-    np.testing.assert_array_equal(with_eos, scores(params, *rows._replace(completion=np.where(rows.mask, ended, 3))))
+    scores = jax.jit(lambda params, rows: model.scores(params, rows, rows.mask))
+    with_eos = scores(params, rows._replace(completion=np.where(rows.mask, ended, 7)))
+    np.testing.assert_array_equal(with_eos, scores(params, rows._replace(completion=np.where(rows.mask, ended, 3))))
 
 
 def test_a_head_in_bfloat16_scores_in_float32(tiny_config):
     model = ScoreModel(Transformer(tiny_config(dtype="bfloat16", param_dtype="bfloat16")))
-    shapes = jax.eval_shape(
-        model.token_scores, model.abstract_params(), *(jnp.ones(s, int) for s in [(1, 2), 1, (1, 1, 2)])
-    )
+    texts = PaddedLayout.of(*(jnp.ones(s, int) for s in [(1, 2), 1, (1, 1, 2)]))
+    shapes = jax.eval_shape(model.token_scores, model.abstract_params(), texts)
     assert shapes.dtype == jnp.float32
     assert model.abstract_params()["score_head"]["weight"].dtype == jnp.bfloat16
 
@@ -155,8 +157,8 @@ def test_trees_of_a_model_fit_each_other(bias, lm_head, tiny_config):
     made = jax.eval_shape(lambda p: model.from_trunk(p), trunk.abstract_params())
     chex.assert_trees_all_equal_shapes_and_dtypes(made, shapes)
     if lm_head:
-        tokens = [jnp.ones(s, int) for s in [(1, 2), 1, (1, 1, 2)]]
-        assert jax.eval_shape(trunk.hidden, shapes, *tokens).shape == (1, 1, 2, 32)
+        texts = PaddedLayout.of(*(jnp.ones(s, int) for s in [(1, 2), 1, (1, 1, 2)]))
+        assert jax.eval_shape(trunk.hidden, shapes, texts).shape == (1, 1, 2, 32)
         assert jax.eval_shape(trunk.head, shapes).shape == (64, 32)
 
 
@@ -173,8 +175,8 @@ def test_a_new_head_is_zero_or_of_its_variance(tiny_config):
 def test_several_outputs_are_no_score(trunk, params, rows):
     model = ScoreModel(trunk, outputs=3, bias=True)
     with pytest.raises(ValueError, match="3 outputs gives no single number"):
-        jax.eval_shape(model.scores, params, *rows)
+        jax.eval_shape(lambda rows: model.scores(params, rows, rows.mask), rows)
     with pytest.raises(ValueError, match="3 outputs gives no single number"):
-        jax.eval_shape(model.values, params, *rows[:3])
+        jax.eval_shape(model.values, params, rows)
     with pytest.raises(ValueError, match="outputs=0"):
         ScoreModel(trunk, outputs=0)

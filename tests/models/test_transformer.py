@@ -90,7 +90,7 @@ Logits = Callable[[Params, Rows], jax.Array]
 
 def shared_logits(model: Transformer) -> Logits:
     def logits(params: Params, rows: Rows) -> jax.Array:
-        return model.head_logits(params, model.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion))
+        return model.head_logits(params, model.hidden(params, rows))
 
     return logits
 
@@ -240,7 +240,7 @@ def test_rematerialisation_saves_memory_for_work(tiny_config):
         model = Transformer(tiny_config(num_layers=8, remat=remat))
 
         def scalar(params: Params) -> jax.Array:
-            return jnp.sum(model.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion) ** 3)
+            return jnp.sum(model.hidden(params, rows) ** 3)
 
         program = jax.jit(jax.grad(scalar)).lower(model.abstract_params()).compile()
         return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
@@ -260,7 +260,7 @@ def test_what_the_backward_pass_finds_of_each_layer(remat, tiny_config):
     model, rows = Transformer(config), make_rows((2, 2, 5, 6))
 
     def backward(params: Params) -> Any:
-        return jax.vjp(lambda p: model.hidden(p, rows.prompt, rows.prompt_lengths, rows.completion), params)[1]
+        return jax.vjp(lambda p: model.hidden(p, rows), params)[1]
 
     params = model.abstract_params()
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
@@ -277,11 +277,11 @@ def test_what_the_backward_pass_finds_of_each_layer(remat, tiny_config):
 def test_bfloat16_computes_near_float32(tiny_config, lively_params):
     model = Transformer(tiny_config(dtype="bfloat16"))
     params, rows = lively_params(model), make_rows()
-    hidden = jax.jit(model.hidden)(params, rows.prompt, rows.prompt_lengths, rows.completion)
+    hidden = jax.jit(model.hidden)(params, rows)
     assert hidden.dtype == jnp.bfloat16
     assert jax.eval_shape(model.head_logits, params, hidden).dtype == jnp.float32
     wide = Transformer(dataclasses.replace(model.config, dtype="float32"))
-    expected = np.asarray(jax.jit(wide.hidden)(params, rows.prompt, rows.prompt_lengths, rows.completion))
+    expected = np.asarray(jax.jit(wide.hidden)(params, rows))
     real = rows.mask
     gap = np.abs(np.asarray(hidden, np.float32)[real] - expected[real])
     assert 1e-4 < gap.mean() < 0.1, gap.mean()

@@ -49,7 +49,7 @@ def teacher_forced(model: Transformer, params: Params, rollout: Rollout, tempera
 
     @jax.jit
     def score(params: Params, rollout: Rollout) -> TokenScores:
-        hidden = model.hidden(params, rollout.prompt, rollout.prompt_lengths, rollout.completion)
+        hidden = model.hidden(params, rollout)
         cap = model.config.logit_softcap
         return token_scores(hidden, model.head(params), rollout.completion, temperature=temperature, logit_softcap=cap)
 
@@ -58,7 +58,7 @@ def teacher_forced(model: Transformer, params: Params, rollout: Rollout, tempera
 
 def teacher_forced_logits(model: Transformer, params: Params, rollout: Rollout) -> np.ndarray:
     def logits(params: Params, rollout: Rollout) -> Array:
-        hidden = model.hidden(params, rollout.prompt, rollout.prompt_lengths, rollout.completion)
+        hidden = model.hidden(params, rollout)
         return model.head_logits(params, hidden)
 
     return np.asarray(jax.jit(logits)(params, rollout))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
+from jaxrl_llm.algorithms.batching import MicroBatches, cut
 from jaxrl_llm.algorithms.interfaces import Credit, Feedback
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
@@ -21,7 +21,6 @@ from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.records import Metrics
-from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import Rollout, TrainState
 
 
@@ -33,8 +32,6 @@ class Credited(NamedTuple):
     memory: Any
     """What the estimator remembers after this batch; as before it, where something in the new one is not finite."""
     metrics: Metrics
-    split: int
-    """Rows that each group is dealt to; see `UpdateConfig.group_split`."""
     old: TokenScores | None
     """Under the policy before this batch, where something reads them."""
 
@@ -51,7 +48,7 @@ class CreditAssignment:
     """Whose estimator it is."""
     scorer: Scorer
     """Of the policy, at the temperature that it was sampled with."""
-    plan: UpdateConfig
+    plan: MicroBatches
     """How passes over the batch are cut."""
     keeps_old: bool
     """Whether the losses read log-probs under the policy before this batch. With one optimizer step that is the policy
@@ -75,8 +72,7 @@ class CreditAssignment:
         algorithm, old = self.algorithm, None
         feedback = rewards if isinstance(rewards, Feedback) else Feedback(rewards)
         signals, batch, metrics = read_rollout(algorithm, rollout, feedback)
-        prompts, group = batch.mask.shape[:2]
-        split = self.plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
+        prompts = len(batch.mask)
         batch = batch._replace(seeds=jax.random.bits(step_key(state, 2), (prompts,)))
         if algorithm.needs_reference:
             ref_logprobs = self._reference_logprobs(state, batch, reference)
@@ -84,7 +80,7 @@ class CreditAssignment:
             if algorithm.kl_coef:
                 batch = batch._replace(ref_logprobs=ref_logprobs)
         if self.keeps_old or algorithm.advantage.needs & {"old", "entropy"}:
-            old = self._pass_over(batch, functools.partial(self.scorer, state.params))
+            old = self._pass_over(batch, self.scorer, state.params)
             signals = signals._replace(old_logprobs=old.logprobs, entropy=old.entropy)
             if self.keeps_old:
                 metrics |= sampling_gap(
@@ -97,30 +93,27 @@ class CreditAssignment:
             batch = batch._replace(values=values)
         credit = algorithm.advantage(signals, state.memory)
         memory = _if_finite(algorithm.advantage.remember(signals, state.memory), state.memory)
-        return Credited(_credited(batch, credit), memory, metrics | credit.metrics, split, old)
+        return Credited(_credited(batch, credit), memory, metrics | credit.metrics, old)
 
     def _reference_logprobs(self, state: TrainState, batch: LearnerBatch, reference: Params | None) -> jax.Array:
         params = reference_of(state.params, reference)
         if params is None:
             raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
-        return self._pass_over(batch, lambda rows: self.scorer(params, rows).logprobs)
+        return self._pass_over(batch, self.scorer, params).logprobs
 
     def _values(self, state: TrainState, batch: LearnerBatch, lengths: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The critic's values `[P, G, Tc]`, and where they are read those `[P, G]` of the state after the last token.
-
-        One place more of padding brings the latter along in the same pass.
-        """
+        """The critic's values `[P, G, Tc]`, and, where read, those `[P, G]` of the state after the last token."""
         assert self.critic is not None
         params = state.params if state.critic is None else state.critic.params
         if "final_values" not in self.algorithm.needs:
-            return self._pass_over(batch, functools.partial(self.critic.values, params)), None
-        longer = jnp.pad(batch.completion, ((0, 0), (0, 0), (0, 1)))
-        values = self._pass_over(batch._replace(completion=longer), functools.partial(self.critic.values, params))
-        return values[..., :-1], jnp.take_along_axis(values, lengths[..., None], axis=-1)[..., 0]
+            return self._pass_over(batch, self.critic.values, params), None
+        values, after = self._pass_over(batch, self.critic.model.values_around, params)
+        return values, jnp.take_along_axis(after, lengths[..., None] - 1, axis=-1)[..., 0]
 
-    def _pass_over(self, batch: LearnerBatch, function: Callable[[LearnerBatch], Any]) -> Any:
+    def _pass_over(self, batch: LearnerBatch, function: Callable[[Params, Any], Any], params: Params) -> Any:
         """What a forward pass under constant parameters gives for the whole batch."""
-        return map_groups(function, batch, self.plan, whole_groups=self.algorithm.needs_whole_groups)
+        pieces = cut(batch, self.plan, whole_groups=self.algorithm.needs_whole_groups)
+        return pieces.map(lambda _, texts: function(params, texts))
 
 
 def _if_finite(new: Any, old: Any) -> Any:

@@ -42,10 +42,10 @@ class Critic:
             raise ValueError("a critic with an optimizer of its own needs parameters of its own: pass critic_params=")
         return CriticState(params, optimizer_state(split_trainable(params)[0], self.optimizer, self.rounding, key))
 
-    def values(self, params: Params, rows: Any) -> jax.Array:
+    def values(self, params: Params, texts: Any) -> jax.Array:
         """Vₜ of each completion token, `[P, G, Tc]`."""
-        return self.model.values(params, rows.prompt, rows.prompt_lengths, rows.completion)
+        return self.model.values(params, texts)
 
     def values_of(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """The same from the states `[P, G, Tc, D]` that predict the tokens, where the trunk is shared."""
+        """Vₜ from the states `[…, D]` that predict the tokens, where the trunk is shared."""
         return self.model.head(params, jax.lax.stop_gradient(hidden) if self.stop_gradient else hidden)[..., 0]

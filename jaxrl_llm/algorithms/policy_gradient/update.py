@@ -7,7 +7,6 @@ so that it compiles to one XLA program per mesh.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm.algorithms.batching import UpdateConfig, split_groups
-from jaxrl_llm.algorithms.gradient import Carry, make_gradient_step
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.gradient import Carry, Loss, make_gradient_step
 from jaxrl_llm.algorithms.interfaces import Feedback
 from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
@@ -24,10 +23,13 @@ from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyG
 from jaxrl_llm.algorithms.policy_gradient.rollouts import sampling_gap
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import step_key
+from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses import aggregation_normalizer
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Metrics
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import CriticState, Rollout, TrainState
 
 UpdateStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -79,7 +81,7 @@ def make_update_step(
     """
     plan, scorer = config or UpdateConfig(), Scorer(policy, temperature)
     assign = CreditAssignment(
-        algorithm, scorer, plan, keeps_old=plan.optimizer_steps > 1, truncated=truncated, critic=critic
+        algorithm, scorer, plan.of_batch, keeps_old=plan.optimizer_steps > 1, truncated=truncated, critic=critic
     )
     _check(algorithm, plan, critic)
     optimizer_step = _make_optimizer_step(_Losses(algorithm, scorer, truncated, critic), optimizer, plan)
@@ -87,9 +89,10 @@ def make_update_step(
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch, memory, metrics, split, _ = assign(state, rollout, rewards, reference)
-        step = functools.partial(optimizer_step, split=split)
-        carry, trained = run_epochs(step, _Carry.of(state), batch, plan, step_key(state, 1))
+        prompts, group = rollout.completion.shape[:2]  # raises, if these do not fit:
+        plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
+        batch, memory, metrics, _ = assign(state, rollout, rewards, reference)
+        carry, trained = run_epochs(optimizer_step, _Carry.of(state), batch, plan, step_key(state, 1))
         state = carry.into(state).replace(step=state.step + 1, memory=memory)
         return state, {name: record.value() for name, record in (metrics | trained).items()}
 
@@ -102,11 +105,6 @@ def _check(algorithm: PolicyGradient, plan: UpdateConfig, critic: Critic | None)
         raise ValueError(
             f"{type(algorithm.advantage).__name__} "
             + ("is made of a critic's values: pass critic=" if algorithm.needs_critic else "reads no critic: pass none")
-        )
-    if algorithm.surrogate.whole_batch and plan.micro_batches > 1:
-        raise ValueError(
-            f"{type(algorithm.surrogate).__name__} compares all tokens of a minibatch, so that it cannot be cut into "
-            f"update.micro_batches={plan.micro_batches}: pass 1"
         )
     if algorithm.surrogate.on_policy and plan.optimizer_steps > 1:
         raise ValueError(
@@ -133,6 +131,14 @@ class _Normalizers(NamedTuple):
         return cls(algorithm.normalizer(rows.mask), aggregation_normalizer(trained_values, mode="token-mean"))
 
 
+class _Scores(NamedTuple):
+    """What the policy's loss reads of a forward pass."""
+
+    scores: TokenScores
+    values: jax.Array | None
+    """`[P, G, Tc]` of a critic that shares the trunk."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Losses:
     """The functions that are differentiated, and what they share."""
@@ -142,24 +148,41 @@ class _Losses:
     truncated: bool
     critic: Critic | None
 
-    def of_policy(self, params: Params, batch: LearnerBatch, normalizers: _Normalizers) -> tuple[jax.Array, Metrics]:
+    @property
+    def policy(self) -> Loss:
         """The policy's loss; with a critic that shares its trunk, the joint one."""
-        hidden = self.scorer.policy.hidden(params, batch.prompt, batch.prompt_lengths, batch.completion)
-        scores = self.scorer.of_hidden(params, hidden, batch.completion)
+        algorithm = self.algorithm
+        return Loss(
+            self._scores,
+            self._of_scores,
+            whole_groups=algorithm.needs_whole_groups,
+            whole_batch=algorithm.surrogate.whole_batch,
+        )
+
+    def _scores(self, params: Params, texts: Any) -> _Scores:
+        layout = layout_of(texts)
+        hidden = self.scorer.policy.hidden(params, layout)
+        scores, values = self.scorer.of_hidden(params, hidden, layout.targets), None
+        if self.critic is not None and self.critic.shares_trunk:
+            values = self.critic.values_of(params, hidden)
+        return layout.unpack(_Scores(scores, values))
+
+    def _of_scores(self, made: _Scores, batch: LearnerBatch, normalizers: _Normalizers) -> tuple[jax.Array, Metrics]:
+        scores, values = made
         value, metrics = self.algorithm.loss(scores, batch, normalizers.policy)
         if batch.old_logprobs is None:
             logprobs = jax.lax.stop_gradient(scores.logprobs)
             metrics |= sampling_gap(logprobs, batch, temperature=self.scorer.temperature, truncated=self.truncated)
-        if self.critic is not None and self.critic.shares_trunk:
-            values = self.critic.values_of(params, hidden)
+        if values is not None:
             extra, own = self.algorithm.value_loss(values, batch, normalizers.tokens)
             value, metrics = value + self.algorithm.value.coef * extra, metrics | own
         return value, metrics
 
-    def of_critic(self, params: Params, batch: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+    @property
+    def of_critic(self) -> Loss:
         """The loss of a critic with parameters of its own."""
         assert self.critic is not None
-        return self.algorithm.value_loss(self.critic.values(params, batch), batch, normalizer)
+        return Loss(self.critic.values, self.algorithm.value_loss)
 
 
 # ---- Optimizer steps -----------------------------------------------------------------------------
@@ -184,25 +207,26 @@ class _Carry(NamedTuple):
         return state.replace(params=params, opt_state=opt_state, critic=critic)
 
 
-_OF_A_STEP = ("loss", "grad_norm", "frac_steps_skipped")
+_OF_A_STEP = ("loss", "grad_norm", "frac_steps_skipped", "frac_tokens_useful")
 """Metrics that each optimizer has."""
 
 
 def _make_optimizer_step(
     losses: _Losses, optimizer: optax.GradientTransformation, plan: UpdateConfig
 ) -> Callable[..., tuple[_Carry, Metrics]]:
-    """The function `(carry, rows, *, split) -> (carry, metrics)`: one step of the policy, and one of its critic."""
-    policy_step, critic_step = make_gradient_step(losses.of_policy, optimizer, plan.micro_batches), None
+    """The function `(carry, rows) -> (carry, metrics)`: one step of the policy, and one of its critic."""
+    pieces = plan.of_minibatch
+    policy_step, critic_step = make_gradient_step(losses.policy, optimizer, pieces), None
     if losses.critic is not None and losses.critic.optimizer is not None:
-        critic_step = make_gradient_step(losses.of_critic, losses.critic.optimizer, plan.micro_batches)
+        critic_step = make_gradient_step(losses.of_critic, losses.critic.optimizer, pieces)
 
-    def optimizer_step(carry: _Carry, rows: LearnerBatch, *, split: int) -> tuple[_Carry, Metrics]:
-        normalizers, dealt = _Normalizers.of(losses.algorithm, rows), split_groups(rows, split)
-        policy, trained = policy_step(carry.policy, dealt, normalizers)
+    def optimizer_step(carry: _Carry, rows: LearnerBatch) -> tuple[_Carry, Metrics]:
+        normalizers = _Normalizers.of(losses.algorithm, rows)
+        policy, trained = policy_step(carry.policy, rows, normalizers)
         if critic_step is None:
             return carry._replace(policy=policy), trained
         assert carry.critic is not None  # a critic with a step of its own has a state of its own
-        critic, own = critic_step(carry.critic, dealt, normalizers.tokens)
+        critic, own = critic_step(carry.critic, rows, normalizers.tokens)
         own = {f"vf/{name}" if name in _OF_A_STEP else name: record for name, record in own.items()}
         return _Carry(policy, critic), trained | own
 

@@ -37,6 +37,15 @@ class PreferenceBatch(NamedTuple):
     """`[P, 2]`: how often each completion wins against the policy's own, if a judge said so (SPPO)."""
 
 
+class PairScores(NamedTuple):
+    """What a loss of pairs reads of a forward pass."""
+
+    logprobs: jax.Array
+    """`[P, 2, Tc]`."""
+    sharp: jax.Array | None
+    """`[P, 2, Tc]`, constants: at temperature ½, for WPO."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PreferenceObjective:
     """Learns which of two completions is the better one; an `Objective` of `PreferenceBatch`.
@@ -70,27 +79,36 @@ class PreferenceObjective:
 
     @property
     def whole_groups(self) -> bool:
-        """True: both completions of a pair are computed together."""
+        """True: both completions of a pair are compared."""
         return True
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the loss compares pairs."""
+        return self.pair_loss.whole_batch
 
     def normalizer(self, rows: PreferenceBatch) -> PairCounts:
         """Numbers of valid pairs and of the tokens of their chosen completions."""
         valid, mask = _valid(rows)
-        return PairCounts(count_true(valid), count_true(mask[:, 0]), rows=len(valid))
+        return PairCounts(count_true(valid), count_true(mask[:, 0]))
 
-    def loss(
-        self, model: Transformer, params: Params, rows: PreferenceBatch, normalizer: PairCounts
-    ) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: Transformer, params: Params, texts: Any) -> PairScores:
+        """Log-probs of the completions' tokens, and what WPO weights pairs by."""
+        sharp = None
+        if self.weighted:
+            sharp = Scorer(model, temperature=0.5)(jax.lax.stop_gradient(params), texts).logprobs
+        return PairScores(Scorer(model)(params, texts).logprobs, sharp)
+
+    def loss(self, scores: PairScores, rows: PreferenceBatch, normalizer: PairCounts) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        valid, mask = _valid(rows)
-        logprobs = Scorer(model)(params, rows).logprobs
+        (valid, mask), logprobs = _valid(rows), scores.logprobs
         reference = rows.ref_logprobs if self.needs_reference else None
         pairs = ScoredPairs(
             logprobs=self._sums(logprobs, mask),
             ref_logprobs=None if reference is None else self._sums(reference, mask),
             lengths=jnp.sum(mask, axis=-1, dtype=jnp.int32),
             mask=valid,
-            weights=_on_policy_weights(model, params, rows, logprobs, mask) if self.weighted else None,
+            weights=None if scores.sharp is None else _on_policy_weights(logprobs, scores.sharp, mask),
             win_probs=rows.win_probs,
             counts=normalizer,
         )
@@ -119,14 +137,11 @@ def _valid(rows: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
     return valid, rows.mask & valid[:, None, None]
 
 
-def _on_policy_weights(
-    model: Transformer, params: Params, rows: PreferenceBatch, logprobs: jax.Array, mask: jax.Array
-) -> jax.Array:
+def _on_policy_weights(logprobs: jax.Array, sharp: jax.Array, mask: jax.Array) -> jax.Array:
     """WPO's weights of pairs, `[P]`.
 
     log Σ π² = logsumexp(2 z) − 2 logsumexp(z) = 2 log π(y) − log π_½(y) of any token y, where π_½ is π at temperature
     ½: no logits need be held.
     """
-    sharp = Scorer(model, temperature=0.5)(jax.lax.stop_gradient(params), rows).logprobs
     weights = wpo_weights(logprobs, 2 * logprobs - sharp, mask)
     return weights[:, 0] * weights[:, 1]

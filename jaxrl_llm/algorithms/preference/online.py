@@ -15,11 +15,10 @@ import optax
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.gradient import Carry, make_gradient_step
 from jaxrl_llm.algorithms.interfaces import Algorithm, Need
-from jaxrl_llm.algorithms.offline import make_reference_pass, with_reference
+from jaxrl_llm.algorithms.offline import loss_of, make_reference_pass, with_reference
 from jaxrl_llm.algorithms.policy_gradient.rollouts import rollout_metrics
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep, run_epochs
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
-from jaxrl_llm.algorithms.preference.scored_pairs import PairCounts
 from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.checks import check_fields, not_negative
 from jaxrl_llm.losses.online import label_pairs
@@ -90,12 +89,8 @@ def make_online_preference_step(
         ValueError: when it is traced, if the rewards are not of this shape, or pairs cannot be cut into the pieces.
     """
     plan, objective = config or UpdateConfig(), algorithm.objective
-    reference_logprobs = make_reference_pass(policy, plan.minibatches * plan.micro_batches)
-
-    def loss(params: Params, rows: PreferenceBatch, normalizer: PairCounts) -> tuple[jax.Array, Metrics]:
-        return objective.loss(policy, params, rows, normalizer)
-
-    gradient_step = make_gradient_step(loss, optimizer, plan.micro_batches)
+    reference_logprobs = make_reference_pass(policy, plan.of_batch)
+    gradient_step = make_gradient_step(loss_of(objective, policy), optimizer, plan.of_minibatch)
 
     def optimizer_step(carry: Carry, rows: PreferenceBatch) -> tuple[Carry, Metrics]:
         return gradient_step(carry, rows, objective.normalizer(rows))

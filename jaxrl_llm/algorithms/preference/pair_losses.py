@@ -160,7 +160,7 @@ class DiscoPOP(PairLoss):
 
 @dataclasses.dataclass(frozen=True)
 class AOT(PairLoss):
-    """`aot_loss`: quantiles of the batch instead of pairs. It sorts the whole batch: no micro-batches."""
+    """`aot_loss`: quantiles of the whole batch instead of pairs, so that micro-batches take a pass more."""
 
     beta: float = 0.1
     """As DPO."""
@@ -169,17 +169,17 @@ class AOT(PairLoss):
     paired: bool = True
     """Compare margins with the reference's; False: rewards of chosen with those of rejected completions."""
 
+    @property
+    def whole_batch(self) -> bool:
+        """True."""
+        return True
+
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics.
 
         Raises:
-            ValueError: the pairs are a part of the batch, or have weights.
+            ValueError: the pairs have weights.
         """
-        if len(pairs.mask) != pairs.counts.rows:
-            raise ValueError(
-                f"AOT sorts the whole batch of {pairs.counts.rows} pairs, and was given {len(pairs.mask)} of them: set "
-                "micro_batches=1"
-            )
         if pairs.weights is not None:
             raise ValueError("AOT compares quantiles, not pairs, and so has no weights: leave WPO out")
         loss, metrics = aot_loss(
@@ -373,6 +373,11 @@ class Mixture(PairLoss):
     def needs_reference(self) -> bool:
         """Whether one of them does."""
         return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether one of them compares pairs."""
+        return any(loss.whole_batch for loss in self.losses)
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The sum, and the metrics."""

@@ -19,14 +19,12 @@ PREFIX = "objective.pair_loss"
 
 
 class PairCounts(NamedTuple):
-    """What all parts of a batch of pairs share: the denominators, and how many rows the whole has."""
+    """What all parts of a batch of pairs share: the denominators."""
 
     pairs: jax.Array
     """Number of valid pairs."""
     chosen_tokens: jax.Array
     """Number of tokens of their chosen completions."""
-    rows: int
-    """P of the whole batch, a static number."""
 
     def of_likelihood(self, over: NLLOver) -> jax.Array:
         """The denominator of a mean over the chosen tokens, or over the chosen completions."""
@@ -119,6 +117,11 @@ class PairLoss(abc.ABC):
     def needs_reference(self) -> bool:
         """Whether it reads log-probs under a reference."""
         return True
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether it compares pairs with each other."""
+        return False
 
     @abc.abstractmethod
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:

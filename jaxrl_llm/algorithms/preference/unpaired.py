@@ -102,6 +102,11 @@ class KTOObjective:
         """False: samples do not depend on each other."""
         return False
 
+    @property
+    def whole_batch(self) -> bool:
+        """False."""
+        return False
+
     def balanced(self, num_desirable: int, num_undesirable: int) -> KTOObjective:
         """The same with the weights of `kto_balance` for so many samples of each kind in the data set."""
         lambda_d, lambda_u = kto_balance(num_desirable, num_undesirable)
@@ -133,11 +138,13 @@ class KTOObjective:
         """Numbers of valid samples."""
         return _counts(rows)
 
-    def loss(
-        self, model: Transformer, params: Params, rows: UnpairedBatch, normalizer: UnpairedCounts
-    ) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: Transformer, params: Params, texts: Any) -> jax.Array:
+        """Log-probs of the completions' tokens."""
+        return Scorer(model)(params, texts).logprobs
+
+    def loss(self, scores: jax.Array, rows: UnpairedBatch, normalizer: UnpairedCounts) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        policy, reference, mask = _sums(rows, Scorer(model)(params, rows).logprobs)
+        policy, reference, mask = _sums(rows, scores)
         value, metrics = kto_loss(
             policy,
             reference,
@@ -182,6 +189,11 @@ class BCOObjective:
         """False: samples do not depend on each other."""
         return False
 
+    @property
+    def whole_batch(self) -> bool:
+        """False."""
+        return False
+
     def prepared(self, rows: UnpairedBatch, logprobs: TokenLogprobs) -> UnpairedBatch:
         """The samples alone, with δ of the whole batch."""
         own = _column(rows, 0)
@@ -194,11 +206,13 @@ class BCOObjective:
         """Numbers of valid samples."""
         return _counts(rows)
 
-    def loss(
-        self, model: Transformer, params: Params, rows: UnpairedBatch, normalizer: UnpairedCounts
-    ) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: Transformer, params: Params, texts: Any) -> jax.Array:
+        """Log-probs of the completions' tokens."""
+        return Scorer(model)(params, texts).logprobs
+
+    def loss(self, scores: jax.Array, rows: UnpairedBatch, normalizer: UnpairedCounts) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
-        policy, reference, mask = _sums(rows, Scorer(model)(params, rows).logprobs)
+        policy, reference, mask = _sums(rows, scores)
         shift = jnp.zeros(()) if rows.baseline is None else rows.baseline
         value, metrics = bco_loss(
             policy,

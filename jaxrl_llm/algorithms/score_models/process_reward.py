@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxrl_llm.advantages.process import StepRewardKind, dense_step_rewards, find_step_ends, steps_to_tokens
 from jaxrl_llm.advantages.selection import StepAggregation, aggregate_step_scores
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.score_models.reward_model import in_pieces
 from jaxrl_llm.checks import check_fields, one_of
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
@@ -78,6 +79,11 @@ class ProcessRewardObjective:
         return False
 
     @property
+    def whole_batch(self) -> bool:
+        """False."""
+        return False
+
+    @property
     def _aggregation(self) -> AggregationMode:
         return "seq-mean-token-mean" if self.per_solution else "token-mean"
 
@@ -85,17 +91,21 @@ class ProcessRewardObjective:
         """The number of labelled steps, or of solutions that have one."""
         return aggregation_normalizer(self._labels(rows, 1)[1], mode=self._aggregation)
 
-    def loss(self, model: Any, params: Params, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: ScoreModel, params: Params, texts: Any) -> jax.Array:
+        """The logits of each token, `[P, G, Tc, C]`."""
+        return model.token_scores(params, texts)
+
+    def loss(self, scores: jax.Array, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics.
 
         Raises:
             ValueError: the model has another number of outputs.
         """
-        if self.ratings and self.neutral == "ignore" and model.outputs == 3:
+        outputs = scores.shape[-1]
+        if self.ratings and self.neutral == "ignore" and outputs == 3:
             raise ValueError("neutral='ignore' leaves out what a model of three outputs has a class for")
-        labels, mask = self._labels(rows, model.outputs)
-        logits = model.token_scores(params, rows.prompt, rows.prompt_lengths, rows.completion)
-        return prm_loss(logits, labels, mask, aggregation=self._aggregation, normalizer=normalizer)
+        labels, mask = self._labels(rows, outputs)
+        return prm_loss(scores, labels, mask, aggregation=self._aggregation, normalizer=normalizer)
 
     def _labels(self, rows: Any, outputs: int) -> tuple[jax.Array, jax.Array]:
         if not self.ratings:
@@ -143,7 +153,7 @@ def make_step_scores(
     separators: tuple[int, ...],
     max_steps: int,
     neutral: NeutralSteps = "positive",
-    micro_batches: int = 1,
+    plan: MicroBatches | None = None,
 ) -> Callable[[Params, Any], StepScores]:
     """The pure function `(params, rollout) -> StepScores`.
 
@@ -152,13 +162,13 @@ def make_step_scores(
         separators: token ids, each of which ends a step; see `step_end_tokens`.
         max_steps: K; further steps are left out.
         neutral: what a neutral step counts as, of a model of three outputs.
-        micro_batches: pieces in which solutions are read, to save memory.
+        plan: the pieces in which solutions are read, to save memory.
     """
 
-    def probabilities(params: Params, answers: Any) -> jax.Array:
-        return step_probability(model.token_scores(params, *answers[:3]), neutral=neutral)
+    def probabilities(params: Params, _: Any, texts: Any) -> jax.Array:
+        return step_probability(model.token_scores(params, texts), neutral=neutral)
 
-    read = in_pieces(probabilities, micro_batches)
+    read = in_pieces(probabilities, plan)
 
     def step_scores(params: Params, rollout: Any) -> StepScores:
         ends, mask = find_step_ends(step_end_tokens(rollout, separators), max_steps=max_steps)

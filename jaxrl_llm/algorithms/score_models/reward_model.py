@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.batching import UpdateConfig, map_groups
+from jaxrl_llm.algorithms.batching import MicroBatches, cut
 from jaxrl_llm.checks import check_fields, finite, not_negative
-from jaxrl_llm.losses.reward import bradley_terry_loss, normalize_scores, ranking_loss
+from jaxrl_llm.losses.reward import bradley_terry_loss, last_token_score, normalize_scores, ranking_loss
 from jaxrl_llm.masking import count_true
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.heads import ScoreModel, one_output
 from jaxrl_llm.records import Metrics, Moments
 
 
@@ -82,11 +83,20 @@ class RewardModelObjective:
         """The answers to a prompt are compared with each other."""
         return True
 
+    @property
+    def whole_batch(self) -> bool:
+        """False."""
+        return False
+
     def normalizer(self, rows: Any) -> jax.Array:
         """How many prompts have answers to compare."""
         return count_true(jnp.any(_comparable(rows), axis=(-2, -1)))
 
-    def loss(self, model: Any, params: Params, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+    def scores(self, model: ScoreModel, params: Params, texts: Any) -> jax.Array:
+        """What the model makes of each token, `[P, G, Tc, 1]`."""
+        return model.token_scores(params, texts)
+
+    def loss(self, scores: jax.Array, rows: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics.
 
         Raises:
@@ -97,12 +107,12 @@ class RewardModelObjective:
         is_pair = valid.shape[1] == 2 and ranks is None
         if not is_pair and (margin is not None or self.margin or self.center_coef):
             raise ValueError(f"margin and center_coef are for pairs, but here {valid.shape[1]} answers are ranked")
-        scores = model.scores(params, rows.prompt, rows.prompt_lengths, rows.completion, rows.mask)
+        of_answers = last_token_score(one_output(scores), rows.mask)
         if not is_pair:
-            return ranking_loss(scores, _ranks(rows), mask=valid, normalizer=normalizer)
+            return ranking_loss(of_answers, _ranks(rows), mask=valid, normalizer=normalizer)
         return bradley_terry_loss(
-            scores[:, 0],
-            scores[:, 1],
+            of_answers[:, 0],
+            of_answers[:, 1],
             margin=self.margin if margin is None else margin,
             center_coef=self.center_coef,
             mask=jnp.all(valid, axis=1),
@@ -126,40 +136,42 @@ def _comparable(rows: Any) -> jax.Array:
 # ---- Scores and rewards --------------------------------------------------------------------------
 
 
-def in_pieces(read: Callable[[Params, Answers], jax.Array], micro_batches: int) -> Callable[[Params, Any], jax.Array]:
+def in_pieces(
+    read: Callable[[Params, Answers, Any], jax.Array], plan: MicroBatches | None
+) -> Callable[[Params, Any], jax.Array]:
     """The function `(params, rows) -> [P, G, …]` that reads completions in pieces, to save memory.
 
     Args:
-        read: `(params, answers) -> [P, G, …]`, which looks at each completion by itself.
-        micro_batches: number of pieces.
+        read: `(params, answers, texts) -> [P, G, …]`, which looks at each completion by itself.
+        plan: the pieces.
 
     Returns:
         A function of parameters and any record with the fields of `Answers`, such as a `Rollout`.
     """
-    plan = UpdateConfig(micro_batches=micro_batches)
+    plan = plan or MicroBatches()
 
     def all_pieces(params: Params, rows: Any) -> jax.Array:
-        return map_groups(lambda part: read(params, part), Answers.of(rows), plan)
+        return cut(Answers.of(rows), plan).map(functools.partial(read, params))
 
     return all_pieces
 
 
-def make_score_pass(model: ScoreModel, *, micro_batches: int = 1) -> Callable[[Params, Any], jax.Array]:
+def make_score_pass(model: ScoreModel, *, plan: MicroBatches | None = None) -> Callable[[Params, Any], jax.Array]:
     """The pure function `(params, rows) -> [P, G]` that scores completions; see `in_pieces`."""
-    return in_pieces(lambda params, answers: model.scores(params, *answers), micro_batches)
+    return in_pieces(lambda params, answers, texts: model.scores(params, texts, answers.mask), plan)
 
 
-def make_score_statistics(model: ScoreModel, *, micro_batches: int = 1) -> Callable[[Params, Any], Moments]:
+def make_score_statistics(model: ScoreModel, *, plan: MicroBatches | None = None) -> Callable[[Params, Any], Moments]:
     """The pure function `(params, rows) -> Moments` of the scores of a reference set; batches join by `merge`.
 
     Rows as for `make_score_pass`; completions without tokens do not count.
     """
-    score_pass = make_score_pass(model, micro_batches=micro_batches)
+    score_pass = make_score_pass(model, plan=plan)
     return lambda params, rows: Moments.of(score_pass(params, rows), jnp.any(rows.mask, axis=-1))
 
 
 def make_reward(
-    model: ScoreModel, *, statistics: Moments | None = None, clip: float | None = None, micro_batches: int = 1
+    model: ScoreModel, *, statistics: Moments | None = None, clip: float | None = None, plan: MicroBatches | None = None
 ) -> Callable[[Params, Any], jax.Array]:
     """The pure function `(params, rollout) -> [P, G]`: a reward model as the reward of a policy.
 
@@ -170,14 +182,14 @@ def make_reward(
         statistics: `Moments` of its scores on a reference set, for rewards in units of their spread; see
             `normalize_scores`. `None`: the scores as they are.
         clip: bound on normalized rewards; `None`: no bound.
-        micro_batches: pieces in which completions are scored, to save memory.
+        plan: the pieces in which completions are scored, to save memory.
 
     Raises:
         ValueError: a bound without statistics.
     """
     if clip is not None and statistics is None:
         raise ValueError(f"clip={clip} is in units of the scores' spread: pass statistics, too")
-    score_pass = make_score_pass(model, micro_batches=micro_batches)
+    score_pass = make_score_pass(model, plan=plan)
 
     def reward(params: Params, rollout: Any) -> jax.Array:
         scores = score_pass(params, rollout)

@@ -7,6 +7,7 @@ gradient needs them, and logits `[rows, positions, V]`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from jaxrl_llm.logprobs import scores_from_logits
 from jaxrl_llm.losses.kl import kl_exact
 from jaxrl_llm.masking import as_float
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rows import Layout, layout_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import row_shards
 
@@ -41,8 +43,10 @@ class DivergenceRows(NamedTuple):
     """`[P]`."""
     completion: jax.Array
     """`[P, G, Tc]`."""
+    mask: jax.Array
+    """`[P, G, Tc]` bool: the tokens that count."""
     weights: jax.Array
-    """`[P, G, Tc]` float32: what each token counts, 0 where it does not."""
+    """`[P, G, Tc]` float32: what each of them counts."""
     old_hidden: jax.Array | None = None
     """`[P, G, Tc, D]`: states of the old policy, in the model's compute type; only the divergence reads them."""
 
@@ -67,9 +71,17 @@ class PolicyDivergence:
     ):
         self.policy, self.join, self.temperature, self.chunk_size = policy, join, temperature, chunk_size
 
-    def kl(self, part: Any, old_head: jax.Array, rows: DivergenceRows) -> jax.Array:
-        """Σ weight × KL(old ‖ new), a scalar; differentiable in `part`, also twice."""
-        hidden, head = self._states(part, rows)
+    def kl(self, part: Any, old_head: jax.Array, rows: DivergenceRows, texts: Any) -> jax.Array:
+        """Σ weight × KL(old ‖ new), a scalar; differentiable in `part`, also twice.
+
+        Args:
+            part: the tree that is differentiated.
+            old_head: the head that the old policy's states are read with.
+            rows: some rows.
+            texts: theirs; see `layout_of`.
+        """
+        layout = layout_of(texts)
+        hidden, head = self._states(part, layout)
 
         def divergence(states: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             state, old_state, weights = states
@@ -78,17 +90,21 @@ class PolicyDivergence:
             return jnp.sum(jnp.where(weights > 0, weights * kl, 0.0)), None
 
         assert rows.old_hidden is not None
-        return self._over_time(divergence, (hidden, rows.old_hidden, rows.weights))[0]
+        old_hidden, weights = layout.pack((rows.old_hidden, _counted(rows)))
+        return self._over_time(divergence, (hidden, old_hidden, weights))[0]
 
-    def product(self, kind: FisherKind, part: Any, vector: Any, old_head: jax.Array, rows: DivergenceRows) -> Any:
+    def product(
+        self, kind: FisherKind, part: Any, vector: Any, old_head: jax.Array, rows: DivergenceRows, texts: Any
+    ) -> Any:
         """Σ weight × F v of some rows, in the structure of `part`; float32.
 
         The model's own derivative is taken backwards alone: J v is the transpose of the function v ↦ Jᵀ v, since its
         products have no rule for going forwards.
         """
         if kind == "hessian":
-            return hessian_vector_product(lambda wide: self.kl(wide, old_head, rows), part, vector)
-        outputs, pull = jax.vjp(lambda wide: self._states(wide, rows), part)
+            return hessian_vector_product(lambda wide: self.kl(wide, old_head, rows, texts), part, vector)
+        layout = layout_of(texts)
+        outputs, pull = jax.vjp(lambda wide: self._states(wide, layout), part)
         hidden, head = outputs
         ((to_hidden, to_head),) = jax.linear_transpose(lambda cotangent: pull(cotangent)[0], outputs)(vector)
 
@@ -103,13 +119,14 @@ class PolicyDivergence:
                 )
             return product[1], product[0]
 
-        of_head, of_hidden = self._over_time(curved, (hidden, to_hidden, rows.completion, rows.weights))
+        weights = layout.pack(_counted(rows))
+        of_head, of_hidden = self._over_time(curved, (hidden, to_hidden, layout.targets, weights))
         return pull((of_hidden.astype(hidden.dtype), of_head))[0]
 
-    def _states(self, part: Any, rows: DivergenceRows) -> tuple[jax.Array, jax.Array]:
-        """Hidden states `[P, G, Tc, D]`, and the head `[V, D]` in float32, in which its gradient is summed."""
+    def _states(self, part: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        """States `[…, D]` before the targets, and the head `[V, D]` in float32, in which its gradient is summed."""
         params = self.join(part)
-        hidden = self.policy.hidden(params, rows.prompt, rows.prompt_lengths, rows.completion)
+        hidden = self.policy.hidden(params, layout)
         return hidden, as_float(self.policy.head(params))
 
     def _logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -122,20 +139,21 @@ class PolicyDivergence:
     def _over_time(
         self, function: Callable[[tuple[jax.Array, ...]], tuple[jax.Array, Any]], arrays: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, Any]:
-        """Sums the first result of `function` over chunks of positions of `[P, G, Tc, …]`, and joins the second one's.
+        """Sums the first result of `function` over chunks of positions of `[…, T, …]`, and joins the second one's.
 
         What a chunk makes is made again for its gradient. Time is cut and not rows: those are what is spread over
         devices. Weights, the last of the arrays, are 0 at what fills the last chunk up.
         """
-        width = arrays[-1].shape[2]
+        axis = arrays[-1].ndim - 1
+        width = arrays[-1].shape[axis]
         size = self.chunk_size or max(1, CHUNK_LOGITS * row_shards() // self._logits_of_a_position(arrays[-1]))
         if size >= width:
             return function(arrays)
         chunks = -(-width // size)
 
         def cut(x: jax.Array) -> jax.Array:
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * size - width), *((0, 0),) * (x.ndim - 3)))
-            return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, size, *x.shape[3:]), 2, 0)
+            x = jnp.pad(x, (*((0, 0),) * axis, (0, chunks * size - width), *((0, 0),) * (x.ndim - axis - 1)))
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
 
         again = jax.checkpoint(function)
         parts = tuple(cut(x) for x in arrays)
@@ -147,9 +165,16 @@ class PolicyDivergence:
 
         total, pieces = jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)
         joined = jax.tree.map(
-            lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :width], pieces
+            lambda x: jax.lax.slice_in_dim(
+                jnp.moveaxis(x, 0, axis).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]), 0, width, axis=axis
+            ),
+            pieces,
         )
         return total, joined
 
     def _logits_of_a_position(self, weights: jax.Array) -> int:
-        return max(1, weights.shape[0] * weights.shape[1]) * self.policy.config.vocab_size
+        return max(1, math.prod(weights.shape[:-1])) * self.policy.config.vocab_size
+
+
+def _counted(rows: DivergenceRows) -> jax.Array:
+    return jnp.where(rows.mask, rows.weights, 0.0)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.batching import UpdateConfig, deal_groups
+from jaxrl_llm.algorithms.batching import MicroBatches, Pieces, cut
 from jaxrl_llm.algorithms.interfaces import Feedback
 from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
@@ -32,6 +32,7 @@ from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weigh
 from jaxrl_llm.masking import safe_divide
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import join, split_trainable
+from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean
 from jaxrl_llm.types import Rollout, TrainState
@@ -98,7 +99,7 @@ def make_trust_region_step(
     *,
     temperature: float = 1.0,
     truncated: bool = False,
-    micro_batches: int = 1,
+    plan: MicroBatches | None = None,
     moves: Callable[[str], bool] | None = None,
     chunk_size: int | None = None,
 ) -> UpdateStep:
@@ -122,7 +123,7 @@ def make_trust_region_step(
         config: the trust region.
         temperature: as `make_update_step`.
         truncated: as `make_update_step`.
-        micro_batches: pieces in which objective, divergence and products are summed; memory, not the result.
+        plan: the pieces in which objective, divergence and products are summed: memory, not the result.
         moves: whether the parameter of a dotted path moves, in place of `config.trainable`.
         chunk_size: positions whose logits exist at a time; `None` chooses.
 
@@ -136,10 +137,10 @@ def make_trust_region_step(
 
     Source: Schulman et al. 2015, "TRPO" (1502.05477).
     """
-    region, plan = config or TrustRegionConfig(), UpdateConfig(micro_batches=micro_batches)
+    region, plan = config or TrustRegionConfig(), plan or MicroBatches()
     scorer = Scorer(policy, temperature)
     assign = CreditAssignment(algorithm, scorer, plan, keeps_old=True, truncated=truncated)
-    _check(algorithm, micro_batches)
+    _check(algorithm, plan)
 
     def problem(
         state: TrainState, subset: ParameterSubset, start: Part, batch: LearnerBatch, normalizer: jax.Array
@@ -159,7 +160,7 @@ def make_trust_region_step(
             start=start,
             old_head=policy.head(params),
             normalizer=normalizer,
-            rows=deal_groups(batch, plan, whole_groups=algorithm.needs_whole_groups),
+            rows=cut(batch, plan, whole_groups=algorithm.needs_whole_groups),
             compared=compared,
             curved=curved,
         )
@@ -167,7 +168,7 @@ def make_trust_region_step(
     def trust_region_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch, memory, metrics, _, old = assign(state, rollout, rewards, reference)
+        batch, memory, metrics, old = assign(state, rollout, rewards, reference)
         assert old is not None  # they are kept
         normalizer = algorithm.normalizer(batch.mask)
         loss, of_loss = algorithm.loss(old, batch, normalizer)
@@ -205,16 +206,16 @@ def make_trust_region_step(
     return trust_region_step
 
 
-def _check(algorithm: PolicyGradient, micro_batches: int) -> None:
+def _check(algorithm: PolicyGradient, plan: MicroBatches) -> None:
     """Raises if the algorithm cannot be trained by steps of this kind."""
     if algorithm.needs_critic:
         raise ValueError(
             f"{type(algorithm.advantage).__name__} is made of a critic's values, which are not trained here"
         )
-    if algorithm.surrogate.whole_batch and micro_batches > 1:
+    if algorithm.surrogate.whole_batch and (plan.micro_batches > 1 or plan.tokens_per_micro_batch is not None):
         raise ValueError(
-            f"{type(algorithm.surrogate).__name__} compares all tokens of a batch, so that it cannot be cut into "
-            f"micro_batches={micro_batches}: pass 1"
+            f"{type(algorithm.surrogate).__name__} compares all tokens of a batch, so that here it cannot be cut into "
+            "pieces: set update.micro_batches=1, and no update.tokens_per_micro_batch"
         )
 
 
@@ -232,58 +233,65 @@ class _Problem:
     """The head that the old policy's states are read with."""
     normalizer: jax.Array
     """Of the objective, over the whole batch."""
-    rows: LearnerBatch
-    """In micro-batches, as the next two."""
-    compared: DivergenceRows
-    """What the divergence looks at."""
-    curved: DivergenceRows
-    """What products with the Fisher matrix look at."""
+    rows: Pieces
+    """Of `LearnerBatch`."""
+    compared: Pieces
+    """Of `DivergenceRows`: what the divergence looks at."""
+    curved: Pieces
+    """Of `DivergenceRows`: what products with the Fisher matrix look at."""
 
     def objective(self, part: Part) -> jax.Array:
         """−loss."""
 
-        def of_rows(rows: LearnerBatch) -> jax.Array:
-            scores = self.scorer(self.divergence.join(part), rows)
+        def of_rows(part: Part, rows: LearnerBatch, texts: Any) -> jax.Array:
+            scores = self.scorer(self.divergence.join(part), texts)
             return -self.algorithm.loss(scores, rows, self.normalizer)[0]
 
-        return _sum_over(self.rows, of_rows)
+        return _sum_over(self.rows, of_rows, part)
 
     def kl(self, part: Part) -> jax.Array:
         """The divergence from the old policy."""
-        return _sum_over(self.compared, lambda rows: self.divergence.kl(part, self.old_head, rows))
+        return self.compared.fold(lambda rows, texts: self.divergence.kl(part, self.old_head, rows, texts))
 
     def product(self, vector: Part) -> Part:
         """F v at the old policy."""
-        return _sum_over(
-            self.curved, lambda rows: self.divergence.product(self.fisher, self.start, vector, self.old_head, rows)
+        return self.curved.fold(
+            lambda rows, texts: self.divergence.product(self.fisher, self.start, vector, self.old_head, rows, texts)
         )
 
 
 def _compared(
-    policy: Transformer, algorithm: PolicyGradient, plan: UpdateConfig, params: Params, batch: LearnerBatch
-) -> DivergenceRows:
-    """The batch as micro-batches for the divergence from the policy with these parameters."""
+    policy: Transformer, algorithm: PolicyGradient, plan: MicroBatches, params: Params, batch: LearnerBatch
+) -> Pieces:
+    """The batch in pieces, for the divergence from the policy with these parameters."""
     mode, length = algorithm.aggregation, algorithm.max_length or batch.mask.shape[-1]
     weights = aggregation_weights(batch.mask, mode=mode, max_length=length)
     weights = safe_divide(weights, aggregation_normalizer(batch.mask, mode=mode))
-    rows = DivergenceRows(batch.prompt, batch.prompt_lengths, batch.completion, weights)
-    parts = deal_groups(rows, plan, whole_groups=algorithm.needs_whole_groups)
-    hidden = jax.lax.map(lambda x: policy.hidden(params, x.prompt, x.prompt_lengths, x.completion), parts)
-    return parts._replace(old_hidden=hidden)
+    rows = DivergenceRows(batch.prompt, batch.prompt_lengths, batch.completion, batch.mask, weights)
+
+    def hidden(_: DivergenceRows, texts: Any) -> jax.Array:
+        layout = layout_of(texts)
+        return layout.unpack(policy.hidden(params, layout))
+
+    of_batch = functools.partial(cut, plan=plan, whole_groups=algorithm.needs_whole_groups)
+    return of_batch(rows._replace(old_hidden=of_batch(rows).map(hidden)))
 
 
-def _sum_over(parts: Any, function: Callable[[Any], Any]) -> Any:
-    """Σ function(rows) over micro-batches `[parts, rows, …]`; what one makes is made again for its gradient."""
-    first = jax.tree.map(lambda x: x[0], parts)
-    if len(jax.tree.leaves(parts)[0]) == 1:
-        return function(first)
-    again = jax.checkpoint(function)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+def _sum_over(pieces: Pieces, function: Callable[[Part, Any, Any], jax.Array], part: Part) -> jax.Array:
+    """Σ function(part, rows, texts) over pieces; its gradient is that of one piece after the other."""
 
-    def add(total: Any, rows: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, again(rows)), None
+    @jax.custom_vjp
+    def total(part: Part) -> jax.Array:
+        return pieces.fold(lambda rows, texts: function(part, rows, texts))
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    def forward(part: Part) -> tuple[jax.Array, Part]:
+        return pieces.fold(lambda rows, texts: jax.value_and_grad(function)(part, rows, texts))
+
+    def backward(gradient: Part, slope: jax.Array) -> tuple[Part]:
+        return (jax.tree.map(lambda x: slope * x, gradient),)
+
+    total.defvjp(forward, backward)
+    return total(part)
 
 
 def _draw(batch: LearnerBatch, fraction: float, key: jax.Array) -> LearnerBatch:

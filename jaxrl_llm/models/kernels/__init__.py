@@ -1,1 +1,1 @@
-"""Implementations of attention beside the dense one, which needs all scores in memory."""
+"""Attention kernels: one signature, that of `jaxrl_llm.models.attention.dense_attention`, one file a backend."""

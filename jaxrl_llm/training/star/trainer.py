@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.star import training_steps
@@ -101,7 +101,7 @@ class StarTrainer:
             the run; one that goes on does so after the last phase that the folder holds.
         eval_problems: held-out prompts, or `None`.
         star, sampling, optimizer, evaluation: see the records. The learning rate must be constant after its warm-up.
-        micro_batches: pieces in which a gradient is accumulated.
+        plan: the pieces in which a gradient is accumulated.
 
     Raises:
         ValueError: settings and data do not fit together, or the folder holds another run.
@@ -123,7 +123,7 @@ class StarTrainer:
         sampling: SamplingConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         evaluation: EvaluationConfig | None = None,
-        micro_batches: int = 1,
+        plan: MicroBatches | None = None,
     ):
         self.star, self.sampling = star or StarConfig(), sampling or SamplingConfig(temperature=0)
         self.evaluation, self._optimizer = evaluation or EvaluationConfig(), optimizer or OptimizerConfig()
@@ -132,7 +132,8 @@ class StarTrainer:
         self.setup, mesh, self._phase_files = setup, setup.mesh, setup.folder / ITERATIONS
         self._check(rewards)
         self.solved_by = self.evaluation.solving_reward(rewards)
-        UpdateConfig(micro_batches=micro_batches).group_split(self.star.rows_per_step, 1, row_shards(mesh))
+        self._plan = plan or MicroBatches()
+        self._plan.group_split(self.star.rows_per_step, 1, row_shards(mesh))
         self.saved = setup.find()
         self._settings = setup.settings | {"problems": problems.fingerprint}
         check_settings(self._phase_files, self._settings, resume=setup.resume)
@@ -165,7 +166,7 @@ class StarTrainer:
         check_memory(
             mesh, needs, "star.problems_per_batch, star.samples, sampling.max_tokens or data.max_prompt_length"
         )
-        self._prepare(micro_batches)
+        self._prepare()
         self.loader = _NoPosition()
         self.phases: tuple[str, ...] = ()
         self.what_a_step_is = (
@@ -196,7 +197,7 @@ class StarTrainer:
                 f"({problems.dropped} too long) must be of the same rows and width; is max_prompt_length too short?"
             )
 
-    def _prepare(self, micro_batches: int) -> None:
+    def _prepare(self) -> None:
         """The programs, still to be compiled, and the state: a model, without an optimizer between iterations.
 
         An iteration begins with a new optimizer, and so with a new float32 copy of parameters in bfloat16.
@@ -209,7 +210,7 @@ class StarTrainer:
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self.abstract_state = abstract_train_state(model, resting, mesh, rounding="nearest")
         at_rest: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        step = make_offline_step(model, trained, SupervisedObjective(), micro_batches=micro_batches)
+        step = make_offline_step(model, trained, SupervisedObjective(), plan=self._plan)
         self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
         self._begin = jax.jit(
             lambda params: make_train_state(params, trained, seed, rounding=rounding), out_shardings=placed

@@ -35,9 +35,7 @@ def test_what_was_cut_goes_on_with_the_value_of_its_last_token(tiny_config, live
     assign = CreditAssignment(algorithm, Scorer(model), UpdateConfig(micro_batches=2), keeps_old=False, critic=critic)
     state = make_train_state(params, optax.identity(), 0)
     credited = jax.jit(lambda *given: assign(*given, None).batch)(state, rollout, np.zeros((4, 4), np.float32))
-    last = jax.jit(score_model.scores)(
-        params, rollout.prompt, rollout.prompt_lengths, rollout.completion, np.asarray(rollout.mask)
-    )
+    last = jax.jit(score_model.scores)(params, rollout, rollout.mask)
     expected = np.where(rollout.finished, 0.0, last)[..., None] * np.asarray(rollout.mask)
     assert 2 <= (~rollout.finished).sum() <= 14
     np.testing.assert_allclose(credited.returns, expected, atol=1e-5)

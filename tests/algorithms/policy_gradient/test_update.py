@@ -553,7 +553,7 @@ def test_training_raises_the_probability_of_what_is_rewarded(tiny_config, lively
 
     @jax.jit
     def means(params: Params) -> jax.Array:
-        hidden = model.hidden(params, rollout.prompt, rollout.prompt_lengths, rollout.completion)
+        hidden = model.hidden(params, rollout)
         logprobs = token_scores(hidden, model.head(params), rollout.completion).logprobs
         return jnp.mean(jnp.sum(jnp.where(rollout.mask, logprobs, 0), axis=-1), axis=0)
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import BatchObjective, make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.preference.presets import UNPAIRED, bco, kto
 from jaxrl_llm.algorithms.preference.unpaired import BCOObjective, KTOObjective, UnpairedBatch
@@ -60,7 +61,7 @@ def step_once(
 ) -> tuple[Params, dict[str, float]]:
     """The gradient (the change under SGD with rate 1), and the metrics."""
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_offline_step(setting["model"], optimizer, objective, **plan))
+    step = jax.jit(make_offline_step(setting["model"], optimizer, objective, plan=MicroBatches(**plan)))
     reference = None if rows.ref_logprobs is not None else setting["reference"]
     state, metrics = step(make_train_state(setting["params"], optimizer, 0), rows, reference)
     change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), setting["params"], state.params)
@@ -125,7 +126,7 @@ def test_micro_batches_do_not_change_baseline_nor_gradient(whole, setting, sampl
 
 
 def test_mesh_does_not_change_the_gradient(whole, setting, samples):
-    ahead = jax.jit(make_reference_pass(setting["model"], 1))(setting["reference"], samples)
+    ahead = jax.jit(make_reference_pass(setting["model"]))(setting["reference"], samples)
     with jax.set_mesh(make_mesh()):
         gradient, metrics = step_once(setting, KTO, samples._replace(ref_logprobs=np.asarray(ahead)))
     chex.assert_trees_all_close(gradient, whole[0], rtol=0, atol=1e-5)
@@ -135,7 +136,7 @@ def test_mesh_does_not_change_the_gradient(whole, setting, samples):
 @pytest.fixture(scope="module")
 def evaluated(setting, samples) -> Callable[..., tuple[float, dict[str, float]]]:
     """Loss and metrics of an objective, nothing trained."""
-    ahead = jax.jit(make_reference_pass(setting["model"], 1))
+    ahead = jax.jit(make_reference_pass(setting["model"]))
     rows = samples._replace(ref_logprobs=ahead(setting["reference"], samples))
 
     def evaluate(objective: Any, rows: UnpairedBatch = rows) -> tuple[float, dict[str, float]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.score_models.process_reward import (
     LabelledSteps,
     ProcessRewardObjective,
@@ -91,8 +92,8 @@ def test_loss_is_that_of_the_labelled_steps(objective, outputs, labels, left_out
     rows = steps if objective.ratings else steps._replace(labels=soft)
     mask = rows.mask if left_out is None else rows.mask & (rows.labels != left_out)
     own = of_outputs(params, outputs)
-    loss, _ = jax.jit(lambda p: objective.loss(model, p, rows, objective.normalizer(rows)))(own)
-    logits = jax.jit(model.token_scores)(own, *rows[:3])
+    loss, _ = jax.jit(lambda p: objective.loss(objective.scores(model, p, rows), rows, objective.normalizer(rows)))(own)
+    logits = jax.jit(model.token_scores)(own, rows)
     aggregation = "seq-mean-token-mean" if objective.per_solution else "token-mean"
     expected, _ = prm_loss(logits, labels(rows.labels), mask, aggregation=aggregation)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -103,7 +104,7 @@ def test_loss_is_that_of_the_labelled_steps(objective, outputs, labels, left_out
 def test_a_class_for_neutral_steps_cannot_be_left_out(trunk, params, steps):
     objective = ProcessRewardObjective(ratings=True, neutral="ignore")
     with pytest.raises(ValueError, match="neutral='ignore' leaves out"):
-        objective.loss(ScoreModel(trunk, outputs=3, bias=True), params, steps, 1)
+        objective.loss(jnp.zeros((*steps.mask.shape, 3)), steps, 1)
 
 
 # ---------------------------------------------------------------- ends of steps, scores, rewards
@@ -138,9 +139,9 @@ def test_scores_and_rewards_sit_at_the_ends_of_steps(trunk, params, make_rollout
     own, rollout = of_outputs(params, 2), make_rollout(prompts=4, group=4)
     completion = np.where(rollout.completion % 3 == 0, SEPARATOR, rollout.completion)
     rollout = rollout.replace(completion=completion)
-    logits = np.asarray(jax.jit(model.token_scores)(own, rollout.prompt, rollout.prompt_lengths, completion))
+    logits = np.asarray(jax.jit(model.token_scores)(own, rollout))
     probability = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
-    step_scores = make_step_scores(model, separators=(SEPARATOR,), max_steps=6, micro_batches=2)
+    step_scores = make_step_scores(model, separators=(SEPARATOR,), max_steps=6, plan=MicroBatches(2))
     is_end = np.asarray(step_end_tokens(rollout, (SEPARATOR,)))
     assert is_end.any() and not is_end.all()
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.score_models.reward_model import (
     Comparisons,
     RewardModelObjective,
@@ -64,7 +65,7 @@ def test_loss_is_that_of_the_scores_of_complete_pairs(model, params, pairs, whol
     @jax.jit
     def plain(params: Params) -> tuple[tuple[jax.Array, Any], Params]:
         def loss(params: Params) -> tuple[jax.Array, Any]:
-            scores = model.scores(params, *pairs[:4])[:-1]
+            scores = model.scores(params, pairs, pairs.mask)[:-1]
             value, metrics = bradley_terry_loss(*scores.T, margin=pairs.margin[:-1], center_coef=0.1)
             return value, {name: record.value() for name, record in metrics.items()}
 
@@ -104,8 +105,8 @@ def test_more_answers_are_ranked(given, model, params, make_rollout):
     objective = RewardModelObjective()
     normalizer = objective.normalizer(rows)
     assert int(normalizer) == (3 if given else 4)
-    value, metrics = jax.jit(lambda p: objective.loss(model, p, rows, normalizer))(params)
-    expected, _ = ranking_loss(jax.jit(model.scores)(params, *rows[:4]), expected_ranks)
+    value, metrics = jax.jit(lambda p: objective.loss(objective.scores(model, p, rows), rows, normalizer))(params)
+    expected, _ = ranking_loss(jax.jit(model.scores)(params, rows, rows.mask), expected_ranks)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert int(metrics["accuracy"].count) == (2 + 3 + 3 if given else 12)
 
@@ -113,7 +114,7 @@ def test_more_answers_are_ranked(given, model, params, make_rollout):
 def test_options_that_do_not_fit_raise(model, params, make_rollout):
     three, one = comparisons(make_rollout(group=3)), comparisons(make_rollout(group=1))
     with pytest.raises(ValueError, match="are for pairs, but here 3 answers"):
-        jax.eval_shape(lambda p: RewardModelObjective(margin=1.0).loss(model, p, three, 1), params)
+        jax.eval_shape(lambda p: RewardModelObjective(margin=1.0).loss(model.token_scores(p, three), three, 1), params)
     with pytest.raises(ValueError, match="at least two answers"):
         RewardModelObjective().normalizer(one)
     with pytest.raises(ValueError, match="center_coef=-1"):
@@ -128,8 +129,8 @@ def test_options_that_do_not_fit_raise(model, params, make_rollout):
 def test_a_reward_is_the_normalized_score_in_one_program(model, params, make_rollout):
     """On pieces and devices as on one; statistics of two halves are those of all."""
     rollout = make_rollout(prompts=4, group=4)
-    scores = np.asarray(jax.jit(model.scores)(params, *comparisons(rollout)[:4]))
-    gather = jax.jit(make_score_statistics(model, micro_batches=2))
+    scores = np.asarray(jax.jit(model.scores)(params, rollout, rollout.mask))
+    gather = jax.jit(make_score_statistics(model, plan=MicroBatches(2)))
     halves = jax.tree.map(lambda x: x[:2], rollout), jax.tree.map(lambda x: x[2:], rollout)
     statistics = gather(params, halves[0]).merge(gather(params, halves[1]))
     assert float(statistics.mean) == pytest.approx(scores.mean(), rel=1e-4)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import ppo
@@ -170,7 +171,7 @@ def test_micro_batches_chunks_and_padding_do_not_change_the_step(whole):
         logprobs=np.pad(rollout.logprobs, tail, constant_values=np.nan),
         sampler_logprobs=np.pad(np.where(rollout.mask, rollout.sampler_logprobs, np.nan), tail),
     )
-    found = step_once(**{**whole["case"], "rollout": wide}, micro_batches=4, chunk_size=4)
+    found = step_once(**{**whole["case"], "rollout": wide}, plan=MicroBatches(4), chunk_size=4)
     same_as_whole(found, whole)
 
 
@@ -178,7 +179,7 @@ def test_a_mesh_does_not_change_the_step(mesh, whole):
     """One program, compiled once, with the state donated and split over eight devices."""
     case = whole["case"]
     shardings = parameter_shardings(mesh, case["model"].logical_axes(), case["params"])
-    step = jax.jit(make_trust_region_step(case["model"], TRPO, REGION, micro_batches=2), donate_argnums=0)
+    step = jax.jit(make_trust_region_step(case["model"], TRPO, REGION, plan=MicroBatches(2)), donate_argnums=0)
     with jax.set_mesh(mesh), CompilationCounter() as counter:
         params = jax.device_put(case["params"], shardings)
         state, metrics = step(make_train_state(params, optax.identity(), 0), case["rollout"], case["rewards"])

@@ -1,0 +1,67 @@
+"""Which attention a forward pass uses: one signature, several implementations, chosen by platform and length."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from jaxrl_llm.models.attention import SharedPrompt, Visibility, dense_attention, dense_shared_attention
+from jaxrl_llm.models.config import AttentionKernel
+from jaxrl_llm.models.kernels.blockwise import blockwise_attention
+from jaxrl_llm.models.kernels.sharded import over_mesh
+from jaxrl_llm.models.kernels.splash import splash_attention
+from jaxrl_llm.sharding import platform
+
+DENSE_TOKENS = 512
+"""Longest text whose scores `auto` keeps in memory, all of them."""
+
+_KERNELS = {
+    "blockwise": blockwise_attention,
+    "splash": splash_attention,
+    "splash_interpret": functools.partial(splash_attention, interpret=True),
+}
+
+
+def choose(implementation: AttentionKernel, tokens: int) -> AttentionKernel:
+    """What `auto` stands for with texts of so many tokens, on what is traced for; others stand for themselves."""
+    if implementation != "auto":
+        return implementation
+    if tokens <= DENSE_TOKENS:
+        return "dense"
+    return "splash" if platform() == "tpu" else "blockwise"
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: Visibility,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: AttentionKernel = "auto",
+    shared: SharedPrompt | None = None,
+) -> jax.Array:
+    """softmax(q·k/√H)·v over the keys that each query sees.
+
+    Args:
+        query: `[B, T, N, H]`, rotated.
+        key: `[B, T, K, H]`, rotated; query head n reads key head n // (N/K).
+        value: `[B, T, K, H]`.
+        visible: which keys each query sees.
+        window: how many levels of the tree a query sees, its own included; `None`: all.
+        softcap: c in c·tanh(·/c) on the scores, or `None`.
+        implementation: which kernel.
+        shared: the shape of the rows, where it is known when the program is compiled.
+
+    Returns:
+        `[B, T, N, H]`.
+    """
+    longest = query.shape[1] if shared is None else shared.prompt_width + shared.width
+    chosen = choose(implementation, longest)
+    if chosen != "dense":
+        return over_mesh(_KERNELS[chosen], query, key, value, visible, window=window, softcap=softcap)
+    if shared is not None:
+        return dense_shared_attention(query, key, value, visible, shared, window=window, softcap=softcap)
+    return dense_attention(query, key, value, visible, window=window, softcap=softcap)

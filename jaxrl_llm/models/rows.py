@@ -1,0 +1,274 @@
+"""Rows of tokens as the transformer reads them, and where in them the tokens lie that are scored.
+
+A row holds trees of tokens in depth-first order: a prompt with its completions, packed sequences, a conversation with
+branches. A `Layout` says how prompts and completions `[P, G, Tc]` are laid out in rows, so that what is made of them
+token by token comes back as `[P, G, Tc]` whatever the rows look like.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxrl_llm.masking import length_mask
+from jaxrl_llm.models.attention import SharedPrompt
+
+
+class TokenRows(struct.PyTreeNode):
+    """Trees of tokens, in depth-first order; see `Visibility` for what they mean to attention."""
+
+    tokens: jax.Array
+    """`[B, T]` int32."""
+    depth: jax.Array
+    """`[B, T]` int32: how many tokens are above each, its rotary position."""
+    end: jax.Array
+    """`[B, T]` int32: one past the place of the last token below it; of padding, one past its own."""
+    shared: SharedPrompt | None = struct.field(pytree_node=False, default=None)
+    """Their shape, where it is known when the program is compiled."""
+
+    @classmethod
+    def causal(cls, tokens: jax.Array) -> TokenRows:
+        """Plain sequences `[B, T]`, right-padded: padding lies after every real token, which hides it."""
+        length = tokens.shape[1]
+        depth = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        return cls(tokens, depth, jnp.full_like(depth, length), SharedPrompt(length, 0, 0))
+
+    @classmethod
+    def of_segments(cls, tokens: jax.Array, segment_ids: jax.Array) -> TokenRows:
+        """Several packed sequences a row, each a run of equal ids `[B, T]`."""
+        place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        begins = (segment_ids != jnp.roll(segment_ids, 1, axis=1)).at[:, 0].set(True)
+        first = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+        ends = jnp.roll(begins, -1, axis=1)  # the last place of a row is one, too
+        end = jax.lax.cummin(jnp.where(ends, place + 1, tokens.shape[1]), axis=1, reverse=True)
+        return cls(tokens, place - first, end)
+
+    @classmethod
+    def of_groups(
+        cls,
+        prompt: jax.Array,
+        prompt_lengths: jax.Array,
+        completion: jax.Array,
+        completion_lengths: jax.Array | None = None,
+    ) -> TokenRows:
+        """Each prompt `[P, Tp]` and, after it, its completions `[P, G, Tc]`, padding included.
+
+        Without lengths `[P, G]` of completions all of their Tc tokens are real: causality alone hides what is not.
+        """
+        prompts, prompt_width = prompt.shape
+        _, group, width = completion.shape
+        total = prompt_width + group * width
+        place = jnp.arange(total, dtype=jnp.int32)
+        times = jnp.arange(width, dtype=jnp.int32)
+        own_depth = jnp.broadcast_to(prompt_lengths[:, None, None] + times, completion.shape)
+        own_end = prompt_width + width * (1 + jnp.arange(group, dtype=jnp.int32))[:, None]
+        own_place = place[prompt_width:].reshape(group, width)
+        is_real = jnp.ones(completion.shape, bool)
+        if completion_lengths is not None:
+            is_real = length_mask(completion_lengths, width)
+            own_end = own_place[:, :1] + completion_lengths[..., None]
+        own_end = jnp.where(is_real, own_end, own_place + 1)
+        prompt_end = jnp.where(length_mask(prompt_lengths, prompt_width), total, place[:prompt_width] + 1)
+
+        def join(of_prompt: jax.Array, own: jax.Array) -> jax.Array:
+            return jnp.concatenate([of_prompt, own.reshape(prompts, -1)], axis=1)
+
+        prompt_depth = jnp.broadcast_to(place[:prompt_width], prompt.shape)
+        return cls(
+            tokens=join(prompt, completion),
+            depth=join(prompt_depth, own_depth).astype(jnp.int32),
+            end=join(prompt_end, own_end).astype(jnp.int32),
+            shared=SharedPrompt(prompt_width, group, width),
+        )
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """How completions `[P, G, Tc]` of prompts lie in rows of tokens."""
+
+    @property
+    def rows(self) -> TokenRows:
+        """What the transformer reads."""
+        ...
+
+    @property
+    def targets(self) -> jax.Array:
+        """The tokens that are scored, `[…]`: those of completions, in the order that suits the rows."""
+        ...
+
+    def before(self, states: jax.Array) -> jax.Array:
+        """Of states `[B, T, D]` those that predict the targets, `[…, D]`."""
+        ...
+
+    def at(self, states: jax.Array) -> jax.Array:
+        """Of states `[B, T, D]` those that have read the targets, `[…, D]`."""
+        ...
+
+    def unpack(self, values: Any) -> Any:
+        """A tree of what was made of targets, `[…, *]`, as `[P, G, Tc, *]`; 0 at those that these rows do not hold."""
+        ...
+
+    def pack(self, values: Any) -> Any:
+        """A tree of what is known of completions, `[P, G, Tc, *]`, at the targets `[…, *]`; 0 at all others."""
+        ...
+
+
+class PaddedLayout(struct.PyTreeNode):
+    """Rows are as the prompts and completions come: each a prompt and, after it, its completions, padding included."""
+
+    rows: TokenRows
+    prompt_lengths: jax.Array
+    """`[P]`."""
+    targets: jax.Array
+    """`[P, G, Tc]`."""
+
+    @classmethod
+    def of(cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> PaddedLayout:
+        """That of prompts `[P, Tp]` and completions `[P, G, Tc]`, both right-padded."""
+        return cls(TokenRows.of_groups(prompt, prompt_lengths, completion), prompt_lengths, completion)
+
+    def before(self, states: jax.Array) -> jax.Array:
+        """`[P, G, Tc, D]`: entry 0 is the prompt's last state, shared by the group."""
+        assert self.rows.shared is not None
+        of_prompt, own = self.rows.shared.split(states)
+        last = jnp.take_along_axis(of_prompt, (self.prompt_lengths - 1)[:, None, None], axis=1)
+        first = jnp.broadcast_to(last[:, None], (*own.shape[:2], 1, own.shape[-1]))
+        return jnp.concatenate([first, own[:, :, :-1]], axis=2)
+
+    def at(self, states: jax.Array) -> jax.Array:
+        """`[P, G, Tc, D]`."""
+        assert self.rows.shared is not None
+        return self.rows.shared.split(states)[1]
+
+    def unpack(self, values: Any) -> Any:
+        """The same: targets lie as the completions do."""
+        return values
+
+    def pack(self, values: Any) -> Any:
+        """The same."""
+        return values
+
+
+class PackedLayout(struct.PyTreeNode):
+    """Completions one after another in S rows of T tokens, wherever they found room, their prompts before them.
+
+    Row s holds some of the completions `[s·P/S : (s+1)·P/S]`. Its targets are all of its tokens, those of prompts and
+    padding included.
+    """
+
+    rows: TokenRows
+    """`[S, T]`."""
+    parent: jax.Array
+    """`[S, T]` int32: the place of what predicts each token."""
+    place: jax.Array
+    """`[S, P/S, G, Tc]` int32: where in its row each token of a completion lies; −1: nowhere."""
+    source: jax.Array | None
+    """`[S, T]` int32: which of the P/S·G·Tc tokens each is, ≥ P/S·G·Tc: none of them. `None`: some are several."""
+
+    @property
+    def targets(self) -> jax.Array:
+        """`[S, T]`."""
+        return self.rows.tokens
+
+    def before(self, states: jax.Array) -> jax.Array:
+        """`[S, T, D]`."""
+        return jax.vmap(lambda row, parent: row[parent])(states, self.parent)
+
+    def at(self, states: jax.Array) -> jax.Array:
+        """The same: every token is a target."""
+        return states
+
+    def unpack(self, values: Any) -> Any:
+        """`[S, T, *]` → `[P, G, Tc, *]`."""
+        shape = self.place.shape
+        flat = self.place.reshape(shape[0], -1)
+
+        def one(x: jax.Array) -> jax.Array:
+            found = _gather(x, flat) if self.source is None else _exchange(x, flat, self.source)
+            return found.reshape(-1, *shape[2:], *x.shape[2:])
+
+        return jax.tree.map(one, values)
+
+    def pack(self, values: Any) -> Any:
+        """`[P, G, Tc, *]` → `[S, T, *]`."""
+        if self.source is None:
+            raise ValueError("a token that several sequences share has no value of one of them: gather it instead")
+        shape, source = self.place.shape, self.source
+        flat = self.place.reshape(shape[0], -1)
+        size = shape[1] * shape[2] * shape[3]
+        inside = jnp.where(source < size, source, -1)
+
+        def one(x: jax.Array) -> jax.Array:
+            return _exchange(x.reshape(shape[0], size, *x.shape[3:]), inside, flat)
+
+        return jax.tree.map(one, values)
+
+
+def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[s, index[s]]` of `[S, M, *]`; 0 where the index is outside."""
+    inside = (index >= 0) & (index < x.shape[1])
+    found = jax.vmap(lambda row, at: row[at])(x, jnp.clip(index, 0, x.shape[1] - 1))
+    return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 2)), found, jnp.zeros((), x.dtype))
+
+
+@jax.custom_vjp
+def _exchange(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`_gather(x, index)` whose gradient is a gather, too, since no entry of `x` is asked for twice."""
+    return _gather(x, index)
+
+
+def _exchange_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _gather(x, index), inverse
+
+
+def _exchange_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    return _gather(gradient, inverse), None, None
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+class SegmentLayout(struct.PyTreeNode):
+    """Rows of packed sequences, prompts included; a row is one completion of a prompt that is not read, `[P, 1, T]`.
+
+    What is made of the first token of a sequence means nothing.
+    """
+
+    rows: TokenRows
+
+    @property
+    def targets(self) -> jax.Array:
+        """`[P, 1, T]`."""
+        return self.rows.tokens[:, None]
+
+    def before(self, states: jax.Array) -> jax.Array:
+        """`[P, 1, T, D]`."""
+        return jnp.roll(states, 1, axis=1)[:, None]
+
+    def at(self, states: jax.Array) -> jax.Array:
+        """`[P, 1, T, D]`."""
+        return states[:, None]
+
+    def unpack(self, values: Any) -> Any:
+        """The same."""
+        return values
+
+    def pack(self, values: Any) -> Any:
+        """The same."""
+        return values
+
+
+def layout_of(texts: Any) -> Layout:
+    """The layout of texts: itself, or that of any record with `prompt`, `prompt_lengths` and `completion`.
+
+    Records that have `segment_ids` hold several sequences a row.
+    """
+    if isinstance(texts, Layout):
+        return texts
+    segment_ids = getattr(texts, "segment_ids", None)
+    if segment_ids is not None:
+        return SegmentLayout(TokenRows.of_segments(texts.completion[:, 0], segment_ids[:, 0]))
+    return PaddedLayout.of(texts.prompt, texts.prompt_lengths, texts.completion)

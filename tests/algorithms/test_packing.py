@@ -1,0 +1,371 @@
+"""Completions packed into rows of tokens: where they lie, and that loss, gradient and metrics are those of padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.algorithms.batching import MicroBatches, UpdateConfig, cut
+from jaxrl_llm.algorithms.interfaces import Feedback
+from jaxrl_llm.algorithms.offline import make_offline_step
+from jaxrl_llm.algorithms.packing import pack
+from jaxrl_llm.algorithms.policy_gradient.critic import Critic
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.presets import POLICY_GRADIENTS, dppo, ppo
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
+from jaxrl_llm.algorithms.preference import presets as offline
+from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
+from jaxrl_llm.algorithms.preference.online import OnlinePreference, make_online_preference_step
+from jaxrl_llm.algorithms.preference.unpaired import UnpairedBatch
+from jaxrl_llm.algorithms.score_models.process_reward import LabelledSteps, ProcessRewardObjective
+from jaxrl_llm.algorithms.score_models.reward_model import Comparisons, RewardModelObjective
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust_region_step
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.types import Rollout
+
+SGD = optax.sgd(1.0)
+TOKENS = 23
+"""Of a row: prompts of up to 5 and completions of up to 6 tokens leave room for about three."""
+
+
+# ---- Where tokens lie ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Ragged prompts and completions, some of them without tokens."""
+
+    prompt: np.ndarray
+    prompt_lengths: np.ndarray
+    completion: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def random(cls, seed: int, prompts: int = 5, group: int = 4, prompt_width: int = 5, width: int = 6) -> Texts:
+        rng = np.random.default_rng(seed)
+        return cls(
+            rng.integers(1, 64, (prompts, prompt_width)),
+            rng.integers(1, prompt_width + 1, prompts),
+            rng.integers(1, 64, (prompts, group, width)),
+            rng.integers(0, width + 1, (prompts, group)) * (rng.random((prompts, group)) < 0.8),
+        )
+
+    def pack(self, tokens: int, **options: bool) -> Any:
+        arrays = (self.prompt, self.prompt_lengths, self.completion, self.lengths)
+        return jax.jit(lambda *arrays: pack(*map(jnp.asarray, arrays), tokens=tokens, **options))(*arrays)
+
+
+def plain_rows(texts: Texts, tokens: int, whole_groups: bool) -> list[list[tuple[int, int]]]:
+    """Which completions lie in which row, one after the other: each where there is room, or in the next row."""
+    rows: list[list[tuple[int, int]]] = [[]]
+    used, last = 0, -1
+    for p, lengths in enumerate(texts.lengths):
+        for g, length in enumerate(lengths):
+            if not length:
+                continue
+            first = whole_groups and not any(lengths[:g])
+            needed = lengths.sum() if first else 0 if whole_groups else length
+            if used + needed + (p != last) * texts.prompt_lengths[p] > tokens:
+                rows.append([])
+                used, last = 0, -1
+            used += length + (p != last) * texts.prompt_lengths[p]
+            last = p
+            rows[-1].append((p, g))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("tokens", "whole_groups"), [(11, False), (17, False), (64, False), (29, True), (64, True)])
+def test_rows_are_those_of_a_loop(seed, tokens, whole_groups):
+    texts = Texts.random(seed)
+    packing = texts.pack(tokens, whole_groups=whole_groups)
+    expected = plain_rows(texts, tokens, whole_groups)
+    assert packing.count == (len(expected) if expected[0] else 0)
+    useful = 0
+    for number, completions in enumerate(expected):
+        held = np.argwhere(packing.holds(number))
+        assert [tuple(at) for at in held] == completions
+        layout = packing.layout(number)
+        row, parent = jax.tree.map(lambda x: np.asarray(x)[0], (layout.rows, layout.parent))
+        place, seen = 0, np.zeros((tokens, tokens), bool)
+        for p, g in completions:
+            start = texts.prompt_lengths[p]
+            if g == min(sample for prompt, sample in completions if prompt == p):
+                prompt = slice(place, place + start)
+                np.testing.assert_array_equal(row.tokens[prompt], texts.prompt[p, :start])
+                np.testing.assert_array_equal(row.depth[prompt], np.arange(start))
+                seen[prompt, prompt] = np.tril(np.ones((start, start), bool))
+                place += start
+            length = texts.lengths[p, g]
+            own = slice(place, place + length)
+            np.testing.assert_array_equal(row.tokens[own], texts.completion[p, g, :length])
+            np.testing.assert_array_equal(row.depth[own], start + np.arange(length))
+            np.testing.assert_array_equal(parent[own], [prompt.stop - 1, *range(place, place + length - 1)])
+            np.testing.assert_array_equal(np.asarray(layout.place)[0, p, g, :length], np.arange(place, place + length))
+            assert (np.asarray(layout.place)[0, p, g, length:] == -1).all()
+            seen[own, prompt] = True
+            seen[own, own] = np.tril(np.ones((length, length), bool))
+            place += length
+        seen[range(place, tokens), range(place, tokens)] = True  # padding
+        key, query = np.meshgrid(np.arange(tokens), np.arange(tokens))
+        np.testing.assert_array_equal((key <= query) & (query < row.end[None]), seen)
+        useful += place
+    assert packing.useful == useful
+
+
+def test_what_is_packed_is_unpacked():
+    texts = Texts.random(3)
+    packing = texts.pack(TOKENS)
+    layout, held = packing.layout(1), np.asarray(packing.holds(1))
+    mask = held[..., None] & (np.arange(6) < texts.lengths[..., None])
+    values = np.random.default_rng(0).normal(size=(*texts.completion.shape, 2)).astype(np.float32)
+    packed = layout.pack(jnp.asarray(values))
+    assert packed.shape == (1, TOKENS, 2) and np.count_nonzero(packed.any(-1)) == mask.sum()
+    np.testing.assert_array_equal(layout.unpack(packed), np.where(mask[..., None], values, 0))
+    np.testing.assert_array_equal(layout.unpack(layout.targets)[mask], texts.completion[mask])
+    gradient = jax.grad(lambda x: jnp.sum(layout.unpack(x) * values))(jnp.zeros_like(packed))
+    np.testing.assert_array_equal(gradient, packed)
+    back = jax.grad(lambda x: jnp.sum(layout.pack(x) * packed))(jnp.zeros_like(values))
+    np.testing.assert_array_equal(back, np.where(mask[..., None], values, 0))
+
+
+def test_a_row_that_may_be_too_short_raises():
+    with pytest.raises(ValueError, match=r"tokens_per_micro_batch=10 .* prompt of 5 tokens with 1 completion of 6"):
+        Texts.random(0).pack(10)
+    with pytest.raises(ValueError, match=r"micro_batches=2 with update\.tokens_per_micro_batch=64"):
+        UpdateConfig(micro_batches=2, tokens_per_micro_batch=64)
+    with pytest.raises(ValueError, match=r"update\.tokens_per_micro_batch=0"):
+        MicroBatches(tokens_per_micro_batch=0)
+
+
+# ---- Loss, gradient and metrics ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rollout(make_rollout) -> Rollout:
+    return make_rollout(prompts=6, group=4, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config) -> Transformer:
+    return Transformer(tiny_config(logit_softcap=5.0, num_layers=1))
+
+
+@pytest.fixture(scope="module")
+def params(model, lively_params) -> tuple[Params, Params]:
+    """Of the policy, and of its reference."""
+    return lively_params(model), lively_params(model, seed=1)
+
+
+def assert_same(made: list[tuple[Any, dict[str, jax.Array]]], initial: Any) -> None:
+    """The change of two states, and their metrics."""
+    (padded, metrics), (packed, others) = made
+    gradients = [jax.tree.map(lambda old, new: old - new, initial, state) for state in (padded, packed)]
+    chex.assert_tree_all_finite(gradients)  # a comparison takes two NaNs for equal
+    assert optax.tree.norm(gradients[0]) > 1e-4
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert metrics.keys() == others.keys()
+    chex.assert_trees_all_close(metrics, others, rtol=2e-5, atol=1e-5)
+
+
+def feedback(algorithm: PolicyGradient, shape: tuple[int, int]) -> Feedback:
+    """All that any estimator reads."""
+    rng = np.random.default_rng(2)
+    needs, is_reference = algorithm.advantage.needs, np.zeros(shape, bool)
+    is_reference[:, 1] = True
+    verdicts = [rng.random(shape) < 0.5 for _ in range(2)] if "verdicts" in needs else [None, None]
+    return Feedback(
+        rng.integers(0, 2, shape).astype(np.float32),
+        greedy=rng.normal(size=shape[0]).astype(np.float32) if "greedy" in needs else None,
+        by_function=rng.normal(size=(*shape, 2)).astype(np.float32) if "by_function" in needs else None,
+        is_reference=is_reference if "verdicts" in needs else None,
+        preferred=verdicts[0],
+        preferred_swapped=verdicts[1],
+    )
+
+
+PLANS: tuple[dict[str, int], ...] = ({}, {"tokens_per_micro_batch": TOKENS})
+
+
+def marked(presets: Any, in_ci: tuple[str, ...]) -> list[Any]:
+    """All presets by name; those that CI leaves out are marked."""
+    return [pytest.param(p, marks=() if p.__name__ in in_ci else pytest.mark.slow, id=p.__name__) for p in presets]
+
+
+def dppo_of_some_width() -> PolicyGradient:
+    return dppo(0.1, 0.2)
+
+
+ON_POLICY = [*(preset for preset in POLICY_GRADIENTS if preset is not ppo), dppo_of_some_width]
+
+
+@pytest.mark.parametrize("preset", marked(ON_POLICY, ("grpo", "gspo", "kl_cov", "reinforce")))
+def test_on_policy_presets(preset, model, params, rollout):
+    """Two minibatches, if the loss has a ratio."""
+    algorithm = preset()
+    state = make_train_state(params[0], SGD, 0, algorithm=algorithm)
+    given, made = feedback(algorithm, rollout.completion_lengths.shape), []
+    for pieces in PLANS:
+        plan = UpdateConfig(minibatches=1 if algorithm.surrogate.on_policy else 2, **pieces)
+        after, metrics = jax.jit(make_update_step(model, SGD, algorithm, plan))(state, rollout, given, params[1])
+        made.append((after.params, metrics))
+    assert_same(made, params[0])
+
+
+@pytest.mark.parametrize("mode", ["group-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize("tokens", [TOKENS, 29])
+def test_groups_in_one_row_or_not(mode, tokens, model, params, rollout):
+    """A group fits into 29 tokens, and not into 23: then the loss is taken of the scores of all rows."""
+    algorithm = PolicyGradient(aggregation=mode)
+    state = make_train_state(params[0], SGD, 0)
+    rewards, made = feedback(algorithm, rollout.completion_lengths.shape).rewards, []
+    for plan in (UpdateConfig(), UpdateConfig(tokens_per_micro_batch=tokens)):
+        after, metrics = jax.jit(make_update_step(model, SGD, algorithm, plan))(state, rollout, rewards)
+        made.append((after.params, metrics))
+    assert_same(made, params[0])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_critics(own, model, params, rollout, lively_params):
+    scores = ScoreModel(model, lm_head=not own)
+    critic, algorithm = Critic(scores, SGD if own else None), ppo()
+    value_params = lively_params(scores, seed=3)
+    policy_params = params[0] if own else params[0] | {"score_head": value_params["score_head"]}
+    state = make_train_state(
+        policy_params, SGD, 0, algorithm=algorithm, critic=critic if own else None, critic_params=value_params
+    )
+    rewards, made = feedback(algorithm, rollout.completion_lengths.shape).rewards, []
+    for pieces in PLANS:
+        plan = UpdateConfig(minibatches=2, **pieces)
+        step = jax.jit(make_update_step(model, SGD, algorithm, plan, critic=critic))
+        after, metrics = step(state, rollout, rewards, params[1])
+        made.append(((after.params, after.critic and after.critic.params), metrics))
+    assert_same(made, (policy_params, value_params if own else None))
+
+
+@pytest.mark.parametrize("fisher", ["gauss_newton", pytest.param("hessian", marks=pytest.mark.slow), "sampled"])
+def test_trust_regions(fisher, model, params, rollout):
+    algorithm = PolicyGradient(kl_coef=0.0)
+    region = TrustRegionConfig(fisher=fisher, cg_iterations=3, max_kl=1e-3)
+    state = make_train_state(params[0], optax.identity(), 0)
+    rewards, made = feedback(algorithm, rollout.completion_lengths.shape).rewards, []
+    for pieces in PLANS:
+        step = jax.jit(make_trust_region_step(model, algorithm, region, plan=MicroBatches(**pieces)))
+        after, metrics = step(state, rollout, rewards)
+        made.append((after.params, metrics))
+    assert_same(made, params[0])
+
+
+def test_online_preferences(model, params, rollout):
+    state, made = make_train_state(params[0], SGD, 0), []
+    rewards = np.random.default_rng(2).normal(size=rollout.completion_lengths.shape).astype(np.float32)
+    for pieces in PLANS:
+        plan = UpdateConfig(minibatches=2, **pieces)
+        step = jax.jit(make_online_preference_step(model, SGD, OnlinePreference(), plan))
+        after, metrics = step(state, rollout, rewards, params[1])
+        made.append((after.params, metrics))
+    assert_same(made, params[0])
+
+
+def assert_offline_same(
+    model: Any, objective: Any, rows: Any, initial: Params, reference: Params | None = None
+) -> None:
+    state, made = make_train_state(initial, SGD, 0), []
+    for pieces in PLANS:
+        step = jax.jit(make_offline_step(model, SGD, objective, plan=MicroBatches(**pieces)))
+        after, metrics = step(state, rows, reference)
+        made.append((after.params, metrics))
+    assert_same(made, initial)
+
+
+def of_rollout(rollout: Rollout, group: int) -> tuple[Any, ...]:
+    part = rollout.samples(0, group)
+    mask = np.array(part.mask)
+    mask[2, -1] = False
+    return part.prompt, part.prompt_lengths, part.completion, mask
+
+
+OFFLINE = [made for made in vars(offline).values() if inspect.isfunction(made) and made.__module__ == offline.__name__]
+
+
+@pytest.mark.parametrize("preset", marked(OFFLINE, ("dpo", "aot", "wpo", "kto")))
+def test_offline_preferences(preset, model, params, rollout):
+    objective, arrays = preset(), of_rollout(rollout, 2)
+    if hasattr(objective, "pair_loss"):
+        win_probs = np.random.default_rng(1).uniform(size=(6, 2)).astype(np.float32)
+        rows = PreferenceBatch(*arrays, win_probs=win_probs)
+    else:
+        rows = UnpairedBatch(*arrays, labels=np.arange(12).reshape(6, 2) % 3 == 0)
+    assert_offline_same(model, objective, rows, *params)
+
+
+@pytest.mark.parametrize("objective", [SupervisedObjective(), SupervisedObjective("dft", "seq-mean-token-mean")])
+def test_demonstrations(objective, model, params, rollout):
+    """Some tokens amid a completion are read and not trained."""
+    *texts, mask = of_rollout(rollout, 4)
+    mask &= np.arange(6) % 3 != 1
+    assert_offline_same(model, objective, Demonstrations(*texts, mask), params[0])
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_reward_models(group, model, rollout, lively_params):
+    scores = ScoreModel(model)
+    rows = Comparisons(*of_rollout(rollout, group))
+    assert_offline_same(scores, RewardModelObjective(), rows, lively_params(scores))
+
+
+def test_process_reward_models(model, rollout, lively_params):
+    scores = ScoreModel(model, outputs=2)
+    *texts, mask = of_rollout(rollout, 4)
+    labels = np.random.default_rng(3).uniform(size=mask.shape).astype(np.float32)
+    rows = LabelledSteps(*texts, mask & (np.arange(6) % 2 == 0), labels)
+    assert_offline_same(scores, ProcessRewardObjective(), rows, lively_params(scores))
+
+
+# ---- One program, one result ---------------------------------------------------------------------
+
+
+def test_one_program_serves_all_lengths(model, params, make_rollout):
+    plan = UpdateConfig(tokens_per_micro_batch=TOKENS)
+    step = jax.jit(chex.assert_max_traces(make_update_step(model, SGD, PolicyGradient(), plan), n=1))
+    state = make_train_state(params[0], SGD, 0)
+    for seed in range(3):
+        rollout = make_rollout(prompts=6, group=4, seed=seed)
+        step(state, rollout, np.random.default_rng(seed).normal(size=(6, 4)).astype(np.float32))
+
+
+def test_a_batch_without_any_token_changes_nothing(model, params, rollout):
+    rows = Demonstrations(rollout.prompt, rollout.prompt_lengths, rollout.completion, np.zeros((6, 4, 6), bool))
+    step = jax.jit(
+        make_offline_step(model, SGD, SupervisedObjective(), plan=MicroBatches(tokens_per_micro_batch=TOKENS))
+    )
+    after, metrics = step(make_train_state(params[0], SGD, 0), rows)
+    chex.assert_trees_all_equal(after.params, params[0])
+    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
+
+
+def test_scores_of_a_batch_are_those_of_padding(model, params, rollout):
+    rows = Demonstrations(rollout.prompt, rollout.prompt_lengths, rollout.completion, np.array(rollout.mask))
+    scorer = Scorer(model)
+
+    def scores(params: Params, plan: MicroBatches) -> Any:
+        return cut(rows, plan).map(lambda _, texts: scorer(params, texts))
+
+    padded = jax.jit(lambda p: scores(p, MicroBatches()))(params[0])
+    packed = jax.jit(lambda p: scores(p, MicroBatches(tokens_per_micro_batch=TOKENS)))(params[0])
+    chex.assert_trees_all_close(
+        *(jax.tree.map(lambda x: np.where(rows.mask, x, 0), made) for made in (padded, packed)), rtol=0, atol=1e-5
+    )

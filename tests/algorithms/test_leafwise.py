@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_llm.algorithms.gradient import make_gradient_step
+from jaxrl_llm.algorithms.batching import MicroBatches
+from jaxrl_llm.algorithms.gradient import Loss, make_gradient_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.rounding import Rounding, optimizer_state
 from jaxrl_llm.records import Metrics
@@ -41,7 +42,7 @@ def parameters(dtype: Any) -> Any:
 def test_steps_are_those_without(dtype: str, rounding: Rounding, micro_batches: int) -> None:
     """On a mesh, with a step that is skipped among them; what lies in the host's memory stays there, and is donated."""
     mesh = make_mesh()
-    step = make_gradient_step(loss, OPTIMIZER, micro_batches)
+    step = make_gradient_step(Loss(lambda params, texts: params, loss), OPTIMIZER, MicroBatches(micro_batches))
     params = parameters(dtype)
     start = (params, optimizer_state(params, OPTIMIZER, rounding, jax.random.key(3)))
 

@@ -13,6 +13,7 @@ import pytest
 
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -38,7 +39,7 @@ def test_repeated_heads_change_no_value_and_no_gradient(case, tiny_config, livel
     lengths, weights = np.array([1, 5, 3, 4, 2, 5, 5, 1]), rng.normal(size=(8, 2, 4, 32)).astype(np.float32)
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        hidden = model.hidden(params, prompt, lengths, completion)
+        hidden = model.hidden(params, PaddedLayout.of(prompt, lengths, completion))
         return jnp.mean(hidden * weights), hidden
 
     gradient_of = jax.grad(loss, has_aux=True)

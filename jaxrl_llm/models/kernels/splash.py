@@ -108,7 +108,7 @@ def splash_attention(
         raise ValueError(
             f"{query.shape[0]} rows of {lengths[0]} queries and {lengths[1]} keys on one device: {pairs} pairs of "
             f"blocks of {block[0]} × {block[1]}, of which the kernel can hold {_PAIRS}; use shorter or fewer rows on a "
-            "device (more micro-batches, a larger mesh.context) or implementation='blockwise'"
+            "device (more micro-batches, a larger mesh.context) or model.attention='blockwise'"
         )
     visible = Visibility(
         place=_pad(visible.place, block[0], "edge"),

@@ -118,5 +118,5 @@ def test_a_reference_of_its_own_is_in_the_type_of_products(param_dtype: Any, tin
         completion=rng.integers(0, 64, (3, 2, 5)),
         mask=np.ones((3, 2, 5), bool),
     )
-    score = jax.jit(make_reference_pass(model, 1))
+    score = jax.jit(make_reference_pass(model))
     np.testing.assert_array_equal(score(kept, rows), score(params, rows))

@@ -13,7 +13,7 @@ from jaxrl_llm.models.kernels.sharded import over_mesh
 from jaxrl_llm.models.kernels.splash import splash_attention
 from jaxrl_llm.sharding import platform
 
-DENSE_TOKENS = 256
+DENSE_TOKENS = 128
 """Longest text whose scores `auto` keeps in memory, all of them."""
 
 _KERNELS = {

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.packing import pack
+from jaxrl_llm.algorithms.packing import check_room, pack
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.models.rows import PackedLayout
 from jaxrl_llm.records import Mean, join_parts, nothing_yet
@@ -44,6 +44,11 @@ class MicroBatches:
                 f"update.micro_batches={self.micro_batches} with update.tokens_per_micro_batch={tokens}: how many rows "
                 "there are depends on the tokens; leave one of them out"
             )
+
+    def check_width(self, prompt_width: int, width: int) -> None:
+        """Raises ValueError unless a row has room for a prompt and a completion of these widths."""
+        if self.tokens_per_micro_batch is not None:
+            check_room(self.tokens_per_micro_batch, prompt_width, width)
 
     def group_split(self, prompts: int, group: int, row_shards: int, *, whole_groups: bool = False) -> int:
         """Into how many rows a prompt's completions must be dealt to fill micro-batches and devices.

@@ -88,13 +88,7 @@ def pack(
         ValueError: a row may be too short for what must lie in it.
     """
     (prompts, prompt_width), (_, group, width), shards = prompt.shape, completion.shape, row_shards()
-    together = group if whole_groups else 1
-    if prompt_width + together * width > tokens:
-        raise ValueError(
-            f"update.tokens_per_micro_batch={tokens} is less than a prompt of {prompt_width} tokens with {together} "
-            f"completion{'s' * (together > 1)} of {width}, which may all be real: raise it to "
-            f"{prompt_width + together * width} or more, or shorten prompts or completions"
-        )
+    check_room(tokens, prompt_width, group * width if whole_groups else width)
 
     def split(x: jax.Array) -> jax.Array:
         return constrain(x.reshape(shards, prompts // shards, *x.shape[1:]), "rows", *(None,) * x.ndim)
@@ -102,6 +96,16 @@ def pack(
     prompt, prompt_lengths, completion, lengths = map(split, (prompt, prompt_lengths, completion, lengths))
     places = jax.vmap(lambda p, c: _places(p, c, tokens, whole_groups))(prompt_lengths, lengths)
     return Packing(prompt, prompt_lengths, completion, lengths.reshape(shards, -1), *places, tokens=tokens)
+
+
+def check_room(tokens: int, prompt_width: int, width: int) -> None:
+    """Raises ValueError unless a row has room for a prompt and what must follow it in the same row."""
+    if prompt_width + width > tokens:
+        raise ValueError(
+            f"update.tokens_per_micro_batch={tokens} is less than a prompt of up to {prompt_width} tokens and {width} "
+            f"tokens of completions, which may all be real: raise it to {prompt_width + width} or more, or shorten "
+            "prompts or completions"
+        )
 
 
 def _places(

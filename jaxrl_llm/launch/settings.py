@@ -193,6 +193,7 @@ def check_step(config: RunConfig) -> None:
         tokens = 4 * prompts * (config.data.max_prompt_length + group * config.sampling.max_tokens)
         check_memory(mesh, {"a step's tokens": tokens}, ROWS)
         check_group(algorithm, group)
+        config.update.check_width(config.data.max_prompt_length, config.sampling.max_tokens)
         config.update.group_split(prompts, group, shards, whole_groups=algorithm.needs_whole_groups)
         make_learner(
             Transformer(_ANY_MODEL),

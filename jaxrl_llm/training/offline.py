@@ -29,6 +29,7 @@ from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, r
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import bytes_of, check_memory
 from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.texts import how_texts_are_read
 from jaxrl_llm.types import TrainState
 
 
@@ -134,7 +135,8 @@ class OfflineTrainer:
         self._check(dataset, "training rows")
         if self.eval_dataset is not None:
             self._check(self.eval_dataset, "held-out rows")
-        rows, shape = self.config.rows_per_step, dataset.batch([0]).mask.shape
+        first = dataset.batch([0])
+        rows, shape = self.config.rows_per_step, first.mask.shape
         self.plan.group_split(rows, shape[1], row_shards(setup.mesh), whole_groups=objective.whole_groups)
         self.loader = RowLoader(dataset, batch_size=rows, seed=setup.seed)
         if self.saved:
@@ -143,7 +145,7 @@ class OfflineTrainer:
             f"{counted(dataset, 'rows')} to train on, {counted(eval_dataset, 'rows')} held out. A step: "
             f"{rows} rows of {shape[1]} completion(s), on {setup.mesh.size} device(s); {self.config.steps} steps are "
             f"{self.config.steps * rows / len(dataset):.3g} epochs."
-        )
+        ) + how_texts_are_read(model.config, self.plan, first.prompt.shape[1], shape[2])
         self.phases = ("data", "update")
         self._prepare(params, optimizer)
         self.compilations = CompilationCounter()

@@ -41,6 +41,7 @@ from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, r
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import ROWS, bytes_of, check_memory, rollout_bytes
 from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.texts import how_texts_are_read
 from jaxrl_llm.types import Rollout, TrainState
 
 
@@ -179,7 +180,7 @@ class Trainer:
             f"{counted(dataset, 'prompts')} to train on, {counted(eval_dataset, 'prompts')} held out. A step: "
             f"{prompts} prompts × {group} samples = {prompts * group} rows, {plan.optimizer_steps} optimizer step(s), "
             f"on {mesh.size} device(s)."
-        )
+        ) + how_texts_are_read(model.config, plan, dataset.max_prompt_length, sampling.max_tokens)
         if not stop_tokens:
             self.what_a_step_is += f" No token ends a completion: each has sampling.max_tokens={sampling.max_tokens}."
         self.abstract_state = learner.abstract_state(mesh)

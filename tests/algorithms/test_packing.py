@@ -143,7 +143,7 @@ def test_what_is_packed_is_unpacked():
 
 
 def test_a_row_that_may_be_too_short_raises():
-    with pytest.raises(ValueError, match=r"tokens_per_micro_batch=10 .* prompt of 5 tokens with 1 completion of 6"):
+    with pytest.raises(ValueError, match=r"tokens_per_micro_batch=10 .* up to 5 tokens and 6 tokens .* raise it to 11"):
         Texts.random(0).pack(10)
     with pytest.raises(ValueError, match=r"micro_batches=2 with update\.tokens_per_micro_batch=64"):
         UpdateConfig(micro_batches=2, tokens_per_micro_batch=64)

@@ -45,6 +45,7 @@ from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.training.run.setup import RunSetup
 from jaxrl_llm.training.star.phase_files import check_settings, once, write_settings
 from jaxrl_llm.training.star.rationales import Rationales, Record, kept_rationales
+from jaxrl_llm.training.texts import how_texts_are_read
 from jaxrl_llm.types import TrainState
 
 ITERATIONS = "iterations"
@@ -173,7 +174,7 @@ class StarTrainer:
             f"{len(problems)} problems. An iteration: {self.star.samples} rationale(s) of each, the right ones kept"
             f"{', the others tried again with hints' if self.star.rationalize else ''}; then {self.star.start_steps} "
             f"steps (more each time) of {self.star.rows_per_step} rows, on {mesh.size} device(s)."
-        )
+        ) + how_texts_are_read(model.config, self._plan, problems.max_prompt_length, self.sampling.max_tokens)
         self.compilations = CompilationCounter()
 
     def _check(self, rewards: RewardSum) -> None:

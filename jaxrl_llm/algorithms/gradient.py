@@ -50,7 +50,7 @@ def make_gradient_step(
 
     A gradient that is not finite changes neither parameters nor the optimizer's state, which it would spoil for
     good: the step is skipped. Metrics: `loss`, `grad_norm` (as they are), `frac_steps_skipped`, those of `loss`, and
-    `frac_tokens_useful`: of the tokens that are computed, those of prompts and what is read of completions.
+    `perf/frac_tokens_useful`: of the tokens that are computed, those of prompts and what is read of completions.
     """
 
     def gradient_step(carry: Carry, rows: Any, normalizer: Any) -> tuple[Carry, Metrics]:
@@ -93,7 +93,7 @@ def _gradient(
         (value, metrics), gradient = jax.value_and_grad(of_trainable, has_aux=True)(params)
         return gradient, value, metrics
 
-    useful = {"frac_tokens_useful": pieces.useful} if hasattr(rows, "completion") else {}
+    useful = {"perf/frac_tokens_useful": pieces.useful} if hasattr(rows, "completion") else {}
     if pieces.whole_batch or not (loss.whole_batch or (loss.whole_groups and not pieces.whole_groups)):
         gradient, value, metrics = pieces.fold(of_piece)
         return gradient, value, metrics | useful

@@ -57,12 +57,16 @@ class AnchoredObjective:
 
     needs_reference: bool = True
     whole_groups: bool = False
+    whole_batch: bool = False
 
     def normalizer(self, rows: Anchored) -> jax.Array:
         return aggregation_normalizer(rows.mask, mode="token-mean")
 
-    def loss(self, model: Transformer, params: Params, rows: Anchored, normalizer: Any) -> tuple[jax.Array, Metrics]:
-        logprobs = fill_masked(Scorer(model)(params, rows).logprobs, rows.mask)
+    def scores(self, model: Transformer, params: Params, texts: Any) -> jax.Array:
+        return Scorer(model)(params, texts).logprobs
+
+    def loss(self, scores: jax.Array, rows: Anchored, normalizer: Any) -> tuple[jax.Array, Metrics]:
+        logprobs = fill_masked(scores, rows.mask)
         gap = logprobs - fill_masked(rows.ref_logprobs, rows.mask)
         loss = aggregate(gap**2 - logprobs, rows.mask, mode="token-mean", normalizer=normalizer)
         return loss, {"gap": Mean.of(jnp.abs(jax.lax.stop_gradient(gap)), rows.mask)}

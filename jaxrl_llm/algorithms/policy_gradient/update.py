@@ -207,7 +207,7 @@ class _Carry(NamedTuple):
         return state.replace(params=params, opt_state=opt_state, critic=critic)
 
 
-_OF_A_STEP = ("loss", "grad_norm", "frac_steps_skipped", "frac_tokens_useful")
+_OF_A_STEP = ("loss", "grad_norm", "frac_steps_skipped")
 """Metrics that each optimizer has."""
 
 
@@ -228,7 +228,7 @@ def _make_optimizer_step(
         assert carry.critic is not None  # a critic with a step of its own has a state of its own
         critic, own = critic_step(carry.critic, rows, normalizers.tokens)
         own = {f"vf/{name}" if name in _OF_A_STEP else name: record for name, record in own.items()}
-        return _Carry(policy, critic), trained | own
+        return _Carry(policy, critic), own | trained
 
     return optimizer_step
 

@@ -42,7 +42,7 @@ _SHOWN = {
     "completions/mean_length": "length",
     "completions/clipped_ratio": "clipped",
     "grad_norm": "grad_norm",
-    "frac_tokens_useful": "useful",
+    "perf/frac_tokens_useful": "useful",
     "perf/tokens_per_second": "tok/s",
 }
 _PHASES = "perf/*_seconds"

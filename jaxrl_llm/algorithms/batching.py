@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.packing import check_room, pack
+from jaxrl_llm.algorithms.pieces import LaidOut, Pieces
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.models.rows import PackedLayout
 from jaxrl_llm.records import Mean, join_parts, nothing_yet
@@ -74,6 +74,29 @@ class MicroBatches:
             )
             + ", micro_batches or the mesh"
         )
+
+    def row_pieces(self, rows: int, length: int, row_shards: int) -> int:
+        """Into how many pieces so many rows of tokens of one length are dealt, which were laid out ahead.
+
+        Raises:
+            ValueError: the numbers do not fit; names them and the way out.
+        """
+        tokens = self.tokens_per_micro_batch
+        if tokens is not None and tokens < length:
+            raise ValueError(
+                f"update.tokens_per_micro_batch={tokens} is less than the {length} tokens of a row that was laid out; "
+                f"raise it to {length} or more, or lay out shorter rows"
+            )
+        if rows % (multiple := self.micro_batches * row_shards):
+            raise ValueError(
+                f"{rows} rows of tokens cannot be dealt to update.micro_batches={self.micro_batches} × {row_shards} "
+                f"row shards of the mesh (data × fsdp); lay out a multiple of {multiple}, of which some may be empty, "
+                "or change the other two"
+            )
+        if tokens is None:
+            return self.micro_batches
+        of_shard = rows // row_shards
+        return min(n for n in range(1, of_shard + 1) if of_shard % n == 0 and of_shard // n * length <= tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,37 +172,6 @@ def join_groups(made: Any, split: int) -> Any:
 
 
 # ---- Pieces ----------------------------------------------------------------------------------------
-
-
-class Pieces(abc.ABC):
-    """A batch of rows as it is computed: piece by piece, to save memory.
-
-    A piece is some rows and their texts, of which `layout_of` makes what a transformer reads. Among its rows may be
-    some of which it holds nothing; their masks are empty.
-    """
-
-    whole_batch: bool
-    """Whether the one piece is all there is."""
-    whole_groups: bool
-    """Whether all completions of a prompt are in one piece."""
-
-    @property
-    @abc.abstractmethod
-    def useful(self) -> Mean:
-        """How many of the tokens that are computed are real: of prompts, and of what is read of completions."""
-
-    @abc.abstractmethod
-    def fold(self, function: Callable[..., Any], beside: Any = ()) -> Any:
-        """Joins what `function(rows, texts)` makes of each piece: arrays are summed, records merged.
-
-        Args:
-            function: of a piece; its results have the same shapes for each.
-            beside: trees of arrays `[P, G, …]` whose parts are further arguments.
-        """
-
-    @abc.abstractmethod
-    def map(self, function: Callable[[Any, Any], Any]) -> Any:
-        """What `function(rows, texts)` makes of completions, a tree of `[P, G, …]`, for the whole batch."""
 
 
 class Dealt(Pieces):
@@ -313,13 +305,17 @@ def cut(rows: Any, plan: MicroBatches, *, whole_groups: bool = False) -> Pieces:
     """The pieces in which a batch, or a minibatch of it, is computed.
 
     Args:
-        rows: a record of arrays `[P, …]`; prompts and completions among them where pieces are read by a transformer.
+        rows: a record of arrays `[P, …]`; prompts and completions among them where pieces are read by a transformer,
+            or a `layout` of rows of tokens, each of which holds as many of the P as any other.
         plan: the number of pieces, or the tokens of each.
         whole_groups: whether the completions of a prompt must be in one piece.
 
     Raises:
         ValueError: the numbers do not fit.
     """
+    if getattr(rows, "layout", None) is not None:
+        number, length = rows.layout.rows.tokens.shape
+        return LaidOut(rows, plan.row_pieces(number, length, row_shards()))
     if plan.tokens_per_micro_batch is not None and getattr(rows, "segment_ids", None) is not None:
         raise ValueError(
             f"update.tokens_per_micro_batch={plan.tokens_per_micro_batch}: these rows hold several sequences each "

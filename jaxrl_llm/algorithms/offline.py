@@ -93,7 +93,7 @@ def make_offline_step(
         arrays do not fit together raise AssertionError when it is traced.
     """
     plan = plan or MicroBatches()
-    reference_logprobs = make_reference_pass(model, plan)
+    reference_logprobs = make_reference_pass(model, plan, temperature=_temperature(objective))
     gradient_step = make_gradient_step(loss_of(objective, model), optimizer, plan)
 
     def offline_step(
@@ -136,7 +136,7 @@ def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., t
     batches join by `merge`. Their losses add up to that of all of them, if each is given the sum of the batches'
     `objective.normalizer`; without it the loss is that of the batch. What in that tree is no array is the batch's own.
     """
-    reference_logprobs = make_reference_pass(model)
+    reference_logprobs = make_reference_pass(model, temperature=_temperature(objective))
 
     def evaluation(
         params: Params, rows: Any, reference: Params | None = None, normalizer: Any = None
@@ -152,12 +152,19 @@ def make_offline_evaluation(model: Any, objective: Objective) -> Callable[..., t
     return evaluation
 
 
-def make_reference_pass(model: Any, plan: MicroBatches | None = None) -> Callable[[Params, Any], jax.Array]:
+def _temperature(objective: Objective) -> float:
+    """What log-probs are scored with, where an objective says so."""
+    return getattr(objective, "temperature", 1.0)
+
+
+def make_reference_pass(
+    model: Any, plan: MicroBatches | None = None, *, temperature: float = 1.0
+) -> Callable[[Params, Any], jax.Array]:
     """The pure function from parameters and rows to the log-probs `[P, G, Tc]` of all their tokens.
 
     To be compiled by itself where a reference is computed once ahead of training; part of the step otherwise.
     """
-    scores, plan = Scorer(model), plan or MicroBatches()
+    scores, plan = Scorer(model, temperature), plan or MicroBatches()
 
     def logprobs(params: Params, rows: Any) -> jax.Array:
         given = cut(rows, plan).map(lambda _, texts: scores(params, texts).logprobs)

@@ -31,6 +31,9 @@ class Demonstrations(NamedTuple):
     """`[P, G, Tc]` int32, right-padded, the end-of-sequence token included."""
     mask: Any
     """`[P, G, Tc]` bool: the tokens that are trained. Those between them are read, such as a user's turns."""
+    layout: Any = None
+    """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
+    not read."""
 
 
 class PackedDemonstrations(NamedTuple):

@@ -29,6 +29,11 @@ class TokenRows(struct.PyTreeNode):
     shared: SharedPrompt | None = struct.field(pytree_node=False, default=None)
     """Their shape, where it is known when the program is compiled."""
 
+    @property
+    def is_padding(self) -> jax.Array:
+        """`[B, T]` bool: trees of one token, which nothing predicts and which predict nothing."""
+        return (self.depth == 0) & (self.end == jnp.arange(1, self.tokens.shape[1] + 1))
+
     @classmethod
     def causal(cls, tokens: jax.Array) -> TokenRows:
         """Plain sequences `[B, T]`, right-padded: padding lies after every real token, which hides it."""
@@ -156,7 +161,7 @@ class PackedLayout(struct.PyTreeNode):
     """Completions one after another in S rows of T tokens, wherever they found room, their prompts before them.
 
     Row s holds some of the completions `[s·P/S : (s+1)·P/S]`. Its targets are all of its tokens, those of prompts and
-    padding included.
+    padding included. Completions that begin alike may share what they have in common.
     """
 
     rows: TokenRows
@@ -166,7 +171,8 @@ class PackedLayout(struct.PyTreeNode):
     place: jax.Array
     """`[S, P/S, G, Tc]` int32: where in its row each token of a completion lies; −1: nowhere."""
     source: jax.Array | None
-    """`[S, T]` int32: which of the P/S·G·Tc tokens each is, ≥ P/S·G·Tc: none of them. `None`: some are several."""
+    """`[S, T]` int32: which of the P/S·G·Tc tokens each is, ≥ P/S·G·Tc: none of them. `None`: some are several, and
+    then gradients of what is unpacked are sums over the completions that share a token."""
 
     @property
     def targets(self) -> jax.Array:
@@ -264,10 +270,13 @@ class SegmentLayout(struct.PyTreeNode):
 def layout_of(texts: Any) -> Layout:
     """The layout of texts: itself, or that of any record with `prompt`, `prompt_lengths` and `completion`.
 
-    Records that have `segment_ids` hold several sequences a row.
+    Records that have a `layout` were laid out before; those that have `segment_ids` hold several sequences a row.
     """
     if isinstance(texts, Layout):
         return texts
+    layout = getattr(texts, "layout", None)
+    if layout is not None:
+        return layout
     segment_ids = getattr(texts, "segment_ids", None)
     if segment_ids is not None:
         return SegmentLayout(TokenRows.of_segments(texts.completion[:, 0], segment_ids[:, 0]))

@@ -62,6 +62,9 @@ class LearnerBatch(NamedTuple):
     """`[P, G, Tc]`: the critic's targets."""
     value_mask: jax.Array | None = None
     """`[P, G, Tc]` bool: where the critic is trained."""
+    layout: Any = None
+    """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
+    not read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,9 @@ class PreferenceBatch(NamedTuple):
     """`[P, 2, Tc]` under the reference, if they were computed ahead."""
     win_probs: Any = None
     """`[P, 2]`: how often each completion wins against the policy's own, if a judge said so (SPPO)."""
+    layout: Any = None
+    """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
+    not read."""
 
 
 class PairScores(NamedTuple):

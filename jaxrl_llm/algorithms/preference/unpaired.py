@@ -39,6 +39,9 @@ class UnpairedBatch(NamedTuple):
     """`[P, 1 or 2, Tc]` under the reference, if they were computed ahead."""
     baseline: Any = None
     """`[P, 1]`: what a reward is compared with. The objective fills it in."""
+    layout: Any = None
+    """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
+    not read."""
 
 
 class UnpairedCounts(NamedTuple):

@@ -40,6 +40,9 @@ class LabelledSteps(NamedTuple):
     """`[P, G, Tc]` bool: the last tokens of those steps that have a label."""
     labels: jax.Array | np.ndarray
     """`[P, G, Tc]` float32 at these: 0 to 1, the number of a class, or ratings −1, 0, 1; see the objective."""
+    layout: Any = None
+    """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
+    not read."""
 
 
 @dataclasses.dataclass(frozen=True)

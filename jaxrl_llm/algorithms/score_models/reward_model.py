@@ -34,6 +34,9 @@ class Comparisons(NamedTuple):
     """`[P]`: by how much the scores of a pair shall differ, where that is known."""
     ranks: jax.Array | None = None
     """`[P, G]`: lower is better, equal ones are not compared. `None`: 0, 1, …, G − 1."""
+    layout: Any = None
+    """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
+    not read."""
 
 
 class Answers(NamedTuple):

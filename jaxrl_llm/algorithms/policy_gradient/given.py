@@ -1,0 +1,56 @@
+"""Policy gradients of given rows: samples, advantages and log-probs come from elsewhere, such as trees of turns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
+from jaxrl_llm.algorithms.scorer import Scorer
+from jaxrl_llm.logprobs import TokenScores
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.records import Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenAdvantages:
+    """The policy's loss of a policy gradient with the rows' own `advantages`: an `Objective` of `LearnerBatch`.
+
+    Its estimator is not asked, nor is there a critic: all else (surrogate, aggregation, KL, entropy, correction) is as
+    in `make_update_step`. Rows bring `old_logprobs`, unless this is the first optimizer step of what was sampled.
+    """
+
+    algorithm: PolicyGradient
+    """The objective."""
+    temperature: float = 1.0
+    """The one that was sampled with; log-probs are scored with it."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss has a KL term."""
+        return bool(self.algorithm.kl_coef)
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the aggregation looks at groups."""
+        return self.algorithm.needs_whole_groups
+
+    @property
+    def whole_batch(self) -> bool:
+        """No."""
+        return False
+
+    def normalizer(self, rows: LearnerBatch) -> jax.Array:
+        """The denominator of the aggregation."""
+        return self.algorithm.normalizer(rows.mask)
+
+    def scores(self, model: Transformer, params: Params, texts: Any) -> TokenScores:
+        """Log-probs and entropies of the tokens, `[P, G, Tc]`."""
+        return Scorer(model, self.temperature)(params, texts)
+
+    def loss(self, scores: TokenScores, rows: LearnerBatch, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The rows' part of the loss, and its metrics."""
+        return self.algorithm.loss(scores, rows, normalizer)

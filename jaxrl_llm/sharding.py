@@ -1,7 +1,8 @@
 """Device mesh, logical axis names, and the shardings of parameters, activations and states.
 
 Parameters and activations carry *logical* axis names; one table of rules maps them to the mesh axes
-`data` (rows), `fsdp` (rows, and parameters cut along the embedding), `tensor` (heads, MLP, vocabulary).
+`data` (rows), `fsdp` (rows, and parameters cut along the embedding), `context` (the time axis of rows, and parameters
+as `fsdp`), `tensor` (heads, MLP, vocabulary).
 
 The learner wants `fsdp`: it reads each weight a few times a step. The sampler reads all of them for every token and
 wants `tensor`: it sees the same devices as a mesh of its own (`sampling_mesh`), on which the rules say what it wants.
@@ -27,12 +28,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "rows": ("data", "fsdp"),
     "rows_of_replica": "data",
+    "time": "context",
+    "entries_activation": "context",
+    "embed_of_context": "fsdp",
     "heads_activation": "tensor",
     "vocab_activation": "tensor",
     # parameters
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -51,7 +55,9 @@ class MeshConfig:
     fsdp: int = -1
     """Shards of the parameters along the embedding; also splits rows."""
     context: int = 1
-    """Shards of the time axis (not implemented yet: must be 1)."""
+    """Shards of the learner's time axis, for rows too long for one device: each row of tokens is split over so many
+    devices, which gather its keys and values in each layer. Also shards parameters, as fsdp does. To the sampler it is
+    more rows. Lengths of rows that are multiples of 1024 × context need no filling up."""
     tensor: int = 1
     """Shards of heads, MLP and vocabulary."""
     expert: int = 1
@@ -64,11 +70,8 @@ class MeshConfig:
             ValueError: the product does not fit the number of devices, or an axis cannot be used yet.
         """
         sizes = dataclasses.asdict(self)
-        for axis in ("context", "expert"):
-            if sizes[axis] != 1:
-                raise ValueError(
-                    f"mesh.{axis}={sizes[axis]}: the {axis} axis is not implemented yet; set mesh.{axis}=1"
-                )
+        if self.expert != 1:
+            raise ValueError(f"mesh.expert={self.expert}: the expert axis is not implemented yet; set mesh.expert=1")
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
             raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {sizes}")
@@ -100,6 +103,16 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
             is compiled, that is the one set where it is traced, and another one compiles it again.
     """
     return _pieces("rows", mesh)
+
+
+def context_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Number of pieces into which the time of rows of tokens is cut; `mesh` as for `row_shards`."""
+    return _pieces("time", mesh)
+
+
+def token_shards() -> int:
+    """Number of pieces into which the tokens of the ambient mesh's rows are cut: data × fsdp × context."""
+    return row_shards() * context_shards()
 
 
 def head_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
@@ -197,13 +210,16 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
     def one(path: Any, names: tuple[str | None, ...], leaf: Any) -> NamedSharding:
         for dimension, name in zip(leaf.shape, names, strict=True):
-            for axis in _mesh_axes(mesh, name):
-                if dimension % mesh.shape[axis]:
-                    where = jax.tree_util.keystr(path, simple=True, separator=".")
-                    raise ValueError(
-                        f"parameter {where} has {dimension} entries along {name!r}, which mesh axis {axis!r} of size "
-                        f"{mesh.shape[axis]} does not divide; choose a mesh.{axis} that does"
-                    )
+            axes = [axis for axis in _mesh_axes(mesh, name) if mesh.shape[axis] > 1]
+            shards = math.prod(mesh.shape[axis] for axis in axes)
+            if dimension % shards:
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                many = len(axes) > 1
+                raise ValueError(
+                    f"parameter {where} has {dimension} entries along {name!r}, which mesh "
+                    f"{'axes' if many else 'axis'} {' × '.join(map(repr, axes))} of size {shards} "
+                    f"{'do' if many else 'does'} not divide; choose a mesh.{' × mesh.'.join(axes)} that does"
+                )
         return NamedSharding(mesh, spec(mesh, names))
 
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))

@@ -88,6 +88,7 @@ def partition(*cases: dict) -> tuple[list[list[list[str]]], str]:
 
 
 FSDP, FSDP_TENSOR, ALL = {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}
+CONTEXT, ALL_WITH_CONTEXT = {"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 1, "context": 2, "tensor": 2}
 
 
 def of_weights(sums: list[list[str]]) -> list[tuple[str, str]]:
@@ -125,7 +126,7 @@ def test_nothing_is_replicated_on_any_mesh():
     cases = [
         {"program": program, "mesh": mesh, "kv": kv}
         for program in ("update", "sampler")
-        for mesh in (FSDP, FSDP_TENSOR, ALL, {"data": 2, "fsdp": 4})
+        for mesh in (FSDP, FSDP_TENSOR, ALL, {"data": 2, "fsdp": 4}, CONTEXT, ALL_WITH_CONTEXT)
         for kv in (1, 2, 4)
     ]
     sums, complaints = partition(*cases)

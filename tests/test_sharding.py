@@ -43,6 +43,8 @@ from jaxrl_llm.sharding import (
         (MeshConfig(data=-1, fsdp=2), 8, (4, 2, 1, 1, 1)),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 1, 2, 1)),
         (MeshConfig(fsdp=1, tensor=-1), 6, (1, 1, 1, 6, 1)),
+        (MeshConfig(context=4), 8, (1, 2, 4, 1, 1)),
+        (MeshConfig(fsdp=1, context=-1), 8, (1, 1, 8, 1, 1)),
     ],
 )
 def test_sizes(config, devices, expected):
@@ -52,9 +54,8 @@ def test_sizes(config, devices, expected):
 @pytest.mark.parametrize(
     ("config", "devices", "message"),
     [
-        (MeshConfig(context=2), 8, r"mesh\.context=2: the context axis is not implemented yet"),
         (MeshConfig(expert=2), 8, r"mesh\.expert=2: the expert axis is not implemented yet"),
-        (MeshConfig(context=-1, fsdp=1), 8, r"mesh\.context=-1"),
+        (MeshConfig(context=3), 8, "8 devices cannot be split"),
         (MeshConfig(data=-1, fsdp=-1), 8, "at most one of them -1"),
         (MeshConfig(data=0), 8, "must be positive"),
         (MeshConfig(fsdp=-2), 8, "must be positive"),
@@ -114,6 +115,11 @@ def test_parameters_are_cut_along_embedding_and_heads(tiny_config):
     [
         ({"vocab_size": 66}, MeshConfig(tensor=4), r"embed\.weight has 66 entries along 'vocab'.*'tensor' of size 4"),
         ({"embed_dim": 36}, MeshConfig(), r"embed\.weight has 36 entries along 'embed'.*'fsdp' of size 8"),
+        (
+            {"embed_dim": 36},
+            MeshConfig(fsdp=2, context=4),
+            r"embed\.weight has 36 entries along 'embed'.*axes 'fsdp' × 'context' of size 8.*fsdp × mesh.context",
+        ),
         ({"mlp_dim": 50}, MeshConfig(tensor=4), r"layers\.mlp\.\w+\.weight has 50 entries along 'mlp'"),
     ],
 )

@@ -11,7 +11,7 @@ from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import on_cpu, row_shards
+from jaxrl_llm.sharding import on_cpu, token_shards
 
 ACCELERATOR_CHUNK_LOGITS = 2**26
 """Logits that one accelerator holds at a time while it scores tokens: 256 MiB in float32."""
@@ -47,4 +47,4 @@ def _vocabulary_chunk(tokens: int) -> int | None:
 
     On a CPU what its cache likes. On accelerators more: where the head is split, each chunk is a round of messages.
     """
-    return None if on_cpu() else max(MIN_CHUNK, ACCELERATOR_CHUNK_LOGITS * row_shards() // max(1, tokens))
+    return None if on_cpu() else max(MIN_CHUNK, ACCELERATOR_CHUNK_LOGITS * token_shards() // max(1, tokens))

@@ -12,6 +12,7 @@ from jaxrl_llm.algorithms.optimizer import make_schedule
 from jaxrl_llm.config import Experiment, OfflineExperiment, RunConfig, StarExperiment, flatten
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.engine import row_split
 from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
 from jaxrl_llm.training.learner import check_group, make_learner
 from jaxrl_llm.training.run.distributed import from_main_process
@@ -183,8 +184,7 @@ def check_step(config: RunConfig) -> None:
         raise ValueError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
     mesh = make_mesh(config.mesh)
     shards = row_shards(mesh)
-    if isinstance(config, Experiment):
-        sampling_mesh(mesh, config.sampling.tensor)
+    of_sampler = sampling_mesh(mesh, config.sampling.tensor) if isinstance(config, Experiment) else mesh
     if isinstance(config, StarExperiment):
         config.update.group_split(config.star.rows_per_step, 1, shards)
     elif isinstance(config, Experiment):
@@ -195,6 +195,7 @@ def check_step(config: RunConfig) -> None:
         check_group(algorithm, group)
         config.update.check_width(config.data.max_prompt_length, config.sampling.max_tokens)
         config.update.group_split(prompts, group, shards, whole_groups=algorithm.needs_whole_groups)
+        row_split(prompts, group + algorithm.needs_greedy, of_sampler, greedy=algorithm.needs_greedy)
         make_learner(
             Transformer(_ANY_MODEL),
             algorithm,

@@ -54,9 +54,10 @@ class Visibility(NamedTuple):
     """`[B, Tk]` int32."""
 
     @classmethod
-    def of_rows(cls, depth: jax.Array, end: jax.Array) -> Visibility:
-        """That of whole rows `[B, T]`, token by token."""
-        place = jnp.broadcast_to(jnp.arange(depth.shape[1], dtype=jnp.int32), depth.shape)
+    def of_rows(cls, depth: jax.Array, end: jax.Array, place: jax.Array | None = None) -> Visibility:
+        """That of whole rows `[B, T]`, token by token; `place` where they lie, if not one after another."""
+        if place is None:
+            place = jnp.broadcast_to(jnp.arange(depth.shape[1], dtype=jnp.int32), depth.shape)
         return cls(place, depth, place, depth, end)
 
     def mask(self, window: int | None) -> jax.Array:

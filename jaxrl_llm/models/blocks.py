@@ -168,7 +168,8 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array) -> jax.Array:
         """`[..., N·H]` → `[..., N, H]`, whole heads on each device."""
         x = x.reshape(*x.shape[:-1], -1, self.head_dim)
-        return constrain(x, "rows", *(None,) * (x.ndim - 3), "heads_activation", None)
+        between = ("time", *(None,) * (x.ndim - 4)) if x.ndim > 3 else ()
+        return constrain(x, "rows", *between, "heads_activation", None)
 
 
 class MLP(nnx.Module):

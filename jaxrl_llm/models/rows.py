@@ -7,14 +7,18 @@ token by token comes back as `[P, G, Tc]` whatever the rows look like.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.attention import SharedPrompt
+from jaxrl_llm.models.time_shards import dealt_order
+from jaxrl_llm.sharding import constrain, context_shards
 
 
 class TokenRows(struct.PyTreeNode):
@@ -28,11 +32,14 @@ class TokenRows(struct.PyTreeNode):
     """`[B, T]` int32: one past the place of the last token below it; of padding, one past its own."""
     shared: SharedPrompt | None = struct.field(pytree_node=False, default=None)
     """Their shape, where it is known when the program is compiled."""
+    place: jax.Array | None = None
+    """`[B, T]` int32: where in the depth-first order each token lies. `None`: they are in that order."""
 
     @property
     def is_padding(self) -> jax.Array:
         """`[B, T]` bool: trees of one token, which nothing predicts and which predict nothing."""
-        return (self.depth == 0) & (self.end == jnp.arange(1, self.tokens.shape[1] + 1))
+        place = jnp.arange(self.tokens.shape[1]) if self.place is None else self.place
+        return (self.depth == 0) & (self.end == place + 1)
 
     @classmethod
     def causal(cls, tokens: jax.Array) -> TokenRows:
@@ -89,6 +96,20 @@ class TokenRows(struct.PyTreeNode):
             shared=SharedPrompt(prompt_width, group, width),
         )
 
+    def dealt(self, order: np.ndarray) -> TokenRows:
+        """The same rows, filled up with padding, in another order of their places (see `dealt_order`)."""
+        length = self.tokens.shape[1]
+        place = jnp.broadcast_to(order, (len(self.tokens), len(order)))
+        tokens, depth, end = (_reordered(x, order) for x in (self.tokens, self.depth, self.end))
+        end = jnp.where(place < length, end, place + 1)
+        tokens, depth, end = (constrain(x, "rows", "time") for x in (tokens, depth, end))
+        return TokenRows(tokens, depth, end, place=place)
+
+
+def _reordered(x: jax.Array, order: np.ndarray, fill: int = 0) -> jax.Array:
+    """`[B, T]` → `[B, T']`."""
+    return jnp.pad(x, ((0, 0), (0, len(order) - x.shape[1])), constant_values=fill)[:, order]
+
 
 @runtime_checkable
 class Layout(Protocol):
@@ -118,6 +139,10 @@ class Layout(Protocol):
 
     def pack(self, values: Any) -> Any:
         """A tree of what is known of completions, `[P, G, Tc, *]`, at the targets `[…, *]`; 0 at all others."""
+        ...
+
+    def dealt(self, order: np.ndarray) -> Layout:
+        """That of the same completions in rows with the places in another order (`TokenRows.dealt`)."""
         ...
 
 
@@ -156,6 +181,22 @@ class PaddedLayout(struct.PyTreeNode):
         """The same."""
         return values
 
+    def dealt(self, order: np.ndarray) -> PackedLayout:
+        """As rows of which each holds the completions of one prompt."""
+        assert self.rows.shared is not None
+        (first, group, width), rows = self.rows.shared, self.rows
+        source = np.arange(first + group * width, dtype=np.int32) - first
+        source[:first] = group * width
+        branches = (np.arange(len(source)) >= first) & (source % max(1, width) == 0)
+        parent = jnp.where(branches, self.prompt_lengths[:, None] - 1, np.maximum(np.arange(len(source)) - 1, 0))
+        place = (first + np.arange(group * width, dtype=np.int32)).reshape(1, group, width)
+        return PackedLayout(
+            rows=rows,
+            parent=parent.astype(jnp.int32),
+            place=jnp.broadcast_to(place, (len(rows.tokens), *place.shape)),
+            source=jnp.broadcast_to(source, rows.tokens.shape),
+        ).dealt(order)
+
 
 class PackedLayout(struct.PyTreeNode):
     """Completions one after another in S rows of T tokens, wherever they found room, their prompts before them.
@@ -181,7 +222,8 @@ class PackedLayout(struct.PyTreeNode):
 
     def before(self, states: jax.Array) -> jax.Array:
         """`[S, T, D]`."""
-        return jax.vmap(lambda row, parent: row[parent])(states, self.parent)
+        found = jax.vmap(lambda row, parent: row[parent])(self._whole(states), self.parent)
+        return self._by_time(self._whole(found))
 
     def at(self, states: jax.Array) -> jax.Array:
         """The same: every token is a target."""
@@ -193,6 +235,7 @@ class PackedLayout(struct.PyTreeNode):
         flat = self.place.reshape(shape[0], -1)
 
         def one(x: jax.Array) -> jax.Array:
+            x = self._whole(x)
             found = _gather(x, flat) if self.source is None else _exchange(x, flat, self.source)
             return found.reshape(-1, *shape[2:], *x.shape[2:])
 
@@ -208,9 +251,35 @@ class PackedLayout(struct.PyTreeNode):
         inside = jnp.where(source < size, source, -1)
 
         def one(x: jax.Array) -> jax.Array:
-            return _exchange(x.reshape(shape[0], size, *x.shape[3:]), inside, flat)
+            found = _exchange(x.reshape(shape[0], size, *x.shape[3:]), inside, flat)
+            return self._by_time(self._whole(found))
 
         return jax.tree.map(one, values)
+
+    def dealt(self, order: np.ndarray) -> PackedLayout:
+        """The same with all that tells places translated."""
+        where = jnp.asarray(np.argsort(order).astype(np.int32))
+        size = math.prod(self.place.shape[1:])
+        return PackedLayout(
+            rows=self.rows.dealt(order),
+            parent=where[_reordered(self.parent, order)],
+            place=jnp.where(self.place < 0, -1, where[self.place]),
+            source=None if self.source is None else _reordered(self.source, order, fill=size),
+        )
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        """`[S, T, *]` before something is looked up along rows whose time is split: each device has whole rows.
+
+        Of states that is a part of their entries, so that they are exchanged and never gathered.
+        """
+        if self.rows.place is None:
+            return x
+        split = x.ndim > 2 and x.shape[-1] % context_shards() == 0
+        return constrain(x, "rows", *(None,) * (x.ndim - 2), "entries_activation" if split else None)
+
+    def _by_time(self, x: jax.Array) -> jax.Array:
+        """`[S, T, *]` as the rows lie on the devices."""
+        return x if self.rows.place is None else constrain(x, "rows", "time", *(None,) * (x.ndim - 2))
 
 
 def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -266,12 +335,26 @@ class SegmentLayout(struct.PyTreeNode):
         """The same."""
         return values
 
+    def dealt(self, order: np.ndarray) -> PackedLayout:
+        """As rows of one completion each."""
+        shape = self.rows.tokens.shape
+        place = jnp.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        return PackedLayout(self.rows, jnp.maximum(place - 1, 0), place[:, None, None], place).dealt(order)
+
 
 def layout_of(texts: Any) -> Layout:
     """The layout of texts: itself, or that of any record with `prompt`, `prompt_lengths` and `completion`.
 
-    Records that have a `layout` were laid out before; those that have `segment_ids` hold several sequences a row.
+    Records that have a `layout` were laid out before; those that have `segment_ids` hold several sequences a row. Where
+    the ambient mesh splits the time of rows, their places are dealt to its devices.
     """
+    layout, shards = _plain_layout_of(texts), context_shards()
+    if shards == 1 or layout.rows.place is not None:
+        return layout
+    return layout.dealt(dealt_order(layout.rows.tokens.shape[1], shards))
+
+
+def _plain_layout_of(texts: Any) -> Layout:
     if isinstance(texts, Layout):
         return texts
     layout = getattr(texts, "layout", None)

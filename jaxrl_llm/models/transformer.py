@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -27,7 +28,8 @@ from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.models.rows import TokenRows, layout_of
 from jaxrl_llm.models.stack import Stack, flat
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
-from jaxrl_llm.sharding import constrain, parameter_shardings
+from jaxrl_llm.models.time_shards import dealt_order
+from jaxrl_llm.sharding import constrain, context_shards, parameter_shardings
 
 
 @functools.lru_cache(maxsize=1024)
@@ -139,11 +141,16 @@ class Transformer:
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Embeddings of `tokens` `[..., T]` in the compute type, `[..., T, D]`."""
-        x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
-        between = (None,) * (x.ndim - 2)
         # A device looks up its part of the embedding for all rows of its replica, and rows are dealt after that. Else
         # XLA gathers the table or, in the backward pass, the gradient of all rows on every device.
+        between, splits_time = (None,) * (tokens.ndim - 1), context_shards() > 1
+        if splits_time:
+            tokens = constrain(tokens, "rows_of_replica", *between)
+        x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
         x = constrain(x, "rows_of_replica", *between, "embed")
+        if splits_time:  # dealt first, since XLA does not deal both at once
+            between = ("time", *between[1:])
+            x = constrain(x, "rows_of_replica", *between, "embed_of_context")
         return constrain(x, "rows", *between, None)
 
     def rotations(self, positions: jax.Array) -> dict[RopeConfig | None, Rotation | None]:
@@ -176,7 +183,7 @@ class Transformer:
 
         def step(x: jax.Array, layer: Params, kind: LayerKind) -> tuple[jax.Array, KeyValue | None]:
             x, projected = self.block(layer, kind)(x, turn[kind.rope], make_attention(kind.window))
-            x = constrain(x, "rows", None, None)
+            x = constrain(x, "rows", "time", None)
             return x, KeyValue.of(*projected) if collect else None
 
         wrap = functools.partial(rematerialised, self.config.remat)
@@ -192,7 +199,12 @@ class Transformer:
             rows: trees of tokens. The states of padding are meaningless.
             collect: also return the keys and values of all layers, stacked on axis 0.
         """
-        visible = Visibility.of_rows(rows.depth, rows.end)
+        if rows.place is None and (shards := context_shards()) > 1:
+            order = dealt_order(rows.tokens.shape[1], shards)
+            back = np.argsort(order)[: rows.tokens.shape[1]]
+            x, memory = self.read(params, rows.dealt(order), collect=collect)
+            return x[:, back], memory and KeyValue(memory.key[..., back], memory.value[..., back, :])
+        visible = Visibility.of_rows(rows.depth, rows.end, rows.place)
 
         def make_attention(window: int | None) -> Attend:
             return functools.partial(

@@ -93,7 +93,7 @@ class Sampler:
                 f"{self.model.config.vocab_size}; is the tokenizer that of the model?"
             )
         self.check_length(lengths.max())
-        self._row_split(prompt.shape[0])
+        self.row_split(prompt.shape[0])
         with jax.set_mesh(self.mesh):
             return self._program(params, prompt, lengths, key, np.asarray(step, np.int32))
 
@@ -119,16 +119,13 @@ class Sampler:
                 f"model's {limit} positions; shorten one of them"
             )
 
-    def _row_split(self, prompts: int) -> int:
-        """Into how many rows the completions of a prompt are dealt, so that rows fill the mesh."""
-        shards = row_shards(self._own_mesh)
-        for split in range(1, self.group + 1):
-            if self.group % split == 0 and prompts * split % shards == 0:
-                return split
-        raise ValueError(
-            f"{prompts} prompts × {self.group} samples{' (the greedy one counted)' * self.greedy} cannot be split over "
-            f"the {shards} row shards of the sampler (the devices / tensor); make one of them a multiple of it"
-        )
+    def row_split(self, prompts: int) -> int:
+        """Into how many rows the completions of a prompt are dealt, so that rows fill the mesh.
+
+        Raises:
+            ValueError: as `row_split`.
+        """
+        return row_split(prompts, self.group, self._own_mesh, greedy=self.greedy)
 
     def sample(
         self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
@@ -147,7 +144,7 @@ class Sampler:
     ) -> Rollout:
         """The program on the sampler's own mesh."""
         prompts, group = prompt.shape[0], self.group
-        split = self._row_split(prompts)
+        split = self.row_split(prompts)
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 0)
         keys = row_keys(root, jnp.arange(prompts), group).reshape(prompts * split, group // split)
         rows = constrain(jnp.repeat(prompt, split, axis=0), "rows", None)
@@ -164,3 +161,26 @@ class Sampler:
             for name in ("completion", "completion_lengths", "finished", "logprobs", "sampler_logprobs")
         }
         return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, **whole)
+
+
+def row_split(prompts: int, group: int, mesh: jax.sharding.Mesh, *, greedy: bool = False) -> int:
+    """Into how many rows the completions of a prompt must be dealt, so that rows fill a mesh.
+
+    Args:
+        prompts: P.
+        group: completions of each.
+        mesh: the sampler's (`sampling_mesh`), on which all that is not `tensor` splits rows.
+        greedy: whether the greedy one is among the completions; for the message.
+
+    Raises:
+        ValueError: there is no such number.
+    """
+    shards = row_shards(mesh)
+    for split in range(1, group + 1):
+        if group % split == 0 and prompts * split % shards == 0:
+            return split
+    raise ValueError(
+        f"{prompts} prompts × {group} samples{' (the greedy one counted)' * greedy} cannot be split over the {shards} "
+        "row shards of the sampler (the devices / tensor, those along mesh.context among them); make one of them a "
+        "multiple of it, or set a larger sampling.tensor"
+    )

@@ -154,6 +154,7 @@ class Trainer:
             model, sampling, group=group, stop_tokens=stop_tokens, mesh=mesh, greedy=algorithm.needs_greedy
         )
         self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
+        self.sampler.row_split(prompts)
         self.evaluator = make_evaluator(
             self.evaluation,
             model,

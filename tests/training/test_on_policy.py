@@ -140,7 +140,7 @@ def assert_close(actual: list[dict[str, float]], expected: list[dict[str, float]
 
 
 @pytest.mark.parametrize(
-    "layout", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=4)], ids=repr
+    "layout", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=2, context=2)], ids=repr
 )
 def test_eight_devices_give_the_metrics_of_one(make, whole: Trainer, layout: MeshConfig) -> None:
     eight = make(base=FULL, mesh=make_mesh(layout), training={"checkpoint_every": 0})

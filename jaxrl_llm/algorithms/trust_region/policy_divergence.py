@@ -25,7 +25,7 @@ from jaxrl_llm.masking import as_float
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rows import Layout, layout_of
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.sharding import context_shards, token_shards
 
 FisherKind = Literal["gauss_newton", "hessian", "sampled"]
 """See `jaxrl_llm.algorithms.trust_region.fisher`."""
@@ -142,18 +142,20 @@ class PolicyDivergence:
         """Sums the first result of `function` over chunks of positions of `[…, T, …]`, and joins the second one's.
 
         What a chunk makes is made again for its gradient. Time is cut and not rows: those are what is spread over
-        devices. Weights, the last of the arrays, are 0 at what fills the last chunk up.
+        devices; where time is, too, each chunk has as many positions of every device. Weights, the last of the arrays,
+        are 0 at what fills chunks up.
         """
         axis = arrays[-1].ndim - 1
         width = arrays[-1].shape[axis]
-        size = self.chunk_size or max(1, CHUNK_LOGITS * row_shards() // self._logits_of_a_position(arrays[-1]))
+        size = self.chunk_size or max(1, CHUNK_LOGITS * token_shards() // self._logits_of_a_position(arrays[-1]))
+        size += -size % context_shards()
         if size >= width:
             return function(arrays)
         chunks = -(-width // size)
 
         def cut(x: jax.Array) -> jax.Array:
             x = jnp.pad(x, (*((0, 0),) * axis, (0, chunks * size - width), *((0, 0),) * (x.ndim - axis - 1)))
-            return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], size, chunks, *x.shape[axis + 1 :]), axis + 1, 0)
 
         again = jax.checkpoint(function)
         parts = tuple(cut(x) for x in arrays)
@@ -166,7 +168,10 @@ class PolicyDivergence:
         total, pieces = jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)
         joined = jax.tree.map(
             lambda x: jax.lax.slice_in_dim(
-                jnp.moveaxis(x, 0, axis).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]), 0, width, axis=axis
+                jnp.moveaxis(x, 0, axis + 1).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]),
+                0,
+                width,
+                axis=axis,
             ),
             pieces,
         )

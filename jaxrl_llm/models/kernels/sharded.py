@@ -1,6 +1,10 @@
-"""Attention on a mesh: a `shard_map` over rows and heads around a kernel that knows one device.
+"""Attention on a mesh: a `shard_map` over rows, heads and time around a kernel that knows one device.
 
 The partitioner of XLA refuses Mosaic kernels, and would gather what a loop over blocks indexes.
+
+Where time is split, a device has some queries of a row and gathers all of its keys and values, which with grouped heads
+are a fraction of the residual stream. They are not passed around in a ring, as one kernel call then knows the whole
+mask, and what no query of the device sees costs it nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxrl_llm.models.attention import Visibility
-from jaxrl_llm.sharding import MESH_AXES, spec
+from jaxrl_llm.sharding import MESH_AXES, context_shards, spec
 
-_HEADS = ("rows", None, "heads_activation", None)  # [B, T, N or K, H]
+_HEADS = ("rows", "time", "heads_activation", None)  # [B, T, N or K, H]
+_TIME = "context"
 
 
 def over_mesh(
@@ -26,7 +32,7 @@ def over_mesh(
     visible: Visibility,
     **settings: Any,
 ) -> jax.Array:
-    """`attention(query, key, value, visible, **settings)` on each device's rows and heads.
+    """`attention(query, key, value, visible, **settings)` on each device's rows, heads and queries.
 
     Those axes of the ambient mesh (`jax.set_mesh`) that a `shard_map` around the caller has taken are left alone;
     without others, or without a mesh, the function is called as it is.
@@ -40,22 +46,47 @@ def over_mesh(
         **settings: handed on.
 
     Raises:
-        ValueError: rows or heads are not divided by the axes over which they are split.
+        ValueError: rows, tokens or heads are not divided by the axes over which they are split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = set(MESH_AXES).intersection(mesh.auto_axes)
     if not free:
         return attention(query, key, value, visible, **settings)
-    heads, rows = spec(mesh, _HEADS), spec(mesh, ("rows", None))
+    heads, rows, splits_time = spec(mesh, _HEADS), spec(mesh, ("rows", "time")), context_shards(mesh) > 1
     _check(mesh, heads, query.shape, "query")
     _check(mesh, heads, key.shape, "key and value")
+
+    def of_device(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visibility) -> jax.Array:
+        if splits_time:
+            key, value = _whole_rows(key), _whole_rows(value)
+            visible = Visibility(*visible[:2], *map(_whole_rows, visible[2:]))
+        return attention(query, key, value, visible, **settings)
+
     return jax.shard_map(
-        lambda *arrays: attention(*arrays, **settings),
+        of_device,
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,
         axis_names=free,
         check_vma=False,  # a Pallas kernel does not tell over which axes its results differ
     )(query, key, value, visible)
+
+
+@jax.custom_vjp
+def _whole_rows(x: jax.Array) -> jax.Array:
+    """`[B, T/C, …]` of each device → `[B, T, …]`, in the order of the devices. Gradients are summed in float32."""
+    return jax.lax.all_gather(x, _TIME, axis=1, tiled=True)
+
+
+def _whole_rows_forward(x: jax.Array) -> tuple[jax.Array, None]:
+    return _whole_rows(x), None
+
+
+def _whole_rows_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), _TIME, scatter_dimension=1, tiled=True)
+    return (total.astype(gradient.dtype),)
+
+
+_whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 
 def _check(mesh: Any, partition: PartitionSpec, shape: tuple[int, ...], what: str) -> None:

@@ -16,7 +16,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import row_shards
+from jaxrl_llm.sharding import row_shards, sampling_mesh
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
@@ -103,7 +103,7 @@ class Evaluator:
         self.solved_by = config.solving_reward(rewards)
         check_scorable(rewards, dataset)
         self._dataset, self._tokenizer, self._rewards = dataset, tokenizer, rewards
-        shards = row_shards(mesh)
+        shards = row_shards(sampling_mesh(mesh, sampling.tensor))
         wanted = min(config.batch_size or rows, len(dataset))
         self._batch_size = -(-wanted // shards) * shards
         greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0, tensor=sampling.tensor)

@@ -29,7 +29,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import replicated, row_shards
+from jaxrl_llm.sharding import replicated, row_shards, sampling_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.episodes import prompt_text, score_rollout
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
@@ -139,7 +139,7 @@ class StarTrainer:
         self._settings = setup.settings | {"problems": problems.fingerprint}
         check_settings(self._phase_files, self._settings, resume=setup.resume)
 
-        shards = row_shards(mesh)
+        shards = row_shards(sampling_mesh(mesh, self.sampling.tensor))
         self._batch_size = -(-min(self.star.problems_per_batch, len(problems)) // shards) * shards
         sampled = model.with_known_tokens(known_tokens(tokenizer))
         self.sampler = Sampler(sampled, self.sampling, group=self.star.samples, stop_tokens=stop_tokens, mesh=mesh)

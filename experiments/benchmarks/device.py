@@ -50,21 +50,22 @@ def computed_flops(work: Work, config: ModelConfig, shape: Shape, *, reference: 
     Causal attention included, a backward pass twice its forward pass; what is computed again in a backward pass
     to save memory, and masked parts of attention, are not counted.
     """
-    prompts, samples, length, new = shape.prompts, shape.samples, shape.prompt_tokens, shape.completion_tokens
+    length, completions = shape.prompt_tokens, shape.completion_lengths
     heads = config.num_heads * config.head_dim
     projections = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
     layer, pair = 2 * projections, 4 * heads  # FLOPs of a token's products, and of a query with one key
     head = 2 * config.embed_dim * config.vocab_size
 
-    def forward(fed: int, scored: int) -> int:
-        """`fed` tokens of each completion go through the layers, `scored` distributions are made in all."""
-        tokens = prompts * (length + samples * fed)
-        pairs = prompts * (length * (length + 1) // 2 + samples * (fed * length + fed * (fed + 1) // 2))
+    def forward(unfed: int, scored: int) -> int:
+        """All but `unfed` tokens of each completion go through the layers, `scored` distributions are made in all."""
+        fed = [new - unfed for row in completions for new in row]
+        tokens = shape.prompts * length + sum(fed)
+        pairs = shape.prompts * (length * (length + 1) // 2) + sum(n * length + n * (n + 1) // 2 for n in fed)
         return config.num_layers * (tokens * layer + pairs * pair) + scored * head
 
     # A group's first token is drawn from one distribution; the last token is drawn and not fed.
-    sampling = forward(new - 1, prompts * (1 + samples * (new - 1)))
-    learning = forward(new, prompts * samples * new)
+    sampling = forward(1, shape.prompts + shape.sampled_tokens - shape.prompts * shape.samples)
+    learning = forward(0, shape.sampled_tokens)
     update = 3 * learning + (learning if reference else 0)
     return {"W1": sampling, "W2": update, "W3": sampling + update}[work]
 

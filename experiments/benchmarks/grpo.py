@@ -3,6 +3,7 @@
     python experiments/benchmarks/grpo.py                                   # a random toy model
     python experiments/benchmarks/grpo.py --size smollm2 --work W3 --model.dtype bfloat16
     python experiments/benchmarks/grpo.py --model.path MODELS/smollm2-135m-instruct --json speed.jsonl
+    python experiments/benchmarks/grpo.py --work W2 --shape.lengths lognormal --tokens-per-micro-batch 4096
     python experiments/benchmarks/grpo.py --beside 'PEER --work {work}'     # ours and PEER in turns
 
 Each work runs in a process of its own, so that start-up, memory and compilations are that work's alone. With
@@ -52,15 +53,16 @@ def measure(config: Benchmark, work: Work) -> dict[str, Any]:
     cache = enable_persistent_cache() if config.cache else jax.config.values["jax_compilation_cache_dir"]
     with CompilationCounter() as compilations:
         mesh = make_mesh(config.mesh)
-        model, run = prepare(config, work, mesh)
+        model, run, learner = prepare(config, work, mesh)
         ready = process_age()
         run(0)
         start_up, mark = process_age(), compilations.mark()
-        bystanders, seconds, phases = Bystanders(), [], []
+        bystanders, seconds, of_cpu, phases = Bystanders(), [], [], []
         for number in range(1, config.repeats + 1):
-            began = time.perf_counter()
+            began, own = time.perf_counter(), time.process_time()
             phases.append(run(number))
             seconds.append(time.perf_counter() - began)
+            of_cpu.append(time.process_time() - own)
         again = compilations.since(mark)
     record = {
         "system": "jaxrl_llm",
@@ -74,6 +76,8 @@ def measure(config: Benchmark, work: Work) -> dict[str, Any]:
         "kl_coef": config.kl_coef,
         "shape": dataclasses.asdict(config.shape),
         "seconds": summarise(seconds),
+        "cpu_seconds": summarise(of_cpu),
+        "useful_tokens": None if learner is None else round(float(learner.metrics["frac_tokens_useful"]), 4),
         "phases": {name: round(statistics.median(p[name] for p in phases), 5) for name in phases[0]},
         "other_cpu": bystanders.share(),
         "ready_s": round(ready, 2),
@@ -133,6 +137,7 @@ def describe(record: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {spent:.4g}" for name, spent in record["phases"].items())
     rows = {
         "seconds": f"{_spread(seconds)}{f' ({parts})' if parts else ''}",
+        "CPU seconds": _spread(record["cpu_seconds"]),
         "tokens": f"{record['tokens_per_second']:,.0f} completion tokens per second",
         "GFLOP/s": f"{rates['convention']:,.1f} by convention, {rates['computed']:,.1f} computed",
     }
@@ -142,6 +147,8 @@ def describe(record: dict[str, Any]) -> str:
             f"{fractions['convention']:.1%} by convention, {fractions['computed']:.1%} computed, of the "
             f"{peak['gflops']:,.0f} GFLOP/s of a {peak['size']}³ matrix product"
         )
+    if record["useful_tokens"] is not None:
+        rows["useful"] = f"{record['useful_tokens']:.1%} of the tokens that are computed"
     device = record["device_peak_gib"]
     programs = ", ".join(f"{name} {size:.3g}" for name, size in record["temporaries_gib"].items())
     rows["memory"] = f"{record['peak_rss_gib']:.2f} GiB at most" + (f", {device:.2f} on the device" if device else "")

@@ -17,7 +17,7 @@ from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 
-Size = Literal["tiny", "smollm2"]
+Size = Literal["tiny", "smollm2", "qwen3-0.6b"]
 SIZES: dict[Size, ModelConfig] = {
     "tiny": ModelConfig(
         vocab_size=512,
@@ -41,8 +41,22 @@ SIZES: dict[Size, ModelConfig] = {
         layer_kinds=(LayerKind(rope=RopeConfig(theta=100_000.0)),),
         tie_embeddings=True,
     ),
+    "qwen3-0.6b": ModelConfig(
+        vocab_size=151_936,
+        embed_dim=1024,
+        mlp_dim=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        norm_eps=1e-6,
+        layer_kinds=(LayerKind(rope=RopeConfig(theta=1e6)),),
+        qk_norm=True,
+        tie_embeddings=True,
+    ),
 }
-"""A toy on which overheads show, and SmolLM2-135M's architecture."""
+"""A toy on which overheads show, and the architectures of SmolLM2-135M and Qwen3-0.6B."""
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -38,17 +39,31 @@ class Shape:
     samples: int = 8
     """G, completions of each prompt."""
     completion_tokens: int = 64
-    """Tokens of every completion: nothing stops one earlier."""
+    """Tokens of every completion, or of the longest that there may be: nothing stops one that is sampled earlier."""
+    lengths: Literal["full", "lognormal"] = "full"
+    """Of the completions that an update (W2) is given: all of `completion_tokens`; or lognormal (σ = 1), with a mean of
+    a quarter of that before they are cut there, the same in every run."""
+
+    @property
+    def completion_lengths(self) -> list[list[int]]:
+        """Of each prompt's completions."""
+        longest = self.completion_tokens
+        if self.lengths == "full":
+            return [[longest] * self.samples] * self.prompts
+        draw = random.Random(0)
+        drawn = [[draw.lognormvariate(0, 1) for _ in range(self.samples)] for _ in range(self.prompts)]
+        mean = statistics.fmean(length for row in drawn for length in row)
+        return [[min(longest, max(1, round(longest / 4 * length / mean))) for length in row] for row in drawn]
 
     @property
     def sampled_tokens(self) -> int:
         """Completion tokens of a batch."""
-        return self.prompts * self.samples * self.completion_tokens
+        return sum(map(sum, self.completion_lengths))
 
     @property
     def row_tokens(self) -> int:
         """Tokens of all rows, where each completion brings its own copy of its prompt."""
-        return self.prompts * self.samples * (self.prompt_tokens + self.completion_tokens)
+        return self.prompts * self.samples * self.prompt_tokens + self.sampled_tokens
 
 
 def conventional_flops(work: Work, parameters: int, shape: Shape, *, reference: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ class Benchmark:
     model: ModelSource = ModelSource(remat="none")
     """The policy; without a path, a random one of `size`."""
     size: Size = "tiny"
-    """Size of the random model: tiny (4 layers of width 128) or smollm2 (SmolLM2-135M's)."""
+    """Size of the random model: tiny (4 layers of width 128), smollm2 (SmolLM2-135M's), qwen3-0.6b."""
     work: tuple[Work, ...] = tuple(WORKS)
     """W1: sampling, W2: one GRPO update, W3: one iteration: sampling, a Python reward, update."""
     kl_coef: float = 0.0
@@ -52,7 +52,9 @@ class Benchmark:
     shape: Shape = Shape()
     """Sizes of the batch."""
     micro_batches: int = 1
-    """Pieces in which the gradient is accumulated: more of them need less memory."""
+    """Pieces in which the gradient is accumulated, padding included: more of them need less memory."""
+    tokens_per_micro_batch: int | None = None
+    """Pack completions into rows of so many tokens, and compute no padding."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
     repeats: int = 5
@@ -74,6 +76,10 @@ class Benchmark:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
         if self.beside is not None and len(self.work) > 1 and "{work}" not in self.beside:
             raise ValueError(f"--beside {self.beside!r} must contain {{work}}, since {' '.join(self.work)} are run")
+        if self.shape.lengths != "full" and self.work != ("W2",):
+            raise ValueError(
+                f"--shape.lengths {self.shape.lengths}: nothing stops completions that are sampled; add --work W2"
+            )
 
 
 # ---- The policy and its programs -----------------------------------------------------------------
@@ -85,30 +91,52 @@ def load(config: Benchmark, mesh: jax.sharding.Mesh) -> tuple[Transformer, Param
     if source.path is not None:
         return *load_model(source, mesh), load_tokenizer(source.path)
     model = Transformer(source.applied_to(SIZES[config.size]))
-    shardings = model.shardings(mesh)
-    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
-    return model, params, word_tokenizer(model.config.vocab_size)
+    return model, random_params(model, mesh), word_tokenizer(model.config.vocab_size)
+
+
+def random_params(model: Transformer, mesh: jax.sharding.Mesh) -> Params:
+    """Parameters, on the mesh."""
+    return jax.jit(model.init, out_shardings=model.shardings(mesh))(jax.random.key(0))
+
+
+class Update(NamedTuple):
+    """The update step before it is compiled."""
+
+    program: Any
+    """Jitted: (state, rollout, rewards, reference) → (state, metrics), the state donated."""
+    state: Any
+    """Abstract, with shardings."""
+    begin: Callable[[Params], Any]
+    """Parameters → a state, with copies of them."""
+
+
+def make_update(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Update:
+    """The update step as the trainer makes it."""
+    plan = UpdateConfig(micro_batches=config.micro_batches, tokens_per_micro_batch=config.tokens_per_micro_batch)
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
+    state = abstract_train_state(model, optimizer, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_update_step(model, optimizer, PolicyGradient(kl_coef=config.kl_coef), plan)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
+    return Update(program, state, jax.jit(lambda p: make_train_state(p, optimizer, 0), out_shardings=placed))
 
 
 class Learner:
     """The training state and the compiled update."""
 
     def __init__(self, config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, params: Params):
-        algorithm, plan = PolicyGradient(kl_coef=config.kl_coef), UpdateConfig(micro_batches=config.micro_batches)
-        optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
-        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(model, optimizer, mesh))
-        step = make_update_step(model, optimizer, algorithm, plan)
-        self._program = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
-        self._mesh, self._reference = mesh, params if algorithm.needs_reference else None
-        begin = jax.jit(lambda p: make_train_state(p, optimizer, 0), out_shardings=placed)
+        self._program, _, begin = make_update(config, mesh, model)
+        self._mesh, self._reference = mesh, params if config.kl_coef else None
+        self.metrics: dict[str, jax.Array] = {}
+        """Of the last update."""
         with jax.set_mesh(mesh):
-            self.state = begin(params)  # a copy of them: updates overwrite it
+            self.state = begin(params)
 
-    def __call__(self, rollout: Rollout, rewards: np.ndarray) -> None:
+    def __call__(self, rollout: Rollout, rewards: jax.Array | np.ndarray) -> None:
         """Makes one update, to its end."""
         with jax.set_mesh(self._mesh):
-            self.state, metrics = self._program(self.state, rollout, rewards, self._reference)
-        jax.block_until_ready((self.state, metrics))
+            self.state, self.metrics = self._program(self.state, rollout, rewards, self._reference)
+        jax.block_until_ready((self.state, self.metrics))
 
 
 def make_sampler(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Sampler:
@@ -125,15 +153,25 @@ def random_prompts(shape: Shape, vocabulary: int, seed: int) -> np.ndarray:
 # ---- The works -----------------------------------------------------------------------------------
 
 
-def prepare(config: Benchmark, work: Work, mesh: jax.sharding.Mesh) -> tuple[Transformer, Callable[[int], Phases]]:
-    """The model, and what is timed: a function of the repetition's number."""
+class Prepared(NamedTuple):
+    """A work that is ready to be timed."""
+
+    model: Transformer
+    run: Callable[[int], Phases]
+    """Does it once, given the repetition's number."""
+    learner: Learner | None
+    """What makes updates, where the work does."""
+
+
+def prepare(config: Benchmark, work: Work, mesh: jax.sharding.Mesh) -> Prepared:
+    """Loads the model and makes its programs."""
     model, params, tokenizer = load(config, mesh)
     if work == "W1":
-        return model, _sampling(config, mesh, model, params)
+        return Prepared(model, _sampling(config, mesh, model, params), None)
     learner = Learner(config, mesh, model, params)
     if work == "W2":
-        return model, _updating(config, mesh, model, learner)
-    return model, _iterating(config, mesh, model, learner, tokenizer)
+        return Prepared(model, _updating(config, mesh, model, learner), learner)
+    return Prepared(model, _iterating(config, mesh, model, learner, tokenizer), learner)
 
 
 def _sampling(
@@ -150,23 +188,27 @@ def _sampling(
     return work
 
 
-def _updating(
-    config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, learner: Learner
-) -> Callable[[int], Phases]:
-    shape, vocabulary = config.shape, model.config.vocab_size
+def given_rollout(shape: Shape, vocabulary: int, mesh: jax.sharding.Mesh) -> tuple[Rollout, jax.Array]:
+    """Random completions and rewards."""
     random = np.random.default_rng(0)
     size = (shape.prompts, shape.samples, shape.completion_tokens)
     arrays = {
         "prompt": random_prompts(shape, vocabulary, 0),
         "prompt_lengths": _lengths(shape),
         "completion": random.integers(4, vocabulary, size, np.int32),
-        "completion_lengths": np.full(size[:2], shape.completion_tokens, np.int32),
+        "completion_lengths": np.array(shape.completion_lengths, np.int32),
         "finished": np.zeros(size[:2], bool),
         "logprobs": np.zeros(size, np.float32),
         "sampler_logprobs": np.zeros(size, np.float32),
     }
-    rollout = Rollout(**jax.device_put(arrays, replicated(mesh)))
     rewards = random.random(size[:2], np.float32)
+    return jax.device_put((Rollout(**arrays), rewards), replicated(mesh))
+
+
+def _updating(
+    config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, learner: Learner
+) -> Callable[[int], Phases]:
+    rollout, rewards = given_rollout(config.shape, model.config.vocab_size, mesh)
 
     def work(number: int) -> Phases:
         learner(rollout, rewards)

@@ -33,8 +33,8 @@ def grpo(script, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def small(script, **changes):
-    shape = script("measure").Shape(prompts=2, prompt_tokens=6, samples=4, completion_tokens=5)
+def small(script, *, lengths: str = "full", **changes):
+    shape = script("measure").Shape(prompts=2, prompt_tokens=6, samples=4, completion_tokens=5, lengths=lengths)
     return script("works").Benchmark(repeats=2, shape=shape, **changes)
 
 
@@ -74,6 +74,35 @@ def test_update_in_bfloat16(grpo, script):
     assert programs(record, "update_step") == 1
     assert programs(record, "sample") == 0
     assert record["temporaries_gib"]["update_step"] > 0
+
+
+def test_update_of_packed_rows_of_lognormal_lengths(grpo, script):
+    config = small(script, lengths="lognormal", work=("W2",), tokens_per_micro_batch=32)
+    lengths = config.shape.completion_lengths
+    assert 1 <= min(map(min, lengths)) < max(map(max, lengths)) <= 5
+    record = grpo.measure(config, "W2")
+    check_record(record, work="W2", tokens=sum(map(sum, lengths)))
+    assert record["cpu_seconds"]["n"] == 2
+    # Each of the eight devices has a row, a prompt and a completion in it.
+    assert record["devices"].startswith("8 ×")
+    assert record["useful_tokens"] == pytest.approx((8 * 6 + sum(map(sum, lengths))) / (8 * 32), abs=1e-4)
+    assert "useful" in grpo.describe(record)
+
+
+def test_lognormal_lengths(script):
+    """Always the same, a quarter of the longest on average, and none beyond it."""
+    shape = functools.partial(script("measure").Shape, prompts=64, completion_tokens=1024, lengths="lognormal")
+    lengths = [length for row in shape().completion_lengths for length in row]
+    assert len(lengths) == 64 * 8
+    assert 1 <= min(lengths) < 64
+    assert max(lengths) == 1024
+    assert sum(lengths) / len(lengths) == pytest.approx(256, rel=0.1)
+    assert shape().completion_lengths == shape().completion_lengths
+
+
+def test_lengths_of_samples_cannot_be_chosen(script):
+    with pytest.raises(ValueError, match="--work W2"):
+        small(script, lengths="lognormal")
 
 
 def test_iteration_on_a_checkpoint_with_a_reference(grpo, script, tmp_path):

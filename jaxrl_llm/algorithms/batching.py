@@ -179,6 +179,7 @@ class Dealt(Pieces):
 
     def __init__(self, rows: Any, count: int, split: int, *, whole_groups: bool):
         """Cuts each group to `split` rows, and deals these to `count` pieces."""
+        self._given = rows
         self.count, self.split, self.whole_groups, self.whole_batch = count, split, whole_groups, count == 1
         self.parts = self._deal(rows)
 
@@ -189,9 +190,7 @@ class Dealt(Pieces):
     @property
     def useful(self) -> Mean:
         """As `Pieces.useful`."""
-        rows = self.parts
-        real = jnp.sum(_read_lengths(rows)) + jnp.sum(rows.prompt_lengths)
-        return Mean(real.astype(jnp.float32), jnp.float32(rows.prompt.size + rows.completion.size))
+        return Mean(_needed_tokens(self._given), jnp.float32(self.parts.prompt.size + self.parts.completion.size))
 
     def fold(self, function: Callable[..., Any], beside: Any = ()) -> Any:
         """As `Pieces.fold`."""
@@ -219,7 +218,7 @@ class Packed(Pieces):
 
     def __init__(self, rows: Any, tokens: int, split: int, *, whole_groups: bool):
         """Cuts each group to `split` rows, and packs what is read of its completions."""
-        self.split, self.rows = split, spread(split_groups(rows, split))
+        self._given, self.split, self.rows = rows, split, spread(split_groups(rows, split))
         _, group, width = self.rows.completion.shape
         self.whole_groups = whole_groups and self.rows.prompt.shape[1] + group * width <= tokens
         self.packing = pack(
@@ -236,7 +235,7 @@ class Packed(Pieces):
         """As `Pieces.useful`."""
         shards = self.packing.lengths.shape[0]
         computed = self.packing.count * (self.packing.tokens * shards)
-        return Mean(self.packing.useful.astype(jnp.float32), computed.astype(jnp.float32))
+        return Mean(_needed_tokens(self._given), computed.astype(jnp.float32))
 
     def _piece(self, index: jax.Array) -> tuple[Any, PackedLayout]:
         held = self.packing.holds(index)[..., None]
@@ -279,6 +278,13 @@ def _read_lengths(rows: Any) -> jax.Array:
     """`[P, G]`: how many tokens of each completion must be read for those that some loss looks at."""
     read = functools.reduce(jnp.logical_or, _masks(rows).values())
     return jnp.max(jnp.where(read, jnp.arange(1, read.shape[-1] + 1), 0), axis=-1)
+
+
+def _needed_tokens(rows: Any) -> jax.Array:
+    """Each prompt once, and what is read of completions."""
+    lengths = _read_lengths(rows)
+    prompts = jnp.where(jnp.any(lengths > 0, axis=1), rows.prompt_lengths, 0)
+    return (jnp.sum(lengths) + jnp.sum(prompts)).astype(jnp.float32)
 
 
 def spread(rows: Any) -> Any:

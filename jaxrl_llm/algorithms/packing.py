@@ -5,6 +5,8 @@ Lengths are traced, so that one compiled program serves all of them: what depend
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,7 +17,7 @@ from jaxrl_llm.sharding import constrain, row_shards
 
 
 class Packing(struct.PyTreeNode):
-    """Where each completion lies: shard by shard, in rows of its own, in the order in which they come.
+    """Where each completion lies: shard by shard, in rows of its own.
 
     Arrays of completions are `[S, N]`: S shards (as many as rows are split over devices), N = P/S·G. Completions of one
     prompt that lie in one row share a copy of the prompt, which precedes the first of them.
@@ -39,6 +41,10 @@ class Packing(struct.PyTreeNode):
     """`[S, N]`: the place of that copy, or of the one that it shares."""
     prompt_end: jax.Array
     """`[S, N]`: one past the last token of the completions that share it."""
+    begin: jax.Array
+    """`[S, N]`: where it begins, its copy of the prompt included, if all rows of its shard were one."""
+    order: jax.Array
+    """`[S, N]`: the completions in that order."""
     tokens: int = struct.field(pytree_node=False)
     """T, the length of a row."""
 
@@ -46,13 +52,6 @@ class Packing(struct.PyTreeNode):
     def count(self) -> jax.Array:
         """Rows that the fullest shard has; all shards compute as many."""
         return jnp.max(jnp.where(self.lengths > 0, self.row + 1, 0))
-
-    @property
-    def useful(self) -> jax.Array:
-        """Number of tokens of completions and of copies of prompts, of all S shards."""
-        group = self.completion.shape[2]
-        prompts = jnp.where(self.opens, jnp.repeat(self.prompt_lengths, group, axis=1), 0)
-        return jnp.sum(self.lengths + prompts)
 
     def holds(self, row: jax.Array) -> jax.Array:
         """`[P, G]` bool: which completions lie in row `row` of their shard."""
@@ -74,7 +73,7 @@ def pack(
     tokens: int,
     whole_groups: bool = False,
 ) -> Packing:
-    """Packs completions in the order in which they come: each into the row of the one before it, or into a new one.
+    """Packs completions prompt by prompt, the longest of each first, into the first row that has room.
 
     Args:
         prompt: `[P, Tp]` int, right-padded; P a multiple of the shards.
@@ -94,8 +93,19 @@ def pack(
         return constrain(x.reshape(shards, prompts // shards, *x.shape[1:]), "rows", *(None,) * x.ndim)
 
     prompt, prompt_lengths, completion, lengths = map(split, (prompt, prompt_lengths, completion, lengths))
-    places = jax.vmap(lambda p, c: _places(p, c, tokens, whole_groups))(prompt_lengths, lengths)
-    return Packing(prompt, prompt_lengths, completion, lengths.reshape(shards, -1), *places, tokens=tokens)
+    room = prompt_width + (group * width if whole_groups else width)
+    row, start, opens, prompt_start = jax.vmap(lambda p, c: _places(p, c, tokens, room, whole_groups))(
+        prompt_lengths, lengths
+    )
+    # Those of one prompt in one row share its copy.
+    together = (row[..., :, None] == row[..., None, :]) & (lengths[..., None, :] > 0)
+    prompt_end = jnp.max(jnp.where(together, (start + lengths)[..., None, :], 0), axis=-1)
+    # A completion and the copy of the prompt before it are one segment; those without tokens come last.
+    begin = row * tokens + start - jnp.where(opens, prompt_lengths[..., None], 0)
+    begin = jnp.where(lengths > 0, begin, jnp.iinfo(jnp.int32).max)
+    flat = [x.reshape(shards, -1) for x in (lengths, row, start, opens, prompt_start, prompt_end, begin)]
+    order = jnp.argsort(flat[-1], axis=1)
+    return Packing(prompt, prompt_lengths, completion, *flat, order=order, tokens=tokens)
 
 
 def check_room(tokens: int, prompt_width: int, width: int) -> None:
@@ -108,40 +118,63 @@ def check_room(tokens: int, prompt_width: int, width: int) -> None:
         )
 
 
+class _Rows(NamedTuple):
+    """The rows of one shard while completions are laid into them, `[R]` each."""
+
+    used: jax.Array
+    """Tokens."""
+    prompt: jax.Array
+    """Which prompt lies there last; −1: none."""
+    prompt_start: jax.Array
+    """Where."""
+
+
 def _places(
-    prompt_lengths: jax.Array, lengths: jax.Array, tokens: int, whole_groups: bool
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of one shard: row, start, opens, prompt_start and prompt_end of each completion, `[N]`."""
-    group = lengths.shape[1]
-    prompt = jnp.repeat(jnp.arange(len(lengths), dtype=jnp.int32), group)
-    prompt_length = jnp.repeat(prompt_lengths, group).astype(jnp.int32)
-    needed = lengths.astype(jnp.int32)
-    if whole_groups:  # what the first of a group asks room for
-        needed = jnp.zeros_like(needed).at[:, 0].set(jnp.sum(needed, axis=1))
-    length, needed = lengths.reshape(-1).astype(jnp.int32), needed.reshape(-1)
+    prompt_lengths: jax.Array, lengths: jax.Array, tokens: int, room: int, whole_groups: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of one shard: row, start, opens, prompt_start of each completion, `[P/S, G]`.
+
+    Args:
+        prompt_lengths: `[P/S]`.
+        lengths: `[P/S, G]`.
+        tokens: T.
+        room: tokens that one prompt and one completion (or its whole group) have at most.
+        whole_groups: as `pack`.
+    """
+    prompts, group = lengths.shape
+    # First fit fills all rows but one to more than a half.
+    pieces = prompts * (1 if whole_groups else group)
+    rows = min(pieces, -(-2 * pieces * room // tokens) + 1)
+    descending = jnp.argsort(-lengths, axis=1)
+    ordered = jnp.take_along_axis(lengths, descending, axis=1).astype(jnp.int32)
+    needed = ordered
+    if whole_groups:  # the first of a group asks for all of it, and the others follow
+        needed = jnp.zeros_like(ordered).at[:, 0].set(jnp.sum(ordered, axis=1))
 
     def place(
-        carry: tuple[jax.Array, ...], completion: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        row, used, last_prompt, prompt_start = carry
-        prompt, prompt_length, length, needed = completion
-        is_new = prompt != last_prompt
-        full = used + needed + jnp.where(is_new, prompt_length, 0) > tokens
-        opens = (is_new | full) & (length > 0)
-        full &= (length > 0) | (needed > 0)
-        row, used = jnp.where(full, row + 1, row), jnp.where(full, 0, used)
-        prompt_start = jnp.where(opens, used, prompt_start)
-        start = used + jnp.where(opens, prompt_length, 0)
-        used = jnp.where(length > 0, start + length, used)
-        last_prompt = jnp.where(opens, prompt, jnp.where(full, -1, last_prompt))
-        return (row, used, last_prompt, prompt_start), (row, start, opens, prompt_start)
+        carry: tuple[_Rows, jax.Array], completion: tuple[jax.Array, ...]
+    ) -> tuple[tuple[_Rows, jax.Array], tuple[jax.Array, ...]]:
+        taken, last = carry
+        prompt, prompt_length, length, needed, follows = completion
+        cost = needed + jnp.where(taken.prompt == prompt, 0, prompt_length)
+        row = jnp.where(follows, last, jnp.argmax(taken.used + cost <= tokens).astype(jnp.int32))
+        is_real = length > 0
+        opens = is_real & (taken.prompt[row] != prompt)
+        prompt_start = jnp.where(opens, taken.used[row], taken.prompt_start[row])
+        start = taken.used[row] + jnp.where(opens, prompt_length, 0)
+        after = (jnp.where(is_real, start + length, taken.used[row]), jnp.where(is_real, prompt, taken.prompt[row]))
+        taken = _Rows(*(old.at[row].set(new) for old, new in zip(taken, (*after, prompt_start), strict=True)))
+        return (taken, row), (row, start, opens, prompt_start)
 
-    first = (jnp.int32(0), jnp.int32(0), jnp.int32(-1), jnp.int32(0))
-    _, (row, start, opens, prompt_start) = jax.lax.scan(place, first, (prompt, prompt_length, length, needed))
-    copy = jnp.cumsum(opens) - 1
-    ends = jnp.where(length > 0, start + length, 0)
-    prompt_end = jnp.zeros_like(ends).at[copy].max(ends)[copy]
-    return row, start, opens, prompt_start, prompt_end
+    number = jnp.repeat(jnp.arange(prompts, dtype=jnp.int32), group)
+    prompt_length = jnp.repeat(prompt_lengths.astype(jnp.int32), group)
+    follows = jnp.tile(jnp.arange(group) > 0, prompts) & whole_groups
+    empty = _Rows(*(jnp.full((rows,), value, jnp.int32) for value in (0, -1, 0)))
+    completions = (number, prompt_length, ordered.reshape(-1), needed.reshape(-1), follows)
+    _, made = jax.lax.scan(place, (empty, jnp.int32(0)), completions)
+    back = jnp.argsort(descending, axis=1)
+    row, start, opens, prompt_start = (jnp.take_along_axis(x.reshape(prompts, group), back, axis=1) for x in made)
+    return row, start, opens, prompt_start
 
 
 def _layout(packing: Packing, row: jax.Array) -> PackedLayout:
@@ -150,15 +183,14 @@ def _layout(packing: Packing, row: jax.Array) -> PackedLayout:
     length, size = packing.lengths, packing.completion.size
     prompt_length = jnp.repeat(packing.prompt_lengths, group)
     copied = jnp.where(packing.opens, prompt_length, 0)
-    # A completion and the copy of the prompt before it are one segment, and segments lie in order.
-    begin = packing.row * packing.tokens + packing.start - copied
     place = jnp.arange(packing.tokens, dtype=jnp.int32)
-    segment = jnp.searchsorted(begin, row * packing.tokens + place, side="right") - 1
-    segment = jnp.maximum(segment, 0)
-    offset = row * packing.tokens + place - begin[segment]
-    is_prompt = offset < copied[segment]
+    whole = row * packing.tokens + place
+    nearest = jnp.searchsorted(packing.begin[packing.order], whole, side="right") - 1
+    segment = packing.order[jnp.maximum(nearest, 0)]
+    offset = whole - packing.begin[segment]
+    is_prompt = (nearest >= 0) & (offset < copied[segment])
     time = offset - copied[segment]
-    is_own = ~is_prompt & (time < length[segment]) & (offset >= 0)
+    is_own = (nearest >= 0) & ~is_prompt & (time < length[segment])
     source = jnp.where(is_own, segment * width + time, size)
     of_prompt = packing.prompt[segment // group, jnp.clip(offset, 0, packing.prompt.shape[1] - 1)]
     own = packing.completion.reshape(-1)[jnp.minimum(source, size - 1)]

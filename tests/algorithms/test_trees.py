@@ -258,6 +258,7 @@ def test_score_models(outputs, model, lively_params):
         (None, MicroBatches(tokens_per_micro_batch=3 * TOKENS)),
         (MeshConfig(fsdp=8), MicroBatches(2)),
         (MeshConfig(fsdp=2, tensor=4), MicroBatches(tokens_per_micro_batch=TOKENS)),
+        (MeshConfig(fsdp=2, context=4), MicroBatches(2)),
     ],
 )
 def test_pieces_and_devices_change_nothing(config, plan, model, params, whole):

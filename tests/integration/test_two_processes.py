@@ -29,7 +29,8 @@ distributed.initialize(address, 2, process)
 
 def run(name, *args):
     try:
-        tiny.main([f"--run-dir={folder}/{name}", "--mesh.data=2", "--mesh.fsdp=2", *args])
+        mesh = ["--mesh.data=2", "--mesh.fsdp=2"]
+        tiny.main([f"--run-dir={folder}/{name}", *mesh, "--update.tokens-per-micro-batch=16", *args])
         return 0
     except SystemExit as ended:
         return ended.code
@@ -71,6 +72,7 @@ def test_both_end_alike(outcome) -> None:
 
 
 def test_metrics_are_those_of_one_process(outcome, tiny: ModuleType, tmp_path: Path) -> None:
+    """And packed rows give those of prompts with their padding."""
     folder, _ = outcome
     config = dataclasses.replace(tiny.CONFIG, run_dir=str(tmp_path))
     tiny.make(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1].run()

@@ -26,9 +26,9 @@ class MicroBatches:
     """Pieces in which the gradient of one optimizer step is accumulated, with their padding."""
     tokens_per_micro_batch: int | None = None
     """Pack completions with their prompts into rows of so many tokens, as many rows as the real tokens fill; each of
-    the mesh's row shards (data × fsdp) computes one at a time. A row must have room for the longest prompt with the
-    longest completion. `None`: `micro_batches` of whole prompts and their padding, which is faster for short texts of
-    about equal length."""
+    the mesh's row shards (data × fsdp) computes one at a time. What all prompts begin with (a system prompt) is there
+    once in a row. A row must have room for the longest prompt with the longest completion. `None`: `micro_batches` of
+    whole prompts and their padding, which is faster for short texts of about equal length."""
 
     def __post_init__(self) -> None:
         """Rejects counts below 1, and two ways to cut."""
@@ -235,7 +235,8 @@ class Packed(Pieces):
         """As `Pieces.useful`."""
         shards = self.packing.lengths.shape[0]
         computed = self.packing.count * (self.packing.tokens * shards)
-        return Mean(_needed_tokens(self._given), computed.astype(jnp.float32))
+        needed = _needed_tokens(self._given, jnp.min(self.packing.common))
+        return Mean(needed, computed.astype(jnp.float32))
 
     def _piece(self, index: jax.Array) -> tuple[Any, PackedLayout]:
         held = self.packing.holds(index)[..., None]
@@ -280,11 +281,12 @@ def _read_lengths(rows: Any) -> jax.Array:
     return jnp.max(jnp.where(read, jnp.arange(1, read.shape[-1] + 1), 0), axis=-1)
 
 
-def _needed_tokens(rows: Any) -> jax.Array:
-    """Each prompt once, and what is read of completions."""
+def _needed_tokens(rows: Any, common: jax.Array | int = 0) -> jax.Array:
+    """Each prompt once, with the tokens that all begin with once for all, and what is read of completions."""
     lengths = _read_lengths(rows)
-    prompts = jnp.where(jnp.any(lengths > 0, axis=1), rows.prompt_lengths, 0)
-    return (jnp.sum(lengths) + jnp.sum(prompts)).astype(jnp.float32)
+    is_read = jnp.any(lengths > 0, axis=1)
+    prompts = jnp.sum(jnp.where(is_read, rows.prompt_lengths - common, 0)) + jnp.where(jnp.any(is_read), common, 0)
+    return (jnp.sum(lengths) + prompts).astype(jnp.float32)
 
 
 def spread(rows: Any) -> Any:

@@ -20,7 +20,8 @@ class Packing(struct.PyTreeNode):
     """Where each completion lies: shard by shard, in rows of its own.
 
     Arrays of completions are `[S, N]`: S shards (as many as rows are split over devices), N = P/S·G. Completions of one
-    prompt that lie in one row share a copy of the prompt, which precedes the first of them.
+    prompt that lie in one row share a copy of the prompt, which precedes the first of them. With what all prompts of a
+    shard have in common, such as a system prompt, each of its rows begins, and copies of prompts are without it.
     """
 
     prompt: jax.Array
@@ -29,6 +30,8 @@ class Packing(struct.PyTreeNode):
     """`[S, P/S]`."""
     completion: jax.Array
     """`[S, P/S, G, Tc]`."""
+    common: jax.Array
+    """`[S]`: how many tokens all prompts begin with; each has one more at least."""
     lengths: jax.Array
     """`[S, N]`: tokens of each completion that are read; those without any lie nowhere."""
     row: jax.Array
@@ -36,7 +39,7 @@ class Packing(struct.PyTreeNode):
     start: jax.Array
     """`[S, N]`: the place of its first token."""
     opens: jax.Array
-    """`[S, N]` bool: a copy of the prompt precedes it."""
+    """`[S, N]` bool: a copy of its prompt precedes it."""
     prompt_start: jax.Array
     """`[S, N]`: the place of that copy, or of the one that it shares."""
     prompt_end: jax.Array
@@ -94,18 +97,20 @@ def pack(
 
     prompt, prompt_lengths, completion, lengths = map(split, (prompt, prompt_lengths, completion, lengths))
     room = prompt_width + (group * width if whole_groups else width)
-    row, start, opens, prompt_start = jax.vmap(lambda p, c: _places(p, c, tokens, room, whole_groups))(
-        prompt_lengths, lengths
+    common = jax.vmap(_common)(prompt, prompt_lengths)
+    copied = prompt_lengths - common[:, None]
+    row, start, opens, prompt_start = jax.vmap(lambda b, p, c: _places(b, p, c, tokens, room, whole_groups))(
+        common, copied, lengths
     )
     # Those of one prompt in one row share its copy.
     together = (row[..., :, None] == row[..., None, :]) & (lengths[..., None, :] > 0)
     prompt_end = jnp.max(jnp.where(together, (start + lengths)[..., None, :], 0), axis=-1)
     # A completion and the copy of the prompt before it are one segment; those without tokens come last.
-    begin = row * tokens + start - jnp.where(opens, prompt_lengths[..., None], 0)
+    begin = row * tokens + start - jnp.where(opens, copied[..., None], 0)
     begin = jnp.where(lengths > 0, begin, jnp.iinfo(jnp.int32).max)
     flat = [x.reshape(shards, -1) for x in (lengths, row, start, opens, prompt_start, prompt_end, begin)]
     order = jnp.argsort(flat[-1], axis=1)
-    return Packing(prompt, prompt_lengths, completion, *flat, order=order, tokens=tokens)
+    return Packing(prompt, prompt_lengths, completion, common, *flat, order=order, tokens=tokens)
 
 
 def check_room(tokens: int, prompt_width: int, width: int) -> None:
@@ -116,6 +121,12 @@ def check_room(tokens: int, prompt_width: int, width: int) -> None:
             f"tokens of completions, which may all be real: raise it to {prompt_width + width} or more, or shorten "
             "prompts or completions"
         )
+
+
+def _common(prompt: jax.Array, lengths: jax.Array) -> jax.Array:
+    """How many tokens prompts `[P, Tp]` have in common at their beginning, without the last one of any."""
+    same = jnp.all(prompt == prompt[:1], axis=0)
+    return jnp.minimum(jnp.sum(jnp.cumprod(same)), jnp.min(lengths) - 1).astype(jnp.int32)
 
 
 class _Rows(NamedTuple):
@@ -130,12 +141,13 @@ class _Rows(NamedTuple):
 
 
 def _places(
-    prompt_lengths: jax.Array, lengths: jax.Array, tokens: int, room: int, whole_groups: bool
+    common: jax.Array, prompt_lengths: jax.Array, lengths: jax.Array, tokens: int, room: int, whole_groups: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of one shard: row, start, opens, prompt_start of each completion, `[P/S, G]`.
 
     Args:
-        prompt_lengths: `[P/S]`.
+        common: tokens with which each row begins.
+        prompt_lengths: `[P/S]`, without these.
         lengths: `[P/S, G]`.
         tokens: T.
         room: tokens that one prompt and one completion (or its whole group) have at most.
@@ -169,7 +181,7 @@ def _places(
     number = jnp.repeat(jnp.arange(prompts, dtype=jnp.int32), group)
     prompt_length = jnp.repeat(prompt_lengths.astype(jnp.int32), group)
     follows = jnp.tile(jnp.arange(group) > 0, prompts) & whole_groups
-    empty = _Rows(*(jnp.full((rows,), value, jnp.int32) for value in (0, -1, 0)))
+    empty = _Rows(*(jnp.full((rows,), value, jnp.int32) for value in (common, -1, 0)))
     completions = (number, prompt_length, ordered.reshape(-1), needed.reshape(-1), follows)
     _, made = jax.lax.scan(place, (empty, jnp.int32(0)), completions)
     back = jnp.argsort(descending, axis=1)
@@ -180,10 +192,12 @@ def _places(
 def _layout(packing: Packing, row: jax.Array) -> PackedLayout:
     """Row `row` of one shard: `packing` without the axis of shards."""
     prompts, group, width = packing.completion.shape
-    length, size = packing.lengths, packing.completion.size
-    prompt_length = jnp.repeat(packing.prompt_lengths, group)
-    copied = jnp.where(packing.opens, prompt_length, 0)
+    length, size, common = packing.lengths, packing.completion.size, packing.common
+    own_prompt = jnp.repeat(packing.prompt_lengths, group) - common
+    copied = jnp.where(packing.opens, own_prompt, 0)
+    used = jnp.max(jnp.where((packing.row == row) & (length > 0), packing.start + length, 0))
     place = jnp.arange(packing.tokens, dtype=jnp.int32)
+    is_common = (place < common) & (used > 0)
     whole = row * packing.tokens + place
     nearest = jnp.searchsorted(packing.begin[packing.order], whole, side="right") - 1
     segment = packing.order[jnp.maximum(nearest, 0)]
@@ -192,19 +206,21 @@ def _layout(packing: Packing, row: jax.Array) -> PackedLayout:
     time = offset - copied[segment]
     is_own = (nearest >= 0) & ~is_prompt & (time < length[segment])
     source = jnp.where(is_own, segment * width + time, size)
-    of_prompt = packing.prompt[segment // group, jnp.clip(offset, 0, packing.prompt.shape[1] - 1)]
+    depth = common + jnp.where(is_prompt, offset, own_prompt[segment] + time)
+    depth = jnp.where(is_common, place, depth)
+    of_prompt = packing.prompt[segment // group, jnp.clip(depth, 0, packing.prompt.shape[1] - 1)]
     own = packing.completion.reshape(-1)[jnp.minimum(source, size - 1)]
-    depth = jnp.where(is_prompt, offset, prompt_length[segment] + time)
-    own_end = packing.start[segment] + length[segment]
-    end = jnp.where(is_prompt, packing.prompt_end[segment], own_end)
-    real = is_prompt | is_own
+    end = jnp.where(is_prompt, packing.prompt_end[segment], packing.start[segment] + length[segment])
+    end = jnp.where(is_common, used, end)
+    real = is_common | is_prompt | is_own
+    parent = jnp.where(is_prompt & (offset == 0), common, place) - 1
     branches = is_own & (time == 0)
-    parent = jnp.where(branches, packing.prompt_start[segment] + prompt_length[segment] - 1, place - 1)
+    parent = jnp.where(branches, packing.prompt_start[segment] + own_prompt[segment] - 1, parent)
     held = (packing.row == row)[:, None] & length_mask(length, width)
     where = jnp.where(held, packing.start[:, None] + jnp.arange(width), -1)
     return PackedLayout(
         rows=TokenRows(
-            tokens=jnp.where(is_prompt, of_prompt, jnp.where(is_own, own, 0)),
+            tokens=jnp.where(is_own, own, jnp.where(real, of_prompt, 0)),
             depth=jnp.where(real, depth, 0).astype(jnp.int32),
             end=jnp.where(real, end, place + 1).astype(jnp.int32),
         ),

@@ -34,6 +34,7 @@ from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig, make_trust
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.types import Rollout
 
 SGD = optax.sgd(1.0)
@@ -54,11 +55,16 @@ class Texts:
     lengths: np.ndarray
 
     @classmethod
-    def random(cls, seed: int, prompts: int = 5, group: int = 4, prompt_width: int = 5, width: int = 6) -> Texts:
+    def random(
+        cls, seed: int, prompts: int = 5, group: int = 4, prompt_width: int = 5, width: int = 6, common: int = 0
+    ) -> Texts:
+        """All prompts begin with the same `common` tokens; if the seed is odd, some may end before."""
         rng = np.random.default_rng(seed)
+        prompt = rng.integers(1, 64, (prompts, prompt_width))
+        prompt[:, :common] = prompt[0, :common]
         return cls(
-            rng.integers(1, 64, (prompts, prompt_width)),
-            rng.integers(1, prompt_width + 1, prompts),
+            prompt,
+            rng.integers(1 if seed % 2 else common + 1, prompt_width + 1, prompts),
             rng.integers(1, 64, (prompts, group, width)),
             rng.integers(0, width + 1, (prompts, group)) * (rng.random((prompts, group)) < 0.8),
         )
@@ -68,12 +74,22 @@ class Texts:
         return jax.jit(lambda *arrays: pack(*map(jnp.asarray, arrays), tokens=tokens, **options))(*arrays)
 
 
+def beginning(texts: Texts) -> int:
+    """How many tokens all prompts have in common, if each keeps one at least."""
+    common = 0
+    while all(texts.prompt_lengths > common + 1) and len(set(texts.prompt[:, common])) == 1:
+        common += 1
+    return common
+
+
 def plain_rows(texts: Texts, tokens: int, whole_groups: bool) -> list[list[tuple[int, int]]]:
     """Which completions lie in which row, one after the other: the longest of a prompt first, where there is room."""
     rows: list[list[tuple[int, int]]] = []
+    common = beginning(texts)
 
     def used(row: list[tuple[int, int]]) -> int:
-        return sum(texts.lengths[at] for at in row) + sum(texts.prompt_lengths[p] for p in {p for p, _ in row})
+        prompts = sum(texts.prompt_lengths[p] - common for p in {p for p, _ in row})
+        return common + prompts + sum(texts.lengths[at] for at in row)
 
     def room(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         for row in rows:
@@ -91,8 +107,11 @@ def plain_rows(texts: Texts, tokens: int, whole_groups: bool) -> list[list[tuple
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("tokens", "whole_groups"), [(11, False), (17, False), (64, False), (29, True), (64, True)])
-def test_rows_are_those_of_a_loop(seed, tokens, whole_groups):
-    texts = Texts.random(seed)
+@pytest.mark.parametrize("begins", [0, 3])
+def test_rows_are_those_of_a_loop(seed, tokens, whole_groups, begins):
+    texts = Texts.random(seed, common=begins)
+    common = beginning(texts)
+    assert common <= begins and (common == begins or seed % 2)
     packing = texts.pack(tokens, whole_groups=whole_groups)
     expected = plain_rows(texts, tokens, whole_groups)
     assert packing.count == len(expected)
@@ -100,15 +119,19 @@ def test_rows_are_those_of_a_loop(seed, tokens, whole_groups):
         assert {tuple(at) for at in np.argwhere(packing.holds(number))} == set(completions)
         layout = packing.layout(number)
         row, parent = jax.tree.map(lambda x: np.asarray(x)[0], (layout.rows, layout.parent))
-        place, seen = 0, np.zeros((tokens, tokens), bool)
+        place, seen = common, np.zeros((tokens, tokens), bool)
+        np.testing.assert_array_equal(row.tokens[:place], texts.prompt[0, :place])
+        np.testing.assert_array_equal(row.depth[:place], np.arange(place))
+        seen[:place, :place] = np.tril(np.ones((place, place), bool))
         for p, g in completions:
             start = texts.prompt_lengths[p]
             if (p, g) == next(at for at in completions if at[0] == p):
-                prompt = slice(place, place + start)
-                np.testing.assert_array_equal(row.tokens[prompt], texts.prompt[p, :start])
-                np.testing.assert_array_equal(row.depth[prompt], np.arange(start))
-                seen[prompt, prompt] = np.tril(np.ones((start, start), bool))
-                place += start
+                prompt = slice(place, place + start - common)
+                np.testing.assert_array_equal(row.tokens[prompt], texts.prompt[p, common:start])
+                np.testing.assert_array_equal(row.depth[prompt], np.arange(common, start))
+                seen[prompt, :common] = True
+                seen[prompt, prompt] = np.tril(np.ones((start - common, start - common), bool))
+                place += start - common
             length = texts.lengths[p, g]
             own = slice(place, place + length)
             np.testing.assert_array_equal(row.tokens[own], texts.completion[p, g, :length])
@@ -116,6 +139,7 @@ def test_rows_are_those_of_a_loop(seed, tokens, whole_groups):
             np.testing.assert_array_equal(parent[own], [prompt.stop - 1, *range(place, place + length - 1)])
             np.testing.assert_array_equal(np.asarray(layout.place)[0, p, g, :length], np.arange(place, place + length))
             assert (np.asarray(layout.place)[0, p, g, length:] == -1).all()
+            seen[own, :common] = True
             seen[own, prompt] = True
             seen[own, own] = np.tril(np.ones((length, length), bool))
             place += length
@@ -237,6 +261,28 @@ def test_groups_in_one_row_or_not(mode, tokens, model, params, rollout):
         after, metrics = jax.jit(make_update_step(model, SGD, algorithm, plan))(state, rollout, rewards)
         made.append((after.params, metrics))
     assert_same(made, params[0])
+
+
+def test_prompts_with_a_common_beginning(model, params, rollout):
+    """A system prompt is computed once in a row, gradient included; each shard has its own."""
+    prompt, algorithm, made = np.array(rollout.prompt), PolicyGradient(), []
+    prompt[:, :3] = prompt[0, :3]
+    rollout = rollout.replace(prompt=prompt, prompt_lengths=np.maximum(rollout.prompt_lengths, 4))
+    arrays = (prompt, rollout.prompt_lengths, rollout.completion, rollout.completion_lengths)
+    state = make_train_state(params[0], SGD, 0)
+    rewards = feedback(algorithm, rollout.completion_lengths.shape).rewards
+    for pieces in ({}, {"tokens_per_micro_batch": 40}):
+        step = jax.jit(make_update_step(model, SGD, algorithm, UpdateConfig(**pieces)))
+        after, metrics = step(state, rollout, rewards)
+        made.append((after.params, metrics))
+    computed = 40 * pack(*map(jnp.asarray, arrays), tokens=40).count
+    needed = rollout.completion_lengths.sum() + (rollout.prompt_lengths - 3).sum() + 3
+    np.testing.assert_allclose(made[1][1]["perf/frac_tokens_useful"], needed / computed, rtol=1e-6)
+    assert_same(made, params[0])
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4))):
+        step = jax.jit(make_update_step(model, SGD, algorithm, UpdateConfig(tokens_per_micro_batch=40)))
+        on_mesh, _ = step(state, rollout, rewards)
+    chex.assert_trees_all_close(jax.device_get(on_mesh.params), made[0][0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("own", [False, True])

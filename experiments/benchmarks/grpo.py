@@ -77,7 +77,7 @@ def measure(config: Benchmark, work: Work) -> dict[str, Any]:
         "shape": dataclasses.asdict(config.shape),
         "seconds": summarise(seconds),
         "cpu_seconds": summarise(of_cpu),
-        "useful_tokens": None if learner is None else round(float(learner.metrics["frac_tokens_useful"]), 4),
+        "useful_tokens": None if learner is None else round(float(learner.metrics["perf/frac_tokens_useful"]), 4),
         "phases": {name: round(statistics.median(p[name] for p in phases), 5) for name in phases[0]},
         "other_cpu": bystanders.share(),
         "ready_s": round(ready, 2),

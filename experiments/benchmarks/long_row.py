@@ -103,7 +103,7 @@ def measure(config: LongRow, tokens: int) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state = update.begin(random_params(model, mesh))
         state, metrics = jax.block_until_ready(compiled(state, *given, None))
-        if not math.isfinite(metrics["loss"]) or metrics["frac_tokens_useful"] != 1:
+        if not math.isfinite(metrics["loss"]) or metrics["perf/frac_tokens_useful"] != 1:
             raise ValueError(f"not the update that was meant: {metrics}")
         bystanders, seconds = Bystanders(), []
         for _ in range(config.repeats):

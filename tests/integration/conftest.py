@@ -93,7 +93,7 @@ def _train(
             rollout = sampler(state.params, *drawn, state.key, number)
             rewards = reward(rollout)
             state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
-            history.append({name: float(value) for name, value in metrics.items()})
+            history.append({name: float(value) for name, value in metrics.items() if not name.startswith("perf/")})
     assert counter.counts["sample"] == counter.counts["update_step"] == 1, counter.counts
     return history
 

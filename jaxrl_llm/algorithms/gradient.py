@@ -13,6 +13,7 @@ import optax
 
 from jaxrl_llm.algorithms.batching import MicroBatches, cut
 from jaxrl_llm.algorithms.leafwise import move
+from jaxrl_llm.algorithms.pieces import Pieces
 from jaxrl_llm.algorithms.rounding import widen
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import join, split_trainable
@@ -94,15 +95,26 @@ def _gradient(
         return gradient, value, metrics
 
     useful = {"perf/frac_tokens_useful": pieces.useful} if hasattr(rows, "completion") else {}
-    if pieces.whole_batch or not (loss.whole_batch or (loss.whole_groups and not pieces.whole_groups)):
+    if not pieces.divide(whole_groups=loss.whole_groups, whole_batch=loss.whole_batch):
         gradient, value, metrics = pieces.fold(of_piece)
         return gradient, value, metrics | useful
 
-    all_scores = pieces.map(lambda _, texts: scores(params, texts))
-    value, pull, metrics = jax.vjp(lambda scores: loss.of_scores(scores, rows, normalizer), all_scores, has_aux=True)
-    (slopes,) = pull(jnp.ones_like(value))
+    def of_scores(made: Any) -> tuple[jax.Array, Metrics]:
+        return loss.of_scores(made, rows, normalizer)
 
-    def of_slopes(_: Any, texts: Any, slopes: Any) -> Params:
-        return jax.vjp(lambda part: scores(part, texts), params)[1](slopes)[0]
+    (value, metrics), slopes = jax.value_and_grad(of_scores, has_aux=True)(map_scores(pieces, scores, params))
+    return pull_scores(pieces, scores, params, slopes), value, metrics | useful
 
-    return pieces.fold(of_slopes, (slopes,)), value, metrics | useful
+
+def map_scores(pieces: Pieces, scores: Callable[[Any, Any], Any], params: Any) -> Any:
+    """The scores of all rows, `[P, G, Tc, …]`."""
+    return pieces.map(lambda _, texts: scores(params, texts))
+
+
+def pull_scores(pieces: Pieces, scores: Callable[[Any, Any], Any], params: Any, slopes: Any) -> Any:
+    """The gradient by parameters of what has these derivatives by the scores of all rows."""
+
+    def of_slopes(_: Any, texts: Any, slopes: Any) -> Any:
+        return jax.vjp(lambda params: scores(params, texts), params)[1](slopes)[0]
+
+    return pieces.fold(of_slopes, (slopes,))

@@ -25,6 +25,15 @@ class Pieces(abc.ABC):
     whole_groups: bool
     """Whether all completions of a prompt are in one piece."""
 
+    def divide(self, *, whole_groups: bool, whole_batch: bool) -> bool:
+        """Whether what is compared lies in different pieces.
+
+        Args:
+            whole_groups: whether the completions of a prompt are.
+            whole_batch: whether those of different prompts are.
+        """
+        return not self.whole_batch and (whole_batch or (whole_groups and not self.whole_groups))
+
     @property
     @abc.abstractmethod
     def useful(self) -> Mean:

@@ -288,7 +288,8 @@ def test_prompts_with_a_common_beginning(model, params, rollout):
 @pytest.mark.parametrize("own", [False, True])
 def test_critics(own, model, params, rollout, lively_params):
     scores = ScoreModel(model, lm_head=not own)
-    critic, algorithm = Critic(scores, SGD if own else None), ppo()
+    # Completions that are cut off are in no loss, and yet in what advantages are whitened by.
+    critic, algorithm = Critic(scores, SGD if own else None), dataclasses.replace(ppo(), mask_truncated=True)
     value_params = lively_params(scores, seed=3)
     policy_params = params[0] if own else params[0] | {"score_head": value_params["score_head"]}
     state = make_train_state(
@@ -305,7 +306,8 @@ def test_critics(own, model, params, rollout, lively_params):
 
 @pytest.mark.parametrize("fisher", ["gauss_newton", pytest.param("hessian", marks=pytest.mark.slow), "sampled"])
 def test_trust_regions(fisher, model, params, rollout):
-    algorithm = PolicyGradient(kl_coef=0.0)
+    """Also with a loss that compares groups, which do not fit into a row."""
+    algorithm = PolicyGradient(aggregation="group-mean-token-mean" if fisher == "sampled" else "seq-mean-token-mean")
     region = TrustRegionConfig(fisher=fisher, cg_iterations=3, max_kl=1e-3)
     state = make_train_state(params[0], optax.identity(), 0)
     rewards, made = feedback(algorithm, rollout.completion_lengths.shape).rewards, []

@@ -74,13 +74,14 @@ class CreditAssignment:
         signals, batch, metrics = read_rollout(algorithm, rollout, feedback)
         prompts = len(batch.mask)
         batch = batch._replace(seeds=jax.random.bits(step_key(state, 2), (prompts,)))
+        sampled = batch._replace(mask=signals.mask)  # the estimator reads completions that no loss does, too
         if algorithm.needs_reference:
-            ref_logprobs = self._reference_logprobs(state, batch, reference)
+            ref_logprobs = self._reference_logprobs(state, sampled, reference)
             signals = signals._replace(ref_logprobs=ref_logprobs)
             if algorithm.kl_coef:
                 batch = batch._replace(ref_logprobs=ref_logprobs)
         if self.keeps_old or algorithm.advantage.needs & {"old", "entropy"}:
-            old = self._pass_over(batch, self.scorer, state.params)
+            old = self._pass_over(sampled, self.scorer, state.params)
             signals = signals._replace(old_logprobs=old.logprobs, entropy=old.entropy)
             if self.keeps_old:
                 metrics |= sampling_gap(
@@ -88,7 +89,7 @@ class CreditAssignment:
                 )
                 batch = batch._replace(old_logprobs=old.logprobs)
         if self.critic is not None:
-            values, final_values = self._values(state, batch, rollout.completion_lengths)
+            values, final_values = self._values(state, sampled, rollout.completion_lengths)
             signals = signals._replace(values=values, final_values=final_values)
             batch = batch._replace(values=values)
         credit = algorithm.advantage(signals, state.memory)

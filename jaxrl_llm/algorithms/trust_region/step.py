@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.algorithms.batching import MicroBatches, Pieces, cut
+from jaxrl_llm.algorithms.batching import MicroBatches, cut
+from jaxrl_llm.algorithms.gradient import map_scores, pull_scores
 from jaxrl_llm.algorithms.interfaces import Feedback
+from jaxrl_llm.algorithms.pieces import Pieces
 from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
@@ -28,6 +30,7 @@ from jaxrl_llm.algorithms.trust_region.natural_gradient import trpo_step
 from jaxrl_llm.algorithms.trust_region.parameter_subset import ParameterSubset, Part, Trainable
 from jaxrl_llm.algorithms.trust_region.policy_divergence import DivergenceRows, FisherKind, PolicyDivergence
 from jaxrl_llm.checks import at_least, check_fields, not_negative, one_of, positive
+from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer, aggregation_weights
 from jaxrl_llm.masking import safe_divide
 from jaxrl_llm.models.config import Params
@@ -133,14 +136,14 @@ def make_trust_region_step(
         at the old policy; and those of `trpo_step`.
 
     Raises:
-        ValueError: the temperature is 0, or the algorithm has a critic or cannot be cut into micro-batches.
+        ValueError: the temperature is 0, or the algorithm has a critic.
 
     Source: Schulman et al. 2015, "TRPO" (1502.05477).
     """
     region, plan = config or TrustRegionConfig(), plan or MicroBatches()
     scorer = Scorer(policy, temperature)
     assign = CreditAssignment(algorithm, scorer, plan, keeps_old=True, truncated=truncated)
-    _check(algorithm, plan)
+    _check(algorithm)
 
     def problem(
         state: TrainState, subset: ParameterSubset, start: Part, batch: LearnerBatch, normalizer: jax.Array
@@ -160,6 +163,7 @@ def make_trust_region_step(
             start=start,
             old_head=policy.head(params),
             normalizer=normalizer,
+            batch=batch,
             rows=cut(batch, plan, whole_groups=algorithm.needs_whole_groups),
             compared=compared,
             curved=curved,
@@ -206,16 +210,11 @@ def make_trust_region_step(
     return trust_region_step
 
 
-def _check(algorithm: PolicyGradient, plan: MicroBatches) -> None:
+def _check(algorithm: PolicyGradient) -> None:
     """Raises if the algorithm cannot be trained by steps of this kind."""
     if algorithm.needs_critic:
         raise ValueError(
             f"{type(algorithm.advantage).__name__} is made of a critic's values, which are not trained here"
-        )
-    if algorithm.surrogate.whole_batch and (plan.micro_batches > 1 or plan.tokens_per_micro_batch is not None):
-        raise ValueError(
-            f"{type(algorithm.surrogate).__name__} compares all tokens of a batch, so that here it cannot be cut into "
-            "pieces: set update.micro_batches=1, and no update.tokens_per_micro_batch"
         )
 
 
@@ -233,21 +232,45 @@ class _Problem:
     """The head that the old policy's states are read with."""
     normalizer: jax.Array
     """Of the objective, over the whole batch."""
+    batch: LearnerBatch
+    """All of it."""
     rows: Pieces
-    """Of `LearnerBatch`."""
+    """The same in pieces."""
     compared: Pieces
     """Of `DivergenceRows`: what the divergence looks at."""
     curved: Pieces
     """Of `DivergenceRows`: what products with the Fisher matrix look at."""
 
     def objective(self, part: Part) -> jax.Array:
-        """−loss."""
+        """−loss; of one that compares what lies in different pieces, as of the scores of all rows."""
 
-        def of_rows(part: Part, rows: LearnerBatch, texts: Any) -> jax.Array:
-            scores = self.scorer(self.divergence.join(part), texts)
-            return -self.algorithm.loss(scores, rows, self.normalizer)[0]
+        def scores(part: Part, texts: Any) -> TokenScores:
+            return self.scorer(self.divergence.join(part), texts)
 
-        return _sum_over(self.rows, of_rows, part)
+        def of_scores(made: TokenScores, rows: LearnerBatch) -> jax.Array:
+            return -self.algorithm.loss(made, rows, self.normalizer)[0]
+
+        def of_piece(part: Part, rows: LearnerBatch, texts: Any) -> jax.Array:
+            return of_scores(scores(part, texts), rows)
+
+        def value(part: Part) -> jax.Array:
+            if self.divided:
+                return of_scores(map_scores(self.rows, scores, part), self.batch)
+            return self.rows.fold(lambda rows, texts: of_piece(part, rows, texts))
+
+        def with_gradient(part: Part) -> tuple[jax.Array, Part]:
+            if self.divided:
+                made, slopes = jax.value_and_grad(of_scores)(map_scores(self.rows, scores, part), self.batch)
+                return made, pull_scores(self.rows, scores, part, slopes)
+            return self.rows.fold(lambda rows, texts: jax.value_and_grad(of_piece)(part, rows, texts))
+
+        return _with_gradient(value, with_gradient, part)
+
+    @property
+    def divided(self) -> bool:
+        """Whether the loss compares what lies in different pieces."""
+        algorithm = self.algorithm
+        return self.rows.divide(whole_groups=algorithm.needs_whole_groups, whole_batch=algorithm.surrogate.whole_batch)
 
     def kl(self, part: Part) -> jax.Array:
         """The divergence from the old policy."""
@@ -277,20 +300,19 @@ def _compared(
     return of_batch(rows._replace(old_hidden=of_batch(rows).map(hidden)))
 
 
-def _sum_over(pieces: Pieces, function: Callable[[Part, Any, Any], jax.Array], part: Part) -> jax.Array:
-    """Σ function(part, rows, texts) over pieces; its gradient is that of one piece after the other."""
+def _with_gradient(
+    value: Callable[[Part], jax.Array], with_gradient: Callable[[Part], tuple[jax.Array, Part]], part: Part
+) -> jax.Array:
+    """`value(part)`, differentiated by `with_gradient`, which takes one piece after the other."""
 
     @jax.custom_vjp
     def total(part: Part) -> jax.Array:
-        return pieces.fold(lambda rows, texts: function(part, rows, texts))
-
-    def forward(part: Part) -> tuple[jax.Array, Part]:
-        return pieces.fold(lambda rows, texts: jax.value_and_grad(function)(part, rows, texts))
+        return value(part)
 
     def backward(gradient: Part, slope: jax.Array) -> tuple[Part]:
         return (jax.tree.map(lambda x: slope * x, gradient),)
 
-    total.defvjp(forward, backward)
+    total.defvjp(with_gradient, backward)
     return total(part)
 
 

@@ -11,9 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 ATTENTION = "attention"
 """Name of attention's outputs and log-sum-exps for remat policies (`jax.ad_checkpoint.checkpoint_name`)."""
 
-ATTENTION = "attention"
-"""Name of attention's outputs and log-sum-exps for remat policies (`jax.ad_checkpoint.checkpoint_name`)."""
-
 _MASKED = -1e30  # finite, so that a row without any key gives finite weights and gradients
 
 

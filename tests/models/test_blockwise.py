@@ -14,6 +14,8 @@ import pytest
 from jaxrl_llm.models.attention import ATTENTION, Visibility, dense_attention
 from jaxrl_llm.models.kernels.blocks import Blocks
 from jaxrl_llm.models.kernels.blockwise import blockwise_attention
+from jaxrl_llm.models.kernels.sharded import over_mesh
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 from tests.models.trees import Row, lay_out, random_trees, visibility
 
 LENGTH = 27  # of every row here, which a block of 8 does not divide
@@ -303,3 +305,13 @@ def test_split_over_devices():
     output, pull = jax.jit(lambda *x: jax.vjp(lambda q, k, v: split(q, k, v, visible), *x))(*inputs[:3])
     expected = outputs_and_gradients(blockwise_attention, block_size=8)(*inputs, visible)
     chex.assert_trees_all_close((output, jax.jit(pull)(inputs[3])), expected, atol=2e-5)
+
+
+def test_rows_that_devices_do_not_divide():
+    """Some devices have the last row again, of which nothing is read."""
+    inputs, visible = make_inputs(), visibility(*ROWS["right-padded"])
+    assert len(inputs[0]) % 8
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
+        made = outputs_and_gradients(functools.partial(over_mesh, blockwise_attention))(*inputs, visible)
+    expected = outputs_and_gradients(dense_attention)(*inputs, visible)
+    chex.assert_trees_all_close(jax.device_get(made), expected, atol=2e-5)

@@ -9,6 +9,7 @@ mask, and what no query of the device sees costs it nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxrl_llm.models.attention import Visibility
-from jaxrl_llm.sharding import MESH_AXES, context_shards, spec
+from jaxrl_llm.sharding import MESH_AXES, context_shards, row_shards, spec
 
 _HEADS = ("rows", "time", "heads_activation", None)  # [B, T, N or K, H]
 _TIME = "context"
@@ -35,7 +36,8 @@ def over_mesh(
     """`attention(query, key, value, visible, **settings)` on each device's rows, heads and queries.
 
     Those axes of the ambient mesh (`jax.set_mesh`) that a `shard_map` around the caller has taken are left alone;
-    without others, or without a mesh, the function is called as it is.
+    without others, or without a mesh, the function is called as it is. Where devices do not divide the rows,
+    the last one fills up.
 
     Args:
         attention: has the signature of `dense_attention`.
@@ -46,7 +48,7 @@ def over_mesh(
         **settings: handed on.
 
     Raises:
-        ValueError: rows, tokens or heads are not divided by the axes over which they are split.
+        ValueError: tokens or heads are not divided by the axes over which they are split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = set(MESH_AXES).intersection(mesh.auto_axes)
@@ -55,6 +57,8 @@ def over_mesh(
     heads, rows, splits_time = spec(mesh, _HEADS), spec(mesh, ("rows", "time")), context_shards(mesh) > 1
     _check(mesh, heads, query.shape, "query")
     _check(mesh, heads, key.shape, "key and value")
+    count = len(query)
+    query, key, value, visible = jax.tree.map(functools.partial(_filled, mesh), (query, key, value, visible))
 
     def of_device(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visibility) -> jax.Array:
         if splits_time:
@@ -62,13 +66,20 @@ def over_mesh(
             visible = Visibility(*visible[:2], *map(_whole_rows, visible[2:]))
         return attention(query, key, value, visible, **settings)
 
-    return jax.shard_map(
+    mixed = jax.shard_map(
         of_device,
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,
         axis_names=free,
         check_vma=False,  # a Pallas kernel does not tell over which axes its results differ
     )(query, key, value, visible)
+    return mixed if len(mixed) == count else mixed[:count]
+
+
+def _filled(mesh: Any, x: jax.Array) -> jax.Array:
+    """`[B, …]` with the last row again until the devices have as many each."""
+    missing = -len(x) % row_shards(mesh)
+    return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), mode="edge") if missing else x
 
 
 @jax.custom_vjp
@@ -90,7 +101,7 @@ _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 
 def _check(mesh: Any, partition: PartitionSpec, shape: tuple[int, ...], what: str) -> None:
-    for count, axes, name in zip(shape, partition, ("rows", "tokens", "heads", "entries of heads"), strict=True):
+    for count, axes, name in zip(shape[1:], partition[1:], ("tokens", "heads", "entries of heads"), strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
         shards = math.prod(mesh.shape[axis] for axis in names)
         if count % shards:

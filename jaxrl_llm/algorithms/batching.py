@@ -50,6 +50,15 @@ class MicroBatches:
         if self.tokens_per_micro_batch is not None:
             check_room(self.tokens_per_micro_batch, prompt_width, width)
 
+    def check_unpacked(self, rows: Any) -> None:
+        """Raises ValueError if rows that are to be packed hold several sequences each already."""
+        tokens = self.tokens_per_micro_batch
+        if tokens is not None and getattr(rows, "segment_ids", None) is not None:
+            raise ValueError(
+                f"update.tokens_per_micro_batch={tokens}: these rows hold several sequences each already (packed "
+                "data); use one of the two"
+            )
+
     def group_split(self, prompts: int, group: int, row_shards: int, *, whole_groups: bool = False) -> int:
         """Into how many rows a prompt's completions must be dealt to fill micro-batches and devices.
 
@@ -324,11 +333,7 @@ def cut(rows: Any, plan: MicroBatches, *, whole_groups: bool = False) -> Pieces:
     if getattr(rows, "layout", None) is not None:
         number, length = rows.layout.rows.tokens.shape
         return LaidOut(rows, plan.row_pieces(number, length, row_shards()))
-    if plan.tokens_per_micro_batch is not None and getattr(rows, "segment_ids", None) is not None:
-        raise ValueError(
-            f"update.tokens_per_micro_batch={plan.tokens_per_micro_batch}: these rows hold several sequences each "
-            "already (packed data); use one of the two"
-        )
+    plan.check_unpacked(rows)
     completion, split = getattr(rows, "completion", None), 1
     if completion is not None:
         prompts, group = completion.shape[:2]

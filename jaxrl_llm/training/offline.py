@@ -78,7 +78,7 @@ class OfflineEvaluationConfig:
     max_rows: int | None = None
     """Use the first rows only."""
     batch_size: int | None = None
-    """Rows computed at a time; `None`: as many as in a step's micro-batch."""
+    """Rows computed at a time, with their padding; `None`: as many as in a step's micro-batch."""
     best_metric: str = "eval/loss"
     """The metric by which the best checkpoint is kept."""
     best_mode: Literal["min", "max"] = "min"
@@ -137,6 +137,7 @@ class OfflineTrainer:
             self._check(self.eval_dataset, "held-out rows")
         first = dataset.batch([0])
         rows, shape = self.config.rows_per_step, first.mask.shape
+        self.plan.check_unpacked(first)
         self.plan.group_split(rows, shape[1], row_shards(setup.mesh), whole_groups=objective.whole_groups)
         self.loader = RowLoader(dataset, batch_size=rows, seed=setup.seed)
         if self.saved:
@@ -267,7 +268,11 @@ class OfflineTrainer:
     def _batches(self, dataset: RowDataset) -> Iterator[ServedRows]:
         """All rows of a data set in batches that fill the mesh."""
         shards = row_shards(self.setup.mesh)
-        wanted = self.evaluation.batch_size or self.config.rows_per_step // self.plan.micro_batches
+        wanted, tokens = self.config.rows_per_step // self.plan.micro_batches, self.plan.tokens_per_micro_batch
+        if tokens is not None:  # these rows come with their padding
+            first = dataset.batch([0])
+            wanted = min(wanted, shards * (tokens // (first.prompt.shape[1] + first.mask[0].size)))
+        wanted = max(1, self.evaluation.batch_size or wanted)
         size = -(-min(wanted, len(dataset)) // shards) * shards
         return batches_in_order(dataset, batch_size=size)
 

@@ -185,6 +185,22 @@ def test_an_evaluation_is_that_of_one_batch(make, whole) -> None:
     assert trained["num_tokens"] == tokens and trained["epoch"] == 1
 
 
+def test_held_out_rows_are_read_in_what_a_row_of_tokens_would_hold(make) -> None:
+    """Their padding has 5 + 4 tokens; of the training's rows of 20 tokens two devices have one each."""
+    pair = make_mesh(MeshConfig(), jax.devices()[:2])
+    update = {"tokens_per_micro_batch": 20}
+    trainer = make(mesh=pair, update=update, evaluation={"batch_size": None})
+    assert [len(served.rows.mask) for served in trainer._batches(trainer.eval_dataset)] == [4, 4]
+    given = make("given", mesh=pair, update=update)
+    assert len(next(iter(given._batches(given.eval_dataset))).rows.mask) == 4  # 3, and one that fills the mesh
+
+
+def test_packed_data_is_not_packed_again(make) -> None:
+    packed = sums(TRAIN, DemonstrationFormat(packed_length=12))
+    with pytest.raises(ValueError, match="tokens_per_micro_batch=20: these rows hold several sequences"):
+        make(dataset=packed, update={"tokens_per_micro_batch": 20})
+
+
 def test_held_out_loss_falls(make) -> None:
     """Sums of one digit, of which a tenth is held out: far below a uniform guess of one of sixteen tokens."""
     held_out = SUMS[::10]

@@ -83,6 +83,35 @@ def test_metrics_are_those_of_one_process(outcome, tiny: ModuleType, tmp_path: P
         assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
 
 
+SPLIT_TIME = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from jaxrl_llm.training.run import distributed
+
+address, process, here, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+sys.path.insert(0, here)
+import tiny_experiment as tiny
+
+distributed.initialize(address, 2, process)
+packed = "--update.tokens-per-micro-batch=23"
+tiny.main([f"--run-dir={folder}", "--mesh.fsdp=1", "--mesh.context=4", packed, *sys.argv[5:]])
+"""
+
+
+@pytest.mark.slow
+def test_rows_whose_time_two_processes_split(two_processes, tiny: ModuleType, tmp_path: Path) -> None:
+    lean = "--evaluation.every=0"
+    for process in two_processes(SPLIT_TIME, str(Path(__file__).parent), str(tmp_path / "two"), lean, timeout=240):
+        assert process.returncode == 0, process.stderr
+    evaluation = dataclasses.replace(tiny.CONFIG.evaluation, every=0)
+    config = dataclasses.replace(tiny.CONFIG, run_dir=str(tmp_path / "one"), evaluation=evaluation)
+    tiny.make(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1].run()
+    pairs = zip(*(comparable_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True)
+    for line, other in pairs:
+        assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
+
+
 def test_a_reward_that_fails_in_one_ends_both_after_saving(outcome) -> None:
     _, (first, second) = outcome
     assert "error: a reward function failed in another process" in first.stderr

@@ -30,30 +30,42 @@ the residual stream where it enters a block."""
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(sums: DType, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x·Wᵀ in the type of x, whose weight's gradient leaves its product in the type `sums`.
+def _operand(dtype: DType, x: jax.Array) -> jax.Array:
+    """What is multiplied or added in `dtype`; of float32, which is wider, the values that it has there, in float32."""
+    narrow = jnp.finfo(dtype)
+    return x if x.dtype == dtype else jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(dtype: DType, sums: DType, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x·Wᵀ, whose factors are numbers of `dtype` and whose weight's gradient leaves its product in the type `sums`.
 
     It is summed over tokens there, and after it over devices and micro-batches: of bfloat16 numbers that sum is worth
     little. A weight in float32 has it as it is, which is why gradients are taken at float32 copies of parameters.
+
+    The result is of the type of x: `dtype`, or float32 (`Transformer.run_layers` says where).
 
     The backward pass transposes the narrower operand of the weight's gradient.
     XLA's CPU products want their left operand transposed for it, and fuse that with the pointwise arithmetic that
     makes the operand: on the wide side of an MLP this is the activation's derivative, element by element in the
     wrong order, a fifth of an update's time.
     """
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    return _product_forward(dtype, sums, x, weight)[0]
 
 
-def _product_forward(sums: DType, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(sums, x, weight), (x, weight)
+def _product_forward(
+    dtype: DType, sums: DType, x: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x = _operand(dtype, x)
+    return jnp.einsum("...i,oi->...o", x, _operand(dtype, weight.astype(x.dtype))), (x, weight)
 
 
 def _product_backward(
-    sums: DType, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    dtype: DType, sums: DType, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    to_x = jnp.einsum("...o,oi->...i", gradient, weight.astype(x.dtype))
+    gradient = _operand(dtype, gradient)
+    to_x = jnp.einsum("...o,oi->...i", gradient, _operand(dtype, weight.astype(x.dtype)))
     narrow = weight.shape[0] < weight.shape[1]
     to_weight = outer_product(gradient, x, dtype=sums) if narrow else outer_product(x, gradient, dtype=sums).T
     return to_x, to_weight.astype(weight.dtype)
@@ -62,17 +74,17 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward)
 
 
-@jax.custom_vjp
-def _shift(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """Y + b in the type of y; the gradient of b is summed in float32."""
-    return y + bias.astype(y.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shift(dtype: DType, y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Y + b in the type of y, b a number of `dtype`; its gradient is summed in float32."""
+    return y + _operand(dtype, bias.astype(y.dtype))
 
 
-def _shift_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _shift(y, bias), bias
+def _shift_forward(dtype: DType, y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _shift(dtype, y, bias), bias
 
 
-def _shift_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _shift_backward(dtype: DType, bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = jnp.sum(gradient.astype(jnp.float32), axis=range(gradient.ndim - 1))
     return gradient, total.astype(bias.dtype)
 
@@ -81,7 +93,7 @@ _shift.defvjp(_shift_forward, _shift_backward)
 
 
 class Linear(nnx.Module):
-    """y = x·Wᵀ + b, and (alpha / rank)·(x·Aᵀ)·Bᵀ where it has an adapter, computed in the type of x."""
+    """y = x·Wᵀ + b, and (alpha / rank)·(x·Aᵀ)·Bᵀ where it has an adapter."""
 
     def __init__(
         self,
@@ -103,7 +115,8 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
         lora = config.lora if config.lora is not None and name in config.lora.targets else None
-        self.scale, self.gradient_sums = 0.0 if lora is None else lora.scale, config.gradient_sums
+        self.scale = 0.0 if lora is None else lora.scale
+        self.dtype, self.gradient_sums = config.dtype, config.gradient_sums
         if lora is None:
             self.lora_a = self.lora_b = None
         else:
@@ -114,11 +127,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inner]` to `[..., out]`."""
-        product = functools.partial(_product, self.gradient_sums)
+        product = functools.partial(_product, self.dtype, self.gradient_sums)
         y = product(x, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
             y = y + self.scale * product(product(x, self.lora_a[...]), self.lora_b[...])
-        return checkpoint_name(y if self.bias is None else _shift(y, self.bias[...]), LINEAR)
+        return checkpoint_name(y if self.bias is None else _shift(self.dtype, y, self.bias[...]), LINEAR)
 
 
 class RMSNorm(nnx.Module):

@@ -29,7 +29,7 @@ from jaxrl_llm.models.rows import TokenRows, layout_of
 from jaxrl_llm.models.stack import Stack, flat
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.time_shards import dealt_order
-from jaxrl_llm.sharding import constrain, context_shards, parameter_shardings
+from jaxrl_llm.sharding import constrain, context_shards, on_cpu, parameter_shardings
 
 
 @functools.lru_cache(maxsize=1024)
@@ -169,6 +169,10 @@ class Transformer:
     ) -> tuple[jax.Array, KeyValue | None]:
         """Scans the blocks over the residual stream.
 
+        On CPUs that is float32 between products in bfloat16: XLA has no arithmetic of bfloat16 there. It converts back
+        and forth around each operation, and of a stack, which a loop fills with what the backward pass needs, the whole
+        stack at each layer.
+
         Args:
             params: all parameters.
             x: `[B, T, D]`.
@@ -186,8 +190,10 @@ class Transformer:
             x = constrain(x, "rows", "time", None)
             return x, KeyValue.of(*projected) if collect else None
 
-        wrap = functools.partial(rematerialised, self.config.remat)
-        return self.stack.scan(step, x, params["layers"], wrap, in_loops=self.config.scan_layers)
+        wrap, given = functools.partial(rematerialised, self.config.remat), x.dtype
+        x = x.astype(jnp.float32) if on_cpu() else x
+        made = self.stack.scan(step, x, params["layers"], wrap, in_loops=self.config.scan_layers)
+        return jax.tree.map(lambda x: x.astype(given), made)
 
     # ---------------------------------------------------------------- forward passes
 

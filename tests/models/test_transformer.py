@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxrl_llm.models.blocks import Linear
 from jaxrl_llm.models.config import LayerKind, Params, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 
@@ -285,6 +287,44 @@ def test_bfloat16_computes_near_float32(tiny_config, lively_params):
     real = rows.mask
     gap = np.abs(np.asarray(hidden, np.float32)[real] - expected[real])
     assert 1e-4 < gap.mean() < 0.1, gap.mean()
+
+
+def test_products_in_bfloat16_have_the_same_factors_in_wider_arrays(tiny_config):
+    """On CPUs arrays between products are float32; products, and their gradients, are those of bfloat16 numbers."""
+    config = tiny_config(dtype="bfloat16")
+    draw = functools.partial(np.random.default_rng(0).normal, size=(4, 6))
+    linear = Linear(6, 6, ("mlp", "embed"), False, config, nnx.Rngs(0))
+    x, gradient = (jnp.asarray(draw(), jnp.float32) for _ in range(2))
+    definition, weight = nnx.split(linear)[0], linear.weight[...]
+
+    def rounded(x: jax.Array) -> np.ndarray:
+        return np.asarray(x.astype(jnp.bfloat16), np.float64)
+
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return nnx.merge(definition, {"weight": weight})(x)
+
+    y, pull = jax.vjp(product, x, weight)
+    to_x, to_weight = pull(gradient)
+    assert {array.dtype for array in (y, to_x, to_weight)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(y, rounded(x) @ rounded(weight).T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_x, rounded(gradient) @ rounded(weight), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_weight, rounded(gradient).T @ rounded(x), rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(y) - np.asarray(x @ weight.T)).max() > 1e-4  # which float32 alone would give
+    narrow = linear(x.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(narrow, np.float32), y, rtol=2**-8)
+
+
+def test_no_stack_of_a_loop_is_bfloat16_on_a_cpu(tiny_config):
+    """XLA's CPU would convert the whole of it, to float32 and back, at each layer."""
+    model = Transformer(tiny_config(dtype="bfloat16", num_layers=7))
+
+    def loss(params: Params) -> jax.Array:
+        return jnp.sum(model.hidden(params, make_rows()).astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss)).lower(model.abstract_params()).compile().as_text()
+    assert "f32[7," in text
+    assert "bf16[7," not in text
 
 
 # ---------------------------------------------------------------- the plain causal pass

@@ -7,6 +7,7 @@ import json
 from itertools import islice
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 
@@ -324,7 +325,7 @@ def test_every_row_once_an_epoch_and_an_exact_continuation() -> None:
     going_on.set_state(json.loads(json.dumps(begun.get_state())))
     for served, other in zip(islice(going_on, 4), whole[2:], strict=True):
         assert served.items.tolist() == other.items.tolist()
-        assert all((a == b).all() for a, b in zip(served.rows, other.rows, strict=True))
+        chex.assert_trees_all_equal(served.rows, other.rows)
         assert served.valid.all()
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
@@ -62,7 +63,7 @@ def test_reward_model_in_both_directions(changes, tiny_config, lively_params, ro
     params = lively_params(model)
     folder = save_score_model(tmp_path / "ours", model, params, tokenizer=Padding())
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = np.asarray(jax.jit(model.scores)(params, *rows))
+    ours = np.asarray(jax.jit(model.scores)(params, PaddedLayout.of(*rows[:3]), rows[3]))
     np.testing.assert_allclose(ours.reshape(-1), of_torch(theirs, sequences(rows))[:, 0], atol=TOLERANCE, rtol=1e-4)
 
     theirs.save_pretrained(tmp_path / "theirs")
@@ -78,7 +79,7 @@ def test_process_reward_model_in_both_directions(tiny_config, lively_params, row
     params = lively_params(model)
     folder = save_score_model(tmp_path / "ours", model, params, tokenizer=Padding())
     theirs = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = np.asarray(jax.jit(model.token_scores)(params, *rows[:3]))
+    ours = np.asarray(jax.jit(model.token_scores)(params, PaddedLayout.of(*rows[:3])))
     expected = of_torch(theirs, sequences(rows)).reshape(3, 2, -1, 2)
     for p, g in np.ndindex(3, 2):
         length = rows[3][p, g].sum()

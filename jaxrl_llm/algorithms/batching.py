@@ -227,7 +227,7 @@ class Packed(Pieces):
 
     def __init__(self, rows: Any, tokens: int, split: int, *, whole_groups: bool):
         """Cuts each group to `split` rows, and packs what is read of its completions."""
-        self._given, self.split, self.rows = rows, split, spread(split_groups(rows, split))
+        self.split, self.rows = split, spread(split_groups(rows, split))
         _, group, width = self.rows.completion.shape
         self.whole_groups = whole_groups and self.rows.prompt.shape[1] + group * width <= tokens
         self.packing = pack(
@@ -244,8 +244,7 @@ class Packed(Pieces):
         """As `Pieces.useful`."""
         shards = self.packing.lengths.shape[0]
         computed = self.packing.count * (self.packing.tokens * shards)
-        needed = _needed_tokens(self._given, jnp.min(self.packing.common))
-        return Mean(needed, computed.astype(jnp.float32))
+        return Mean(self.packing.needed.astype(jnp.float32), computed.astype(jnp.float32))
 
     def _piece(self, index: jax.Array) -> tuple[Any, PackedLayout]:
         held = self.packing.holds(index)[..., None]
@@ -290,12 +289,11 @@ def _read_lengths(rows: Any) -> jax.Array:
     return jnp.max(jnp.where(read, jnp.arange(1, read.shape[-1] + 1), 0), axis=-1)
 
 
-def _needed_tokens(rows: Any, common: jax.Array | int = 0) -> jax.Array:
-    """Each prompt once, with the tokens that all begin with once for all, and what is read of completions."""
+def _needed_tokens(rows: Any) -> jax.Array:
+    """Each prompt once, and what is read of completions."""
     lengths = _read_lengths(rows)
-    is_read = jnp.any(lengths > 0, axis=1)
-    prompts = jnp.sum(jnp.where(is_read, rows.prompt_lengths - common, 0)) + jnp.where(jnp.any(is_read), common, 0)
-    return (jnp.sum(lengths) + prompts).astype(jnp.float32)
+    prompts = jnp.where(jnp.any(lengths > 0, axis=1), rows.prompt_lengths, 0)
+    return (jnp.sum(lengths) + jnp.sum(prompts)).astype(jnp.float32)
 
 
 def spread(rows: Any) -> Any:

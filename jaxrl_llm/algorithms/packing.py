@@ -56,6 +56,14 @@ class Packing(struct.PyTreeNode):
         """Rows that the fullest shard has; all shards compute as many."""
         return jnp.max(jnp.where(self.lengths > 0, self.row + 1, 0))
 
+    @property
+    def needed(self) -> jax.Array:
+        """Tokens that shards cannot do without: what is read of completions, prompts once, what all share once."""
+        lengths = self.lengths.reshape(*self.prompt_lengths.shape, -1)
+        is_read = jnp.any(lengths > 0, axis=-1)
+        prompts = jnp.where(is_read, self.prompt_lengths - self.common[:, None], 0)
+        return jnp.sum(lengths) + jnp.sum(prompts) + jnp.sum(jnp.where(jnp.any(is_read, axis=1), self.common, 0))
+
     def holds(self, row: jax.Array) -> jax.Array:
         """`[P, G]` bool: which completions lie in row `row` of their shard."""
         return ((self.row == row) & (self.lengths > 0)).reshape(-1, self.completion.shape[2])

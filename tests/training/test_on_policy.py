@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +141,17 @@ def assert_close(actual: list[dict[str, float]], expected: list[dict[str, float]
         assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
 
 
+@pytest.fixture
+def never_cached() -> Iterator[None]:
+    """Programs that are compiled, not loaded: XLA's CPU runs independent collectives of a loaded program in an order
+    that differs between devices, which then wait for each other for good (jaxlib 0.10)."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.mark.usefixtures("never_cached")
 @pytest.mark.parametrize(
     "layout", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=2, context=2)], ids=repr
 )
@@ -149,6 +162,7 @@ def test_eight_devices_give_the_metrics_of_one(make, whole: Trainer, layout: Mes
     assert eight.compilations.counts | CHECKSUMS == {"sample": 3, "update_step": 1} | CHECKSUMS
 
 
+@pytest.mark.usefixtures("never_cached")
 def test_another_mesh_may_resume(make, lean_whole: Trainer) -> None:
     make(training={"steps": 2}).run()
     resumed = make(mesh=make_mesh(MeshConfig(fsdp=2, tensor=4)), training={"steps": 4}, resume=True)

@@ -59,16 +59,10 @@ class TokenRows(struct.PyTreeNode):
         return cls(tokens, place - first, end)
 
     @classmethod
-    def of_groups(
-        cls,
-        prompt: jax.Array,
-        prompt_lengths: jax.Array,
-        completion: jax.Array,
-        completion_lengths: jax.Array | None = None,
-    ) -> TokenRows:
+    def of_groups(cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> TokenRows:
         """Each prompt `[P, Tp]` and, after it, its completions `[P, G, Tc]`, padding included.
 
-        Without lengths `[P, G]` of completions all of their Tc tokens are real: causality alone hides what is not.
+        Causality alone hides the padding of completions.
         """
         prompts, prompt_width = prompt.shape
         _, group, width = completion.shape
@@ -77,12 +71,7 @@ class TokenRows(struct.PyTreeNode):
         times = jnp.arange(width, dtype=jnp.int32)
         own_depth = jnp.broadcast_to(prompt_lengths[:, None, None] + times, completion.shape)
         own_end = prompt_width + width * (1 + jnp.arange(group, dtype=jnp.int32))[:, None]
-        own_place = place[prompt_width:].reshape(group, width)
-        is_real = jnp.ones(completion.shape, bool)
-        if completion_lengths is not None:
-            is_real = length_mask(completion_lengths, width)
-            own_end = own_place[:, :1] + completion_lengths[..., None]
-        own_end = jnp.where(is_real, own_end, own_place + 1)
+        own_end = jnp.broadcast_to(own_end, completion.shape)
         prompt_end = jnp.where(length_mask(prompt_lengths, prompt_width), total, place[:prompt_width] + 1)
 
         def join(of_prompt: jax.Array, own: jax.Array) -> jax.Array:

@@ -143,31 +143,8 @@ def make_trust_region_step(
     region, plan = config or TrustRegionConfig(), plan or MicroBatches()
     scorer = Scorer(policy, temperature)
     assign = CreditAssignment(algorithm, scorer, plan, keeps_old=True, truncated=truncated)
+    pose = _Posing(algorithm, scorer, region, plan, chunk_size)
     _check(algorithm)
-
-    def problem(
-        state: TrainState, subset: ParameterSubset, start: Part, batch: LearnerBatch, normalizer: jax.Array
-    ) -> _Problem:
-        params = state.params
-        compare = functools.partial(_compared, policy, algorithm, plan, params)
-        compared = curved = compare(batch)
-        if region.fisher_fraction < 1:
-            curved = compare(_draw(batch, region.fisher_fraction, step_key(state, 3)))
-        return _Problem(
-            algorithm=algorithm,
-            scorer=scorer,
-            divergence=PolicyDivergence(
-                policy, functools.partial(subset.put_stored, params), temperature=temperature, chunk_size=chunk_size
-            ),
-            fisher=region.fisher,
-            start=start,
-            old_head=policy.head(params),
-            normalizer=normalizer,
-            batch=batch,
-            rows=cut(batch, plan, whole_groups=algorithm.needs_whole_groups),
-            compared=compared,
-            curved=curved,
-        )
 
     def trust_region_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
@@ -185,7 +162,7 @@ def make_trust_region_step(
         )
         trained, frozen = split_trainable(state.params)
         exact, rule = unrounded(trained, state.opt_state)
-        posed = problem(state, subset, subset.take(join(exact, frozen)), batch, normalizer)
+        posed = pose(state, subset, subset.take(join(exact, frozen)), batch, normalizer)
         part, of_step = trpo_step(
             posed.objective,
             posed.kl,
@@ -280,6 +257,45 @@ class _Problem:
         """F v at the old policy."""
         return self.curved.fold(
             lambda rows, texts: self.divergence.product(self.fisher, self.start, vector, self.old_head, rows, texts)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Posing:
+    """The function from a state and a batch with its advantages to what they ask; settings as of the step."""
+
+    algorithm: PolicyGradient
+    scorer: Scorer
+    region: TrustRegionConfig
+    plan: MicroBatches
+    chunk_size: int | None
+
+    def __call__(
+        self, state: TrainState, subset: ParameterSubset, start: Part, batch: LearnerBatch, normalizer: jax.Array
+    ) -> _Problem:
+        """The problem at the parameters `start`, those of `subset`."""
+        algorithm, policy, params = self.algorithm, self.scorer.policy, state.params
+        compare = functools.partial(_compared, policy, algorithm, self.plan, params)
+        compared = curved = compare(batch)
+        if self.region.fisher_fraction < 1:
+            curved = compare(_draw(batch, self.region.fisher_fraction, step_key(state, 3)))
+        return _Problem(
+            algorithm=algorithm,
+            scorer=self.scorer,
+            divergence=PolicyDivergence(
+                policy,
+                functools.partial(subset.put_stored, params),
+                temperature=self.scorer.temperature,
+                chunk_size=self.chunk_size,
+            ),
+            fisher=self.region.fisher,
+            start=start,
+            old_head=policy.head(params),
+            normalizer=normalizer,
+            batch=batch,
+            rows=cut(batch, self.plan, whole_groups=algorithm.needs_whole_groups),
+            compared=compared,
+            curved=curved,
         )
 
 

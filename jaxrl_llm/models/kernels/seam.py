@@ -46,17 +46,17 @@ def attention(
     """softmax(q·k/√H)·v over the keys that each query sees.
 
     Args:
-        query: `[B, T, N, H]`, rotated.
-        key: `[B, T, K, H]`, rotated; query head n reads key head n // (N/K).
-        value: `[B, T, K, H]`.
-        visible: which keys each query sees.
-        window: how many levels of the tree a query sees, its own included; `None`: all.
-        softcap: c in c·tanh(·/c) on the scores, or `None`.
+        query: As `dense_attention`; `[B, T, N, H]`.
+        key: As `dense_attention`; of the same tokens, `[B, T, K, H]`.
+        value: As `dense_attention`.
+        visible: As `dense_attention`.
+        window: As `dense_attention`.
+        softcap: As `dense_attention`.
         implementation: which kernel.
         shared: the shape of the rows, where it is known when the program is compiled.
 
     Returns:
-        `[B, T, N, H]`.
+        As `dense_attention`.
     """
     longest = query.shape[1] if shared is None else shared.prompt_width + shared.width
     chosen = choose(implementation, longest)

@@ -131,10 +131,7 @@ class PolicyDivergence:
 
     def _logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
         """Logits `[..., V]` at the temperature."""
-        weight = head.astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-        cap = self.policy.config.logit_softcap
-        return (logits if cap is None else cap * jnp.tanh(logits / cap)) / self.temperature
+        return self.policy.project(head, hidden) / self.temperature
 
     def _over_time(
         self, function: Callable[[tuple[jax.Array, ...]], tuple[jax.Array, Any]], arrays: tuple[jax.Array, ...]

@@ -50,9 +50,9 @@ class TokenRows(struct.PyTreeNode):
 
     @classmethod
     def of_segments(cls, tokens: jax.Array, segment_ids: jax.Array) -> TokenRows:
-        """Several packed sequences a row, each a run of equal ids `[B, T]`."""
+        """Several packed sequences a row, each a run of equal ids `[B, T]`; negative ids are padding."""
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        begins = (segment_ids != jnp.roll(segment_ids, 1, axis=1)).at[:, 0].set(True)
+        begins = (segment_ids < 0) | (segment_ids != jnp.roll(segment_ids, 1, axis=1)).at[:, 0].set(True)
         first = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
         ends = jnp.roll(begins, -1, axis=1)  # the last place of a row is one, too
         end = jax.lax.cummin(jnp.where(ends, place + 1, tokens.shape[1]), axis=1, reverse=True)
@@ -204,6 +204,16 @@ class PackedLayout(struct.PyTreeNode):
     """`[S, T]` int32: which of the P/S·G·Tc tokens each is, ≥ P/S·G·Tc: none of them. `None`: some are several, and
     then gradients of what is unpacked are sums over the completions that share a token."""
 
+    @classmethod
+    def of_segments(cls, tokens: jax.Array, segment_ids: jax.Array) -> PackedLayout:
+        """Rows of several sequences, prompts included, as if each row were one completion: `[P, 1, T]`, P = S.
+
+        What is made of the first token of a sequence, and of padding, means nothing.
+        """
+        rows = TokenRows.of_segments(tokens, segment_ids)
+        place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return cls(rows, parent=jnp.maximum(place - 1, 0), place=place[:, None, None], source=place)
+
     @property
     def targets(self) -> jax.Array:
         """`[S, T]`."""
@@ -295,42 +305,6 @@ def _exchange_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Arr
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-class SegmentLayout(struct.PyTreeNode):
-    """Rows of packed sequences, prompts included; a row is one completion of a prompt that is not read, `[P, 1, T]`.
-
-    What is made of the first token of a sequence means nothing.
-    """
-
-    rows: TokenRows
-
-    @property
-    def targets(self) -> jax.Array:
-        """`[P, 1, T]`."""
-        return self.rows.tokens[:, None]
-
-    def before(self, states: jax.Array) -> jax.Array:
-        """`[P, 1, T, D]`."""
-        return jnp.roll(states, 1, axis=1)[:, None]
-
-    def at(self, states: jax.Array) -> jax.Array:
-        """`[P, 1, T, D]`."""
-        return states[:, None]
-
-    def unpack(self, values: Any) -> Any:
-        """The same."""
-        return values
-
-    def pack(self, values: Any) -> Any:
-        """The same."""
-        return values
-
-    def dealt(self, order: np.ndarray) -> PackedLayout:
-        """As rows of one completion each."""
-        shape = self.rows.tokens.shape
-        place = jnp.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        return PackedLayout(self.rows, jnp.maximum(place - 1, 0), place[:, None, None], place).dealt(order)
-
-
 def layout_of(texts: Any) -> Layout:
     """The layout of texts: itself, or that of any record with `prompt`, `prompt_lengths` and `completion`.
 
@@ -351,5 +325,5 @@ def _plain_layout_of(texts: Any) -> Layout:
         return layout
     segment_ids = getattr(texts, "segment_ids", None)
     if segment_ids is not None:
-        return SegmentLayout(TokenRows.of_segments(texts.completion[:, 0], segment_ids[:, 0]))
+        return PackedLayout.of_segments(texts.completion[:, 0], segment_ids[:, 0])
     return PaddedLayout.of(texts.prompt, texts.prompt_lengths, texts.completion)

@@ -14,7 +14,7 @@ from jaxrl_llm.algorithms.packing import pack
 from jaxrl_llm.models.attention import Visibility, dense_attention
 from jaxrl_llm.models.kernels.live_blocks import live_blocks
 from jaxrl_llm.models.kernels.seam import attention
-from jaxrl_llm.models.rows import Layout, PaddedLayout, SegmentLayout, TokenRows
+from jaxrl_llm.models.rows import Layout, PackedLayout, PaddedLayout
 from jaxrl_llm.models.time_shards import dealt_order
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -81,7 +81,7 @@ def layouts() -> dict[str, Layout]:
     return {
         "padded": PaddedLayout.of(*arrays[:3]),
         "packed": pack(*arrays, tokens=23).layout(jnp.int32(1)),
-        "segments": SegmentLayout(TokenRows.of_segments(jnp.asarray(rng.integers(1, 64, (2, 23))), segments)),
+        "segments": PackedLayout.of_segments(jnp.asarray(rng.integers(1, 64, (2, 23))), segments),
     }
 
 

@@ -105,6 +105,12 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     return _pieces("rows", mesh)
 
 
+def row_axes() -> tuple[str, ...]:
+    """The axes of the ambient mesh over which rows are cut; not those of size 1, nor those that a caller has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in _mesh_axes(mesh, "rows") if mesh.shape[axis] > 1)
+
+
 def context_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of pieces into which the time of rows of tokens is cut; `mesh` as for `row_shards`."""
     return _pieces("time", mesh)

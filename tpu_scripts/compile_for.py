@@ -91,7 +91,7 @@ class Plan:
     completion_tokens: int = 1024
     """Tc, tokens of the longest completion."""
     slots: int | None = None
-    """Completions of one prompt that are decoded at a time; `None`: all."""
+    """Completions that are decoded at a time on a device; `None`: all."""
     sampling_tensor: int | None = None
     """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
     update: UpdateConfig = UpdateConfig(micro_batches=8)

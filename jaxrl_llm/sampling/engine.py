@@ -154,7 +154,15 @@ class Sampler:
             is_last = jnp.broadcast_to(jnp.arange(group) == group - 1, (prompts, group))
             greedy = is_last.reshape(keys.shape)
         rollout = sample(
-            self.model, params, rows, lengths, keys, config=self.config, stop_tokens=self.stop_tokens, greedy=greedy
+            self.model,
+            params,
+            rows,
+            lengths,
+            keys,
+            mesh=self._own_mesh,
+            config=self.config,
+            stop_tokens=self.stop_tokens,
+            greedy=greedy,
         )
         whole = {
             name: getattr(rollout, name).reshape(prompts, group, *getattr(rollout, name).shape[2:])

@@ -29,8 +29,8 @@ class SamplingConfig:
     min_p: float = 0.0
     """Keep tokens at least this times as likely as the most likely one (Nguyen et al. 2024)."""
     slots: int | None = None
-    """Completions of one prompt that are decoded at a time; a finished one makes room for the next
-    (`None`: all of them)."""
+    """Completions that are decoded at a time on a device, of whichever prompts; memory is theirs alone, and each that
+    ends makes room for the next (`None`: all of the batch). Devices that share the weights count as one."""
     tensor: int | None = None
     """Devices that share one copy of the weights while sampling: a multiple of mesh.tensor that divides the devices,
     the others split rows (`None`: mesh.tensor, so that each device holds its part of that whole)."""

@@ -186,7 +186,7 @@ class Trainer:
             self.what_a_step_is += f" No token ends a completion: each has sampling.max_tokens={sampling.max_tokens}."
         self.abstract_state = learner.abstract_state(mesh)
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)} | rollout_bytes(
-            model.config, sampling, prompts=prompts, group=group, max_prompt_length=dataset.max_prompt_length
+            model.config, sampling, mesh, prompts=prompts, group=group, max_prompt_length=dataset.max_prompt_length
         )
         check_memory(mesh, needs, f"{ROWS}; more devices along mesh.fsdp share them")
         self._start(learner, params, critic_params)

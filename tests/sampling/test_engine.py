@@ -69,8 +69,11 @@ def test_devices_decode_without_a_word_but_that_they_have_ended(slots, tiny_conf
     with jax.set_mesh(sampler.mesh):
         program = jax.jit(sampler.sample, out_shardings=replicated(sampler.mesh))
         text = program.lower(lively_params(model), tokens, lengths, key, np.int32(0)).compile().as_text()
+    pmax = ("s32[]", "all-reduce", "while/cond/pmax")
     messages = re.findall(r" = (\S+) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(.*(while/\w+/\w+)", text)
-    assert messages == [("pred[]", "all-reduce", "while/cond/reduce_or")]  # of the outer loop, every few steps
+    # Every few steps: of the outer loop whether all have ended, and of slots whether any waits for prompts.
+    expected = [("pred[]", "all-reduce", "while/cond/reduce_or")] if slots is None else 2 * [pmax]
+    assert messages == expected
 
 
 def test_noise_differs_between_steps_keys_prompts_and_samples(tiny_config, lively_params, make_sampler, key):

@@ -40,8 +40,8 @@ class GivenAdvantages:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether the surrogate compares the tokens of a batch."""
-        return self.algorithm.surrogate.whole_batch
+        """No."""
+        return False
 
     def normalizer(self, rows: LearnerBatch) -> jax.Array:
         """The denominator of the aggregation."""

@@ -16,21 +16,20 @@ import jax.numpy as jnp
 
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import HOST
+from jaxrl_llm.sharding import HOST, row_shards, sampling_mesh
 from jaxrl_llm.training.run.errors import RunError
 
 ROWS = "training.prompts_per_step, training.samples_per_prompt, sampling.max_tokens or data.max_prompt_length"
-_PIECES = "raise update.micro_batches, or lower update.tokens_per_micro_batch where it is set"
 _LOWERS = {
     "sample": f"lower {ROWS}, or set sampling.slots",
-    "update": f"{_PIECES}; raise mesh.fsdp or mesh.context, set model.remat=full or offload, set optimizer.offload, "
-    f"or lower {ROWS}",
-    "iteration": f"{_PIECES}; set sampling.slots, or lower {ROWS}",
+    "update": "raise update.micro_batches or mesh.fsdp, set model.remat=full or offload, set optimizer.offload, or "
+    f"lower {ROWS}",
+    "iteration": f"raise update.micro_batches, set sampling.slots, or lower {ROWS}",
     "evaluate": "lower evaluation.batch_size or evaluation.samples",
-    "reference": f"lower evaluation.batch_size; {_PIECES}",
+    "reference": "lower evaluation.batch_size, or raise update.micro_batches",
     "generate": "lower star.problems_per_batch or star.samples",
     "rationalize": "lower star.problems_per_batch or star.samples",
-    "train": f"{_PIECES}; or lower star.rows_per_step",
+    "train": "raise update.micro_batches, or lower star.rows_per_step",
 }
 _LEAST = "raise mesh.fsdp, take a smaller model, or lower training.*_per_step and the lengths in data and sampling"
 
@@ -89,21 +88,31 @@ def check_memory(mesh: jax.sharding.Mesh, needs: Mapping[str, int], settings: st
 
 
 def rollout_bytes(
-    config: ModelConfig, sampling: SamplingConfig, *, prompts: int, group: int, max_prompt_length: int
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    prompts: int,
+    group: int,
+    max_prompt_length: int,
 ) -> dict[str, int]:
     """What sampling surely needs: keys and values of all tokens in flight, and the rollout itself.
 
     Args:
         config: of the model.
         sampling: longest completion, and slots.
+        mesh: the learner's devices.
         prompts: P.
         group: G.
         max_prompt_length: Tp.
     """
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    in_flight = min(group, sampling.slots or group) * sampling.max_tokens
+    in_flight = prompts * group
+    if sampling.slots is not None:
+        in_flight = min(in_flight, sampling.slots * row_shards(sampling_mesh(mesh, sampling.tensor)))
+    kept = min(prompts, in_flight) * max_prompt_length + in_flight * sampling.max_tokens
     return {
-        "keys and values of sampling": prompts * (max_prompt_length + in_flight) * token,
+        "keys and values of sampling": kept * token,
         "a step's tokens and log-probs": 4 * prompts * (max_prompt_length + 3 * group * sampling.max_tokens),
     }
 

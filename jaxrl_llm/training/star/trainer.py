@@ -160,6 +160,7 @@ class StarTrainer:
         needs = rollout_bytes(
             model.config,
             self.sampling,
+            mesh,
             prompts=self._batch_size,
             group=self.star.samples,
             max_prompt_length=problems.max_prompt_length,

@@ -1,0 +1,310 @@
+"""Keys and values of completions in flight, in pages that only attention to what is there reads.
+
+All slots write at one clock: the token that any of them decodes at clock c has its keys and values at place c of the
+clock, whatever its place in its text. So a token is written to the same place of every slot, and what a completion has
+written is a stretch of the clock's time, of which old pages are overwritten. A prompt lies apart, once for all slots
+that decode its completions.
+
+Slots are read a block of neighbours at a time, and of a block only pages in which one of its slots sees something: the
+list of them (`Walk`) is made every few tokens, for all layers with the same window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.sharding import on_cpu
+
+_MASKED = -1e30  # finite, so that a slot that sees nothing gives no NaN
+_BLOCK_BYTES = 2**18
+"""What the keys of a block's pages take, about: more are read at a time than a core's cache holds, less cost more in
+turns of the loop than in reading."""
+_FAR = 2**30  # a place that the clock never gets to
+
+
+def page_tokens() -> int:
+    """B of long texts: a row of a TPU's registers; less on a CPU, whose caches are smaller."""
+    return 64 if on_cpu() else 128
+
+
+class Sizes(NamedTuple):
+    """Of the caches on one device; all static."""
+
+    page: int
+    """B, tokens of a page."""
+    block: int
+    """C, slots that are read at a time."""
+    alike: int
+    """Neighbours in a block, a divisor of C, that had better decode completions of the same prompt."""
+    slots: int
+    """S, a multiple of C; those beyond what was asked for stay idle."""
+    places: int
+    """R, prompts in flight."""
+    prompt_pages: int
+    """Of each place."""
+    tokens: int
+    """Tc, of the longest completion."""
+
+    @classmethod
+    def of(
+        cls, *, slots: int, prompts: int, group: int, prompt_width: int, tokens: int, page: int, token_bytes: int
+    ) -> Sizes:
+        """Sizes for so many slots.
+
+        Args:
+            slots: completions in flight.
+            prompts: of the batch.
+            group: completions of each.
+            prompt_width: Tp.
+            tokens: Tc.
+            page: B, of long texts.
+            token_bytes: of the keys of one token in one layer.
+        """
+        page = min(page, -(-max(prompt_width, tokens) // 8) * 8)
+        block = max(1, min(slots, _BLOCK_BYTES // (page * token_bytes)))
+        alike = min(group, block)
+        block -= block % alike
+        prompt_pages = -(-prompt_width // page)
+        return cls(page, block, alike, -(-slots // block) * block, min(prompts, slots), prompt_pages, tokens)
+
+    def ring(self, window: int | None) -> int:
+        """Pages that a slot has for its own tokens in a layer: for the longest completion, or for a window."""
+        seen = self.tokens if window is None else min(self.tokens, window)
+        return -(-seen // self.page) + 1
+
+
+class Memory(NamedTuple):
+    """What one layer remembers."""
+
+    prompts: KeyValue
+    """`[R, prompt pages]` before the axes of `KeyValue`, over B tokens each."""
+    own: KeyValue
+    """`[ring, S]` before them: page e of the clock lies at e mod ring."""
+
+    @classmethod
+    def empty(cls, sizes: Sizes, window: int | None, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Memory:
+        """That of a layer before anything was read."""
+
+        def pages(*lead: int) -> KeyValue:
+            return KeyValue(
+                jnp.zeros((*lead, kv_heads, head_dim, sizes.page), dtype),
+                jnp.zeros((*lead, kv_heads, sizes.page, head_dim), dtype),
+            )
+
+        return cls(pages(sizes.places, sizes.prompt_pages), pages(sizes.ring(window), sizes.slots))
+
+    def with_prompt(self, read: KeyValue, place: jax.Array) -> Memory:
+        """With a prompt's keys and values, `[pages]` before the axes of `KeyValue`, at a place."""
+        return self._replace(
+            prompts=KeyValue(*(x.at[place].set(new) for x, new in zip(self.prompts, read, strict=True)))
+        )
+
+    def with_tokens(self, key: jax.Array, value: jax.Array, clock: jax.Array) -> Memory:
+        """With the keys and values `[S, K, H]` of what all slots decode at `clock`."""
+        ring, *_, page = self.own.key.shape
+        row, offset, zero = clock // page % ring, clock % page, jnp.int32(0)
+        return self._replace(
+            own=KeyValue(
+                jax.lax.dynamic_update_slice(self.own.key, key[None, ..., None], (row, zero, zero, zero, offset)),
+                jax.lax.dynamic_update_slice(self.own.value, value[None, :, :, None], (row, zero, zero, offset, zero)),
+            )
+        )
+
+
+class Slots(NamedTuple):
+    """What attention has to know of the slots, `[S]` each."""
+
+    active: jax.Array
+    """bool: it decodes something."""
+    place: jax.Array
+    """Where its prompt lies."""
+    prompt_length: jax.Array
+    """Tokens of that."""
+    start: jax.Array
+    """The clock at which its first token was, or will be, written."""
+
+
+class Walk(NamedTuple):
+    """Which pages are read, by blocks of slots; what is listed beyond a count is none."""
+
+    place: jax.Array
+    page: jax.Array
+    """`[S/C, C/alike, C · prompt pages]`: pages of prompts that neighbours in a block read, one after another; −1: no
+    more."""
+    prompt_block: jax.Array
+    prompt_turn: jax.Array
+    """`[turns]` each: of which block, and which of those pages of each of its neighbours."""
+    prompt_count: jax.Array
+    own_block: jax.Array
+    own_page: jax.Array
+    """`[S/C · (ring + 1)]` each: a page of the clock, for all slots of a block."""
+    own_count: jax.Array
+
+    @classmethod
+    def of(cls, sizes: Sizes, slots: Slots, clock: jax.Array, steps: int, window: int | None) -> Walk:
+        """What the next `steps` tokens read, B at most, the first of which is written at `clock`."""
+        blocks, page = sizes.slots // sizes.block, sizes.page
+        first = jnp.where(slots.active, slots.start, _FAR)
+        if window is not None:
+            first = jnp.maximum(first, clock - window + 1)
+        oldest = jnp.min(first.reshape(blocks, -1), axis=1)[:, None] // page
+        pages = (clock + steps - 1) // page - jnp.arange(sizes.ring(window) + 1)  # a step may begin a new one
+        own_block, own_index, own_count = _listed((pages >= oldest) & (pages >= 0))
+
+        def alike(x: jax.Array) -> jax.Array:
+            return x.reshape(blocks, -1, sizes.alike)
+
+        place, active, length = alike(slots.place), alike(slots.active), alike(slots.prompt_length)
+        earlier = jnp.tril(jnp.ones((sizes.alike, sizes.alike), bool), -1)
+        again = jnp.any((place[..., :, None] == place[..., None, :]) & active[..., None, :] & earlier, axis=-1)
+        begin = jnp.arange(sizes.prompt_pages) * page
+        read = (active & ~again)[..., None] & (begin < length[..., None])  # [S/C, C/alike, alike, prompt pages]
+        if window is not None:
+            age = alike(jnp.where(slots.active, clock - slots.start, _FAR))  # tokens that it has written
+            read &= begin + page > length[..., None] + jnp.min(age, axis=-1)[..., None, None] - window
+        read = read.reshape(*read.shape[:2], -1)
+        order = jnp.argsort(~read, axis=-1)  # stable: those that are read come first
+        turns = jnp.max(jnp.sum(read, axis=-1), axis=1)
+        prompt_block, prompt_turn, prompt_count = _listed(jnp.arange(read.shape[-1]) < turns[:, None])
+        return cls(
+            place=jnp.take_along_axis(place, order // sizes.prompt_pages, axis=-1),
+            page=jnp.where(jnp.take_along_axis(read, order, axis=-1), order % sizes.prompt_pages, -1),
+            prompt_block=prompt_block,
+            prompt_turn=prompt_turn,
+            prompt_count=prompt_count,
+            own_block=own_block,
+            own_page=pages[own_index].astype(jnp.int32),
+            own_count=own_count,
+        )
+
+
+def _listed(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Row and column of what is true in a matrix, and how many these are."""
+    row, column = jnp.nonzero(mask, size=mask.size, fill_value=0)
+    return row.astype(jnp.int32), column.astype(jnp.int32), jnp.sum(mask, dtype=jnp.int32)
+
+
+def attend_in_flight(
+    query: jax.Array,
+    memory: Memory,
+    slots: Slots,
+    walk: Walk,
+    clock: jax.Array,
+    sizes: Sizes,
+    *,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
+    """softmax(q·k/√H)·v of each slot's token over its prompt and its own tokens, page by page.
+
+    An online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), so that no page is read twice. Of a prompt that
+    several slots of a block share, the page is read once for all of them.
+
+    Args:
+        query: `[S, N, H]`, rotated, of the tokens whose keys and values lie at `clock`.
+        memory: of the layer.
+        slots: what they decode.
+        walk: the pages to be read, made for the same window.
+        clock: scalar.
+        sizes: of the memory.
+        window: how many tokens a query sees, its own included; `None`: all.
+        softcap: c in c·tanh(·/c) on the scores, or `None`.
+
+    Returns:
+        `[S, N, H]` in the type of the queries; of idle slots it means nothing.
+    """
+    count, heads, head_dim = query.shape
+    kv_heads, block, page = memory.own.value.shape[2], sizes.block, sizes.page
+    grouped = query.reshape(count, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    position = slots.prompt_length + clock - slots.start
+    within = jnp.arange(page)
+
+    def of_block(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, index * block, block)
+
+    def add(so_far: _Mixed, index: jax.Array, scores: jax.Array, seen: jax.Array, mix) -> _Mixed:
+        """Takes scores `[C, K, N/K, B]` of a page in, of which `[C, B]` are seen; `mix` gives what weights pick."""
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        seen = seen[:, None, None]
+        peak, total, mixed = (of_block(x, index) for x in so_far)
+        now = jnp.maximum(peak, jnp.max(jnp.where(seen, scores, _MASKED), axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - now[..., None]), 0.0)
+        fade = jnp.exp(peak - now)
+        new = now, fade * total + jnp.sum(weights, axis=-1), fade[..., None] * mixed + mix(weights.astype(query.dtype))
+        return _Mixed(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(x, part, index * block, axis=0)
+                for x, part in zip(so_far, new, strict=True)
+            )
+        )
+
+    def visit_prompt(step: jax.Array, so_far: _Mixed) -> _Mixed:
+        index, turn = walk.prompt_block[step], walk.prompt_turn[step]
+        place, number = (x[index, :, turn] for x in (walk.place, walk.page))  # [C/alike]
+        at = place, jnp.maximum(number, 0)
+        key, value = (x.at[at].get(mode="promise_in_bounds") for x in memory.prompts)  # [C/alike, K, H, B], …
+
+        def by_prompt(x: jax.Array) -> jax.Array:
+            """`[C, K, N/K, *]` → `[C/alike, K, alike · N/K, *]`."""
+            x = jnp.swapaxes(x.reshape(-1, sizes.alike, *x.shape[1:]), 1, 2)
+            return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+        def by_slot(x: jax.Array) -> jax.Array:
+            x = jnp.swapaxes(x.reshape(*x.shape[:2], sizes.alike, -1, x.shape[-1]), 1, 2)
+            return x.reshape(block, *x.shape[2:])
+
+        def mix(weights: jax.Array) -> jax.Array:
+            return by_slot(jnp.matmul(by_prompt(weights), value, preferred_element_type=jnp.float32))
+
+        scores = by_slot(jnp.matmul(by_prompt(of_block(grouped, index)), key, preferred_element_type=jnp.float32))
+        depth = jnp.repeat(jnp.where(number < 0, _FAR, number * page), sizes.alike)[:, None] + within
+        mine = of_block(slots.place, index) == jnp.repeat(place, sizes.alike)
+        seen = mine[:, None] & (depth < of_block(slots.prompt_length, index)[:, None])
+        if window is not None:
+            seen &= of_block(position, index)[:, None] - depth < window
+        return add(so_far, index, scores, seen, mix)
+
+    def visit_own(step: jax.Array, so_far: _Mixed) -> _Mixed:
+        index, number = walk.own_block[step], walk.own_page[step]
+        row = number % len(memory.own.key)
+        key, value = (
+            jax.lax.dynamic_slice(x, (row, index * block, 0, 0, 0), (1, block, *x.shape[2:]))[0] for x in memory.own
+        )
+        written = number * page + within
+        seen = (of_block(slots.start, index)[:, None] <= written) & (written <= clock)
+        if window is not None:
+            seen &= clock - written < window
+        scores = jnp.matmul(of_block(grouped, index), key, preferred_element_type=jnp.float32)
+        return add(
+            so_far,
+            index,
+            scores,
+            seen,
+            lambda weights: jnp.matmul(weights, value, preferred_element_type=jnp.float32),
+        )
+
+    nothing = _Mixed(
+        jnp.full(grouped.shape[:-1], _MASKED, jnp.float32),
+        jnp.zeros(grouped.shape[:-1], jnp.float32),
+        jnp.zeros(grouped.shape, jnp.float32),
+    )
+    so_far = jax.lax.fori_loop(0, walk.prompt_count, visit_prompt, nothing)
+    so_far = jax.lax.fori_loop(0, walk.own_count, visit_own, so_far)
+    mixed = so_far.mixed / jnp.maximum(so_far.total, 1e-30)[..., None]
+    return mixed.reshape(query.shape).astype(query.dtype)
+
+
+class _Mixed(NamedTuple):
+    """An online softmax as far as it got."""
+
+    peak: jax.Array
+    """`[S, K, N/K]`: the largest score."""
+    total: jax.Array
+    """`[S, K, N/K]`: the sum of the weights under it."""
+    mixed: jax.Array
+    """`[S, K, N/K, H]`: the values under these."""

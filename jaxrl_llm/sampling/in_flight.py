@@ -1,0 +1,324 @@
+"""The decoding loop of completions in flight: a free slot takes the next completion of whichever prompt is next.
+
+One pure function, compiled as a part of one program. Memory is that of the completions in flight, and a token costs
+what the texts in flight cost so far (`caches.py`). Prompts are computed when their turn comes, a few at a time, once
+for all of their completions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rope import Rotation
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, Walk, attend_in_flight, page_tokens
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
+from jaxrl_llm.sampling.sampled import Sampled, Wanted, is_one_of
+from jaxrl_llm.sampling.weights import Weights, in_loop
+from jaxrl_llm.sharding import constrain
+
+_STEPS_BETWEEN_LOOKS = 8
+"""Tokens that are decoded, at most, before ended slots take up new completions."""
+
+_PROMPT_TOKENS = 1024
+"""Tokens of prompts that are computed at a time, about: enough to be worth reading all weights for."""
+
+
+class _Loop(NamedTuple):
+    """State of the loop."""
+
+    clock: jax.Array
+    """How many tokens slots have decoded so far."""
+    sample: jax.Array
+    """`[S]` which completion the slot is decoding; N: none, it is idle."""
+    place: jax.Array
+    """`[S]` where that completion's prompt lies."""
+    time: jax.Array
+    """`[S]` index of `token` in its completion; −1: none yet."""
+    token: jax.Array
+    """`[S]` the token drawn last."""
+    start: jax.Array
+    """`[S]` the clock at which the completion's first token is read."""
+    begun: jax.Array
+    """How many completions were taken up."""
+    read: jax.Array
+    """How many prompts were computed."""
+    prompt: jax.Array
+    """`[R]` which prompt lies at each place; P: none."""
+    state: jax.Array
+    """`[R, D]` of its last token, after the last norm."""
+    memory: tuple[Memory, ...]
+    """Of each layer."""
+    sampled: Sampled
+    """`[N]`, prompt by prompt."""
+
+
+class _Batch(NamedTuple):
+    """What the loop reads."""
+
+    prompt: jax.Array
+    """`[P, Tp]`."""
+    lengths: jax.Array
+    """`[P]`."""
+    completions: tuple[jax.Array, jax.Array | None, jax.Array | None]
+    """`[N]`: randomness, whether it is greedy, and the most tokens."""
+    weights: Weights
+    turns: list[Rotation | None]
+    """`[Tp + Tc]` positions, of each rotary embedding: a table, since XLA's CPU compiler would take sines into every
+    layer."""
+
+
+def sample_in_flight(
+    model: Transformer,
+    params: Params,
+    wanted: Wanted,
+    *,
+    slots: int,
+    config: SamplingConfig,
+    stop_tokens: tuple[int, ...],
+    rows: tuple[str, ...] = (),
+) -> Sampled:
+    """Samples G completions of each prompt, of which so many at a time are decoded.
+
+    Args:
+        model: the transformer.
+        params: its parameters, in the type to decode with.
+        wanted: the prompts of one device, or of those that share weights along `tensor`, and what is wanted of them.
+        slots: S.
+        config: distribution.
+        stop_tokens: ids that end a completion; the one drawn is part of it.
+        rows: axes of a `shard_map` around it over which prompts are split. Devices take as many turns each, so that
+            those that share weights do not wait for one another in different places.
+
+    Returns:
+        `Sampled` `[N]`, N = P·G, prompt by prompt.
+    """
+    (prompts, group, tokens, _), width = wanted.uniform.shape, wanted.prompt.shape[1]
+    number = prompts * group
+    weights = Weights.of(model, params)
+    kv_heads, head_dim, dtype = _cache_shape(model, params)
+    sizes = Sizes.of(
+        slots=slots,
+        prompts=prompts,
+        group=group,
+        prompt_width=width,
+        tokens=tokens,
+        page=page_tokens(),
+        token_bytes=kv_heads * head_dim * dtype.itemsize,
+    )
+    steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // 16))
+    at_a_time = min(sizes.places, max(1, _PROMPT_TOKENS // width), -(-slots // group))
+    batch = _Batch(
+        prompt=wanted.prompt,
+        lengths=wanted.lengths,
+        completions=jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), wanted[2:]),
+        weights=weights,
+        turns=list(model.rotations(jnp.arange(width + tokens)).values()),
+    )
+
+    def anywhere(condition: jax.Array) -> jax.Array:
+        return jax.lax.pmax(condition.astype(jnp.int32), rows) > 0 if rows else condition
+
+    def wants_prompts(state: _Loop) -> jax.Array:
+        """A slot is free and there is no completion for it, but could be."""
+        waiting = state.read * group - state.begun
+        free = jnp.sum(_is_free(state, number, slots))
+        return anywhere((waiting < free) & (state.read < prompts) & jnp.any(state.prompt == prompts))
+
+    def turn(state: _Loop) -> _Loop:
+        """New completions for free slots, then a few tokens of each."""
+        state = _with_free_places(state, group, prompts, number)
+        state = jax.lax.while_loop(
+            wants_prompts, lambda state: _read_prompts(model, params, batch, state, sizes, at_a_time), state
+        )
+        state = _with_new_completions(state, group, number, slots)
+        view = _view(state, batch, number)
+        walks = {
+            window: Walk.of(sizes, view, state.clock, steps, window)
+            for window in {k.window for k in model.config.kinds}
+        }
+
+        def step(_: jax.Array, state: _Loop) -> _Loop:
+            hidden, memory = _decode(model, params, batch, state, view, walks, sizes)
+            logits = model.project(in_loop(batch.weights.head), hidden)
+            at = jnp.minimum(state.sample, number - 1)
+            uniform, *settings = batch.completions
+            greedy, limits = jax.tree.map(lambda x: x[at], settings)
+            drawn = draw(uniform[at, state.time + 1], logits, config, greedy=greedy)
+            return _record(state._replace(memory=memory), drawn, stop_tokens, limits)
+
+        return jax.lax.fori_loop(0, steps, step, state)
+
+    def unfinished(state: _Loop) -> jax.Array:
+        return anywhere(jnp.any(state.sample < number) | (state.begun < number))
+
+    def idle(value: int) -> jax.Array:
+        return jnp.full((sizes.slots,), value, jnp.int32)
+
+    start = _Loop(
+        clock=jnp.int32(0),
+        sample=idle(number),
+        place=idle(0),
+        time=idle(-1),
+        token=idle(0),
+        start=idle(0),
+        begun=jnp.int32(0),
+        read=jnp.int32(0),
+        prompt=jnp.full((sizes.places,), prompts, jnp.int32),
+        state=jnp.zeros((sizes.places, model.config.embed_dim), model.config.dtype),
+        memory=tuple(Memory.empty(sizes, kind.window, kv_heads, head_dim, dtype) for kind in model.config.kinds),
+        sampled=Sampled.nothing(number, tokens),
+    )
+    return jax.lax.while_loop(unfinished, turn, start).sampled
+
+
+def _cache_shape(model: Transformer, params: Params) -> tuple[int, int, jnp.dtype]:
+    """Heads of keys, their size and their type, as the layers make them."""
+    made = jax.eval_shape(lambda: model.causal(params, jnp.zeros((1, 1), jnp.int32), collect=True)[1])
+    assert made is not None
+    _, _, kv_heads, _, head_dim = made.value.shape
+    return kv_heads, head_dim, made.value.dtype
+
+
+# ---- Between tokens: who decodes what --------------------------------------------------------------
+
+
+def _is_free(state: _Loop, number: int, slots: int) -> jax.Array:
+    """`[S]`; those beyond the slots that were asked for never are."""
+    return (state.sample == number) & (jnp.arange(len(state.sample)) < slots)
+
+
+def _with_free_places(state: _Loop, group: int, prompts: int, number: int) -> _Loop:
+    """Forgets the prompts whose completions have all ended."""
+    active = state.sample < number
+    in_use = jnp.any(active[:, None] & (state.place[:, None] == jnp.arange(len(state.prompt))), axis=0)
+    waits = state.begun < (state.prompt + 1) * group
+    return state._replace(prompt=jnp.where(in_use | waits, state.prompt, prompts))
+
+
+def _read_prompts(
+    model: Transformer, params: Params, batch: _Batch, state: _Loop, sizes: Sizes, at_a_time: int
+) -> _Loop:
+    """Computes the next prompts, as many as there are and find a place, and keeps what their completions need."""
+    (prompts, width), ranks = batch.prompt.shape, jnp.arange(at_a_time)
+    numbers = state.read + ranks
+    free = jnp.nonzero(state.prompt == prompts, size=at_a_time, fill_value=sizes.places)[0].astype(jnp.int32)
+    fits = (numbers < prompts) & (free < sizes.places)
+    taken = jnp.minimum(numbers, prompts - 1)
+    hidden, made = model.causal(params, batch.prompt[taken], collect=True)
+    assert made is not None
+    last = jnp.take_along_axis(hidden, (batch.lengths[taken] - 1)[:, None, None], axis=1)[:, 0]
+    pad = sizes.prompt_pages * sizes.page - width
+    key = jnp.pad(made.key, [(0, 0)] * 4 + [(0, pad)])  # [L, P', K, H, T]
+    value = jnp.pad(made.value, [(0, 0)] * 3 + [(0, pad), (0, 0)])
+    key = jnp.moveaxis(key.reshape(*key.shape[:-1], -1, sizes.page), -2, 2)  # [L, P', pages, K, H, B]
+    value = jnp.moveaxis(value.reshape(*value.shape[:3], -1, sizes.page, value.shape[-1]), -3, 2)
+
+    def keep(rank: jax.Array, memory: tuple[Memory, ...]) -> tuple[Memory, ...]:
+        return tuple(
+            layer.with_prompt(KeyValue(key[index, rank], value[index, rank]), free[rank])
+            for index, layer in enumerate(memory)
+        )
+
+    place = jnp.where(fits, free, sizes.places)  # beyond the last: dropped
+    return state._replace(
+        memory=jax.lax.fori_loop(0, jnp.sum(fits), keep, state.memory),
+        state=state.state.at[place].set(last.astype(state.state.dtype), mode="drop"),
+        prompt=state.prompt.at[place].set(numbers, mode="drop"),
+        read=state.read + jnp.sum(fits, dtype=jnp.int32),
+    )
+
+
+def _with_new_completions(state: _Loop, group: int, number: int, slots: int) -> _Loop:
+    """Gives free slots the completions that are next, as far as their prompts were computed."""
+    free = _is_free(state, number, slots)
+    following = state.begun + jnp.cumsum(free, dtype=jnp.int32) - 1
+    begins = free & (following < state.read * group)
+    place = jnp.argmax(state.prompt == (following // group)[:, None], axis=1).astype(jnp.int32)
+    return state._replace(
+        sample=jnp.where(begins, following, state.sample),
+        place=jnp.where(begins, place, state.place),
+        time=jnp.where(begins, -1, state.time),
+        start=jnp.where(begins, state.clock + 1, state.start),
+        begun=state.begun + jnp.sum(begins, dtype=jnp.int32),
+    )
+
+
+# ---- A token ---------------------------------------------------------------------------------------
+
+
+def _view(state: _Loop, batch: _Batch, number: int) -> Slots:
+    of_place = batch.lengths[jnp.minimum(state.prompt, len(batch.lengths) - 1)]
+    return Slots(state.sample < number, state.place, of_place[state.place], state.start)
+
+
+def _decode(
+    model: Transformer,
+    params: Params,
+    batch: _Batch,
+    state: _Loop,
+    view: Slots,
+    walks: dict[int | None, Walk],
+    sizes: Sizes,
+) -> tuple[jax.Array, tuple[Memory, ...]]:
+    """Runs the tokens drawn last through the layers: states `[S, D]`, and the memory with their keys.
+
+    A slot that has none yet gets the state of its prompt.
+    """
+    position = jnp.maximum(view.prompt_length + state.time, 0)
+    turns = {
+        rope: jax.tree.map(lambda angles: jnp.take(angles, position, axis=0, mode="clip"), turn)
+        for rope, turn in zip(dict.fromkeys(kind.rope for kind in model.config.layer_kinds), batch.turns, strict=True)
+    }
+    x, memories = model.embed(params, state.token), []
+    for weights, kind, memory in zip(batch.weights.layers, model.config.kinds, state.memory, strict=True):
+
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array, kind=kind, memory=memory) -> jax.Array:
+            memory = memory.with_tokens(key, value, state.clock)
+            memories.append(memory)
+            return attend_in_flight(
+                query,
+                memory,
+                view,
+                walks[kind.window],
+                state.clock,
+                sizes,
+                window=kind.window,
+                softcap=model.config.attention_softcap,
+            )
+
+        x, _ = model.block(in_loop(weights), kind)(x, turns[kind.rope], attention)
+        x = constrain(x, None, None)
+    hidden = model.norm(params, x)
+    return jnp.where((state.time < 0)[:, None], state.state[view.place].astype(x.dtype), hidden), tuple(memories)
+
+
+def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], limits: jax.Array | None) -> _Loop:
+    """Writes the drawn tokens down and ends completions; what is idle is out of bounds, and dropped."""
+    number, tokens = state.sampled.completion.shape
+    time = jnp.where(state.sample < number, state.time + 1, -1)
+    stopped = is_one_of(drawn.token, stop_tokens)
+    ended = stopped | (time >= (tokens if limits is None else limits) - 1)
+
+    def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        return buffer.at[state.sample, time].set(values.astype(buffer.dtype), mode="drop", unique_indices=True)
+
+    old = state.sampled
+    return state._replace(
+        clock=state.clock + 1,
+        time=time,
+        token=drawn.token.astype(jnp.int32),
+        sample=jnp.where(ended, number, state.sample),
+        sampled=Sampled(
+            completion=write(old.completion, drawn.token),
+            lengths=old.lengths.at[state.sample].set(time + 1, mode="drop"),
+            finished=old.finished.at[state.sample].set(stopped, mode="drop"),
+            logprobs=write(old.logprobs, drawn.logprob),
+            sampler_logprobs=write(old.sampler_logprobs, drawn.sampler_logprob),
+        ),
+    )

@@ -1,0 +1,55 @@
+"""What a decoding loop is asked for, and what it writes down of completions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Wanted(NamedTuple):
+    """G completions of each of P prompts."""
+
+    prompt: jax.Array
+    """`[P, Tp]` int32, right-padded."""
+    lengths: jax.Array
+    """`[P]` int32, 1 to Tp."""
+    uniform: jax.Array
+    """`[P, G, Tc, 2]` the randomness of each token; see `uniforms`."""
+    greedy: jax.Array | None
+    """`[P, G]` bool: completions of which each token is the most likely one; `None`: none."""
+    limits: jax.Array | None
+    """`[P, G]` int32: the most tokens of each, 1 to Tc; `None`: Tc."""
+
+
+class Sampled(NamedTuple):
+    """Completions; what lies beyond their lengths means nothing."""
+
+    completion: jax.Array
+    """`[..., Tc]` tokens."""
+    lengths: jax.Array
+    """`[...]`."""
+    finished: jax.Array
+    """`[...]` a stop token was drawn."""
+    logprobs: jax.Array
+    """`[..., Tc]` of the model: temperature 1, no truncation."""
+    sampler_logprobs: jax.Array
+    """`[..., Tc]` of the distribution that tokens were drawn from."""
+
+    @classmethod
+    def nothing(cls, *shape: int) -> Sampled:
+        """Before the first token; `shape` is `[..., Tc]`."""
+        numbers = jnp.zeros(shape, jnp.float32)
+        return cls(
+            completion=jnp.zeros(shape, jnp.int32),
+            lengths=jnp.zeros(shape[:-1], jnp.int32),
+            finished=jnp.zeros(shape[:-1], bool),
+            logprobs=numbers,
+            sampler_logprobs=numbers,
+        )
+
+
+def is_one_of(token: jax.Array, some: tuple[int, ...]) -> jax.Array:
+    """Whether each token is one of these, bool `[...]`."""
+    return jnp.any(token[..., None] == jnp.array(some, jnp.int32), axis=-1)

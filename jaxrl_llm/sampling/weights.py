@@ -1,0 +1,54 @@
+"""A model's weights as a decoding loop reads them: layer by layer, small ones turned around."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
+
+_SMALL = 2**18
+"""Elements, at most, of the largest of weights that are turned around before the loop."""
+
+WeightsT = TypeVar("WeightsT")
+
+
+class Weights(NamedTuple):
+    """What is cut out of the stacked arrays before the loop: cutting it in the loop would copy the weights."""
+
+    layers: tuple[Params, ...]
+    """Of each layer, as `_turn` leaves them."""
+    head: jax.Array
+    """Weight of the LM head, as `_turn` leaves it."""
+
+    @classmethod
+    def of(cls, model: Transformer, params: Params) -> Weights:
+        """Those of a model."""
+        # Without the barrier XLA would undo the turning.
+        layers, head = jax.lax.optimization_barrier((_turn(model.layers(params)), _turn(model.head(params))))
+        return cls(tuple(layers), head)
+
+
+def in_loop(weights: WeightsT) -> WeightsT:
+    """Weights of `Weights` as they were given, for use in the loop."""
+    return _turn(weights)
+
+
+def _turn(weights: WeightsT) -> WeightsT:
+    """Turns weights around if all are small, `[out, in]` to `[in, out]` before the loop and back in it.
+
+    Layers have weights of the same shapes, so that one of them is judged as all of them.
+
+    The way back is no work: XLA then reads the weight as it lies. For products of a few rows XLA's CPU compiler packs
+    `[out, in]` weights anew at every token, up to half of a small model's time. Weights that do not stay in a core's
+    cache from one token to the next are better packed.
+    """
+    small = are_small(weights)
+    return jax.tree.map(lambda leaf: leaf.T if small and leaf.ndim == 2 else leaf, weights)
+
+
+def are_small(weights: Any) -> bool:
+    """Whether a token takes less time to compute than to begin its products, one by one."""
+    return max(leaf.size for leaf in jax.tree.leaves(weights)) <= _SMALL

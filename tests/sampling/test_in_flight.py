@@ -1,0 +1,146 @@
+"""Completions in flight: what slots, pages and the clock do to them, which is nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxrl_llm.logprobs import token_scores
+from jaxrl_llm.models.config import LayerKind, RopeConfig
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling import caches, in_flight
+from jaxrl_llm.sampling.decode import row_keys, sample
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.types import Rollout
+
+PAGE = 8
+TOKENS = 44
+STOP_TOKENS = (3, 9)
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "windows": {"num_layers": 3, "sliding_windows": (5, None, 20)},
+    "caps_kinds": {
+        "tie_embeddings": False,
+        "num_layers": 3,
+        "attention_softcap": 1.5,
+        "layer_kinds": (
+            LayerKind(window=9),
+            LayerKind(rope=None, norms="sandwich"),
+            LayerKind(rope=RopeConfig(theta=1e6)),
+        ),
+    },
+    "bias_norms": {"qk_norm": True, "attention_bias": True, "num_heads": 8, "num_kv_heads": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a short completion has several, and the clock comes round."""
+    monkeypatch.setattr(in_flight, "page_tokens", lambda: PAGE)
+
+
+@pytest.fixture(scope="module")
+def long_prompts() -> tuple[np.ndarray, np.ndarray]:
+    """Six prompts of 1 to 19 tokens."""
+    tokens = np.random.default_rng(3).integers(10, 64, (6, 19)).astype(np.int32)
+    return tokens, np.array([3, 16, 1, 19, 8, 9], np.int32)
+
+
+def sampler(model: Transformer, mesh: Mesh, *, slots: int | None, group: int = 3, **settings: Any) -> Sampler:
+    config = SamplingConfig(**{"max_tokens": TOKENS, "slots": slots, **settings})
+    return Sampler(model, config, group=group, stop_tokens=STOP_TOKENS, mesh=mesh)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logprobs_are_those_of_the_learner(name, tiny_config, lively_params, one_device, long_prompts, key):
+    """Seven slots decode completions of six prompts, of which several are read by neighbours."""
+    model = Transformer(tiny_config(**ARCHITECTURES[name]))
+    params = lively_params(model)
+    rollout = sampler(model, one_device, slots=7, temperature=0.8)(params, *long_prompts, key, 0)
+
+    @jax.jit
+    def expected(rollout: Rollout) -> jax.Array:
+        hidden = model.hidden(params, rollout)
+        return token_scores(hidden, model.head(params), rollout.completion, temperature=0.8).logprobs
+
+    mask = np.asarray(rollout.mask)
+    assert 0.2 < mask.mean() < 0.9
+    assert (np.asarray(rollout.completion_lengths) > 3 * PAGE).any()
+    np.testing.assert_allclose(rollout.sampler_logprobs[mask], expected(rollout)[mask], atol=1e-4)
+    assert (np.asarray(rollout.sampler_logprobs)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slots", "block_bytes"),
+    [(1, 2**20), (5, 1), (5, 2**12), (17, 2**12), (17, 2**20)],
+    ids=["one", "one a block", "two blocks, one idle slot", "blocks of four", "all in one block"],
+)
+def test_slots_and_blocks_change_nothing(
+    slots, block_bytes, tiny_config, lively_params, one_device, long_prompts, key, assert_same, monkeypatch
+):
+    """As all of them together, one after another, or with slots beyond what a block can hold."""
+    model = Transformer(tiny_config(sliding_windows=(6, None)))
+    params = lively_params(model)
+    expected = sampler(model, one_device, slots=None)(params, *long_prompts, key, 3)
+    assert len(np.unique(np.asarray(expected.completion_lengths))) > 8
+    monkeypatch.setattr(caches, "_BLOCK_BYTES", block_bytes)
+    assert_same(sampler(model, one_device, slots=slots)(params, *long_prompts, key, 3), expected)
+
+
+def test_limits_end_completions(tiny_config, lively_params, one_device, long_prompts, key):
+    """Of both loops; what was sampled before the limit stays."""
+    model, (prompt, lengths) = Transformer(tiny_config()), long_prompts
+    params = lively_params(model)
+    limits = np.random.default_rng(0).integers(1, TOKENS + 1, (6, 3)).astype(np.int32)
+    keys = row_keys(jax.random.key(1), jnp.arange(6), 3)
+
+    def sampled(slots: int | None, limits: np.ndarray | None) -> Rollout:
+        config = SamplingConfig(max_tokens=TOKENS, slots=slots)
+        with jax.set_mesh(one_device):
+            return jax.jit(
+                lambda: sample(
+                    model, params, prompt, lengths, keys, mesh=one_device, config=config, stop_tokens=(), limits=limits
+                )
+            )()
+
+    whole = np.asarray(sampled(None, None).completion)
+    for slots in (None, 4):
+        part = sampled(slots, limits)
+        np.testing.assert_array_equal(part.completion_lengths, limits)
+        assert not np.asarray(part.finished).any()
+        np.testing.assert_array_equal(part.completion, np.where(part.mask, whole, 0))
+
+
+def test_the_greedy_one_of_each_prompt(tiny_config, lively_params, one_device, long_prompts, key, assert_same):
+    model = Transformer(tiny_config())
+    params = lively_params(model)
+
+    def with_greedy(slots: int | None) -> Rollout:
+        config = SamplingConfig(max_tokens=TOKENS, slots=slots)
+        ours = Sampler(model, config, group=2, stop_tokens=STOP_TOKENS, mesh=one_device, greedy=True)
+        return ours(params, *long_prompts, key, 0)
+
+    assert_same(with_greedy(4), with_greedy(None))
+
+
+def test_memory_follows_slots_and_not_the_batch(tiny_config, one_device):
+    """Of twice the prompts, less is added than twice what the rollout and its randomness take."""
+    model = Transformer(tiny_config(max_position_embeddings=512, num_layers=4, num_heads=8, num_kv_heads=8))
+
+    def temporaries(prompts: int, slots: int) -> int:
+        ours = sampler(model, one_device, slots=slots, max_tokens=256, group=4)
+        arguments = model.abstract_params(), jnp.zeros((prompts, 16), jnp.int32), jnp.ones(prompts, jnp.int32)
+        with jax.set_mesh(one_device):
+            lowered = jax.jit(ours.sample).lower(*arguments, jnp.zeros(2, jnp.uint32), jnp.int32(0))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    token = 2 * 4 * 8 * model.config.head_dim * 4
+    small, more_prompts, more_slots = temporaries(8, 4), temporaries(16, 4), temporaries(8, 12)
+    assert more_prompts - small < 2 * 8 * 4 * 256 * 8 * 4
+    assert 0.8 < (more_slots - small) / (8 * (256 + 16) * token) < 1.4

@@ -156,7 +156,7 @@ def split_groups(rows: Any, split: int) -> Any:
     Arrays `[P, G, …]` become `[P·split, G/split, …]`, arrays of prompts are repeated.
 
     Args:
-        rows: a record, or any tree of arrays of completions.
+        rows: a record with prompts, or any tree of arrays of completions.
         split: how many.
     """
     if split == 1:
@@ -165,7 +165,7 @@ def split_groups(rows: Any, split: int) -> Any:
     def dealt(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] * split, x.shape[1] // split, *x.shape[2:])
 
-    if not hasattr(rows, "_asdict"):
+    if not hasattr(rows, "prompt"):
         return jax.tree.map(dealt, rows)
 
     def one(name: str, x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from typing import Any
@@ -19,7 +20,7 @@ from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.packing import pack
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
-from jaxrl_llm.algorithms.policy_gradient.presets import POLICY_GRADIENTS, dppo, ppo
+from jaxrl_llm.algorithms.policy_gradient.presets import POLICY_GRADIENTS, dppo, kl_cov, ppo
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.preference import presets as offline
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
@@ -261,6 +262,22 @@ def test_groups_in_one_row_or_not(mode, tokens, model, params, rollout):
         after, metrics = jax.jit(make_update_step(model, SGD, algorithm, plan))(state, rollout, rewards)
         made.append((after.params, metrics))
     assert_same(made, params[0])
+
+
+@pytest.mark.parametrize("pieces", [{"micro_batches": 8}, {"tokens_per_micro_batch": TOKENS}], ids=str)
+def test_tokens_of_the_whole_batch_where_groups_are_cut(pieces, model, params, rollout):
+    """Prompts are fewer than pieces or devices, and the loss compares all tokens."""
+    algorithm = dataclasses.replace(kl_cov(), kl_coef=0.0)
+    state, mesh = make_train_state(params[0], SGD, 0), make_mesh(MeshConfig(fsdp=8))
+    rewards, made = feedback(algorithm, rollout.completion_lengths.shape).rewards, []
+    for plan in ({}, pieces):
+        step = jax.jit(make_update_step(model, SGD, algorithm, UpdateConfig(**plan)))
+        with jax.set_mesh(mesh) if "tokens_per_micro_batch" in plan else contextlib.nullcontext():
+            made.append(jax.device_get(step(state, rollout, rewards)))
+    (expected, metrics), (found, others) = ((after.params, metrics) for after, metrics in made)
+    assert float(metrics["grad_norm"]) > 1e-2
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5, atol=1e-6)
 
 
 def test_prompts_with_a_common_beginning(model, params, rollout):

@@ -17,12 +17,12 @@ from jaxrl_llm.algorithms.batching import MicroBatches, cut
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.policy_gradient.given import GivenAdvantages
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
-from jaxrl_llm.algorithms.policy_gradient.presets import dapo, gspo
+from jaxrl_llm.algorithms.policy_gradient.presets import dapo, gspo, kl_cov
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
 from jaxrl_llm.algorithms.preference.presets import aot, dpo
 from jaxrl_llm.algorithms.preference.unpaired import KTOObjective, UnpairedBatch
 from jaxrl_llm.algorithms.score_models.process_reward import LabelledSteps, ProcessRewardObjective
-from jaxrl_llm.algorithms.score_models.reward_model import Comparisons, RewardModelObjective
+from jaxrl_llm.algorithms.score_models.reward_model import Comparisons, RewardModelObjective, make_score_pass
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.algorithms.supervised import Demonstrations, SupervisedObjective
 from jaxrl_llm.data.trees import PackedTrees, pack_trees
@@ -205,6 +205,18 @@ def test_policy_gradients(preset, by_token, model, params, lively_params):
     assert_same(*results)
 
 
+def test_tokens_of_all_pieces_are_compared(model, params):
+    """A surrogate that looks at the whole batch sees it, whatever the pieces."""
+    made, rng = Conversations.made(), np.random.default_rng(0)
+    trees, objective = made.trees(), GivenAdvantages(dataclasses.replace(kl_cov(), kl_coef=0.0))
+    near = jax.tree.map(lambda x: x * 1.03, params)
+    old = jax.jit(make_reference_pass(model))(near, Demonstrations(**trees.texts))
+    advantages: Any = trees.of_sequences(rng.normal(size=len(made.sequences)))
+    seeds: Any = np.zeros(len(trees.mask), np.uint32)
+    rows = LearnerBatch(**trees.texts, advantages=advantages, sampler_logprobs=old, old_logprobs=old, seeds=seeds)
+    assert_same(*(step_once(model, params, objective, rows, MicroBatches(pieces)) for pieces in (4, 1)))
+
+
 @pytest.mark.parametrize("preset", [dpo, pytest.param(aot, marks=pytest.mark.slow)])
 def test_preferences(preset, model, params, lively_params):
     """Pairs are the two second turns of a conversation; those of AOT are compared with all others."""
@@ -229,6 +241,19 @@ def test_unpaired(model, params, lively_params):
     )
 
 
+def test_a_baseline_of_mismatched_completions(model, params, lively_params):
+    """Each sample with the completion at 1 that its baseline is made of: both are in the trees."""
+    made, reference = Conversations.made(), lively_params(model, seed=1)
+    trees, labels = made.trees(group=2), np.arange(32).reshape(16, 2) % 3 == 0
+    objective = KTOObjective()
+    of_trees = UnpairedBatch(**trees.texts, labels=trees.of_sequences(labels.ravel()))
+    of_separate = UnpairedBatch(**made.separate(group=2), labels=labels)
+    assert_same(
+        step_once(model, params, objective, of_trees, MicroBatches(4), reference),
+        step_once(model, params, objective, of_separate, None, reference),
+    )
+
+
 @pytest.mark.parametrize("outputs", [1, 2], ids=["answers", "steps"])
 def test_score_models(outputs, model, lively_params):
     made, group = Conversations.made(), 3 - outputs
@@ -246,6 +271,16 @@ def test_score_models(outputs, model, lively_params):
             LabelledSteps(**separate, labels=made.of_separate(labels)),
         )
     assert_same(*(step_once(scores, params, objective, one) for one in rows))
+
+
+def test_scores_of_answers(model, lively_params):
+    """Of what is scored and not trained, too, the layout is read."""
+    made, scores = Conversations.made(), ScoreModel(model)
+    params, trees = lively_params(scores), made.trees(group=2)
+    score = jax.jit(make_score_pass(scores))
+    found = score(params, Comparisons(**trees.texts))
+    expected = np.ravel(score(params, Comparisons(**made.separate(group=2))))
+    np.testing.assert_allclose(trees.by_sequence(found), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- Pieces and devices --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.models.attention import ATTENTION, Visibility, dense_attention
 from jaxrl_llm.models.kernels.live_blocks import live_blocks, walk
+from jaxrl_llm.models.kernels.seam import choose
 from jaxrl_llm.models.kernels.sharded import over_mesh
 from jaxrl_llm.models.kernels.splash import splash_attention
 
@@ -131,6 +132,11 @@ def test_one_compilation_serves_all_lengths():
 
 
 # ---- Blocks ----------------------------------------------------------------------------------------------
+
+
+def test_elsewhere_than_on_a_tpu_the_setting_is_named():
+    with pytest.raises(ValueError, match=r"model\.attention='splash' .* on cpu: choose auto, or blockwise"):
+        choose("splash", 4096)
 
 
 @pytest.mark.parametrize("window", [None, 20])

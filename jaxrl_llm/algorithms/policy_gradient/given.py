@@ -40,8 +40,8 @@ class GivenAdvantages:
 
     @property
     def whole_batch(self) -> bool:
-        """No."""
-        return False
+        """Whether the surrogate compares the tokens of a batch."""
+        return self.algorithm.surrogate.whole_batch
 
     def normalizer(self, rows: LearnerBatch) -> jax.Array:
         """The denominator of the aggregation."""

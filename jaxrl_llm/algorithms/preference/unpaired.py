@@ -231,12 +231,13 @@ class BCOObjective:
 
 def _column(rows: UnpairedBatch, index: int) -> UnpairedBatch:
     """The rows with one of their completions alone."""
-    part = slice(index, index + 1)
+    part, layout = slice(index, index + 1), rows.layout
     return rows._replace(
         completion=rows.completion[:, part],
         mask=rows.mask[:, part],
         labels=rows.labels[:, part],
         ref_logprobs=None if rows.ref_logprobs is None else rows.ref_logprobs[:, part],
+        layout=None if layout is None else layout.replace(place=layout.place[:, :, part]),
     )
 
 

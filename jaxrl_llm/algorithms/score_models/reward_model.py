@@ -50,11 +50,14 @@ class Answers(NamedTuple):
     """`[P, G, Tc]` int32, right-padded."""
     mask: jax.Array
     """`[P, G, Tc]` bool: real tokens."""
+    layout: Any = None
+    """As of `Comparisons`."""
 
     @classmethod
     def of(cls, rows: Any) -> Answers:
-        """Those of any record with these four fields: comparisons, a rollout."""
-        return cls(rows.prompt, rows.prompt_lengths, rows.completion, rows.mask)
+        """Those of any record with the first four fields, comparisons or a rollout; with its layout, if it has one."""
+        layout = getattr(rows, "layout", None)
+        return cls(rows.prompt, rows.prompt_lengths, rows.completion, rows.mask, layout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,16 @@ _KERNELS = {
 
 
 def choose(implementation: AttentionKernel, tokens: int) -> AttentionKernel:
-    """What `auto` stands for with texts of so many tokens, on what is traced for; others stand for themselves."""
+    """What `auto` stands for with texts of so many tokens, on what is traced for; others stand for themselves.
+
+    Raises:
+        ValueError: a kernel for TPUs, and that is something else.
+    """
+    if implementation == "splash" and platform() != "tpu":
+        raise ValueError(
+            f"model.attention='splash' is a kernel for TPUs, and this is to run on {platform()}: choose auto, or "
+            "blockwise, which is as sparing of memory; splash_interpret is the kernel as plain JAX, slowly"
+        )
     if implementation != "auto":
         return implementation
     if tokens <= DENSE_TOKENS:
@@ -57,6 +66,9 @@ def attention(
 
     Returns:
         As `dense_attention`.
+
+    Raises:
+        ValueError: as `choose`.
     """
     longest = query.shape[1] if shared is None else shared.prompt_width + shared.width
     chosen = choose(implementation, longest)

@@ -20,16 +20,17 @@ from jaxrl_llm.sharding import HOST, row_shards, sampling_mesh
 from jaxrl_llm.training.run.errors import RunError
 
 ROWS = "training.prompts_per_step, training.samples_per_prompt, sampling.max_tokens or data.max_prompt_length"
+_PIECES = "raise update.micro_batches, or lower update.tokens_per_micro_batch where it is set"
 _LOWERS = {
     "sample": f"lower {ROWS}, or set sampling.slots",
-    "update": "raise update.micro_batches or mesh.fsdp, set model.remat=full or offload, set optimizer.offload, or "
-    f"lower {ROWS}",
-    "iteration": f"raise update.micro_batches, set sampling.slots, or lower {ROWS}",
+    "update": f"{_PIECES}; raise mesh.fsdp or mesh.context, set model.remat=full or offload, set optimizer.offload, "
+    f"or lower {ROWS}",
+    "iteration": f"{_PIECES}; set sampling.slots, or lower {ROWS}",
     "evaluate": "lower evaluation.batch_size or evaluation.samples",
-    "reference": "lower evaluation.batch_size, or raise update.micro_batches",
+    "reference": f"lower evaluation.batch_size; {_PIECES}",
     "generate": "lower star.problems_per_batch or star.samples",
     "rationalize": "lower star.problems_per_batch or star.samples",
-    "train": "raise update.micro_batches, or lower star.rows_per_step",
+    "train": f"{_PIECES}; or lower star.rows_per_step",
 }
 _LEAST = "raise mesh.fsdp, take a smaller model, or lower training.*_per_step and the lengths in data and sampling"
 

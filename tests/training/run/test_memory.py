@@ -60,6 +60,7 @@ def test_the_host_has_memory_and_its_limit_is_seen(monkeypatch: pytest.MonkeyPat
         (MemoryError("Unable to allocate 4 TiB"), "data", "lower training"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9"), "sample", "set sampling.slots"),
         (jax.errors.JaxRuntimeError("INTERNAL: out of memory"), "update", "raise update.micro_batches"),
+        (jax.errors.JaxRuntimeError("INTERNAL: out of memory"), "update", "lower update.tokens_per_micro_batch"),
     ],
 )
 def test_a_phase_without_memory_is_named(error: Exception, phase: str, helps: str) -> None:

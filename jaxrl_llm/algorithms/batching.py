@@ -84,6 +84,14 @@ class MicroBatches:
             + ", micro_batches or the mesh"
         )
 
+    def can_cut(self, prompts: int, group: int, *, whole_groups: bool = False) -> bool:
+        """Whether so many prompts fill micro-batches and the ambient mesh's devices (`group_split`)."""
+        try:
+            self.group_split(prompts, group, row_shards(), whole_groups=whole_groups)
+        except ValueError:
+            return False
+        return True
+
     def row_pieces(self, rows: int, length: int, row_shards: int) -> int:
         """Into how many pieces so many rows of tokens of one length are dealt, which were laid out ahead.
 

@@ -62,7 +62,8 @@ class TrustRegionConfig:
     fisher: FisherKind = "gauss_newton"
     """What products with the Fisher matrix are made of: the logits, the divergence, or the sampled tokens alone."""
     fisher_fraction: float = 1.0
-    """Share of the prompts, drawn anew at each step, that these products look at."""
+    """Share of the prompts, drawn anew at each step, that these products look at; of prompts a few more, where
+    micro-batches and devices would not divide so many."""
     trainable: Trainable = "all"
     """Which parameters move: all (of a model with adapters, these and its heads), or those of the last layers. There
     are five float32 vectors of them beside the model."""
@@ -278,7 +279,7 @@ class _Posing:
         compare = functools.partial(_compared, policy, algorithm, self.plan, params)
         compared = curved = compare(batch)
         if self.region.fisher_fraction < 1:
-            curved = compare(_draw(batch, self.region.fisher_fraction, step_key(state, 3)))
+            curved = compare(self._drawn(batch, step_key(state, 3)))
         return _Problem(
             algorithm=algorithm,
             scorer=self.scorer,
@@ -297,6 +298,15 @@ class _Posing:
             compared=compared,
             curved=curved,
         )
+
+    def _drawn(self, batch: LearnerBatch, key: jax.Array) -> LearnerBatch:
+        """A share of the prompts, with all their completions: the fewest that can be cut."""
+        prompts, group = batch.mask.shape[:2]
+        least = math.ceil(self.region.fisher_fraction * prompts)
+        whole_groups = self.algorithm.needs_whole_groups
+        count = next(n for n in range(least, prompts + 1) if self.plan.can_cut(n, group, whole_groups=whole_groups))
+        chosen = jax.random.permutation(key, prompts)[:count]
+        return jax.tree.map(lambda x: x[chosen], batch)
 
 
 def _compared(
@@ -330,10 +340,3 @@ def _with_gradient(
 
     total.defvjp(with_gradient, backward)
     return total(part)
-
-
-def _draw(batch: LearnerBatch, fraction: float, key: jax.Array) -> LearnerBatch:
-    """A share of the prompts, with all their completions."""
-    prompts = len(batch.prompt)
-    chosen = jax.random.permutation(key, prompts)[: math.ceil(fraction * prompts)]
-    return jax.tree.map(lambda x: x[chosen], batch)

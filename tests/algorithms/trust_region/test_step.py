@@ -240,6 +240,12 @@ def test_last_layers_in_half_precision_from_some_of_the_prompts(whole, tiny_conf
         assert not np.any(leaf[0]) and np.any(leaf[1])
 
 
+def test_a_share_of_the_prompts_that_pieces_do_not_divide(whole):
+    """Two of four prompts, with four samples each, are no sixteen pieces: all four are drawn."""
+    region = dataclasses.replace(REGION, fisher_fraction=0.3)
+    same_as_whole(step_once(**whole["case"], region=region, plan=MicroBatches(16)), whole)
+
+
 LEARNING_MAX_KL = 0.1
 
 

@@ -17,7 +17,7 @@ from jaxrl_llm.algorithms.batching import MicroBatches, cut
 from jaxrl_llm.algorithms.offline import make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.policy_gradient.given import GivenAdvantages
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
-from jaxrl_llm.algorithms.policy_gradient.presets import dapo, gspo, kl_cov
+from jaxrl_llm.algorithms.policy_gradient.presets import dapo, dr_grpo, gspo, kl_cov
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
 from jaxrl_llm.algorithms.preference.presets import aot, dpo
 from jaxrl_llm.algorithms.preference.unpaired import KTOObjective, UnpairedBatch
@@ -203,6 +203,12 @@ def test_policy_gradients(preset, by_token, model, params, lively_params):
     ]
     assert float(results[0][1]["clip_ratio/region_mean"]) > 0
     assert_same(*results)
+
+
+def test_a_constant_that_would_be_the_width_of_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"max_length=None .* set max_length"):
+        GivenAdvantages(dr_grpo())
+    assert GivenAdvantages(dataclasses.replace(dr_grpo(), max_length=64)).algorithm.max_length == 64
 
 
 def test_tokens_of_all_pieces_are_compared(model, params):

@@ -28,6 +28,18 @@ class GivenAdvantages:
     temperature: float = 1.0
     """The one that was sampled with; log-probs are scored with it."""
 
+    def __post_init__(self) -> None:
+        """Rejects an aggregation whose constant would be the width of a batch: of trees that is what they happen to be.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        if self.algorithm.aggregation == "seq-mean-token-sum-norm" and self.algorithm.max_length is None:
+            raise ValueError(
+                "algorithm.max_length=None with algorithm.aggregation='seq-mean-token-sum-norm': given rows do not say "
+                "how long completions may be; set max_length to that"
+            )
+
     @property
     def needs_reference(self) -> bool:
         """Whether the loss has a KL term."""

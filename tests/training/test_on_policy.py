@@ -170,6 +170,15 @@ def test_another_mesh_may_resume(make, lean_whole: Trainer) -> None:
     assert_close(metrics_of(resumed), metrics_of(lean_whole))
 
 
+def test_packed_rows_may_resume(make, lean_whole: Trainer) -> None:
+    """With their padding at first, then in rows of tokens: one program, whatever the lengths."""
+    make(training={"steps": 2}).run()
+    resumed = make(update=UpdateConfig(tokens_per_micro_batch=23), training={"steps": 4}, resume=True)
+    resumed.run()
+    assert resumed.compilations.counts | CHECKSUMS == {"sample": 1, "update_step": 1} | CHECKSUMS
+    assert_close(metrics_of(resumed), metrics_of(lean_whole))
+
+
 # ---- Resuming -----------------------------------------------------------------------------------------
 
 

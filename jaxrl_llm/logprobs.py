@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.masking import fill_unusable
+from jaxrl_llm.sharding import dealt_again, gathered
 
 CHUNK_LOGITS = 2**21
 """Logits in one chunk when `chunk_size` is not given: 8 MiB in float32, about what a cache holds."""
@@ -30,6 +31,8 @@ MAX_BLOCKS = 64
 """Parts of the vocabulary that each chunk holds some entries of, where the vocabulary divides by so many: it may be
 sharded over as many devices, a power of two."""
 
+
+_AXES = ("vocab", "embed")
 
 IMPOSSIBLE = -1e30
 """Logit of a token that is never drawn: finite, so that no difference of two of them is NaN."""
@@ -188,13 +191,15 @@ class _Slices(NamedTuple):
         """The inverse of `bits`; `[size, D]` of a slice."""
         return jax.lax.bitcast_convert_type(bits, self.head_dtype).reshape(-1, bits.shape[-1])
 
-    def cut(self, bits: jax.Array, index: jax.Array) -> jax.Array:
-        """Weights of one slice, `[size, D]`."""
-        return self.head(jax.lax.dynamic_slice_in_dim(bits, self.start(index), self.rows, axis=1))
+    def cut(self, bits: jax.Array, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Weights of one slice in some type, `[size, D]`."""
+        part = self.head(jax.lax.dynamic_slice_in_dim(bits, self.start(index), self.rows, axis=1))
+        return gathered(part.astype(dtype), *_AXES)
 
     def paste(self, bits: jax.Array, weight: jax.Array, index: jax.Array) -> jax.Array:
         """The bits of a head with one slice overwritten."""
-        part = self._replace(vocabulary=len(weight)).bits(weight.astype(self.head_dtype))
+        weight = dealt_again(weight, *_AXES).astype(self.head_dtype)
+        part = self._replace(vocabulary=len(weight)).bits(weight)
         return jax.lax.dynamic_update_slice_in_dim(bits, part, self.start(index), axis=1)
 
     def entries(self, index: jax.Array) -> jax.Array:
@@ -209,7 +214,7 @@ class _Slices(NamedTuple):
 
     def logits(self, hidden: jax.Array, bits: jax.Array, index: jax.Array) -> jax.Array:
         """Logits of one slice `[..., size]`, soft-capped and divided by the temperature."""
-        weight = self.cut(bits, index).astype(hidden.dtype)
+        weight = self.cut(bits, index, hidden.dtype)
         raw = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
         if self.softcap is None:
             logits = raw / self.temperature
@@ -276,7 +281,7 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
         is_token = slices.entries(index) == tokens[..., None]
         gradient = jnp.where(is_token, to_logprob, 0.0) - jnp.exp(logprobs) * slope
         gradient = jnp.where(is_read, gradient * slices.slope(logits), 0.0).astype(hidden.dtype)
-        weight = slices.cut(bits, index).astype(hidden.dtype)
+        weight = slices.cut(bits, index, hidden.dtype)
         if not slices.even:  # what overlaps counts once; below, it is written twice, the same
             weight = jnp.where(slices.fresh(index)[:, None], weight, 0)
         to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)

@@ -18,11 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "jaxrl_llm"
 
 ROOMS = (
-    ("checks", "masking"),
+    ("checks", "masking", "sharding"),
     ("logprobs", "records"),
     ("losses",),
     ("advantages", "types"),
-    ("sharding",),
     ("models",),
     ("sampling",),
     ("algorithms",),

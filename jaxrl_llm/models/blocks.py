@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxrl_llm.logprobs import outer_product
 from jaxrl_llm.models.config import DType, LayerKind, LoraTarget, ModelConfig, Norms
 from jaxrl_llm.models.rope import Rotation, rotate
-from jaxrl_llm.sharding import constrain
+from jaxrl_llm.sharding import constrain, dealt_again, gathered
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens → mixed values `[..., N, H]`."""
@@ -36,8 +36,12 @@ def _operand(dtype: DType, x: jax.Array) -> jax.Array:
     return x if x.dtype == dtype else jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(dtype: DType, sums: DType, x: jax.Array, weight: jax.Array) -> jax.Array:
+_Axes = tuple[str, str]
+"""Logical names of a weight's axes."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(dtype: DType, sums: DType, axes: _Axes, x: jax.Array, weight: jax.Array) -> jax.Array:
     """x·Wᵀ, whose factors are numbers of `dtype` and whose weight's gradient leaves its product in the type `sums`.
 
     It is summed over tokens there, and after it over devices and micro-batches: of bfloat16 numbers that sum is worth
@@ -50,25 +54,30 @@ def _product(dtype: DType, sums: DType, x: jax.Array, weight: jax.Array) -> jax.
     makes the operand: on the wide side of an MLP this is the activation's derivative, element by element in the
     wrong order, a fifth of an update's time.
     """
-    return _product_forward(dtype, sums, x, weight)[0]
+    return _product_forward(dtype, sums, axes, x, weight)[0]
 
 
 def _product_forward(
-    dtype: DType, sums: DType, x: jax.Array, weight: jax.Array
+    dtype: DType, sums: DType, axes: _Axes, x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x = _operand(dtype, x)
-    return jnp.einsum("...i,oi->...o", x, _operand(dtype, weight.astype(x.dtype))), (x, weight)
+    return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, weight, x)), (x, weight)
+
+
+def _factor(dtype: DType, axes: _Axes, weight: jax.Array, x: jax.Array) -> jax.Array:
+    """What of a weight is multiplied with x, or with the gradient of x·Wᵀ."""
+    return gathered(_operand(dtype, weight.astype(x.dtype)), *axes)
 
 
 def _product_backward(
-    dtype: DType, sums: DType, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    dtype: DType, sums: DType, axes: _Axes, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     gradient = _operand(dtype, gradient)
-    to_x = jnp.einsum("...o,oi->...i", gradient, _operand(dtype, weight.astype(x.dtype)))
+    to_x = jnp.einsum("...o,oi->...i", gradient, _factor(dtype, axes, weight, x))
     narrow = weight.shape[0] < weight.shape[1]
     to_weight = outer_product(gradient, x, dtype=sums) if narrow else outer_product(x, gradient, dtype=sums).T
-    return to_x, to_weight.astype(weight.dtype)
+    return to_x, dealt_again(to_weight, *axes).astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -116,7 +125,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
         lora = config.lora if config.lora is not None and name in config.lora.targets else None
         self.scale = 0.0 if lora is None else lora.scale
-        self.dtype, self.gradient_sums = config.dtype, config.gradient_sums
+        self.dtype, self.gradient_sums, self.axes = config.dtype, config.gradient_sums, axes
         if lora is None:
             self.lora_a = self.lora_b = None
         else:
@@ -128,9 +137,11 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inner]` to `[..., out]`."""
         product = functools.partial(_product, self.dtype, self.gradient_sums)
-        y = product(x, self.weight[...])
+        y = product(self.axes, x, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
-            y = y + self.scale * product(product(x, self.lora_a[...]), self.lora_b[...])
+            (out, inner), rank = self.axes, "lora_rank"
+            narrow = product((rank, inner), x, self.lora_a[...])
+            y = y + self.scale * product((out, rank), narrow, self.lora_b[...])
         return checkpoint_name(y if self.bias is None else _shift(self.dtype, y, self.bias[...]), LINEAR)
 
 

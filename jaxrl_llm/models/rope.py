@@ -81,7 +81,8 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> Rotation:
     """Rotation of each of `positions` `[...]`."""
     omega, factor = frequencies(rope, head_dim)
-    angles = positions[..., None].astype(jnp.float32) * omega
+    # As an array: where XLA's TPU compiler makes positions and sines in one loop, it writes out every step of it.
+    angles = jax.lax.optimization_barrier(positions[..., None].astype(jnp.float32) * omega)
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 

@@ -22,6 +22,7 @@ from jaxrl_llm.models.attention import KeyValue, Visibility
 from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
 from jaxrl_llm.models.kernels.seam import attention
+from jaxrl_llm.models.lookup import look_up
 from jaxrl_llm.models.lora import has_adapters, join
 from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
@@ -146,7 +147,7 @@ class Transformer:
         between, splits_time = (None,) * (tokens.ndim - 1), context_shards() > 1
         if splits_time:
             tokens = constrain(tokens, "rows_of_replica", *between)
-        x = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="clip").astype(self.config.dtype)
+        x = look_up(params["embed"]["weight"], tokens).astype(self.config.dtype)
         x = constrain(x, "rows_of_replica", *between, "embed")
         if splits_time:  # dealt first, since XLA does not deal both at once
             between = ("time", *between[1:])

@@ -198,6 +198,32 @@ def test_both_programs_compile_for_a_slice(model_path: str, tmp_path: Path):
 
 
 @needs_libtpu
+def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
+    """Left to itself XLA makes loops of narrow products of it, slow to run and to compile."""
+    line = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import compile_for, jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+        from jaxrl_llm.models.blocks import _product
+        mesh = compile_for.make_mesh(compile_for.MeshConfig(fsdp=8), compile_for.slice_devices("v5e:2x4"))
+        def of(shape, dtype, *axes):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        x, weight = of((8, 8704, 1536), "bfloat16", "fsdp"), of((8960, 1536), "float32", None, "fsdp")
+        def value(weight, x):
+            return jnp.sum(jnp.square(_product("bfloat16", "float32", ("mlp", "embed"), x, weight)), dtype="float32")
+        with jax.set_mesh(mesh):
+            gradient = jax.jit(jax.grad(value, argnums=(0, 1)), out_shardings=(weight.sharding, x.sharding))
+            text = gradient.lower(weight, x).compile().as_text()
+        print("windowed_dot_general" in text, "all-gather" in text, "reduce-scatter" in text)
+    """
+    command = [sys.executable, "-c", line, str(REPOSITORY / "tpu_scripts")]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert told.stdout.split() == ["False", "True", "True"], told.stdout + told.stderr
+
+
+@needs_libtpu
 def test_slice_that_does_not_exist_is_refused():
     told = run("--slice", "v5e:3x3")
     assert told.returncode == 2

@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxrl_llm.models.config import LayerKind, Params
 
-_Repeat = tuple[Params, jax.Array | None]
-"""The parameters of one repeat of a run, and its number where there are several runs."""
+_Repeat = tuple[Params, jax.Array | int]
+"""The parameters of one repeat of a run, and its number."""
 
 
 class Run(NamedTuple):
@@ -36,6 +36,16 @@ class Run(NamedTuple):
     def end(self) -> int:
         """The layer after its last one."""
         return self.first + self.period * self.repeats
+
+
+class Layer(NamedTuple):
+    """Which layer a step is that of."""
+
+    kind: LayerKind
+    place: int
+    """Its place among those that are compiled: of the first run's pattern, of the second one's, …"""
+    number: jax.Array | int
+    """Which repeat of its run it belongs to."""
 
 
 @functools.lru_cache
@@ -102,22 +112,22 @@ class Stack:
 
     def each(self, layers: Params) -> list[Params]:
         """The parameters of each layer."""
-        return [self._place(part, run, 0) for run, part in self._cut(layers, self._singles)]
+        return [self._place(part, run, 0) for run, part in self._cut(layers, self.runs(in_loops=False))]
 
     def scan(
         self,
-        step: Callable[[jax.Array, Params, LayerKind], tuple[jax.Array, Any]],
-        x: jax.Array,
+        step: Callable[[Any, Params, Layer], tuple[Any, Any]],
+        x: Any,
         layers: Params,
-        wrap: Callable[..., Callable[[jax.Array, Params], tuple[jax.Array, Any]]],
+        wrap: Callable[..., Callable[[Any, _Repeat], tuple[Any, Any]]],
         *,
         in_loops: bool,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Any, Any]:
         """Runs the layers one after the other.
 
         Args:
-            step: what goes in, a layer's parameters and its kind → what comes out, and what is collected.
-            x: what goes into the first layer.
+            step: what goes in, a layer's parameters and which it is → what comes out, and what is collected.
+            x: what goes into the first layer, an array or a tree.
             layers: the stacked parameters.
             wrap: put around each layer, and told whether it is `in_loop`.
             in_loops: whether the repeats of a run are one compiled loop, or all layers compiled one by one.
@@ -125,40 +135,49 @@ class Stack:
         Returns:
             What comes out of the last layer, and what was collected, stacked over the layers.
         """
-        collected = []
-        runs = self.runs if in_loops else self._singles
+        collected, before, runs = [], 0, self.runs(in_loops=in_loops)
         for run, part in self._cut(layers, runs):
             loop = run.repeats > 1
             whole = layers if loop and len(runs) > 1 else None
-            steps = [self._at(step, run, place, wrap, whole) for place in range(run.period)]
+            steps = [self._at(step, run, place, before, wrap, whole) for place in range(run.period)]
+            before += run.period
 
-            def repeat(x: jax.Array, one: _Repeat, steps: Any = steps) -> tuple[jax.Array, list[Any]]:
+            def repeat(x: Any, one: _Repeat, steps: Any = steps) -> tuple[Any, list[Any]]:
                 found = []
                 for layer in steps:
                     x, collected = layer(x, one)
                     found.append(collected)
                 return x, found
 
-            each = (part, None if whole is None else jnp.arange(run.repeats))
+            each = (part, jnp.arange(run.repeats) if loop else 0)
             x, found = jax.lax.scan(repeat, x, each) if loop else repeat(x, each)
             collected.append(jax.tree.map(functools.partial(_in_order, run), *found))
         return x, jax.tree.map(lambda *parts: _joined(parts), *collected)
 
     def _at(
-        self, step: Callable[..., Any], run: Run, place: int, wrap: Callable[..., Any], whole: Params | None
+        self,
+        step: Callable[..., Any],
+        run: Run,
+        place: int,
+        before: int,
+        wrap: Callable[..., Any],
+        whole: Params | None,
     ) -> Callable[..., Any]:
-        """A layer of a run; `whole` are all parameters where it reads these and not the run's, which are a copy."""
+        """A layer of a run, `before` which so many were compiled.
+
+        `whole` are all parameters where it reads these and not the run's, which are a copy.
+        """
 
         # Cut out inside of what is wrapped: what a backward pass keeps is then the stacked parameters themselves.
-        def layer(x: jax.Array, one: _Repeat) -> tuple[jax.Array, Any]:
+        def layer(x: Any, one: _Repeat) -> tuple[Any, Any]:
             part, number = one
-            if whole is not None and number is not None:
+            if whole is not None:
                 part = self._read(whole, run, part, number)
-            return step(x, self._place(part, run, place), self.kinds[run.first + place])
+            return step(x, self._place(part, run, place), Layer(self.kinds[run.first + place], before + place, number))
 
         return wrap(layer, in_loop=run.repeats > 1)
 
-    def _read(self, whole: Params, run: Run, part: Params, number: jax.Array) -> Params:
+    def _read(self, whole: Params, run: Run, part: Params, number: jax.Array | int) -> Params:
         """The parameters of a repeat, out of all; their gradient is that of `part`."""
         stacked = flat(whole)
 
@@ -168,14 +187,9 @@ class Stack:
 
         return nested({path: rows(path, leaf) for path, leaf in flat(part).items()})
 
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The runs in which the layers are scanned."""
-        return runs(self.kinds)
-
-    @property
-    def _singles(self) -> tuple[Run, ...]:
-        return tuple(Run(layer, 1, 1) for layer in range(len(self.kinds)))
+    def runs(self, *, in_loops: bool) -> tuple[Run, ...]:
+        """The runs in which the layers are scanned, or each layer as a run of its own."""
+        return runs(self.kinds) if in_loops else tuple(Run(layer, 1, 1) for layer in range(len(self.kinds)))
 
     def _cut(self, layers: Params, runs: tuple[Run, ...]) -> list[tuple[Run, Params]]:
         """Each run with its parameters: `[repeats, …]`, or those of a pattern `[repeats, rows of a leaf, …]`.

@@ -27,7 +27,7 @@ from jaxrl_llm.models.lora import has_adapters, join
 from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.models.rows import TokenRows, layout_of
-from jaxrl_llm.models.stack import Stack, flat
+from jaxrl_llm.models.stack import Layer, Stack, flat
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.time_shards import dealt_order
 from jaxrl_llm.sharding import constrain, context_shards, on_cpu, parameter_shardings
@@ -186,8 +186,9 @@ class Transformer:
         turns = jax.tree.map(lambda angles: jnp.take(angles, positions, axis=0, mode="clip"), list(table.values()))
         turn = dict(zip(table, turns, strict=True))
 
-        def step(x: jax.Array, layer: Params, kind: LayerKind) -> tuple[jax.Array, KeyValue | None]:
-            x, projected = self.block(layer, kind)(x, turn[kind.rope], make_attention(kind.window))
+        def step(x: jax.Array, params: Params, layer: Layer) -> tuple[jax.Array, KeyValue | None]:
+            kind = layer.kind
+            x, projected = self.block(params, kind)(x, turn[kind.rope], make_attention(kind.window))
             x = constrain(x, "rows", "time", None)
             return x, KeyValue.of(*projected) if collect else None
 

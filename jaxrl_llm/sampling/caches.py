@@ -78,39 +78,42 @@ class Sizes(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What one layer remembers."""
+    """What some layers of one kind remember, l of them."""
 
     prompts: KeyValue
-    """`[R, prompt pages]` before the axes of `KeyValue`, over B tokens each."""
+    """`[l, R, prompt pages]` before the axes of `KeyValue`, over B tokens each."""
     own: KeyValue
-    """`[ring, S]` before them: page e of the clock lies at e mod ring."""
+    """`[l, ring, S]` before them: page e of the clock lies at e mod ring."""
 
     @classmethod
-    def empty(cls, sizes: Sizes, window: int | None, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Memory:
-        """That of a layer before anything was read."""
+    def empty(
+        cls, sizes: Sizes, layers: int, window: int | None, kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> Memory:
+        """That before anything was read."""
 
         def pages(*lead: int) -> KeyValue:
             return KeyValue(
-                jnp.zeros((*lead, kv_heads, head_dim, sizes.page), dtype),
-                jnp.zeros((*lead, kv_heads, sizes.page, head_dim), dtype),
+                jnp.zeros((layers, *lead, kv_heads, head_dim, sizes.page), dtype),
+                jnp.zeros((layers, *lead, kv_heads, sizes.page, head_dim), dtype),
             )
 
         return cls(pages(sizes.places, sizes.prompt_pages), pages(sizes.ring(window), sizes.slots))
 
     def with_prompt(self, read: KeyValue, place: jax.Array) -> Memory:
-        """With a prompt's keys and values, `[pages]` before the axes of `KeyValue`, at a place."""
+        """With a prompt's keys and values, `[l, pages]` before the axes of `KeyValue`, at a place."""
         return self._replace(
-            prompts=KeyValue(*(x.at[place].set(new) for x, new in zip(self.prompts, read, strict=True)))
+            prompts=KeyValue(*(x.at[:, place].set(new) for x, new in zip(self.prompts, read, strict=True)))
         )
 
-    def with_tokens(self, key: jax.Array, value: jax.Array, clock: jax.Array) -> Memory:
+    def with_tokens(self, layer: jax.Array | int, key: jax.Array, value: jax.Array, clock: jax.Array) -> Memory:
         """With the keys and values `[S, K, H]` of what all slots decode at `clock`."""
-        ring, *_, page = self.own.key.shape
+        _, ring, *_, page = self.own.key.shape
         row, offset, zero = clock // page % ring, clock % page, jnp.int32(0)
+        at, key, value = (jnp.int32(layer), row, zero, zero), key[None, None, ..., None], value[None, None, :, :, None]
         return self._replace(
             own=KeyValue(
-                jax.lax.dynamic_update_slice(self.own.key, key[None, ..., None], (row, zero, zero, zero, offset)),
-                jax.lax.dynamic_update_slice(self.own.value, value[None, :, :, None], (row, zero, zero, offset, zero)),
+                jax.lax.dynamic_update_slice(self.own.key, key, (*at, zero, offset)),
+                jax.lax.dynamic_update_slice(self.own.value, value, (*at, offset, zero)),
             )
         )
 
@@ -191,6 +194,7 @@ def _listed(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def attend_in_flight(
     query: jax.Array,
     memory: Memory,
+    layer: jax.Array | int,
     slots: Slots,
     walk: Walk,
     clock: jax.Array,
@@ -206,7 +210,8 @@ def attend_in_flight(
 
     Args:
         query: `[S, N, H]`, rotated, of the tokens whose keys and values lie at `clock`.
-        memory: of the layer.
+        memory: of layers.
+        layer: which of them it is.
         slots: what they decode.
         walk: the pages to be read, made for the same window.
         clock: scalar.
@@ -218,7 +223,7 @@ def attend_in_flight(
         `[S, N, H]` in the type of the queries; of idle slots it means nothing.
     """
     count, heads, head_dim = query.shape
-    kv_heads, block, page = memory.own.value.shape[2], sizes.block, sizes.page
+    kv_heads, block, page = memory.own.value.shape[3], sizes.block, sizes.page
     grouped = query.reshape(count, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
     position = slots.prompt_length + clock - slots.start
     within = jnp.arange(page)
@@ -246,7 +251,7 @@ def attend_in_flight(
     def visit_prompt(step: jax.Array, so_far: _Mixed) -> _Mixed:
         index, turn = walk.prompt_block[step], walk.prompt_turn[step]
         place, number = (x[index, :, turn] for x in (walk.place, walk.page))  # [C/alike]
-        at = place, jnp.maximum(number, 0)
+        at = jnp.int32(layer), place, jnp.maximum(number, 0)
         key, value = (x.at[at].get(mode="promise_in_bounds") for x in memory.prompts)  # [C/alike, K, H, B], …
 
         def by_prompt(x: jax.Array) -> jax.Array:
@@ -271,10 +276,8 @@ def attend_in_flight(
 
     def visit_own(step: jax.Array, so_far: _Mixed) -> _Mixed:
         index, number = walk.own_block[step], walk.own_page[step]
-        row = number % len(memory.own.key)
-        key, value = (
-            jax.lax.dynamic_slice(x, (row, index * block, 0, 0, 0), (1, block, *x.shape[2:]))[0] for x in memory.own
-        )
+        at = (jnp.int32(layer), number % memory.own.key.shape[1], index * block, 0, 0, 0)
+        key, value = (jax.lax.dynamic_slice(x, at, (1, 1, block, *x.shape[3:]))[0, 0] for x in memory.own)
         written = number * page + within
         seen = (of_block(slots.start, index)[:, None] <= written) & (written <= clock)
         if window is not None:

@@ -72,7 +72,10 @@ def sample(
     if slots == of_device and in_one_product:
         sampled = sample_together(model, params, wanted, config=config, stop_tokens=stop_tokens)
     else:
-        decode = functools.partial(sample_in_flight, model, slots=slots, config=config, stop_tokens=stop_tokens)
+        in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
+        decode = functools.partial(
+            sample_in_flight, model, slots=slots, in_loops=in_loops, config=config, stop_tokens=stop_tokens
+        )
         sampled = _on_each_device(decode, mesh)(params, wanted)
         sampled = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), sampled)
     mask = length_mask(sampled.lengths, config.max_tokens)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxrl_llm.models.attention import KeyValue
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rope import Rotation
+from jaxrl_llm.models.stack import Layer, Run
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, Walk, attend_in_flight, page_tokens
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
@@ -53,7 +54,7 @@ class _Loop(NamedTuple):
     state: jax.Array
     """`[R, D]` of its last token, after the last norm."""
     memory: tuple[Memory, ...]
-    """Of each layer."""
+    """Of each layer that is compiled."""
     sampled: Sampled
     """`[N]`, prompt by prompt."""
 
@@ -67,7 +68,8 @@ class _Batch(NamedTuple):
     """`[P]`."""
     completions: tuple[jax.Array, jax.Array | None, jax.Array | None]
     """`[N]`: randomness, whether it is greedy, and the most tokens."""
-    weights: Weights
+    weights: Weights | None
+    """`None`: the loop cuts each layer's out of the stacked ones."""
     turns: list[Rotation | None]
     """`[Tp + Tc]` positions, of each rotary embedding: a table, since XLA's CPU compiler would take sines into every
     layer."""
@@ -79,6 +81,7 @@ def sample_in_flight(
     wanted: Wanted,
     *,
     slots: int,
+    in_loops: bool,
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
     rows: tuple[str, ...] = (),
@@ -90,6 +93,7 @@ def sample_in_flight(
         params: its parameters, in the type to decode with.
         wanted: the prompts of one device, or of those that share weights along `tensor`, and what is wanted of them.
         slots: S.
+        in_loops: compile layers as loops, see `Stack`.
         config: distribution.
         stop_tokens: ids that end a completion; the one drawn is part of it.
         rows: axes of a `shard_map` around it over which prompts are split. Devices take as many turns each, so that
@@ -100,7 +104,7 @@ def sample_in_flight(
     """
     (prompts, group, tokens, _), width = wanted.uniform.shape, wanted.prompt.shape[1]
     number = prompts * group
-    weights = Weights.of(model, params)
+    runs = model.stack.runs(in_loops=in_loops)
     kv_heads, head_dim, dtype = _cache_shape(model, params)
     sizes = Sizes.of(
         slots=slots,
@@ -117,7 +121,7 @@ def sample_in_flight(
         prompt=wanted.prompt,
         lengths=wanted.lengths,
         completions=jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), wanted[2:]),
-        weights=weights,
+        weights=None if in_loops else Weights.of(model, params),
         turns=list(model.rotations(jnp.arange(width + tokens)).values()),
     )
 
@@ -134,7 +138,7 @@ def sample_in_flight(
         """New completions for free slots, then a few tokens of each."""
         state = _with_free_places(state, group, prompts, number)
         state = jax.lax.while_loop(
-            wants_prompts, lambda state: _read_prompts(model, params, batch, state, sizes, at_a_time), state
+            wants_prompts, lambda state: _read_prompts(model, params, batch, state, sizes, runs, at_a_time), state
         )
         state = _with_new_completions(state, group, number, slots)
         view = _view(state, batch, number)
@@ -145,7 +149,8 @@ def sample_in_flight(
 
         def step(_: jax.Array, state: _Loop) -> _Loop:
             hidden, memory = _decode(model, params, batch, state, view, walks, sizes)
-            logits = model.project(in_loop(batch.weights.head), hidden)
+            head = model.head(params) if batch.weights is None else in_loop(batch.weights.head)
+            logits = model.project(head, hidden)
             at = jnp.minimum(state.sample, number - 1)
             uniform, *settings = batch.completions
             greedy, limits = jax.tree.map(lambda x: x[at], settings)
@@ -171,7 +176,11 @@ def sample_in_flight(
         read=jnp.int32(0),
         prompt=jnp.full((sizes.places,), prompts, jnp.int32),
         state=jnp.zeros((sizes.places, model.config.embed_dim), model.config.dtype),
-        memory=tuple(Memory.empty(sizes, kind.window, kv_heads, head_dim, dtype) for kind in model.config.kinds),
+        memory=tuple(
+            Memory.empty(sizes, run.repeats, kind.window, kv_heads, head_dim, dtype)
+            for run in runs
+            for kind in model.config.kinds[run.first : run.first + run.period]
+        ),
         sampled=Sampled.nothing(number, tokens),
     )
     return jax.lax.while_loop(unfinished, turn, start).sampled
@@ -202,7 +211,13 @@ def _with_free_places(state: _Loop, group: int, prompts: int, number: int) -> _L
 
 
 def _read_prompts(
-    model: Transformer, params: Params, batch: _Batch, state: _Loop, sizes: Sizes, at_a_time: int
+    model: Transformer,
+    params: Params,
+    batch: _Batch,
+    state: _Loop,
+    sizes: Sizes,
+    runs: tuple[Run, ...],
+    at_a_time: int,
 ) -> _Loop:
     """Computes the next prompts, as many as there are and find a place, and keeps what their completions need."""
     (prompts, width), ranks = batch.prompt.shape, jnp.arange(at_a_time)
@@ -219,10 +234,12 @@ def _read_prompts(
     key = jnp.moveaxis(key.reshape(*key.shape[:-1], -1, sizes.page), -2, 2)  # [L, P', pages, K, H, B]
     value = jnp.moveaxis(value.reshape(*value.shape[:3], -1, sizes.page, value.shape[-1]), -3, 2)
 
+    layers = [slice(run.first + place, run.end, run.period) for run in runs for place in range(run.period)]
+
     def keep(rank: jax.Array, memory: tuple[Memory, ...]) -> tuple[Memory, ...]:
         return tuple(
-            layer.with_prompt(KeyValue(key[index, rank], value[index, rank]), free[rank])
-            for index, layer in enumerate(memory)
+            some.with_prompt(KeyValue(key[at, rank], value[at, rank]), free[rank])
+            for some, at in zip(memory, layers, strict=True)
         )
 
     place = jnp.where(fits, free, sizes.places)  # beyond the last: dropped
@@ -252,6 +269,10 @@ def _with_new_completions(state: _Loop, group: int, number: int, slots: int) -> 
 # ---- A token ---------------------------------------------------------------------------------------
 
 
+_Stream = tuple[jax.Array, tuple[Memory, ...]]
+"""The residual stream `[S, D]`, and what all layers remember."""
+
+
 def _view(state: _Loop, batch: _Batch, number: int) -> Slots:
     of_place = batch.lengths[jnp.minimum(state.prompt, len(batch.lengths) - 1)]
     return Slots(state.sample < number, state.place, of_place[state.place], state.start)
@@ -275,27 +296,31 @@ def _decode(
         rope: jax.tree.map(lambda angles: jnp.take(angles, position, axis=0, mode="clip"), turn)
         for rope, turn in zip(dict.fromkeys(kind.rope for kind in model.config.layer_kinds), batch.turns, strict=True)
     }
-    x, memories = model.embed(params, state.token), []
-    for weights, kind, memory in zip(batch.weights.layers, model.config.kinds, state.memory, strict=True):
 
-        def attention(query: jax.Array, key: jax.Array, value: jax.Array, kind=kind, memory=memory) -> jax.Array:
-            memory = memory.with_tokens(key, value, state.clock)
-            memories.append(memory)
+    def step(carry: _Stream, weights: Params, layer: Layer) -> tuple[_Stream, None]:
+        x, memory = carry
+        own, window = memory[layer.place], layer.kind.window
+
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            nonlocal own
+            own = own.with_tokens(layer.number, key, value, state.clock)
+            softcap = model.config.attention_softcap
             return attend_in_flight(
-                query,
-                memory,
-                view,
-                walks[kind.window],
-                state.clock,
-                sizes,
-                window=kind.window,
-                softcap=model.config.attention_softcap,
+                query, own, layer.number, view, walks[window], state.clock, sizes, window=window, softcap=softcap
             )
 
-        x, _ = model.block(in_loop(weights), kind)(x, turns[kind.rope], attention)
-        x = constrain(x, None, None)
+        x, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
+        return (constrain(x, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None
+
+    carry = model.embed(params, state.token), state.memory
+    if batch.weights is None:
+        carry, _ = model.stack.scan(step, carry, params["layers"], lambda layer, **_: layer, in_loops=True)
+    else:
+        for number, (weights, kind) in enumerate(zip(batch.weights.layers, model.config.kinds, strict=True)):
+            carry, _ = step(carry, in_loop(weights), Layer(kind, number, 0))
+    x, memory = carry
     hidden = model.norm(params, x)
-    return jnp.where((state.time < 0)[:, None], state.state[view.place].astype(x.dtype), hidden), tuple(memories)
+    return jnp.where((state.time < 0)[:, None], state.state[view.place].astype(x.dtype), hidden), memory
 
 
 def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], limits: jax.Array | None) -> _Loop:

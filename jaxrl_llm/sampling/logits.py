@@ -31,6 +31,9 @@ class SamplingConfig:
     slots: int | None = None
     """Completions that are decoded at a time on a device, of whichever prompts; memory is theirs alone, and each that
     ends makes room for the next (`None`: all of the batch). Devices that share the weights count as one."""
+    scan_layers: bool | None = None
+    """Compile the layers of the loop for completions in flight as one loop, so that compiling does not take longer the
+    deeper a model is (`None`: as model.scan_layers, but on CPUs, where the loop would copy each layer's weights)."""
     tensor: int | None = None
     """Devices that share one copy of the weights while sampling: a multiple of mesh.tensor that divides the devices,
     the others split rows (`None`: mesh.tensor, so that each device holds its part of that whole)."""

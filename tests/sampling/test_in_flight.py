@@ -57,12 +57,19 @@ def sampler(model: Transformer, mesh: Mesh, *, slots: int | None, group: int = 3
     return Sampler(model, config, group=group, stop_tokens=STOP_TOKENS, mesh=mesh)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logprobs_are_those_of_the_learner(name, tiny_config, lively_params, one_device, long_prompts, key):
+@pytest.mark.parametrize(
+    ("name", "scan_layers"),
+    [("plain", False), ("windows", True), ("caps_kinds", False), ("caps_kinds", True), ("bias_norms", True)],
+)
+def test_logprobs_are_those_of_the_learner(
+    name, scan_layers, tiny_config, lively_params, one_device, long_prompts, key
+):
     """Seven slots decode completions of six prompts, of which several are read by neighbours."""
     model = Transformer(tiny_config(**ARCHITECTURES[name]))
     params = lively_params(model)
-    rollout = sampler(model, one_device, slots=7, temperature=0.8)(params, *long_prompts, key, 0)
+    rollout = sampler(model, one_device, slots=7, temperature=0.8, scan_layers=scan_layers)(
+        params, *long_prompts, key, 0
+    )
 
     @jax.jit
     def expected(rollout: Rollout) -> jax.Array:

@@ -4,6 +4,7 @@
     python experiments/benchmarks/grpo.py --size smollm2 --work W3 --model.dtype bfloat16
     python experiments/benchmarks/grpo.py --model.path MODELS/smollm2-135m-instruct --json speed.jsonl
     python experiments/benchmarks/grpo.py --work W2 --shape.lengths lognormal --tokens-per-micro-batch 4096
+    python experiments/benchmarks/grpo.py --work W1 --shape.completion-tokens 1024 --shape.lengths lognormal --slots 16
     python experiments/benchmarks/grpo.py --beside 'PEER --work {work}'     # ours and PEER in turns
 
 Each work runs in a process of its own, so that start-up, memory and compilations are that work's alone. With

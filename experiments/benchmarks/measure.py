@@ -39,10 +39,10 @@ class Shape:
     samples: int = 8
     """G, completions of each prompt."""
     completion_tokens: int = 64
-    """Tokens of every completion, or of the longest that there may be: nothing stops one that is sampled earlier."""
+    """Tokens of every completion, or of the longest that there may be."""
     lengths: Literal["full", "lognormal"] = "full"
-    """Of the completions that an update (W2) is given: all of `completion_tokens`; or lognormal (σ = 1), with a mean of
-    a quarter of that before they are cut there, the same in every run."""
+    """Of the completions: all of `completion_tokens`; or lognormal (σ = 1), with a mean of a quarter of that before
+    they are cut there, the same in every run."""
 
     @property
     def completion_lengths(self) -> list[list[int]]:

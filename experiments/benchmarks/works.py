@@ -55,6 +55,8 @@ class Benchmark:
     """Pieces in which the gradient is accumulated, padding included: more of them need less memory."""
     tokens_per_micro_batch: int | None = None
     """Pack completions into rows of so many tokens, and compute no padding."""
+    slots: int | None = None
+    """Completions that are decoded at a time on a device; None: all."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
     repeats: int = 5
@@ -76,10 +78,6 @@ class Benchmark:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
         if self.beside is not None and len(self.work) > 1 and "{work}" not in self.beside:
             raise ValueError(f"--beside {self.beside!r} must contain {{work}}, since {' '.join(self.work)} are run")
-        if self.shape.lengths != "full" and self.work != ("W2",):
-            raise ValueError(
-                f"--shape.lengths {self.shape.lengths}: nothing stops completions that are sampled; add --work W2"
-            )
 
 
 # ---- The policy and its programs -----------------------------------------------------------------
@@ -140,8 +138,8 @@ class Learner:
 
 
 def make_sampler(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Sampler:
-    """Samples completions that nothing stops."""
-    settings = SamplingConfig(max_tokens=config.shape.completion_tokens)
+    """Samples completions that nothing but their limits stops."""
+    settings = SamplingConfig(max_tokens=config.shape.completion_tokens, slots=config.slots)
     return Sampler(model, settings, group=config.shape.samples, stop_tokens=(), mesh=mesh)
 
 
@@ -178,11 +176,11 @@ def _sampling(
     config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, params: Params
 ) -> Callable[[int], Phases]:
     sampler, lengths = make_sampler(config, mesh, model), _lengths(config.shape)
-    key = jax.random.key_data(jax.random.key(0))
+    key, limits = jax.random.key_data(jax.random.key(0)), _limits(config.shape)
 
     def work(number: int) -> Phases:
         prompt = random_prompts(config.shape, model.config.vocab_size, number)
-        jax.block_until_ready(sampler(params, prompt, lengths, key, number))
+        jax.block_until_ready(sampler(params, prompt, lengths, key, number, limits))
         return {}
 
     return work
@@ -221,7 +219,7 @@ def _iterating(
     config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, learner: Learner, tokenizer: Any
 ) -> Callable[[int], Phases]:
     shape, vocabulary = config.shape, model.config.vocab_size
-    sampler, rewards = make_sampler(config, mesh, model), RewardSum((count_token,))
+    sampler, rewards, limits = make_sampler(config, mesh, model), RewardSum((count_token,)), _limits(shape)
 
     def work(number: int) -> Phases:
         tokens = random_prompts(shape, vocabulary, number)
@@ -236,7 +234,7 @@ def _iterating(
             epoch=0,
         )
         times = [time.perf_counter()]
-        rollout = sampler(learner.state.params, tokens, batch.lengths, learner.state.key, number)
+        rollout = sampler(learner.state.params, tokens, batch.lengths, learner.state.key, number, limits)
         jax.block_until_ready(rollout)
         times.append(time.perf_counter())
         episodes = score_rollout(rollout, batch, rewards, tokenizer)
@@ -250,6 +248,10 @@ def _iterating(
 
 def _lengths(shape: Shape) -> np.ndarray:
     return np.full((shape.prompts,), shape.prompt_tokens, np.int32)
+
+
+def _limits(shape: Shape) -> np.ndarray | None:
+    return None if shape.lengths == "full" else np.array(shape.completion_lengths, np.int32)
 
 
 def count_token(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]) -> list[float]:

@@ -66,7 +66,15 @@ class Sampler:
         self._axes = without_adapters(model.logical_axes())
         self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
 
-    def __call__(self, params: Params, prompt: np.ndarray, prompt_lengths: np.ndarray, key: Any, step: Any) -> Rollout:
+    def __call__(
+        self,
+        params: Params,
+        prompt: np.ndarray,
+        prompt_lengths: np.ndarray,
+        key: Any,
+        step: Any,
+        limits: np.ndarray | None = None,
+    ) -> Rollout:
         """Samples; returns at once, with the arrays still being computed.
 
         Args:
@@ -75,10 +83,12 @@ class Sampler:
             prompt_lengths: `[P]` int32, 1 to Tp.
             key: root of the run's randomness, uint32 key data.
             step: number that is folded into the key, so that steps never repeat each other's noise.
+            limits: `[P, G]`, the greedy one included: the most tokens of each completion; `None`: max_tokens.
 
         Raises:
             ValueError: a prompt is empty or longer than its row or has tokens that the model does not know, or
-                prompt and completion exceed the model's positions, or the rows cannot be split over the mesh.
+                prompt and completion exceed the model's positions, or the rows cannot be split over the mesh, or a
+                limit is out of range.
         """
         prompt, lengths = np.asarray(prompt, np.int32), np.asarray(prompt_lengths, np.int32)
         fits = prompt.ndim == 2 and lengths.shape == prompt.shape[:1] and lengths.size
@@ -94,8 +104,15 @@ class Sampler:
             )
         self.check_length(lengths.max())
         self.row_split(prompt.shape[0])
+        if limits is not None:
+            limits, longest = np.asarray(limits, np.int32), self.config.max_tokens
+            if limits.shape != (len(prompt), self.group) or limits.min() < 1 or limits.max() > longest:
+                raise ValueError(
+                    f"limits of shape {limits.shape} for {len(prompt)} prompts × {self.group} samples must be one for "
+                    f"each, from 1 to sampling.max_tokens={longest}; got {limits.min()} to {limits.max()}"
+                )
         with jax.set_mesh(self.mesh):
-            return self._program(params, prompt, lengths, key, np.asarray(step, np.int32))
+            return self._program(params, prompt, lengths, key, np.asarray(step, np.int32), limits)
 
     def check_length(self, longest: int, *, width: int = 0) -> None:
         """Checks that the model has positions for the longest prompt and a completion.
@@ -128,19 +145,31 @@ class Sampler:
         return row_split(prompts, self.group, self._own_mesh, greedy=self.greedy)
 
     def sample(
-        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
+        self,
+        params: Params,
+        prompt: jax.Array,
+        prompt_lengths: jax.Array,
+        key: jax.Array,
+        step: jax.Array,
+        limits: jax.Array | None = None,
     ) -> Rollout:
         """The program, to be compiled under `jax.set_mesh`, on its own or as a part of another; see `__call__`."""
         trunk = {name: params[name] for name in self._axes}  # heads have no part in it
         merged = merge_adapters(trunk, self.model.config)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
-            given = everywhere((prompt, prompt_lengths, key, step), self._own_mesh)
+            given = everywhere((prompt, prompt_lengths, key, step, limits), self._own_mesh)
             rollout = self._sample(with_whole_heads(ours, self.model.config), *given)
         return everywhere(rollout, self.mesh)
 
     def _sample(
-        self, params: Params, prompt: jax.Array, prompt_lengths: jax.Array, key: jax.Array, step: jax.Array
+        self,
+        params: Params,
+        prompt: jax.Array,
+        prompt_lengths: jax.Array,
+        key: jax.Array,
+        step: jax.Array,
+        limits: jax.Array | None,
     ) -> Rollout:
         """The program on the sampler's own mesh."""
         prompts, group = prompt.shape[0], self.group
@@ -163,6 +192,7 @@ class Sampler:
             config=self.config,
             stop_tokens=self.stop_tokens,
             greedy=greedy,
+            limits=None if limits is None else limits.reshape(keys.shape),
         )
         whole = {
             name: getattr(rollout, name).reshape(prompts, group, *getattr(rollout, name).shape[2:])

@@ -85,7 +85,7 @@ def sample_in_flight(
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
     rows: tuple[str, ...] = (),
-) -> Sampled:
+) -> tuple[Sampled, jax.Array]:
     """Samples G completions of each prompt, of which so many at a time are decoded.
 
     Args:
@@ -100,7 +100,7 @@ def sample_in_flight(
             those that share weights do not wait for one another in different places.
 
     Returns:
-        `Sampled` `[N]`, N = P·G, prompt by prompt.
+        `Sampled` `[N]`, N = P·G, prompt by prompt, and how many tokens each slot could have decoded.
     """
     (prompts, group, tokens, _), width = wanted.uniform.shape, wanted.prompt.shape[1]
     number = prompts * group
@@ -183,7 +183,8 @@ def sample_in_flight(
         ),
         sampled=Sampled.nothing(number, tokens),
     )
-    return jax.lax.while_loop(unfinished, turn, start).sampled
+    end = jax.lax.while_loop(unfinished, turn, start)
+    return end.sampled, end.clock
 
 
 def _cache_shape(model: Transformer, params: Params) -> tuple[int, int, jnp.dtype]:

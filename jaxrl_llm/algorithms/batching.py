@@ -231,8 +231,6 @@ class Dealt(Pieces):
 class Packed(Pieces):
     """Rows packed to a token budget: a piece is one row of tokens on each shard, and there are as many as it takes."""
 
-    whole_batch = False
-
     def __init__(self, rows: Any, tokens: int, split: int, *, whole_groups: bool):
         """Cuts each group to `split` rows, and packs what is read of its completions."""
         self.split, self.rows = split, spread(split_groups(rows, split))
@@ -246,12 +244,14 @@ class Packed(Pieces):
             tokens=tokens,
             whole_groups=self.whole_groups,
         )
+        self.whole_batch = self.packing.capacity == 1
 
     @property
     def useful(self) -> Mean:
         """As `Pieces.useful`."""
         shards = self.packing.lengths.shape[0]
-        computed = self.packing.count * (self.packing.tokens * shards)
+        rows = 1 if self.whole_batch else self.packing.count
+        computed = jnp.asarray(rows * self.packing.tokens * shards)
         return Mean(self.packing.needed.astype(jnp.float32), computed.astype(jnp.float32))
 
     def _piece(self, index: jax.Array) -> tuple[Any, PackedLayout]:
@@ -262,6 +262,8 @@ class Packed(Pieces):
     def fold(self, function: Callable[..., Any], beside: Any = ()) -> Any:
         """As `Pieces.fold`."""
         rest = tuple(split_groups(tree, self.split) for tree in beside)
+        if self.whole_batch:  # no second copy of what is summed
+            return function(*self._piece(jnp.int32(0)), *rest)
 
         def add(index: jax.Array, total: Any) -> Any:
             return join_parts(total, function(*self._piece(index), *rest))

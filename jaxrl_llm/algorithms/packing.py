@@ -50,6 +50,8 @@ class Packing(struct.PyTreeNode):
     """`[S, N]`: the completions in that order."""
     tokens: int = struct.field(pytree_node=False)
     """T, the length of a row."""
+    capacity: int = struct.field(pytree_node=False)
+    """Rows that a shard may have, whatever the lengths."""
 
     @property
     def count(self) -> jax.Array:
@@ -104,10 +106,10 @@ def pack(
         return constrain(x.reshape(shards, prompts // shards, *x.shape[1:]), "rows", *(None,) * x.ndim)
 
     prompt, prompt_lengths, completion, lengths = map(split, (prompt, prompt_lengths, completion, lengths))
-    room = prompt_width + (group * width if whole_groups else width)
+    capacity = _capacity(tokens, prompts // shards, prompt_width, group, width, whole_groups=whole_groups)
     common = jax.vmap(_common)(prompt, prompt_lengths)
     copied = prompt_lengths - common[:, None]
-    row, start, opens, prompt_start = jax.vmap(lambda b, p, c: _places(b, p, c, tokens, room, whole_groups))(
+    row, start, opens, prompt_start = jax.vmap(lambda b, p, c: _places(b, p, c, tokens, capacity, whole_groups))(
         common, copied, lengths
     )
     # Those of one prompt in one row share its copy.
@@ -118,7 +120,7 @@ def pack(
     begin = jnp.where(lengths > 0, begin, jnp.iinfo(jnp.int32).max)
     flat = [x.reshape(shards, -1) for x in (lengths, row, start, opens, prompt_start, prompt_end, begin)]
     order = jnp.argsort(flat[-1], axis=1)
-    return Packing(prompt, prompt_lengths, completion, common, *flat, order=order, tokens=tokens)
+    return Packing(prompt, prompt_lengths, completion, common, *flat, order=order, tokens=tokens, capacity=capacity)
 
 
 def check_room(tokens: int, prompt_width: int, width: int) -> None:
@@ -129,6 +131,15 @@ def check_room(tokens: int, prompt_width: int, width: int) -> None:
             f"tokens of completions, which may all be real: raise it to {prompt_width + width} or more, or shorten "
             "prompts or completions"
         )
+
+
+def _capacity(tokens: int, prompts: int, prompt_width: int, group: int, width: int, *, whole_groups: bool) -> int:
+    """Rows of `tokens` that so many prompts and their completions of these widths may take."""
+    if prompts * (prompt_width + group * width) <= tokens:
+        return 1
+    pieces, room = (prompts, group * width) if whole_groups else (prompts * group, width)
+    # First fit fills all rows but one to more than a half.
+    return min(pieces, -(-2 * pieces * (prompt_width + room) // tokens) + 1)
 
 
 def _common(prompt: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -149,7 +160,7 @@ class _Rows(NamedTuple):
 
 
 def _places(
-    common: jax.Array, prompt_lengths: jax.Array, lengths: jax.Array, tokens: int, room: int, whole_groups: bool
+    common: jax.Array, prompt_lengths: jax.Array, lengths: jax.Array, tokens: int, capacity: int, whole_groups: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of one shard: row, start, opens, prompt_start of each completion, `[P/S, G]`.
 
@@ -158,13 +169,10 @@ def _places(
         prompt_lengths: `[P/S]`, without these.
         lengths: `[P/S, G]`.
         tokens: T.
-        room: tokens that one prompt and one completion (or its whole group) have at most.
+        capacity: rows.
         whole_groups: as `pack`.
     """
     prompts, group = lengths.shape
-    # First fit fills all rows but one to more than a half.
-    pieces = prompts * (1 if whole_groups else group)
-    rows = min(pieces, -(-2 * pieces * room // tokens) + 1)
     descending = jnp.argsort(-lengths, axis=1)
     ordered = jnp.take_along_axis(lengths, descending, axis=1).astype(jnp.int32)
     needed = ordered
@@ -189,7 +197,7 @@ def _places(
     number = jnp.repeat(jnp.arange(prompts, dtype=jnp.int32), group)
     prompt_length = jnp.repeat(prompt_lengths.astype(jnp.int32), group)
     follows = jnp.tile(jnp.arange(group) > 0, prompts) & whole_groups
-    empty = _Rows(*(jnp.full((rows,), value, jnp.int32) for value in (common, -1, 0)))
+    empty = _Rows(*(jnp.full((capacity,), value, jnp.int32) for value in (common, -1, 0)))
     completions = (number, prompt_length, ordered.reshape(-1), needed.reshape(-1), follows)
     _, made = jax.lax.scan(place, (empty, jnp.int32(0)), completions)
     back = jnp.argsort(descending, axis=1)

@@ -100,9 +100,10 @@ def test_lognormal_lengths(script):
     assert shape().completion_lengths == shape().completion_lengths
 
 
-def test_lengths_of_samples_cannot_be_chosen(script):
-    with pytest.raises(ValueError, match="--work W2"):
-        small(script, lengths="lognormal")
+def test_sampling_of_lognormal_lengths_in_slots(grpo, script):
+    config = small(script, lengths="lognormal", work=("W1",), slots=2)
+    record = grpo.measure(config, "W1")
+    check_record(record, work="W1", tokens=sum(map(sum, config.shape.completion_lengths)))
 
 
 def test_iteration_on_a_checkpoint_with_a_reference(grpo, script, tmp_path):

@@ -2,6 +2,7 @@
 
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.folder import run_setup, start, write_config
+from jaxrl_llm.launch.generation import Completion, generate
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_rows
 from jaxrl_llm.launch.offline import OFFLINE_PANELS, make_offline_trainer, parse_offline, run_offline
 from jaxrl_llm.launch.on_policy import make_trainer, parse, run
@@ -11,8 +12,10 @@ from jaxrl_llm.launch.summary import finish
 
 __all__ = [
     "OFFLINE_PANELS",
+    "Completion",
     "Policy",
     "finish",
+    "generate",
     "load_model",
     "load_policy",
     "load_prompts",

@@ -1,0 +1,111 @@
+"""Sampling without training: prompts in, texts out."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.data.messages import check_messages
+from jaxrl_llm.data.tokens import encode_prompt, opened_thought
+from jaxrl_llm.launch.loading import Policy
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
+from jaxrl_llm.training.episodes.reading import completion_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One completion of a prompt."""
+
+    text: str
+    """Without the token or the text that ended it."""
+    tokens: list[int]
+    """Ids, the token that ended it included; of a stop text, those up to its last character."""
+    logprobs: list[float]
+    """Of each token under the model: temperature 1, no truncation."""
+    finished: bool
+    """It ended by itself, not at `sampling.max_tokens`."""
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[str | list[dict[str, Any]]],
+    *,
+    sampling: SamplingConfig | None = None,
+    samples: int = 1,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> list[list[Completion]]:
+    """Completes prompts with the sampler that training uses.
+
+    >>> policy = load_policy(Experiment(model=ModelSource("SmolLM2-135M-Instruct.gguf")), make_mesh())
+    >>> [[answer]] = generate(policy, [[{"role": "user", "content": "Name a color."}]])
+
+    All prompts are one program; `sampling.slots` bounds how many completions are in memory at a time. The same call
+    gives the same completions, and those of a prompt depend on its place among the prompts, not on how many there are.
+
+    Args:
+        policy: the model with its tokenizer, as `load_policy` gives it.
+        prompts: texts or conversations, which the chat template writes.
+        sampling: distribution, longest completion, slots; `None`: the defaults of `SamplingConfig`.
+        samples: completions of each prompt.
+        stop: texts that end a completion. They are looked for afterwards: a completion is sampled to its stop token or
+            to the longest, and what comes after the first of them is cut off.
+        seed: of the noise.
+        mesh: the devices on which the parameters lie; `None`: all devices.
+
+    Returns:
+        For each prompt its completions.
+
+    Raises:
+        ValueError: there are no prompts, one is empty or cannot be encoded, a stop text is empty, or prompt and
+            completion exceed the model's positions.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts: pass one at least")
+    if isinstance(prompts, str) or isinstance(stop, str):
+        raise ValueError("prompts and stop are lists of texts: put the text into one")
+    if "" in stop:
+        raise ValueError("an empty stop text would end every completion: leave it out")
+    tokenizer, mesh = policy.tokenizer, mesh or make_mesh()
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        try:
+            encoded.append(encode_prompt(prompt if isinstance(prompt, str) else check_messages(prompt), tokenizer))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+    sampling = sampling or SamplingConfig()
+    shards = row_shards(sampling_mesh(mesh, sampling.tensor))
+    rows = -(-len(encoded) // shards) * shards  # the last ones are sampled again, and left out
+    lengths = np.array([len(ids) for ids in encoded] + [len(encoded[-1])] * (rows - len(encoded)), np.int32)
+    tokens = np.zeros((rows, lengths.max()), np.int32)
+    for row in range(rows):
+        tokens[row, : lengths[row]] = encoded[min(row, len(encoded) - 1)]
+    sampler = Sampler(policy.model, sampling, group=samples, stop_tokens=policy.stop_tokens, mesh=mesh)
+    key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    rollout = jax.device_get(sampler(policy.params, tokens, lengths, key, 0))
+
+    def completion(row: int, sample: int) -> Completion:
+        length, finished = rollout.completion_lengths[row, sample], bool(rollout.finished[row, sample])
+        ids = rollout.completion[row, sample, :length].tolist()
+        logprobs = rollout.logprobs[row, sample, :length].tolist()
+        text, opening = completion_text(ids, tokenizer, finished=finished), opened_thought(encoded[row], tokenizer)
+        ends = [(at, at + len(one)) for one in stop if (at := text.find(one)) >= 0]
+        if not ends:
+            return Completion(opening + text, ids, logprobs, finished)
+        begin, end = min(ends)
+
+        def characters(tokens: int) -> int:
+            return len(completion_text(ids[:tokens], tokenizer, finished=False))
+
+        count = bisect.bisect_left(range(length), end, key=characters)
+        return Completion(opening + text[:begin], ids[:count], logprobs[:count], True)
+
+    return [[completion(row, sample) for sample in range(samples)] for row in range(len(encoded))]

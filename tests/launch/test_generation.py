@@ -1,0 +1,99 @@
+"""Sampling without training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.cli import Policy, generate
+from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+
+TOKENIZER = CharTokenizer("0123456789+=")
+PROMPTS = ["1+1=", "20+2=", "3="]
+SAMPLING = SamplingConfig(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    """A random model that ends some completions."""
+    config = ModelConfig(len(TOKENIZER), 16, 32, 2, 4, 2, 8, max_position_embeddings=32, tie_embeddings=True)
+    model = Transformer(config)
+    params = jax.tree.map(lambda leaf: 8 * leaf, model.init(jax.random.key(0)))
+    return Policy(model, params, TOKENIZER, (TOKENIZER.eos_token_id, TOKENIZER.encode("0")[0]))
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def test_completions_are_those_of_the_sampler(policy, mesh):
+    made = generate(policy, PROMPTS, sampling=SAMPLING, samples=3, seed=5, mesh=mesh)
+    encoded = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
+    tokens = np.array([ids + [0] * (5 - len(ids)) for ids in encoded], np.int32)
+    lengths = np.array([len(ids) for ids in encoded])
+    sampler = Sampler(policy.model, SAMPLING, group=3, stop_tokens=policy.stop_tokens, mesh=mesh)
+    rollout = sampler(policy.params, tokens, lengths, np.asarray(jax.random.key_data(jax.random.key(5))), 0)
+    for (row, sample), length in np.ndenumerate(np.asarray(rollout.completion_lengths)):
+        ours, finished = made[row][sample], bool(rollout.finished[row, sample])
+        assert ours.tokens == rollout.completion[row, sample, :length].tolist()
+        np.testing.assert_array_equal(ours.logprobs, rollout.logprobs[row, sample, :length])
+        said = [token for token in ours.tokens[: length - finished] if token > 1]
+        assert (ours.text, ours.finished) == (TOKENIZER.decode(said), finished)
+    assert {completion.finished for group in made for completion in group} == {True, False}
+
+
+def test_prompts_do_not_depend_on_those_behind_them(policy, mesh):
+    whole = generate(policy, PROMPTS, sampling=SAMPLING, samples=2, mesh=mesh)
+    assert [len(group) for group in whole] == [2, 2, 2]
+    few = generate(policy, PROMPTS[:2], sampling=dataclasses.replace(SAMPLING, slots=1), samples=2, mesh=mesh)
+    assert [[one.text for one in group] for group in few] == [[one.text for one in group] for group in whole[:2]]
+
+
+def test_devices_that_do_not_divide_the_prompts(policy, mesh):
+    eight = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    params = jax.device_put(policy.params, policy.model.shardings(eight))
+    ours = generate(dataclasses.replace(policy, params=params), PROMPTS, sampling=SAMPLING, mesh=eight)
+    expected = generate(policy, PROMPTS, sampling=SAMPLING, mesh=mesh)
+    assert [group[0].tokens for group in ours] == [group[0].tokens for group in expected]
+
+
+def test_a_stop_text_cuts_the_completion(policy, mesh):
+    whole = generate(policy, PROMPTS, sampling=SAMPLING, samples=8, mesh=mesh)
+    long = next(one for group in whole for one in group if len(one.text) > 6)
+    stop = long.text[3:5]
+    cut = generate(policy, PROMPTS, sampling=SAMPLING, samples=8, stop=[stop, "==="], mesh=mesh)
+    pairs = [pair for groups in zip(whole, cut, strict=True) for pair in zip(*groups, strict=True)]
+    for before, after in pairs:
+        at = before.text.find(stop)
+        if at < 0:
+            assert after == before
+            continue
+        assert (after.text, after.finished) == (before.text[:at], True)
+        assert TOKENIZER.decode([token for token in after.tokens if token > 1]) == before.text[: at + 2]
+        assert after.logprobs == before.logprobs[: len(after.tokens)]
+    assert any(before.text != after.text for before, after in pairs)
+
+
+def test_what_cannot_be_completed_is_told_with_its_number(policy, mesh):
+    for prompts, stop, message in (
+        ([], (), "there are no prompts"),
+        ("1+1=", (), "lists of texts"),
+        (["1="], "0", "lists of texts"),
+        (["1="], [""], "empty stop text"),
+        (["1=", ""], (), "prompt 1: "),
+        (["1=", "x"], (), "prompt 1: character 'x'"),
+        (["1=", [{"role": "user", "content": "1"}]], (), "prompt 1: .*no chat template"),
+        (["1=", [{"content": "1"}]], (), "prompt 1: .*role"),
+        (["1" * 21], (), "21 tokens and sampling.max_tokens=12 exceed the model's 32 positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(policy, prompts, sampling=SAMPLING, stop=stop, mesh=mesh)

@@ -45,7 +45,7 @@ def generate(
 ) -> list[list[Completion]]:
     """Completes prompts with the sampler that training uses.
 
-    >>> policy = load_policy(Experiment(model=ModelSource("SmolLM2-135M-Instruct.gguf")), make_mesh())
+    >>> policy = load_policy(ModelSource("SmolLM2-135M-Instruct.gguf"), make_mesh())
     >>> [[answer]] = generate(policy, [[{"role": "user", "content": "Name a color."}]])
 
     All prompts are one program; `sampling.slots` bounds how many completions are in memory at a time. The same call
@@ -102,10 +102,10 @@ def generate(
             return Completion(opening + text, ids, logprobs, finished)
         begin, end = min(ends)
 
-        def characters(tokens: int) -> int:
-            return len(completion_text(ids[:tokens], tokenizer, finished=False))
+        def reaches_end(tokens: int) -> bool:  # not by length: the first bytes of a character stand as one of their own
+            return completion_text(ids[:tokens], tokenizer, finished=False).startswith(text[:end])
 
-        count = bisect.bisect_left(range(length), end, key=characters)
+        count = bisect.bisect_left(range(length), True, key=reaches_end)
         return Completion(opening + text[:begin], ids[:count], logprobs[:count], True)
 
     return [[completion(row, sample) for sample in range(samples)] for row in range(len(encoded))]

@@ -52,17 +52,18 @@ def load_tokenizer_of(source: ModelSource) -> Any:
     return load_tokenizer(path, chat_template=source.chat_template, template_arguments=source.template_arguments)
 
 
-def load_policy(config: RunConfig, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
-    """The checkpoint that `config.model` names, on the mesh, with its tokenizer (loaded, unless it is given).
+def load_policy(config: RunConfig | ModelSource, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
+    """The checkpoint that a run, or a source alone, names, on the mesh, with its tokenizer (loaded unless given).
 
     Raises:
         ValueError: none is named, or it cannot be used; says why.
     """
-    path = _path(config.model)
-    tokenizer = load_tokenizer_of(config.model) if tokenizer is None else tokenizer
+    source, seed = (config, 0) if isinstance(config, ModelSource) else (config.model, config.seed)
+    path = _path(source)
+    tokenizer = load_tokenizer_of(source) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
     own = sampling_mesh(mesh, config.sampling.tensor) if isinstance(config, Experiment) else None
-    model, params = load_model(config.model, mesh, seed=config.seed, sampled_on=own)
+    model, params = load_model(source, mesh, seed=seed, sampled_on=own)
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
 
 

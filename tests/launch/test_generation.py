@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -81,6 +84,48 @@ def test_a_stop_text_cuts_the_completion(policy, mesh):
         assert TOKENIZER.decode([token for token in after.tokens if token > 1]) == before.text[: at + 2]
         assert after.logprobs == before.logprobs[: len(after.tokens)]
     assert any(before.text != after.text for before, after in pairs)
+
+
+class Bytes:
+    """A token a byte, three a Chinese character."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(("stop", "kept"), [("漢", "ab漢"), ("漢字", "ab漢字"), ("b", "ab")])
+def test_tokens_reach_to_the_last_byte_of_a_stop_text(stop, kept, policy, mesh, monkeypatch):
+    said = "ab漢字c".encode()
+
+    def rollout(*_: object) -> SimpleNamespace:
+        completion = np.array([[list(said)]])
+        return SimpleNamespace(
+            completion=completion,
+            completion_lengths=np.array([[len(said)]]),
+            finished=np.array([[False]]),
+            logprobs=np.zeros(completion.shape),
+        )
+
+    monkeypatch.setattr(Sampler, "__call__", rollout)
+    [[cut]] = generate(dataclasses.replace(policy, tokenizer=Bytes()), ["1"], stop=[stop], mesh=mesh)
+    assert (cut.text, bytes(cut.tokens).decode()) == (kept.removesuffix(stop), kept)
+    assert len(cut.logprobs) == len(cut.tokens)
+
+
+def test_what_the_readme_shows_runs(tiny, tmp_path, monkeypatch, capsys):
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("## Use the sampler alone")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    tiny.save_checkpoint(tmp_path / "tiny")
+    exec(compile(code.replace("SmolLM2-135M-Instruct.gguf", "tiny"), "README.md", "exec"), {})
+    groups = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(group) for group in groups] == [2, 2]
 
 
 def test_what_cannot_be_completed_is_told_with_its_number(policy, mesh):

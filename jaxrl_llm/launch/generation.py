@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,8 @@ def generate(
             raise ValueError(f"prompt {number}: {error}") from error
     sampling = sampling or SamplingConfig()
     shards = row_shards(sampling_mesh(mesh, sampling.tensor))
-    rows = -(-len(encoded) // shards) * shards  # the last ones are sampled again, and left out
+    unit = shards // math.gcd(samples, shards)  # of so many prompts, samples fill the devices
+    rows = -(-len(encoded) // unit) * unit  # the last one is sampled again, and left out
     lengths = np.array([len(ids) for ids in encoded] + [len(encoded[-1])] * (rows - len(encoded)), np.int32)
     tokens = np.zeros((rows, lengths.max()), np.int32)
     for row in range(rows):

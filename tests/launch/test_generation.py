@@ -61,12 +61,19 @@ def test_prompts_do_not_depend_on_those_behind_them(policy, mesh):
     assert [[one.text for one in group] for group in few] == [[one.text for one in group] for group in whole[:2]]
 
 
-def test_devices_that_do_not_divide_the_prompts(policy, mesh):
-    eight = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    params = jax.device_put(policy.params, policy.model.shardings(eight))
-    ours = generate(dataclasses.replace(policy, params=params), PROMPTS, sampling=SAMPLING, mesh=eight)
-    expected = generate(policy, PROMPTS, sampling=SAMPLING, mesh=mesh)
-    assert [group[0].tokens for group in ours] == [group[0].tokens for group in expected]
+@pytest.mark.parametrize(("samples", "sampled"), [(1, 4), (2, 4), (4, 3)])
+def test_devices_that_do_not_divide_the_prompts(samples, sampled, policy, mesh, monkeypatch):
+    """As few prompts as fill four devices are sampled again."""
+    eight, given = make_mesh(MeshConfig(fsdp=4, tensor=2)), []
+    call = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, *args: given.append(len(args[1])) or call(self, *args))
+    policies = dataclasses.replace(policy, params=jax.device_put(policy.params, policy.model.shardings(eight))), policy
+    ours, expected = (
+        generate(policy, PROMPTS, sampling=SAMPLING, samples=samples, mesh=mesh)
+        for policy, mesh in zip(policies, (eight, mesh), strict=True)
+    )
+    assert given == [sampled, 3]
+    assert [[one.tokens for one in group] for group in ours] == [[one.tokens for one in group] for group in expected]
 
 
 def test_a_stop_text_cuts_the_completion(policy, mesh):

@@ -301,6 +301,25 @@ def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
     return _with_sizes(mesh, data=mesh.size // (tensor * expert), tensor=tensor, expert=expert)
 
 
+def common_mesh(mesh: Mesh, other: Mesh) -> Mesh:
+    """The devices of the learner's `mesh` along axes of which those of the sampler's, `other`, are made, too.
+
+    XLA writes all shardings of a program in the axes of that mesh of it that has most of them, and aborts where a
+    `shard_map` of another one is over a part of such an axis (Shardy's `dedup_meshes`). So a program with both has to
+    name this one: where the sampler's rows end within an axis of the learner, that is cut in two.
+    """
+    rows, before, sizes = row_shards(other), 1, {}
+    for axis, size in mesh.shape.items():
+        outer = rows // before
+        if 1 < outer < size and size % outer == 0:
+            sizes |= {f"outer_{axis}": outer, axis: size // outer}
+        else:
+            sizes[axis] = size
+        before *= size
+    shape = tuple(sizes.values())
+    return Mesh(mesh.devices.reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
 def _with_sizes(mesh: Mesh, **sizes: int) -> Mesh:
     """The devices of `mesh`, in their order, along the axes of `MESH_AXES`; those that are not named have size 1."""
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
@@ -321,12 +340,12 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
         dtype: type to decode with.
         mesh: the learner's.
     """
-    tensor, data, expert = head_shards(), mesh.shape.get("data", 1), mesh.shape.get("expert", 1)
+    tensor, expert = head_shards(), mesh.shape.get("expert", 1)
     between = None
     if tensor != head_shards(mesh):
-        between = _with_sizes(
-            mesh, data=data, fsdp=mesh.size // (data * tensor * expert), tensor=tensor, expert=expert
-        ).abstract_mesh
+        rows = mesh.size // (tensor * expert)
+        data = math.gcd(rows, mesh.shape.get("data", 1))  # copies of the weights, as far as the sampler has them
+        between = _with_sizes(mesh, data=data, fsdp=rows // data, tensor=tensor, expert=expert).abstract_mesh
 
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
         leaf = leaf if names[-1] == "norm" else leaf.astype(dtype)

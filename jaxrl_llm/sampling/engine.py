@@ -14,7 +14,15 @@ from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import constrain, everywhere, gather_for_sampling, replicated, row_shards, sampling_mesh
+from jaxrl_llm.sharding import (
+    common_mesh,
+    constrain,
+    everywhere,
+    gather_for_sampling,
+    replicated,
+    row_shards,
+    sampling_mesh,
+)
 from jaxrl_llm.types import Rollout
 
 
@@ -158,7 +166,8 @@ class Sampler:
         merged = merge_adapters(trunk, self.model.config)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
-            given = everywhere((prompt, prompt_lengths, key, step, limits), self._own_mesh)
+            given = everywhere((prompt, prompt_lengths, key, step, limits), common_mesh(self.mesh, self._own_mesh))
+            given = everywhere(given, self._own_mesh)
             rollout = self._sample(with_whole_heads(ours, self.model.config), *given)
         return everywhere(rollout, self.mesh)
 

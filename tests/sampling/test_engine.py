@@ -33,8 +33,8 @@ def test_every_mesh_samples_the_same_rows(
 
 @pytest.mark.parametrize(
     ("mesh_sizes", "tensor"),
-    [({"data": 2, "fsdp": 4}, 4), ({"fsdp": 2, "tensor": 4}, None)],
-    ids=["more than the learner", "as the learner"],
+    [({"data": 2, "fsdp": 4}, 4), ({"data": 8}, 2), ({"fsdp": 2, "tensor": 4}, None)],
+    ids=["more than the learner", "of fewer copies", "as the learner"],
 )
 def test_tensor_of_the_sampler_samples_the_same_rows(
     mesh_sizes, tensor, tiny_config, lively_params, make_sampler, prompts, key, assert_same
@@ -50,13 +50,15 @@ def test_tensor_of_the_sampler_samples_the_same_rows(
     assert all(leaf.sharding == replicated(mesh) for leaf in jax.tree.leaves(ours))
 
 
-def test_slots_on_a_mesh(tiny_config, lively_params, make_sampler, prompts, key, assert_same):
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_slots_on_a_mesh(tensor, tiny_config, lively_params, make_sampler, prompts, key, assert_same):
+    """With 4, the sampler's rows end in the midst of `fsdp`."""
     model = Transformer(tiny_config())
     params = lively_params(model)
     tokens, lengths = prompts
     expected = make_sampler(model, group=8)(params, tokens[:2], lengths[:2], key, 2)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    ours = make_sampler(model, group=8, slots=2, mesh=mesh)(params, tokens[:2], lengths[:2], key, 2)
+    ours = make_sampler(model, group=8, slots=2, mesh=mesh, tensor=tensor)(params, tokens[:2], lengths[:2], key, 2)
     assert_same(ours, expected, atol=1e-4)
 
 

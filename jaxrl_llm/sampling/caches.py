@@ -11,6 +11,7 @@ list of them (`Walk`) is made every few tokens, for all layers with the same win
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -64,17 +65,28 @@ class Sizes(NamedTuple):
             page: B, of long texts.
             token_bytes: of the keys of one token in one layer.
         """
-        page = min(page, -(-max(prompt_width, tokens) // 8) * 8)
-        block = max(1, min(slots, _BLOCK_BYTES // (page * token_bytes)))
-        alike = min(group, block)
-        block -= block % alike
-        prompt_pages = -(-prompt_width // page)
-        return cls(page, block, alike, -(-slots // block) * block, min(prompts, slots), prompt_pages, tokens)
+        page = min(page, _up(max(prompt_width, tokens), 8))
+        most = max(1, _BLOCK_BYTES // (page * token_bytes))
+
+        def blocks(alike: int) -> tuple[int, int]:
+            """Equal blocks of such neighbours for all slots: how many, and the slots of each."""
+            count = -(-slots // (most // alike * alike))
+            return count, _up(-(-slots // count), alike)
+
+        few = (n for n in range(min(group, slots, most), 1, -1) if math.prod(blocks(n)) <= slots + max(1, slots // 6))
+        alike = next(few, 1)  # more neighbours share what they read; fewer leave fewer slots idle
+        count, block = blocks(alike)
+        return cls(page, block, alike, count * block, min(prompts, slots), -(-prompt_width // page), tokens)
 
     def ring(self, window: int | None) -> int:
         """Pages that a slot has for its own tokens in a layer: for the longest completion, or for a window."""
         seen = self.tokens if window is None else min(self.tokens, window)
         return -(-seen // self.page) + 1
+
+
+def _up(x: int, unit: int) -> int:
+    """The next multiple."""
+    return -(-x // unit) * unit
 
 
 class Memory(NamedTuple):

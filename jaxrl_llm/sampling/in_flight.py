@@ -144,7 +144,7 @@ def sample_in_flight(
         view = _view(state, batch, number)
         walks = {
             window: Walk.of(sizes, view, state.clock, steps, window)
-            for window in {k.window for k in model.config.kinds}
+            for window in dict.fromkeys(kind.window for kind in model.config.kinds)
         }
 
         def step(_: jax.Array, state: _Loop) -> _Loop:

@@ -87,7 +87,7 @@ def test_logprobs_are_those_of_the_learner(
 @pytest.mark.parametrize(
     ("slots", "block_bytes"),
     [(1, 2**20), (5, 1), (5, 2**12), (17, 2**12), (17, 2**20)],
-    ids=["one", "one a block", "two blocks, one idle slot", "blocks of four", "all in one block"],
+    ids=["one", "one a block", "one block, one idle slot", "blocks of six, one idle slot", "all in one block"],
 )
 def test_slots_and_blocks_change_nothing(
     slots, block_bytes, tiny_config, lively_params, one_device, long_prompts, key, assert_same, monkeypatch
@@ -99,6 +99,19 @@ def test_slots_and_blocks_change_nothing(
     assert len(np.unique(np.asarray(expected.completion_lengths))) > 8
     monkeypatch.setattr(caches, "_BLOCK_BYTES", block_bytes)
     assert_same(sampler(model, one_device, slots=slots)(params, *long_prompts, key, 3), expected)
+
+
+@pytest.mark.parametrize("most", [1, 4, 5, 12, 200])
+@pytest.mark.parametrize("group", [1, 3, 8, 12, 100])
+def test_few_slots_stay_idle(group, most):
+    """A sixth, one, or what makes blocks equal."""
+    for slots in (1, 5, 16, 17, 31, 64, 128, 255):
+        shape = {"slots": slots, "prompts": 64, "group": group, "prompt_width": 64, "tokens": 64, "page": 64}
+        sizes = caches.Sizes.of(**shape, token_bytes=caches._BLOCK_BYTES // 64 // most)
+        assert sizes.slots % sizes.block == sizes.block % sizes.alike == 0
+        assert sizes.block <= most
+        assert slots <= sizes.slots <= slots + max(1, slots // 6, sizes.slots // sizes.block - 1)
+        assert sizes.alike > 1 or min(group, most, slots) == 1
 
 
 def test_limits_end_completions(tiny_config, lively_params, one_device, long_prompts, key):

@@ -20,7 +20,7 @@ from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.packing import pack
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
-from jaxrl_llm.algorithms.policy_gradient.presets import POLICY_GRADIENTS, dppo, kl_cov, ppo
+from jaxrl_llm.algorithms.policy_gradient.presets import POLICY_GRADIENTS, dppo, grpo, kl_cov, ppo
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.preference import presets as offline
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch
@@ -262,6 +262,28 @@ def test_groups_in_one_row_or_not(mode, tokens, model, params, rollout):
         after, metrics = jax.jit(make_update_step(model, SGD, algorithm, plan))(state, rollout, rewards)
         made.append((after.params, metrics))
     assert_same(made, params[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("preset", [grpo, kl_cov])
+def test_all_in_one_row(preset, masked, model, params, rollout):
+    """A row that holds whatever may come is computed without a loop, also where nothing is read."""
+    algorithm = dataclasses.replace(preset(), mask_truncated=True)
+    rollout = rollout.replace(finished=np.full(rollout.finished.shape, not masked))
+    state = make_train_state(params[0], SGD, 0, algorithm=algorithm)
+    given, made = feedback(algorithm, rollout.completion_lengths.shape), []
+    (prompts, width), (*_, group, tokens) = rollout.prompt.shape, rollout.completion.shape
+    for row in (TOKENS, prompts * (width + group * tokens)):
+        step = jax.jit(make_update_step(model, SGD, algorithm, UpdateConfig(tokens_per_micro_batch=row)))
+        after, metrics = step(state, rollout, given, params[1])
+        made.append((after.params, metrics))
+    (looped, metrics), (found, others) = made
+    chex.assert_tree_all_finite(found)
+    assert (float(metrics["grad_norm"]) > 1e-2) != masked
+    chex.assert_trees_all_close(found, looped, rtol=0, atol=1e-5)
+    useful = [float(each.pop("perf/frac_tokens_useful")) for each in (others, metrics)]
+    assert useful == [0, 0] if masked else 0 < useful[0] < useful[1] <= 1
+    chex.assert_trees_all_close(others, metrics, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [{"micro_batches": 8}, {"tokens_per_micro_batch": TOKENS}], ids=str)

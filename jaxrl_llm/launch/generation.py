@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from jaxrl_llm.data.messages import check_messages
 from jaxrl_llm.data.tokens import encode_prompt, opened_thought
 from jaxrl_llm.launch.loading import Policy
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
@@ -49,8 +51,9 @@ def generate(
     >>> policy = load_policy(ModelSource("SmolLM2-135M-Instruct.gguf"), make_mesh())
     >>> [[answer]] = generate(policy, [[{"role": "user", "content": "Name a color."}]])
 
-    All prompts are one program; `sampling.slots` bounds how many completions are in memory at a time. The same call
-    gives the same completions, and those of a prompt depend on its place among the prompts, not on how many there are.
+    All prompts are one program, which later calls with as many and as long ones use again; `sampling.slots` bounds how
+    many completions are in memory at a time. The same call gives the same completions, and those of a prompt depend on
+    its place among the prompts, not on how many there are.
 
     Args:
         policy: the model with its tokenizer, as `load_policy` gives it.
@@ -90,7 +93,7 @@ def generate(
     tokens = np.zeros((rows, lengths.max()), np.int32)
     for row in range(rows):
         tokens[row, : lengths[row]] = encoded[min(row, len(encoded) - 1)]
-    sampler = Sampler(policy.model, sampling, group=samples, stop_tokens=policy.stop_tokens, mesh=mesh)
+    sampler = _sampler(policy.model, sampling, samples, tuple(policy.stop_tokens), mesh)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     rollout = jax.device_get(sampler(policy.params, tokens, lengths, key, 0))
 
@@ -111,3 +114,11 @@ def generate(
         return Completion(opening + text[:begin], ids[:count], logprobs[:count], True)
 
     return [[completion(row, sample) for sample in range(samples)] for row in range(len(encoded))]
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(
+    model: Transformer, sampling: SamplingConfig, samples: int, stop_tokens: tuple[int, ...], mesh: jax.sharding.Mesh
+) -> Sampler:
+    """One sampler for all calls with these, so that they share its compiled programs."""
+    return Sampler(model, sampling, group=samples, stop_tokens=stop_tokens, mesh=mesh)

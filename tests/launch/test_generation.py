@@ -18,6 +18,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.compilation import CompilationCounter
 
 TOKENIZER = CharTokenizer("0123456789+=")
 PROMPTS = ["1+1=", "20+2=", "3="]
@@ -59,6 +60,15 @@ def test_prompts_do_not_depend_on_those_behind_them(policy, mesh):
     assert [len(group) for group in whole] == [2, 2, 2]
     few = generate(policy, PROMPTS[:2], sampling=dataclasses.replace(SAMPLING, slots=1), samples=2, mesh=mesh)
     assert [[one.text for one in group] for group in few] == [[one.text for one in group] for group in whole[:2]]
+
+
+def test_a_second_call_compiles_nothing(policy, mesh):
+    first = generate(policy, PROMPTS, sampling=SAMPLING, mesh=mesh)
+    with CompilationCounter() as counter:
+        mark = counter.mark()
+        again = generate(policy, PROMPTS, sampling=dataclasses.replace(SAMPLING), stop=["no"], seed=1, mesh=mesh)
+        assert counter.since(mark) == {}
+    assert again != first
 
 
 @pytest.mark.parametrize(("samples", "sampled"), [(1, 4), (2, 4), (4, 3)])

@@ -21,6 +21,9 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
 from jaxrl_llm.training.episodes.reading import completion_text
 
+_WIDTHS = 64
+"""Prompts are padded to multiples of it, so that calls with other prompts share a program."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -51,9 +54,9 @@ def generate(
     >>> policy = load_policy(ModelSource("SmolLM2-135M-Instruct.gguf"), make_mesh())
     >>> [[answer]] = generate(policy, [[{"role": "user", "content": "Name a color."}]])
 
-    All prompts are one program, which later calls with as many and as long ones use again; `sampling.slots` bounds how
-    many completions are in memory at a time. The same call gives the same completions, and those of a prompt depend on
-    its place among the prompts, not on how many there are.
+    All prompts are one program, which later calls with as many and about as long ones use again; `sampling.slots`
+    bounds how many completions are in memory at a time. The same call gives the same completions, and those of a prompt
+    depend on its place among the prompts, not on how many there are.
 
     Args:
         policy: the model with its tokenizer, as `load_policy` gives it.
@@ -90,7 +93,8 @@ def generate(
     unit = shards // math.gcd(samples, shards)  # of so many prompts, samples fill the devices
     rows = -(-len(encoded) // unit) * unit  # the last one is sampled again, and left out
     lengths = np.array([len(ids) for ids in encoded] + [len(encoded[-1])] * (rows - len(encoded)), np.int32)
-    tokens = np.zeros((rows, lengths.max()), np.int32)
+    width = min(-(-int(lengths.max()) // _WIDTHS) * _WIDTHS, policy.model.config.max_position_embeddings)
+    tokens = np.zeros((rows, max(width, lengths.max())), np.int32)
     for row in range(rows):
         tokens[row, : lengths[row]] = encoded[min(row, len(encoded) - 1)]
     sampler = _sampler(policy.model, sampling, samples, tuple(policy.stop_tokens), mesh)

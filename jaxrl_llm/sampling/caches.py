@@ -98,15 +98,14 @@ class Memory(NamedTuple):
     """`[l, ring, S]` before them: page e of the clock lies at e mod ring."""
 
     @classmethod
-    def empty(
-        cls, sizes: Sizes, layers: int, window: int | None, kv_heads: int, head_dim: int, dtype: jnp.dtype
-    ) -> Memory:
-        """That before anything was read."""
+    def empty(cls, sizes: Sizes, layers: int, window: int | None, value: jax.ShapeDtypeStruct) -> Memory:
+        """That before anything was read; of a token a layer remembers a key and a `value` `[K, H]`."""
+        kv_heads, head_dim = value.shape
 
         def pages(*lead: int) -> KeyValue:
             return KeyValue(
-                jnp.zeros((layers, *lead, kv_heads, head_dim, sizes.page), dtype),
-                jnp.zeros((layers, *lead, kv_heads, sizes.page, head_dim), dtype),
+                jnp.zeros((layers, *lead, kv_heads, head_dim, sizes.page), value.dtype),
+                jnp.zeros((layers, *lead, kv_heads, sizes.page, head_dim), value.dtype),
             )
 
         return cls(pages(sizes.places, sizes.prompt_pages), pages(sizes.ring(window), sizes.slots))

@@ -105,7 +105,7 @@ def sample_in_flight(
     (prompts, group, tokens, _), width = wanted.uniform.shape, wanted.prompt.shape[1]
     number = prompts * group
     runs = model.stack.runs(in_loops=in_loops)
-    kv_heads, head_dim, dtype = _cache_shape(model, params)
+    value = _value_of_a_token(model, params)
     sizes = Sizes.of(
         slots=slots,
         prompts=prompts,
@@ -113,7 +113,7 @@ def sample_in_flight(
         prompt_width=width,
         tokens=tokens,
         page=page_tokens(),
-        token_bytes=kv_heads * head_dim * dtype.itemsize,
+        token_bytes=value.size * value.dtype.itemsize,
     )
     steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // 16))
     at_a_time = min(sizes.places, max(1, _PROMPT_TOKENS // width), -(-slots // group))
@@ -162,10 +162,32 @@ def sample_in_flight(
     def unfinished(state: _Loop) -> jax.Array:
         return anywhere(jnp.any(state.sample < number) | (state.begun < number))
 
+    end = jax.lax.while_loop(unfinished, turn, _start(model, sizes, runs, value, prompts, number))
+    return end.sampled, end.clock
+
+
+def _value_of_a_token(model: Transformer, params: Params) -> jax.ShapeDtypeStruct:
+    """`[K, H]` as the layers make them."""
+    made = jax.eval_shape(lambda: model.causal(params, jnp.zeros((1, 1), jnp.int32), collect=True)[1])
+    assert made is not None
+    _, _, kv_heads, _, head_dim = made.value.shape
+    return jax.ShapeDtypeStruct((kv_heads, head_dim), made.value.dtype)
+
+
+def _start(
+    model: Transformer,
+    sizes: Sizes,
+    runs: tuple[Run, ...],
+    value: jax.ShapeDtypeStruct,
+    prompts: int,
+    number: int,
+) -> _Loop:
+    """The state before the first prompt is read."""
+
     def idle(value: int) -> jax.Array:
         return jnp.full((sizes.slots,), value, jnp.int32)
 
-    start = _Loop(
+    return _Loop(
         clock=jnp.int32(0),
         sample=idle(number),
         place=idle(0),
@@ -177,22 +199,12 @@ def sample_in_flight(
         prompt=jnp.full((sizes.places,), prompts, jnp.int32),
         state=jnp.zeros((sizes.places, model.config.embed_dim), model.config.dtype),
         memory=tuple(
-            Memory.empty(sizes, run.repeats, kind.window, kv_heads, head_dim, dtype)
+            Memory.empty(sizes, run.repeats, kind.window, value)
             for run in runs
             for kind in model.config.kinds[run.first : run.first + run.period]
         ),
-        sampled=Sampled.nothing(number, tokens),
+        sampled=Sampled.nothing(number, sizes.tokens),
     )
-    end = jax.lax.while_loop(unfinished, turn, start)
-    return end.sampled, end.clock
-
-
-def _cache_shape(model: Transformer, params: Params) -> tuple[int, int, jnp.dtype]:
-    """Heads of keys, their size and their type, as the layers make them."""
-    made = jax.eval_shape(lambda: model.causal(params, jnp.zeros((1, 1), jnp.int32), collect=True)[1])
-    assert made is not None
-    _, _, kv_heads, _, head_dim = made.value.shape
-    return kv_heads, head_dim, made.value.dtype
 
 
 # ---- Between tokens: who decodes what --------------------------------------------------------------

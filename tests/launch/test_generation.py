@@ -42,7 +42,7 @@ def mesh() -> jax.sharding.Mesh:
 def test_completions_are_those_of_the_sampler(policy, mesh):
     made = generate(policy, PROMPTS, sampling=SAMPLING, samples=3, seed=5, mesh=mesh)
     encoded = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
-    tokens = np.array([ids + [0] * (5 - len(ids)) for ids in encoded], np.int32)
+    tokens = np.array([ids + [0] * (32 - len(ids)) for ids in encoded], np.int32)
     lengths = np.array([len(ids) for ids in encoded])
     sampler = Sampler(policy.model, SAMPLING, group=3, stop_tokens=policy.stop_tokens, mesh=mesh)
     rollout = sampler(policy.params, tokens, lengths, np.asarray(jax.random.key_data(jax.random.key(5))), 0)

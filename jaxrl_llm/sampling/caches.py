@@ -12,6 +12,7 @@ list of them (`Walk`) is made every few tokens, for all layers with the same win
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -202,6 +203,49 @@ def _listed(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return row.astype(jnp.int32), column.astype(jnp.int32), jnp.sum(mask, dtype=jnp.int32)
 
 
+class _Mixed(NamedTuple):
+    """An online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) as far as it got."""
+
+    peak: jax.Array
+    """`[S, K, N/K]`: the largest score."""
+    total: jax.Array
+    """`[S, K, N/K]`: the sum of the weights under it."""
+    mixed: jax.Array
+    """`[S, K, N/K, H]`: the values under these."""
+
+    @classmethod
+    def nothing(cls, query: jax.Array) -> _Mixed:
+        """Before the first page, for queries `[S, K, N/K, H]`."""
+        numbers = jnp.zeros(query.shape[:-1], jnp.float32)
+        return cls(jnp.full_like(numbers, _MASKED), numbers, jnp.zeros(query.shape, jnp.float32))
+
+    def with_page(
+        self, at: jax.Array, scores: jax.Array, seen: jax.Array, mix: Callable[[jax.Array], jax.Array]
+    ) -> _Mixed:
+        """With a page that C slots from `at` on read.
+
+        Args:
+            at: the first of the slots.
+            scores: `[C, K, N/K, B]`.
+            seen: `[C, B]`: which of them count.
+            mix: weights in the shape of the scores → the values under them, `[C, K, N/K, H]`.
+        """
+        seen = seen[:, None, None]
+        peak, total, mixed = (jax.lax.dynamic_slice_in_dim(x, at, len(scores)) for x in self)
+        now = jnp.maximum(peak, jnp.max(jnp.where(seen, scores, _MASKED), axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - now[..., None]), 0.0)
+        fade = jnp.exp(peak - now)
+        new = now, fade * total + jnp.sum(weights, axis=-1), fade[..., None] * mixed + mix(weights)
+        return _Mixed(
+            *(jax.lax.dynamic_update_slice_in_dim(x, part, at, axis=0) for x, part in zip(self, new, strict=True))
+        )
+
+    @property
+    def result(self) -> jax.Array:
+        """`[S, K, N/K, H]`; 0 where nothing was seen."""
+        return self.mixed / jnp.maximum(self.total, 1e-30)[..., None]
+
+
 def attend_in_flight(
     query: jax.Array,
     memory: Memory,
@@ -216,8 +260,8 @@ def attend_in_flight(
 ) -> jax.Array:
     """softmax(q·k/√H)·v of each slot's token over its prompt and its own tokens, page by page.
 
-    An online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), so that no page is read twice. Of a prompt that
-    several slots of a block share, the page is read once for all of them.
+    By an online softmax, so that no page is read twice. Of a prompt that several slots of a block share, the page is
+    read once for all of them.
 
     Args:
         query: `[S, N, H]`, rotated, of the tokens whose keys and values lie at `clock`.
@@ -242,22 +286,11 @@ def attend_in_flight(
     def of_block(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, index * block, block)
 
-    def add(so_far: _Mixed, index: jax.Array, scores: jax.Array, seen: jax.Array, mix) -> _Mixed:
-        """Takes scores `[C, K, N/K, B]` of a page in, of which `[C, B]` are seen; `mix` gives what weights pick."""
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        seen = seen[:, None, None]
-        peak, total, mixed = (of_block(x, index) for x in so_far)
-        now = jnp.maximum(peak, jnp.max(jnp.where(seen, scores, _MASKED), axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - now[..., None]), 0.0)
-        fade = jnp.exp(peak - now)
-        new = now, fade * total + jnp.sum(weights, axis=-1), fade[..., None] * mixed + mix(weights.astype(query.dtype))
-        return _Mixed(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(x, part, index * block, axis=0)
-                for x, part in zip(so_far, new, strict=True)
-            )
-        )
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left.astype(query.dtype), right, preferred_element_type=jnp.float32)
+
+    def capped(scores: jax.Array) -> jax.Array:
+        return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
     def visit_prompt(step: jax.Array, so_far: _Mixed) -> _Mixed:
         index, turn = walk.prompt_block[step], walk.prompt_turn[step]
@@ -265,25 +298,18 @@ def attend_in_flight(
         at = jnp.int32(layer), place, jnp.maximum(number, 0)
         key, value = (x.at[at].get(mode="promise_in_bounds") for x in memory.prompts)  # [C/alike, K, H, B], …
 
-        def by_prompt(x: jax.Array) -> jax.Array:
-            """`[C, K, N/K, *]` → `[C/alike, K, alike · N/K, *]`."""
-            x = jnp.swapaxes(x.reshape(-1, sizes.alike, *x.shape[1:]), 1, 2)
-            return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-        def by_slot(x: jax.Array) -> jax.Array:
-            x = jnp.swapaxes(x.reshape(*x.shape[:2], sizes.alike, -1, x.shape[-1]), 1, 2)
-            return x.reshape(block, *x.shape[2:])
-
-        def mix(weights: jax.Array) -> jax.Array:
-            return by_slot(jnp.matmul(by_prompt(weights), value, preferred_element_type=jnp.float32))
-
-        scores = by_slot(jnp.matmul(by_prompt(of_block(grouped, index)), key, preferred_element_type=jnp.float32))
+        scores = _by_slot(product(_by_prompt(of_block(grouped, index), sizes.alike), key), sizes.alike)
         depth = jnp.repeat(jnp.where(number < 0, _FAR, number * page), sizes.alike)[:, None] + within
         mine = of_block(slots.place, index) == jnp.repeat(place, sizes.alike)
         seen = mine[:, None] & (depth < of_block(slots.prompt_length, index)[:, None])
         if window is not None:
             seen &= of_block(position, index)[:, None] - depth < window
-        return add(so_far, index, scores, seen, mix)
+        return so_far.with_page(
+            index * block,
+            capped(scores),
+            seen,
+            lambda weights: _by_slot(product(_by_prompt(weights, sizes.alike), value), sizes.alike),
+        )
 
     def visit_own(step: jax.Array, so_far: _Mixed) -> _Mixed:
         index, number = walk.own_block[step], walk.own_page[step]
@@ -293,32 +319,21 @@ def attend_in_flight(
         seen = (of_block(slots.start, index)[:, None] <= written) & (written <= clock)
         if window is not None:
             seen &= clock - written < window
-        scores = jnp.matmul(of_block(grouped, index), key, preferred_element_type=jnp.float32)
-        return add(
-            so_far,
-            index,
-            scores,
-            seen,
-            lambda weights: jnp.matmul(weights, value, preferred_element_type=jnp.float32),
-        )
+        scores = capped(product(of_block(grouped, index), key))
+        return so_far.with_page(index * block, scores, seen, lambda weights: product(weights, value))
 
-    nothing = _Mixed(
-        jnp.full(grouped.shape[:-1], _MASKED, jnp.float32),
-        jnp.zeros(grouped.shape[:-1], jnp.float32),
-        jnp.zeros(grouped.shape, jnp.float32),
-    )
-    so_far = jax.lax.fori_loop(0, walk.prompt_count, visit_prompt, nothing)
+    so_far = jax.lax.fori_loop(0, walk.prompt_count, visit_prompt, _Mixed.nothing(grouped))
     so_far = jax.lax.fori_loop(0, walk.own_count, visit_own, so_far)
-    mixed = so_far.mixed / jnp.maximum(so_far.total, 1e-30)[..., None]
-    return mixed.reshape(query.shape).astype(query.dtype)
+    return so_far.result.reshape(query.shape).astype(query.dtype)
 
 
-class _Mixed(NamedTuple):
-    """An online softmax as far as it got."""
+def _by_prompt(x: jax.Array, alike: int) -> jax.Array:
+    """`[C, K, N/K, *]` → `[C/alike, K, alike · N/K, *]`."""
+    x = jnp.swapaxes(x.reshape(-1, alike, *x.shape[1:]), 1, 2)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
-    peak: jax.Array
-    """`[S, K, N/K]`: the largest score."""
-    total: jax.Array
-    """`[S, K, N/K]`: the sum of the weights under it."""
-    mixed: jax.Array
-    """`[S, K, N/K, H]`: the values under these."""
+
+def _by_slot(x: jax.Array, alike: int) -> jax.Array:
+    """The inverse of `_by_prompt`."""
+    x = jnp.swapaxes(x.reshape(*x.shape[:2], alike, -1, x.shape[-1]), 1, 2)
+    return x.reshape(-1, *x.shape[2:])

@@ -114,10 +114,11 @@ class Sampler:
         self.row_split(prompt.shape[0])
         if limits is not None:
             limits, longest = np.asarray(limits, np.int32), self.config.max_tokens
-            if limits.shape != (len(prompt), self.group) or limits.min() < 1 or limits.max() > longest:
+            outside = limits[(limits < 1) | (limits > longest)]
+            if limits.shape != (len(prompt), self.group) or outside.size:
                 raise ValueError(
                     f"limits of shape {limits.shape} for {len(prompt)} prompts × {self.group} samples must be one for "
-                    f"each, from 1 to sampling.max_tokens={longest}; got {limits.min()} to {limits.max()}"
+                    f"each, from 1 to sampling.max_tokens={longest}; outside of that are {outside[:8].tolist()}"
                 )
         with jax.set_mesh(self.mesh):
             return self._program(params, prompt, lengths, key, np.asarray(step, np.int32), limits)

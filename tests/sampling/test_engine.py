@@ -185,3 +185,17 @@ def test_settings_that_do_not_fit_raise(tiny_config, lively_params, make_sampler
     sampler = make_sampler(model, group=3, mesh=make_mesh(MeshConfig(fsdp=8)))
     with pytest.raises(ValueError, match="4 prompts × 3 samples cannot be split over the 8 row shards"):
         sampler(lively_params(model), *prompts, key, 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (np.ones((4, 2), int), r"shape \(4, 2\) for 4 prompts × 3 samples .* outside of that are \[\]"),
+        (np.zeros((0, 3), int), r"shape \(0, 3\) for 4 prompts"),
+        (np.array([[1, 2, 8]] * 3 + [[0, 8, 9]]), r"from 1 to sampling.max_tokens=8; outside of that are \[0, 9\]"),
+    ],
+)
+def test_limits_that_do_not_fit_raise(limits, message, tiny_config, lively_params, make_sampler, prompts, key):
+    model = Transformer(tiny_config())
+    with pytest.raises(ValueError, match=message):
+        make_sampler(model)(lively_params(model), *prompts, key, 0, limits)

@@ -1,9 +1,9 @@
 """Keys and values of completions in flight, in pages that only attention to what is there reads.
 
-All slots write at one clock: the token that any of them decodes at clock c has its keys and values at place c of the
-clock, whatever its place in its text. So a token is written to the same place of every slot, and what a completion has
-written is a stretch of the clock's time, of which old pages are overwritten. A prompt lies apart, once for all slots
-that decode its completions.
+A slot's tokens have their keys and values at places of a clock, and what a completion has written is a stretch of the
+clock's time, of which old pages are overwritten. Slots that decode a token each go by one clock, whatever the place in
+their texts: a token is then written to the same place of every slot. Slots that decode as many tokens as are good have
+a clock each, which is the place in their text. A prompt lies apart, once for all slots that decode its completions.
 
 Slots are read a block of neighbours at a time, and of a block only pages in which one of its slots sees something: the
 list of them (`Walk`) is made every few tokens, for all layers with the same window.
@@ -50,10 +50,21 @@ class Sizes(NamedTuple):
     """Of each place."""
     tokens: int
     """Tc, of the longest completion."""
+    drafts: int
+    """Tokens that a slot writes before it is known whether they stay."""
 
     @classmethod
     def of(
-        cls, *, slots: int, prompts: int, group: int, prompt_width: int, tokens: int, page: int, token_bytes: int
+        cls,
+        *,
+        slots: int,
+        prompts: int,
+        group: int,
+        prompt_width: int,
+        tokens: int,
+        page: int,
+        token_bytes: int,
+        drafts: int = 0,
     ) -> Sizes:
         """Sizes for so many slots.
 
@@ -65,6 +76,7 @@ class Sizes(NamedTuple):
             tokens: Tc.
             page: B, of long texts.
             token_bytes: of the keys of one token in one layer.
+            drafts: tokens that a slot writes before it is known whether they stay.
         """
         page = min(page, _up(max(prompt_width, tokens), 8))
         most = max(1, _BLOCK_BYTES // (page * token_bytes))
@@ -77,12 +89,12 @@ class Sizes(NamedTuple):
         few = (n for n in range(min(group, slots, most), 1, -1) if math.prod(blocks(n)) <= slots + max(1, slots // 6))
         alike = next(few, 1)  # more neighbours share what they read; fewer leave fewer slots idle
         count, block = blocks(alike)
-        return cls(page, block, alike, count * block, min(prompts, slots), -(-prompt_width // page), tokens)
+        return cls(page, block, alike, count * block, min(prompts, slots), -(-prompt_width // page), tokens, drafts)
 
     def ring(self, window: int | None) -> int:
         """Pages that a slot has for its own tokens in a layer: for the longest completion, or for a window."""
         seen = self.tokens if window is None else min(self.tokens, window)
-        return -(-seen // self.page) + 1
+        return -(-(seen + self.drafts) // self.page) + 1
 
 
 def _up(x: int, unit: int) -> int:
@@ -96,7 +108,7 @@ class Memory(NamedTuple):
     prompts: KeyValue
     """`[l, R, prompt pages]` before the axes of `KeyValue`, over B tokens each."""
     own: KeyValue
-    """`[l, ring, S]` before them: page e of the clock lies at e mod ring."""
+    """`[l, ring, S]` before them: page e of a slot's clock lies at e mod ring."""
 
     @classmethod
     def empty(cls, sizes: Sizes, layers: int, window: int | None, value: jax.ShapeDtypeStruct) -> Memory:
@@ -118,7 +130,7 @@ class Memory(NamedTuple):
         )
 
     def with_tokens(self, layer: jax.Array | int, key: jax.Array, value: jax.Array, clock: jax.Array) -> Memory:
-        """With the keys and values `[S, K, H]` of what all slots decode at `clock`."""
+        """With the keys and values `[S, K, H]` of what all slots decode at one `clock`, a scalar."""
         _, ring, *_, page = self.own.key.shape
         row, offset, zero = clock // page % ring, clock % page, jnp.int32(0)
         at, key, value = (jnp.int32(layer), row, zero, zero), key[None, None, ..., None], value[None, None, :, :, None]
@@ -126,6 +138,19 @@ class Memory(NamedTuple):
             own=KeyValue(
                 jax.lax.dynamic_update_slice(self.own.key, key, (*at, zero, offset)),
                 jax.lax.dynamic_update_slice(self.own.value, value, (*at, offset, zero)),
+            )
+        )
+
+    def with_stretches(self, layer: jax.Array | int, key: jax.Array, value: jax.Array, clock: jax.Array) -> Memory:
+        """With the keys and values `[S, Q, K, H]` of what slots decode from their own `clock` `[S]` on."""
+        _, ring, slots, *_, page = self.own.key.shape
+        place = clock[:, None] + jnp.arange(key.shape[1])
+        row, slot, offset = place // page % ring, jnp.arange(slots)[:, None], place % page
+        ways = {"mode": "promise_in_bounds", "unique_indices": True}
+        return self._replace(
+            own=KeyValue(
+                self.own.key.at[layer, row, slot, :, :, offset].set(key, **ways),
+                self.own.value.at[layer, row, slot, :, offset].set(value, **ways),
             )
         )
 
@@ -155,20 +180,19 @@ class Walk(NamedTuple):
     """`[turns]` each: of which block, and which of those pages of each of its neighbours."""
     prompt_count: jax.Array
     own_block: jax.Array
-    own_page: jax.Array
-    """`[S/C · (ring + 1)]` each: a page of the clock, for all slots of a block."""
+    own_row: jax.Array
+    """`[S/C · ring]` each: a row of the ring, for all slots of a block; their pages there may differ."""
     own_count: jax.Array
 
     @classmethod
     def of(cls, sizes: Sizes, slots: Slots, clock: jax.Array, steps: int, window: int | None) -> Walk:
-        """What the next `steps` tokens read, B at most, the first of which is written at `clock`."""
-        blocks, page = sizes.slots // sizes.block, sizes.page
-        first = jnp.where(slots.active, slots.start, _FAR)
-        if window is not None:
-            first = jnp.maximum(first, clock - window + 1)
-        oldest = jnp.min(first.reshape(blocks, -1), axis=1)[:, None] // page
-        pages = (clock + steps - 1) // page - jnp.arange(sizes.ring(window) + 1)  # a step may begin a new one
-        own_block, own_index, own_count = _listed((pages >= oldest) & (pages >= 0))
+        """What the next `steps` tokens read, the first of which is written at `clock`, `[S]`."""
+        blocks, page, ring = sizes.slots // sizes.block, sizes.page, sizes.ring(window)
+        first = slots.start if window is None else jnp.maximum(slots.start, clock - window + 1)
+        first, last = first // page, (clock + steps - 1) // page
+        pages_on = (jnp.arange(ring) - first[:, None]) % ring  # from the first one to that of a row
+        own = slots.active[:, None] & (pages_on <= (last - first)[:, None])
+        own_block, own_row, own_count = _listed(jnp.any(own.reshape(blocks, -1, ring), axis=1))
 
         def alike(x: jax.Array) -> jax.Array:
             return x.reshape(blocks, -1, sizes.alike)
@@ -192,7 +216,7 @@ class Walk(NamedTuple):
             prompt_turn=prompt_turn,
             prompt_count=prompt_count,
             own_block=own_block,
-            own_page=pages[own_index].astype(jnp.int32),
+            own_row=own_row,
             own_count=own_count,
         )
 
@@ -207,15 +231,15 @@ class _Mixed(NamedTuple):
     """An online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) as far as it got."""
 
     peak: jax.Array
-    """`[S, K, N/K]`: the largest score."""
+    """`[S, K, Q·N/K]`: the largest score."""
     total: jax.Array
-    """`[S, K, N/K]`: the sum of the weights under it."""
+    """`[S, K, Q·N/K]`: the sum of the weights under it."""
     mixed: jax.Array
-    """`[S, K, N/K, H]`: the values under these."""
+    """`[S, K, Q·N/K, H]`: the values under these."""
 
     @classmethod
     def nothing(cls, query: jax.Array) -> _Mixed:
-        """Before the first page, for queries `[S, K, N/K, H]`."""
+        """Before the first page, for queries `[S, K, Q·N/K, H]`."""
         numbers = jnp.zeros(query.shape[:-1], jnp.float32)
         return cls(jnp.full_like(numbers, _MASKED), numbers, jnp.zeros(query.shape, jnp.float32))
 
@@ -226,11 +250,11 @@ class _Mixed(NamedTuple):
 
         Args:
             at: the first of the slots.
-            scores: `[C, K, N/K, B]`.
-            seen: `[C, B]`: which of them count.
-            mix: weights in the shape of the scores → the values under them, `[C, K, N/K, H]`.
+            scores: `[C, K, Q·N/K, B]`.
+            seen: `[C, Q, B]`: which of them count.
+            mix: weights in the shape of the scores → the values under them, `[C, K, Q·N/K, H]`.
         """
-        seen = seen[:, None, None]
+        seen = jnp.repeat(seen, scores.shape[2] // seen.shape[1], axis=1)[:, None]
         peak, total, mixed = (jax.lax.dynamic_slice_in_dim(x, at, len(scores)) for x in self)
         now = jnp.maximum(peak, jnp.max(jnp.where(seen, scores, _MASKED), axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - now[..., None]), 0.0)
@@ -242,7 +266,7 @@ class _Mixed(NamedTuple):
 
     @property
     def result(self) -> jax.Array:
-        """`[S, K, N/K, H]`; 0 where nothing was seen."""
+        """`[S, K, Q·N/K, H]`; 0 where nothing was seen."""
         return self.mixed / jnp.maximum(self.total, 1e-30)[..., None]
 
 
@@ -258,29 +282,33 @@ def attend_in_flight(
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
-    """softmax(q·k/√H)·v of each slot's token over its prompt and its own tokens, page by page.
+    """softmax(q·k/√H)·v of each slot's Q tokens over its prompt and its own tokens, page by page.
 
     By an online softmax, so that no page is read twice. Of a prompt that several slots of a block share, the page is
     read once for all of them.
 
     Args:
-        query: `[S, N, H]`, rotated, of the tokens whose keys and values lie at `clock`.
+        query: `[S, Q, N, H]`, rotated, of tokens whose keys and values lie at `clock` and the places behind it.
         memory: of layers.
         layer: which of them it is.
         slots: what they decode.
         walk: the pages to be read, made for the same window.
-        clock: scalar.
+        clock: `[S]`, places of the first of these tokens.
         sizes: of the memory.
         window: how many tokens a query sees, its own included; `None`: all.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
 
     Returns:
-        `[S, N, H]` in the type of the queries; of idle slots it means nothing.
+        `[S, Q, N, H]` in the type of the queries; of idle slots it means nothing.
     """
-    count, heads, head_dim = query.shape
-    kv_heads, block, page = memory.own.value.shape[3], sizes.block, sizes.page
-    grouped = query.reshape(count, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    position = slots.prompt_length + clock - slots.start
+    count, queries, _, head_dim = query.shape
+    _, ring, _, kv_heads, page, _ = memory.own.value.shape
+    block = sizes.block
+    grouped = query.reshape(count, queries, kv_heads, -1, head_dim) * head_dim**-0.5
+    grouped = jnp.moveaxis(grouped, 1, 2).reshape(count, kv_heads, -1, head_dim)
+    now = clock[:, None] + jnp.arange(queries)
+    position = (slots.prompt_length - slots.start)[:, None] + now
+    latest = now[:, -1] // page
     within = jnp.arange(page)
 
     def of_block(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -301,9 +329,9 @@ def attend_in_flight(
         scores = _by_slot(product(_by_prompt(of_block(grouped, index), sizes.alike), key), sizes.alike)
         depth = jnp.repeat(jnp.where(number < 0, _FAR, number * page), sizes.alike)[:, None] + within
         mine = of_block(slots.place, index) == jnp.repeat(place, sizes.alike)
-        seen = mine[:, None] & (depth < of_block(slots.prompt_length, index)[:, None])
+        seen = (mine[:, None] & (depth < of_block(slots.prompt_length, index)[:, None]))[:, None]
         if window is not None:
-            seen &= of_block(position, index)[:, None] - depth < window
+            seen &= of_block(position, index)[..., None] - depth[:, None] < window
         return so_far.with_page(
             index * block,
             capped(scores),
@@ -312,23 +340,26 @@ def attend_in_flight(
         )
 
     def visit_own(step: jax.Array, so_far: _Mixed) -> _Mixed:
-        index, number = walk.own_block[step], walk.own_page[step]
-        at = (jnp.int32(layer), number % memory.own.key.shape[1], index * block, 0, 0, 0)
+        index, row = walk.own_block[step], walk.own_row[step]
+        at = (jnp.int32(layer), row, index * block, 0, 0, 0)
         key, value = (jax.lax.dynamic_slice(x, at, (1, 1, block, *x.shape[3:]))[0, 0] for x in memory.own)
-        written = number * page + within
-        seen = (of_block(slots.start, index)[:, None] <= written) & (written <= clock)
+        newest = of_block(latest, index)
+        written = ((newest - (newest - row) % ring) * page)[:, None] + within  # [C, B]
+        age = of_block(now, index)[..., None] - written[:, None]  # [C, Q, B]
+        seen = (written >= of_block(slots.start, index)[:, None])[:, None] & (age >= 0)
         if window is not None:
-            seen &= clock - written < window
+            seen &= age < window
         scores = capped(product(of_block(grouped, index), key))
         return so_far.with_page(index * block, scores, seen, lambda weights: product(weights, value))
 
     so_far = jax.lax.fori_loop(0, walk.prompt_count, visit_prompt, _Mixed.nothing(grouped))
     so_far = jax.lax.fori_loop(0, walk.own_count, visit_own, so_far)
-    return so_far.result.reshape(query.shape).astype(query.dtype)
+    mixed = so_far.result.reshape(count, kv_heads, queries, -1, head_dim)
+    return jnp.moveaxis(mixed, 1, 2).reshape(query.shape).astype(query.dtype)
 
 
 def _by_prompt(x: jax.Array, alike: int) -> jax.Array:
-    """`[C, K, N/K, *]` → `[C/alike, K, alike · N/K, *]`."""
+    """`[C, K, Q·N/K, *]` → `[C/alike, K, alike · Q·N/K, *]`."""
     x = jnp.swapaxes(x.reshape(-1, alike, *x.shape[1:]), 1, 2)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 

@@ -143,7 +143,7 @@ def sample_in_flight(
         state = _with_new_completions(state, group, number, slots)
         view = _view(state, batch, number)
         walks = {
-            window: Walk.of(sizes, view, state.clock, steps, window)
+            window: Walk.of(sizes, view, state.start + state.time, steps, window)
             for window in dict.fromkeys(kind.window for kind in model.config.kinds)
         }
 
@@ -318,9 +318,11 @@ def _decode(
             nonlocal own
             own = own.with_tokens(layer.number, key, value, state.clock)
             softcap = model.config.attention_softcap
-            return attend_in_flight(
-                query, own, layer.number, view, walks[window], state.clock, sizes, window=window, softcap=softcap
+            clock, walk = view.start + state.time, walks[window]
+            mixed = attend_in_flight(
+                query[:, None], own, layer.number, view, walk, clock, sizes, window=window, softcap=softcap
             )
+            return mixed[:, 0]
 
         x, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
         return (constrain(x, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None

@@ -1,0 +1,72 @@
+"""Attention of slots that have a clock each, and several tokens at once, beside a loop over texts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, Walk, attend_in_flight
+
+SIZES = Sizes(page=8, block=4, alike=2, slots=8, places=3, prompt_pages=3, tokens=40, drafts=3)
+QUERIES, HEADS, KV_HEADS, HEAD_DIM, LAYER = 4, 6, 2, 4, 1
+PROMPT_LENGTHS = np.array([19, 3, 24])
+SLOTS = Slots(
+    active=jnp.arange(8) != 5,
+    place=jnp.array([0, 0, 1, 1, 2, 2, 1, 0]),
+    prompt_length=jnp.asarray(PROMPT_LENGTHS[[0, 0, 1, 1, 2, 2, 1, 0]]),
+    start=jnp.zeros(8, jnp.int32),
+)
+
+
+def filled(rng: np.random.Generator, window: int | None) -> tuple[Memory, np.ndarray, list[KeyValue], list[KeyValue]]:
+    """The memory of slots that kept one to four tokens a turn, their clocks, and what prompts and texts hold."""
+    value = jax.ShapeDtypeStruct((KV_HEADS, HEAD_DIM), jnp.float32)
+    memory = Memory.empty(SIZES, 2, window, value)
+    prompts = []
+    for place, length in enumerate(PROMPT_LENGTHS):
+        pages = rng.normal(size=(2, 2, SIZES.prompt_pages, KV_HEADS, SIZES.page, HEAD_DIM)).astype(np.float32)
+        memory = memory.with_prompt(KeyValue(jnp.asarray(pages[0].swapaxes(-1, -2)), jnp.asarray(pages[1])), place)
+        prompts.append(KeyValue(*pages[:, LAYER].swapaxes(2, 3).reshape(2, -1, KV_HEADS, HEAD_DIM)[:, :length]))
+
+    texts = rng.normal(size=(2, SIZES.slots, SIZES.tokens, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    write, slot = jax.jit(Memory.with_stretches), np.arange(SIZES.slots)[:, None]
+    clock = np.zeros(SIZES.slots, np.int32)
+    for turn in range(11):
+        kept = np.where(slot[:, 0] == 7, 3, rng.integers(1, 4, SIZES.slots))  # one is far ahead of the others
+        kept = np.full(SIZES.slots, QUERIES) if turn == 10 else kept
+        places = clock[:, None] + np.arange(QUERIES)
+        wrong = np.arange(QUERIES)[:, None, None] >= kept[:, None, None, None]
+        new = np.where(wrong, 9.0, texts[:, slot, places]).astype(np.float32)
+        memory = write(memory, LAYER, *map(jnp.asarray, new), jnp.asarray(clock))
+        clock = clock if turn == 10 else clock + kept
+    return memory, clock, prompts, [KeyValue(*pair) for pair in texts.swapaxes(0, 1)]
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, 1.5), (11, None), (27, None)])
+def test_attention_of_several_tokens_of_each_slot(window, softcap):
+    rng = np.random.default_rng(0)
+    memory, clock, prompts, texts = filled(rng, window)
+    assert clock.max() > clock.min() + SIZES.page
+    query = rng.normal(size=(SIZES.slots, QUERIES, HEADS, HEAD_DIM)).astype(np.float32)
+
+    @jax.jit
+    def attend(query: jax.Array, memory: Memory, clock: jax.Array) -> jax.Array:
+        walk = Walk.of(SIZES, SLOTS, clock, QUERIES, window)
+        return attend_in_flight(query, memory, LAYER, SLOTS, walk, clock, SIZES, window=window, softcap=softcap)
+
+    mixed = np.asarray(attend(jnp.asarray(query), memory, jnp.asarray(clock)))
+    for s in np.flatnonzero(SLOTS.active):
+        prompt, text = prompts[SLOTS.place[s]], texts[s]
+        for q in range(QUERIES):
+            keys, values = (np.concatenate([a, b[: clock[s] + q + 1]]) for a, b in zip(prompt, text, strict=True))
+            keys, values = keys[-(window or 0) :], values[-(window or 0) :]
+            for n in range(HEADS):
+                kv = n // (HEADS // KV_HEADS)
+                scores = keys[:, kv] @ query[s, q, n] / np.sqrt(HEAD_DIM)
+                scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+                weights = np.exp(scores - scores.max())
+                expected = weights @ values[:, kv] / weights.sum()
+                np.testing.assert_allclose(mixed[s, q, n], expected, atol=2e-6)

@@ -113,7 +113,14 @@ class Labeller:
     def __init__(self, config: PRMExperiment, policy: Policy, mesh: jax.sharding.Mesh):
         self._config, self._policy = config, policy
         self._write, self._go_on = (
-            Sampler(policy.model, config.sampling, group=group, stop_tokens=policy.stop_tokens, mesh=mesh)
+            Sampler(
+                policy.model,
+                config.sampling,
+                group=group,
+                stop_tokens=policy.stop_tokens,
+                mesh=mesh,
+                tokenizer=policy.tokenizer,
+            )
             for group in (max(config.solutions, 1), config.rollouts)
         )
 

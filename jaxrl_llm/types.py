@@ -24,7 +24,7 @@ class Rollout(struct.PyTreeNode):
     completion_lengths: jax.Array
     """`[P, G]` int32, the stop token counted."""
     finished: jax.Array
-    """`[P, G]` bool: ended by a stop token; the others were cut at Tc."""
+    """`[P, G]` bool: ended by a stop token or a stop text; the others were cut at Tc."""
     logprobs: jax.Array
     """`[P, G, Tc]` float32: log-prob of each token under the model itself (temperature 1, no truncation)."""
     sampler_logprobs: jax.Array

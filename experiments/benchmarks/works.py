@@ -237,7 +237,7 @@ def _iterating(
         rollout = sampler(learner.state.params, tokens, batch.lengths, learner.state.key, number, limits)
         jax.block_until_ready(rollout)
         times.append(time.perf_counter())
-        episodes = score_rollout(rollout, batch, rewards, tokenizer)
+        episodes = score_rollout(rollout, batch, rewards, tokenizer, stop_tokens=())
         times.append(time.perf_counter())
         learner(rollout, episodes.rewards)
         times.append(time.perf_counter())

@@ -92,6 +92,10 @@ class CharTokenizer:
                 raise ValueError(f"token id {token} is outside the vocabulary of {len(self)} tokens")
         return "".join(self._tokens[token] for token in tokens if token > 1 or not skip_special_tokens)
 
+    def token_bytes(self) -> list[bytes]:
+        """What each token adds to a text."""
+        return [token.encode() for token in self._tokens]
+
     def apply_chat_template(self, messages: Any, *, add_generation_prompt: bool = False, tokenize: bool = True) -> str:
         """Raises a ValueError: there is no chat template."""
         del messages, add_generation_prompt, tokenize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import math
@@ -32,7 +31,7 @@ class Completion:
     text: str
     """Without the token or the text that ended it."""
     tokens: list[int]
-    """Ids, the token that ended it included; of a stop text, those up to its last character."""
+    """Ids, the token that ended it included: a stop token, or the one that completes a stop text."""
     logprobs: list[float]
     """Of each token under the model: temperature 1, no truncation."""
     finished: bool
@@ -63,8 +62,8 @@ def generate(
         prompts: texts or conversations, which the chat template writes.
         sampling: distribution, longest completion, slots; `None`: the defaults of `SamplingConfig`.
         samples: completions of each prompt.
-        stop: texts that end a completion. They are looked for afterwards: a completion is sampled to its stop token or
-            to the longest, and what comes after the first of them is cut off.
+        stop: texts that end a completion, beside those of `sampling.stop`: it is sampled no further than to the token
+            that completes one of them, and cut where the first to be complete begins.
         seed: of the noise.
         mesh: the devices on which the parameters lie; `None`: all devices.
 
@@ -72,15 +71,13 @@ def generate(
         For each prompt its completions.
 
     Raises:
-        ValueError: there are no prompts, one is empty or cannot be encoded, a stop text is empty, or prompt and
-            completion exceed the model's positions.
+        ValueError: there are no prompts, one is empty or cannot be encoded, a stop text cannot be looked for, or prompt
+            and completion exceed the model's positions.
     """
     if not prompts:
         raise ValueError("there are no prompts: pass one at least")
     if isinstance(prompts, str) or isinstance(stop, str):
         raise ValueError("prompts and stop are lists of texts: put the text into one")
-    if "" in stop:
-        raise ValueError("an empty stop text would end every completion: leave it out")
     tokenizer, mesh = policy.tokenizer, mesh or make_mesh()
     encoded = []
     for number, prompt in enumerate(prompts):
@@ -89,6 +86,7 @@ def generate(
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
     sampling = sampling or SamplingConfig()
+    sampling = dataclasses.replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *stop))))
     shards = row_shards(sampling_mesh(mesh, sampling.tensor))
     unit = shards // math.gcd(samples, shards)  # of so many prompts, samples fill the devices
     rows = -(-len(encoded) // unit) * unit  # the last one is sampled again, and left out
@@ -97,7 +95,7 @@ def generate(
     tokens = np.zeros((rows, max(width, lengths.max())), np.int32)
     for row in range(rows):
         tokens[row, : lengths[row]] = encoded[min(row, len(encoded) - 1)]
-    sampler = _sampler(policy.model, sampling, samples, tuple(policy.stop_tokens), mesh)
+    sampler = _sampler(policy.model, sampling, samples, tuple(policy.stop_tokens), mesh, tokenizer)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     rollout = jax.device_get(sampler(policy.params, tokens, lengths, key, 0))
 
@@ -105,24 +103,23 @@ def generate(
         length, finished = rollout.completion_lengths[row, sample], bool(rollout.finished[row, sample])
         ids = rollout.completion[row, sample, :length].tolist()
         logprobs = rollout.logprobs[row, sample, :length].tolist()
-        text, opening = completion_text(ids, tokenizer, finished=finished), opened_thought(encoded[row], tokenizer)
-        ends = [(at, at + len(one)) for one in stop if (at := text.find(one)) >= 0]
-        if not ends:
-            return Completion(opening + text, ids, logprobs, finished)
-        begin, end = min(ends)
-
-        def reaches_end(tokens: int) -> bool:  # not by length: the first bytes of a character stand as one of their own
-            return completion_text(ids[:tokens], tokenizer, finished=False).startswith(text[:end])
-
-        count = bisect.bisect_left(range(length), True, key=reaches_end)
-        return Completion(opening + text[:begin], ids[:count], logprobs[:count], True)
+        by_token = finished and ids[-1] in policy.stop_tokens
+        text, opening = completion_text(ids, tokenizer, finished=by_token), opened_thought(encoded[row], tokenizer)
+        ends = [(at + len(one), at) for one in sampling.stop if (at := text.find(one)) >= 0]
+        cut = min(ends)[1] if ends else len(text)
+        return Completion(opening + text[:cut], ids, logprobs, finished)
 
     return [[completion(row, sample) for sample in range(samples)] for row in range(len(encoded))]
 
 
 @functools.lru_cache(maxsize=8)
 def _sampler(
-    model: Transformer, sampling: SamplingConfig, samples: int, stop_tokens: tuple[int, ...], mesh: jax.sharding.Mesh
+    model: Transformer,
+    sampling: SamplingConfig,
+    samples: int,
+    stop_tokens: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    tokenizer: Any,
 ) -> Sampler:
     """One sampler for all calls with these, so that they share its compiled programs."""
-    return Sampler(model, sampling, group=samples, stop_tokens=stop_tokens, mesh=mesh)
+    return Sampler(model, sampling, group=samples, stop_tokens=stop_tokens, mesh=mesh, tokenizer=tokenizer)

@@ -15,6 +15,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.in_flight import sample_in_flight
 from jaxrl_llm.sampling.logits import SamplingConfig, uniforms
 from jaxrl_llm.sampling.sampled import Sampled, Wanted
+from jaxrl_llm.sampling.stop_texts import StopTexts
 from jaxrl_llm.sampling.together import ROOM, sample_together
 from jaxrl_llm.sampling.weights import are_small
 from jaxrl_llm.sharding import on_cpu, row_axes, row_shards
@@ -43,6 +44,7 @@ def sample(
     mesh: Mesh,
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
+    stop_texts: StopTexts | None = None,
     greedy: jax.Array | None = None,
     limits: jax.Array | None = None,
 ) -> Rollout:
@@ -57,6 +59,7 @@ def sample(
         mesh: the devices, whose abstract mesh is the ambient one.
         config: distribution, longest completion, slots.
         stop_tokens: ids that end a completion; the one drawn is part of it.
+        stop_texts: texts that do, with the token that completes one; `None`: none.
         greedy: `[P, G]` bool: completions that are decoded greedily instead; `None`: none.
         limits: `[P, G]` int: the most tokens of each completion, 1 to Tc; `None`: Tc.
 
@@ -66,16 +69,15 @@ def sample(
     wanted = Wanted(prompt, prompt_lengths, uniforms(keys, config.max_tokens), greedy, limits)
     wanted = jax.tree.map(jnp.asarray, wanted)
     of_device = keys.size // row_shards()
+    stops = {"stop_tokens": stop_tokens, "stop_texts": stop_texts}
     slots = min(config.slots or of_device, of_device)
     # Where a product costs less than what surrounds it, few large ones are faster than pages.
     in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(model.layers(params)[0]))
     if slots == of_device and in_one_product:
-        sampled = sample_together(model, params, wanted, config=config, stop_tokens=stop_tokens)
+        sampled = sample_together(model, params, wanted, config=config, **stops)
     else:
         in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
-        decode = functools.partial(
-            sample_in_flight, model, slots=slots, in_loops=in_loops, config=config, stop_tokens=stop_tokens
-        )
+        decode = functools.partial(sample_in_flight, model, slots=slots, in_loops=in_loops, config=config, **stops)
         sampled = _on_each_device(lambda *given, **rows: decode(*given, **rows)[0], mesh)(params, wanted)
         sampled = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), sampled)
     mask = length_mask(sampled.lengths, config.max_tokens)

@@ -14,6 +14,7 @@ from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sampling.stop_texts import StopTexts
 from jaxrl_llm.sharding import (
     common_mesh,
     constrain,
@@ -43,9 +44,11 @@ class Sampler:
         mesh: the device mesh, on which the parameters lie.
         dtype: type of the parameters while decoding; `None`: the model's compute type.
         greedy: decode one more completion of each prompt greedily, in the same program; it is the last of its group.
+        tokenizer: of the model, where `config.stop` has texts: they are found in the bytes of its tokens.
 
     Raises:
-        ValueError: these do not fit together, or the model's heads and parameters cannot be cut as the sampler wants.
+        ValueError: these do not fit together, the bytes of tokens are not known, or the model's heads and parameters
+            cannot be cut as the sampler wants.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         dtype: DType | None = None,
         greedy: bool = False,
+        tokenizer: Any = None,
     ):
         if group < 1:
             raise ValueError(f"samples per prompt must be at least 1, got {group}")
@@ -67,7 +71,11 @@ class Sampler:
         if (top_k := config.top_k or 0) > (vocabulary := model.config.vocab_size):
             raise ValueError(f"sampling.top_k={top_k} is more than the {vocabulary} tokens of the model: leave it out")
         self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
-        self.stop_tokens = tuple(stop_tokens)
+        self.stop_tokens, self._stop_texts = tuple(stop_tokens), None
+        if config.stop:
+            if tokenizer is None:
+                raise ValueError(f"sampling.stop={config.stop!r} are found in the tokens' bytes: pass the tokenizer")
+            self._stop_texts = StopTexts.of(config.stop, tokenizer, model.config.vocab_size)
         self.mesh, self._own_mesh = mesh, sampling_mesh(mesh, config.tensor)
         model.shardings(self._own_mesh)  # raises if there are none
         self.dtype = jnp.dtype(dtype or model.config.dtype)
@@ -201,6 +209,7 @@ class Sampler:
             mesh=self._own_mesh,
             config=self.config,
             stop_tokens=self.stop_tokens,
+            stop_texts=self._stop_texts,
             greedy=greedy,
             limits=None if limits is None else limits.reshape(keys.shape),
         )

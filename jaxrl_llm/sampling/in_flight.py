@@ -19,7 +19,8 @@ from jaxrl_llm.models.stack import Layer, Run
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, Walk, attend_in_flight, page_tokens
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
-from jaxrl_llm.sampling.sampled import Sampled, Wanted, is_one_of
+from jaxrl_llm.sampling.sampled import Sampled, Wanted
+from jaxrl_llm.sampling.stop_texts import StopTexts, stops
 from jaxrl_llm.sampling.weights import Weights, in_loop
 from jaxrl_llm.sharding import constrain
 
@@ -43,6 +44,8 @@ class _Loop(NamedTuple):
     """`[S]` index of `token` in its completion; −1: none yet."""
     token: jax.Array
     """`[S]` the token drawn last."""
+    matched: jax.Array | None
+    """`[S]` how much of a stop text its completion ends with; see `StopTexts`."""
     start: jax.Array
     """`[S]` the clock at which the completion's first token is read."""
     begun: jax.Array
@@ -84,6 +87,7 @@ def sample_in_flight(
     in_loops: bool,
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
+    stop_texts: StopTexts | None = None,
     rows: tuple[str, ...] = (),
 ) -> tuple[Sampled, jax.Array]:
     """Samples G completions of each prompt, of which so many at a time are decoded.
@@ -96,6 +100,7 @@ def sample_in_flight(
         in_loops: compile layers as loops, see `Stack`.
         config: distribution.
         stop_tokens: ids that end a completion; the one drawn is part of it.
+        stop_texts: texts that do, with the token that completes one; `None`: none.
         rows: axes of a `shard_map` around it over which prompts are split. Devices take as many turns each, so that
             those that share weights do not wait for one another in different places.
 
@@ -155,14 +160,14 @@ def sample_in_flight(
             uniform, *settings = batch.completions
             greedy, limits = jax.tree.map(lambda x: x[at], settings)
             drawn = draw(uniform[at, state.time + 1], logits, config, greedy=greedy)
-            return _record(state._replace(memory=memory), drawn, stop_tokens, limits)
+            return _record(state._replace(memory=memory), drawn, stop_tokens, stop_texts, limits)
 
         return jax.lax.fori_loop(0, steps, step, state)
 
     def unfinished(state: _Loop) -> jax.Array:
         return anywhere(jnp.any(state.sample < number) | (state.begun < number))
 
-    end = jax.lax.while_loop(unfinished, turn, _start(model, sizes, runs, value, prompts, number))
+    end = jax.lax.while_loop(unfinished, turn, _start(model, sizes, runs, value, prompts, number, stop_texts))
     return end.sampled, end.clock
 
 
@@ -181,6 +186,7 @@ def _start(
     value: jax.ShapeDtypeStruct,
     prompts: int,
     number: int,
+    stop_texts: StopTexts | None,
 ) -> _Loop:
     """The state before the first prompt is read."""
 
@@ -193,6 +199,7 @@ def _start(
         place=idle(0),
         time=idle(-1),
         token=idle(0),
+        matched=None if stop_texts is None else stop_texts.start(sizes.slots),
         start=idle(0),
         begun=jnp.int32(0),
         read=jnp.int32(0),
@@ -274,6 +281,7 @@ def _with_new_completions(state: _Loop, group: int, number: int, slots: int) -> 
         sample=jnp.where(begins, following, state.sample),
         place=jnp.where(begins, place, state.place),
         time=jnp.where(begins, -1, state.time),
+        matched=jax.tree.map(lambda matched: jnp.where(begins, 0, matched), state.matched),
         start=jnp.where(begins, state.clock + 1, state.start),
         begun=state.begun + jnp.sum(begins, dtype=jnp.int32),
     )
@@ -338,11 +346,17 @@ def _decode(
     return jnp.where((state.time < 0)[:, None], state.state[view.place].astype(x.dtype), hidden), memory
 
 
-def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], limits: jax.Array | None) -> _Loop:
+def _record(
+    state: _Loop,
+    drawn: Draw,
+    stop_tokens: tuple[int, ...],
+    stop_texts: StopTexts | None,
+    limits: jax.Array | None,
+) -> _Loop:
     """Writes the drawn tokens down and ends completions; what is idle is out of bounds, and dropped."""
     number, tokens = state.sampled.completion.shape
     time = jnp.where(state.sample < number, state.time + 1, -1)
-    stopped = is_one_of(drawn.token, stop_tokens)
+    stopped, matched = stops(drawn.token, state.matched, stop_tokens, stop_texts)
     ended = stopped | (time >= (tokens if limits is None else limits) - 1)
 
     def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
@@ -353,6 +367,7 @@ def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], limits: jax
         clock=state.clock + 1,
         time=time,
         token=drawn.token.astype(jnp.int32),
+        matched=matched,
         sample=jnp.where(ended, number, state.sample),
         sampled=Sampled(
             completion=write(old.completion, drawn.token),

@@ -28,6 +28,9 @@ class SamplingConfig:
     """Keep the smallest set of most likely tokens whose probability reaches this (Holtzman et al. 2020)."""
     min_p: float = 0.0
     """Keep tokens at least this times as likely as the most likely one (Nguyen et al. 2024)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside its stop tokens: with the token that completes one, which is the last of the
+    completion, whatever follows the text in it."""
     slots: int | None = None
     """Completions that are decoded at a time on a device, of whichever prompts; memory is theirs alone, and each that
     ends makes room for the next (`None`: all of the batch). Devices that share the weights count as one."""
@@ -46,6 +49,7 @@ class SamplingConfig:
             ("top_k", self.top_k is None or self.top_k >= 1),
             ("top_p", 0 < self.top_p <= 1),
             ("min_p", 0 <= self.min_p < 1),
+            ("stop", isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)),
             ("slots", self.slots is None or self.slots >= 1),
             ("tensor", self.tensor is None or self.tensor >= 1),
         ):
@@ -61,6 +65,10 @@ class SamplingConfig:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+    def as_greedy(self) -> SamplingConfig:
+        """The same, but that the most likely token is always taken."""
+        return dataclasses.replace(self, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
 
     @property
     def truncates(self) -> bool:

@@ -31,7 +31,7 @@ class Sampled(NamedTuple):
     lengths: jax.Array
     """`[...]`."""
     finished: jax.Array
-    """`[...]` a stop token was drawn."""
+    """`[...]` a stop token was drawn, or a stop text is complete."""
     logprobs: jax.Array
     """`[..., Tc]` of the model: temperature 1, no truncation."""
     sampler_logprobs: jax.Array
@@ -48,8 +48,3 @@ class Sampled(NamedTuple):
             logprobs=numbers,
             sampler_logprobs=numbers,
         )
-
-
-def is_one_of(token: jax.Array, some: tuple[int, ...]) -> jax.Array:
-    """Whether each token is one of these, bool `[...]`."""
-    return jnp.any(token[..., None] == jnp.array(some, jnp.int32), axis=-1)

@@ -18,7 +18,8 @@ from jaxrl_llm.models.config import Params, RopeConfig
 from jaxrl_llm.models.rope import Rotation
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
-from jaxrl_llm.sampling.sampled import Sampled, Wanted, is_one_of
+from jaxrl_llm.sampling.sampled import Sampled, Wanted
+from jaxrl_llm.sampling.stop_texts import StopTexts, stops
 from jaxrl_llm.sampling.weights import Weights, in_loop
 from jaxrl_llm.sharding import constrain
 
@@ -38,6 +39,8 @@ class _Loop(NamedTuple):
     """`[P, G]` the tokens drawn last."""
     active: jax.Array
     """`[P, G]` bool: the completion has not ended."""
+    matched: jax.Array | None
+    """`[P, G]` how much of a stop text it ends with; see `StopTexts`."""
     cache: tuple[KeyValue, ...]
     """Keys and values of the completions' tokens in each layer, `[P, G]` before the axes of `KeyValue`."""
     sampled: Sampled
@@ -63,6 +66,7 @@ def sample_together(
     *,
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
+    stop_texts: StopTexts | None = None,
 ) -> Sampled:
     """Samples G completions of each prompt.
 
@@ -72,6 +76,7 @@ def sample_together(
         wanted: the prompts, and what is wanted of them.
         config: distribution.
         stop_tokens: ids that end a completion; the one drawn is part of it.
+        stop_texts: texts that do, with the token that completes one; `None`: none.
 
     Returns:
         `Sampled` `[P, G]`.
@@ -89,7 +94,8 @@ def sample_together(
 
     def record(state: _Loop, logits: jax.Array) -> _Loop:
         at = jax.lax.dynamic_index_in_dim(wanted.uniform, state.time + 1, axis=2, keepdims=False)
-        return _record(state, draw(at, logits, config, greedy=wanted.greedy), stop_tokens, wanted.limits)
+        drawn = draw(at, logits, config, greedy=wanted.greedy)
+        return _record(state, drawn, stop_tokens, stop_texts, wanted.limits)
 
     def step(_: jax.Array, state: _Loop) -> _Loop:
         hidden, cache = _decode(model, params, prompts, state)
@@ -105,7 +111,8 @@ def sample_together(
 
         return jax.lax.while_loop(lambda state: jnp.any(state.active) & (state.time < last), steps, state)
 
-    state = record(_start(prompts.memory, wanted.uniform.shape[:3]), model.head_logits(params, last)[:, None])
+    state = _start(prompts.memory, wanted.uniform.shape[:3], stop_texts)
+    state = record(state, model.head_logits(params, last)[:, None])
     for room in rooms(tokens):
         state = until(min(room, tokens - 1), state._replace(cache=tuple(_with_room(own, room) for own in state.cache)))
     return state.sampled
@@ -125,7 +132,7 @@ def _with_room(cache: KeyValue, tokens: int) -> KeyValue:
     return KeyValue(jnp.pad(cache.key, [*last, (0, 0), (0, more)]), jnp.pad(cache.value, [*last, (0, more), (0, 0)]))
 
 
-def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...]) -> _Loop:
+def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...], stop_texts: StopTexts | None) -> _Loop:
     """The state before the first token of `[P, G, Tc]`."""
     *rows, tokens = shape
 
@@ -146,15 +153,23 @@ def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...]) -> _Loop:
         time=jnp.int32(-1),
         token=by_rows(jnp.zeros(rows, jnp.int32)),
         active=by_rows(jnp.ones(rows, bool)),
+        matched=None if stop_texts is None else by_rows(stop_texts.start(*rows)),
         cache=tuple(map(empty, memory)),
         sampled=jax.tree.map(by_rows, Sampled.nothing(*shape)),
     )
 
 
-def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], limits: jax.Array | None) -> _Loop:
+def _record(
+    state: _Loop,
+    drawn: Draw,
+    stop_tokens: tuple[int, ...],
+    stop_texts: StopTexts | None,
+    limits: jax.Array | None,
+) -> _Loop:
     """Writes the drawn tokens down, and ends completions; what is written after a completion's end is beyond it."""
     time, old = state.time + 1, state.sampled
-    stopped = is_one_of(drawn.token, stop_tokens) & state.active
+    stopped, matched = stops(drawn.token, state.matched, stop_tokens, stop_texts)
+    stopped &= state.active
     ended = stopped if limits is None else stopped | (time >= limits - 1)
 
     def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
@@ -164,6 +179,7 @@ def _record(state: _Loop, drawn: Draw, stop_tokens: tuple[int, ...], limits: jax
         time=time,
         token=drawn.token.astype(jnp.int32),
         active=state.active & ~ended,
+        matched=matched,
         sampled=Sampled(
             completion=write(old.completion, drawn.token),
             lengths=jnp.where(state.active, time + 1, old.lengths),

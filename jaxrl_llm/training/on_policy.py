@@ -151,7 +151,13 @@ class Trainer:
         if self.saved:
             self.loader.set_state(self.saved.data)
         self.sampler = Sampler(
-            model, sampling, group=group, stop_tokens=stop_tokens, mesh=mesh, greedy=algorithm.needs_greedy
+            model,
+            sampling,
+            group=group,
+            stop_tokens=stop_tokens,
+            mesh=mesh,
+            greedy=algorithm.needs_greedy,
+            tokenizer=tokenizer,
         )
         self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
         self.sampler.row_split(prompts)
@@ -305,7 +311,8 @@ class Trainer:
                 jax.block_until_ready(rollout)
             with phase("reward"):
                 assert self.rewards is not None
-                episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer)
+                stops = self.sampler.stop_tokens
+                episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops)
                 if self._score is not None:
                     episodes = self._with_device_rewards(rollout, episodes)
             if not self.config.dynamic_sampling:

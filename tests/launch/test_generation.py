@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ def test_a_second_call_compiles_nothing(policy, mesh):
     first = generate(policy, PROMPTS, sampling=SAMPLING, mesh=mesh)
     with CompilationCounter() as counter:
         mark = counter.mark()
-        again = generate(policy, PROMPTS, sampling=dataclasses.replace(SAMPLING), stop=["no"], seed=1, mesh=mesh)
+        again = generate(policy, PROMPTS, sampling=dataclasses.replace(SAMPLING), seed=1, mesh=mesh)
         assert counter.since(mark) == {}
     assert again != first
 
@@ -87,6 +87,7 @@ def test_devices_that_do_not_divide_the_prompts(samples, sampled, policy, mesh, 
 
 
 def test_a_stop_text_cuts_the_completion(policy, mesh):
+    """As where it is looked for in the whole text; the tokens end with its last one."""
     whole = generate(policy, PROMPTS, sampling=SAMPLING, samples=8, mesh=mesh)
     long = next(one for group in whole for one in group if len(one.text) > 6)
     stop = long.text[3:5]
@@ -95,11 +96,12 @@ def test_a_stop_text_cuts_the_completion(policy, mesh):
     for before, after in pairs:
         at = before.text.find(stop)
         if at < 0:
-            assert after == before
+            assert dataclasses.replace(after, logprobs=[]) == dataclasses.replace(before, logprobs=[])
             continue
         assert (after.text, after.finished) == (before.text[:at], True)
         assert TOKENIZER.decode([token for token in after.tokens if token > 1]) == before.text[: at + 2]
-        assert after.logprobs == before.logprobs[: len(after.tokens)]
+        assert after.tokens == before.tokens[: len(after.tokens)]
+        np.testing.assert_allclose(after.logprobs, before.logprobs[: len(after.tokens)], atol=1e-5)
     assert any(before.text != after.text for before, after in pairs)
 
 
@@ -115,23 +117,34 @@ class Bytes:
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return bytes(ids).decode(errors="replace")
 
+    def token_bytes(self) -> list[bytes]:
+        return [bytes([number]) for number in range(256)]
 
-@pytest.mark.parametrize(("stop", "kept"), [("漢", "ab漢"), ("漢字", "ab漢字"), ("b", "ab")])
-def test_tokens_reach_to_the_last_byte_of_a_stop_text(stop, kept, policy, mesh, monkeypatch):
-    said = "ab漢字c".encode()
 
-    def rollout(*_: object) -> SimpleNamespace:
-        completion = np.array([[list(said)]])
-        return SimpleNamespace(
-            completion=completion,
-            completion_lengths=np.array([[len(said)]]),
-            finished=np.array([[False]]),
-            logprobs=np.zeros(completion.shape),
-        )
-
-    monkeypatch.setattr(Sampler, "__call__", rollout)
-    [[cut]] = generate(dataclasses.replace(policy, tokenizer=Bytes()), ["1"], stop=[stop], mesh=mesh)
-    assert (cut.text, bytes(cut.tokens).decode()) == (kept.removesuffix(stop), kept)
+@pytest.mark.parametrize(
+    ("stop", "text", "kept"),
+    [
+        (["漢字"], "ab", "ab漢字"),
+        (["b"], "a", "ab"),
+        (["b漢字c", "漢"], "ab", "ab漢"),  # the first to be complete, not to begin
+        (["漢", "b漢"], "a", "ab漢"),
+        (["no"], "ab漢字c", "ab漢字c"),
+    ],
+)
+def test_tokens_reach_to_the_last_byte_of_a_stop_text(stop, text, kept, mesh):
+    """A model that says each byte of a text after the one before it."""
+    said = "1ab漢字c".encode()
+    config = ModelConfig(256, 256, 8, 1, 1, 1, 8, max_position_embeddings=32)
+    model = Transformer(config)
+    params = jax.tree.map(np.zeros_like, model.init(jax.random.key(0)))
+    params["embed"]["weight"] = np.eye(256, dtype=np.float32)
+    params["final_norm"]["scale"] = np.ones(256, np.float32)
+    params["lm_head"]["weight"] = np.zeros((256, 256), np.float32)
+    for before, after in itertools.pairwise(said):
+        params["lm_head"]["weight"][after, before] = 1.0
+    policy, greedy = Policy(model, params, Bytes(), ()), SamplingConfig(max_tokens=len(said) - 1, temperature=0)
+    [[cut]] = generate(policy, ["1"], sampling=greedy, stop=stop, mesh=mesh)
+    assert (cut.text, bytes(cut.tokens).decode(), cut.finished) == (text, kept, stop != ["no"])
     assert len(cut.logprobs) == len(cut.tokens)
 
 
@@ -150,7 +163,8 @@ def test_what_cannot_be_completed_is_told_with_its_number(policy, mesh):
         ([], (), "there are no prompts"),
         ("1+1=", (), "lists of texts"),
         (["1="], "0", "lists of texts"),
-        (["1="], [""], "empty stop text"),
+        (["1="], [""], r"sampling.stop=\(''\,\) is out of range"),
+        (["1="], ["a\ufffd"], "holds what stands for no character"),
         (["1=", ""], (), "prompt 1: "),
         (["1=", "x"], (), "prompt 1: character 'x'"),
         (["1=", [{"role": "user", "content": "1"}]], (), "prompt 1: .*no chat template"),

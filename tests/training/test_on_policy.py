@@ -71,6 +71,23 @@ def changed(config: Any, **changes: Any) -> Any:
     return dataclasses.replace(config, **new)
 
 
+def test_stop_texts_end_completions_and_are_read(make) -> None:
+    """A reward function sees the text with the stop text at its end; such a completion is finished."""
+    seen: list[str] = []
+
+    def spy(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    stop = ("1", "-3", "+")
+    trainer = make(sampling={"stop": stop}, rewards=(spy,), training={"steps": 1, "checkpoint_every": 0})
+    trainer.run()
+    ended = [text.endswith(stop) for text in seen]
+    assert len(seen) == 16 and 4 < sum(ended) < 16
+    assert not any(one in text[:-1] for text in seen for one in stop)
+    assert 1 - metrics_of(trainer)[0]["completions/clipped_ratio"] >= np.mean(ended)
+
+
 def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
     return comparable_metrics(trainer.setup.folder / "metrics.jsonl")
 

@@ -106,6 +106,8 @@ class BeamSearch:
     ):
         if sampling.greedy and config.width > 1:
             raise ValueError(f"at temperature 0 the {config.width} continuations of a beam would be the same one")
+        if sampling.stop:
+            raise ValueError(f"sampling.stop={sampling.stop!r}: a search ends texts by stop tokens alone; leave it out")
         both = set(separators) & set(stop_tokens)
         if both or not separators:
             raise ValueError(f"separators {separators} must be given, and be no stop tokens {stop_tokens}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -136,7 +136,9 @@ def prompt_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, tokenizer: Any) -> Episodes:
+def score_rollout(
+    rollout: Rollout, batch: PromptBatch, rewards: RewardSum, tokenizer: Any, *, stop_tokens: Sequence[int]
+) -> Episodes:
     """Decodes and scores a rollout.
 
     With several processes each scores its share of the samples, and the results are gathered.
@@ -146,6 +148,7 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
         batch: the prompts it was sampled from.
         rewards: the reward functions.
         tokenizer: decodes the sampled ids; see `completion_text`.
+        stop_tokens: the sampler's, which are no part of a text; stop texts are.
 
     Raises:
         RewardError: a reward function failed, in this process or in another: all raise together.
@@ -154,7 +157,7 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
     ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
     own = range(jax.process_index(), len(ids), jax.process_count())
 
-    finished = np.asarray(rollout.finished).ravel().tolist()
+    finished = [ended and some[-1] in stop_tokens for ended, some in zip(_finished(rollout), ids, strict=True)]
 
     def completion(sample: int) -> Any:
         opening = batch.openings[sample // group]
@@ -177,8 +180,11 @@ def score_rollout(rollout: Rollout, batch: PromptBatch, rewards: RewardSum, toke
 def unscored(rollout: Rollout, batch: PromptBatch) -> Episodes:
     """A rollout's completions with rewards of 0: those that a device gives are added by `plus`."""
     zeros = np.zeros(rollout.completion_lengths.shape, np.float32)
-    finished = np.asarray(rollout.finished).ravel().tolist()
-    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns, finished, batch.openings)
+    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns, _finished(rollout), batch.openings)
+
+
+def _finished(rollout: Rollout) -> list[bool]:
+    return np.asarray(rollout.finished).ravel().tolist()
 
 
 def _sampled_ids(rollout: Rollout) -> list[list[int]]:

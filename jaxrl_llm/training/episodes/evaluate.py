@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.loader import eval_batches
-from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -20,6 +20,7 @@ from jaxrl_llm.sharding import row_shards, sampling_mesh
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +107,13 @@ class Evaluator:
         shards = row_shards(sampling_mesh(mesh, sampling.tensor))
         wanted = min(config.batch_size or rows, len(dataset))
         self._batch_size = -(-wanted // shards) * shards
-        greedy = SamplingConfig(max_tokens=sampling.max_tokens, temperature=0, tensor=sampling.tensor)
-        self._greedy = Sampler(model, greedy, group=1, stop_tokens=stop_tokens, mesh=mesh)
+        given: dict[str, Any] = {"stop_tokens": stop_tokens, "mesh": mesh, "tokenizer": tokenizer}
+        self._greedy = Sampler(model, sampling.as_greedy(), group=1, **given)
         self._greedy.check_length(dataset.longest, width=dataset.max_prompt_length)
-        self._samples = config.samples
+        self._samples, self._stop_tokens = config.samples, stop_tokens
         self._drawn = None
         if config.samples:
-            self._drawn = Sampler(model, sampling, group=config.samples, stop_tokens=stop_tokens, mesh=mesh)
+            self._drawn = Sampler(model, sampling, group=config.samples, **given)
 
     def __call__(self, params: Params, key: np.ndarray) -> tuple[dict[str, float], Episodes]:
         """Evaluates `params`.
@@ -132,14 +133,14 @@ class Evaluator:
         greedy, drawn, lengths, finished, first = [], [], [], [], None
         for number, batch in enumerate(eval_batches(self._dataset, batch_size=self._batch_size)):
             rollout = self._greedy(params, batch.tokens, batch.lengths, key, number)
-            episodes = score_rollout(rollout, batch, self._rewards, self._tokenizer)
+            episodes = self._scored(rollout, batch)
             first = first or episodes
             greedy.append(_valid(episodes, batch.valid))
             lengths.append(np.asarray(rollout.completion_lengths)[batch.valid])
             finished.append(np.asarray(rollout.finished)[batch.valid])
             if self._drawn is not None:
                 rollout = self._drawn(params, batch.tokens, batch.lengths, key, number)
-                drawn.append(_valid(score_rollout(rollout, batch, self._rewards, self._tokenizer), batch.valid))
+                drawn.append(_valid(self._scored(rollout, batch), batch.valid))
         scores = {name: np.concatenate([part[name] for part in greedy]) for name in greedy[0]}
         metrics = {f"eval/rewards/{name}": mean_of_known(scores[name]) for name in self._rewards.names}
         metrics["eval/reward"] = float(scores[""].mean())
@@ -152,6 +153,9 @@ class Evaluator:
                 metrics[f"eval/pass@{k}"] = pass_at_k(solved, k)
         assert first is not None  # a data set is never empty
         return metrics, first
+
+    def _scored(self, rollout: Rollout, batch: PromptBatch) -> Episodes:
+        return score_rollout(rollout, batch, self._rewards, self._tokenizer, stop_tokens=self._stop_tokens)
 
 
 def make_evaluator(

@@ -142,7 +142,14 @@ class StarTrainer:
         shards = row_shards(sampling_mesh(mesh, self.sampling.tensor))
         self._batch_size = -(-min(self.star.problems_per_batch, len(problems)) // shards) * shards
         sampled = model.with_known_tokens(known_tokens(tokenizer))
-        self.sampler = Sampler(sampled, self.sampling, group=self.star.samples, stop_tokens=stop_tokens, mesh=mesh)
+        self.sampler = Sampler(
+            sampled,
+            self.sampling,
+            group=self.star.samples,
+            stop_tokens=stop_tokens,
+            mesh=mesh,
+            tokenizer=tokenizer,
+        )
         for prompts in (problems, hinted):
             if prompts is not None:
                 self.sampler.check_length(prompts.longest, width=prompts.max_prompt_length)
@@ -310,7 +317,8 @@ class StarTrainer:
             block = items[start : start + size]
             batch = prompts.batch(np.resize(block, size), valid=np.arange(size) < len(block))
             rollout = self.sampler(self.state.params, batch.tokens, batch.lengths, jax.random.key_data(key), number)
-            episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer)
+            stops = self.sampler.stop_tokens
+            episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops)
             right = (episodes.by_name[self.solved_by] >= 1) & np.asarray(rollout.finished)
             for slot, sample in np.ndindex(len(block), self.star.samples):
                 place = slot * self.star.samples + sample

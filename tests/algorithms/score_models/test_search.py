@@ -154,6 +154,8 @@ def test_settings_that_cannot_work_raise(model, search, params):
         BeamSearchConfig(max_steps=0)
     with pytest.raises(ValueError, match="at temperature 0 the 2 continuations"):
         make_search(model, sampling=SamplingConfig(max_tokens=4, temperature=0.0))
+    with pytest.raises(ValueError, match=r"sampling.stop=\('a',\): a search ends texts by stop tokens alone"):
+        make_search(model, sampling=SamplingConfig(max_tokens=4, stop=("a",)))
     with pytest.raises(ValueError, match="must be given, and be no stop tokens"):
         make_search(model, separators=(EOS,))
     with pytest.raises(ValueError, match="do not fit prompts"):

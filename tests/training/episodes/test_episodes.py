@@ -17,6 +17,7 @@ from jaxrl_llm.types import Rollout
 
 TOKENIZER = CharTokenizer("abc")
 A, B, C, EOS, PAD = 2, 3, 4, 1, 0
+STOPS = (EOS,)
 # Two prompts, two completions each; what lies beyond a completion's length is not to be read.
 COMPLETION = np.array([[[A, EOS, C, C], [B, B, B, B]], [[EOS, A, A, A], [A, B, EOS, PAD]]])
 LENGTHS = np.array([[2, 4], [1, 3]])
@@ -58,7 +59,9 @@ def test_reward_functions_see_text_ids_and_columns_of_each_sample() -> None:
     def length(completions: list[str]) -> list[float]:
         return [float(len(text)) for text in completions]
 
-    scored = score_rollout(rollout(), batch(["a", "b"]), RewardSum((spy, length), (1.0, 10.0)), TOKENIZER)
+    scored = score_rollout(
+        rollout(), batch(["a", "b"]), RewardSum((spy, length), (1.0, 10.0)), TOKENIZER, stop_tokens=STOPS
+    )
     assert seen == {
         "prompts": ["a", "a", "b", "b"],
         "completions": ["a", "bbbb", "", "ab"],  # without their ends
@@ -78,6 +81,20 @@ def test_reward_functions_see_text_ids_and_columns_of_each_sample() -> None:
     )
 
 
+def test_a_stop_text_is_part_of_what_is_read() -> None:
+    """Of a rollout in which `ac`, of the first prompt, and `bbbb` were stop texts, and the others ended by a token."""
+    drawn = rollout().replace(completion=jnp.asarray(COMPLETION).at[0, 0, 1].set(C), finished=jnp.ones((2, 2), bool))
+    seen: list[str] = []
+
+    def spy(completions: list[str]) -> list[float]:
+        seen.extend(completions)
+        return [0.0] * 4
+
+    scored = score_rollout(drawn, batch(["a", "b"]), RewardSum((spy,)), TOKENIZER, stop_tokens=STOPS)
+    assert seen == ["ac", "bbbb", "", "ab"]
+    assert scored.finished == [False, False, True, True]
+
+
 def test_a_conversation_is_answered_by_a_message() -> None:
     prompts = [[{"role": "user", "content": "a"}], "b"]
 
@@ -90,7 +107,7 @@ def test_a_conversation_is_answered_by_a_message() -> None:
         ]
         return [0.0] * 4
 
-    scored = score_rollout(rollout(), batch(prompts), RewardSum((spy,)), TOKENIZER)
+    scored = score_rollout(rollout(), batch(prompts), RewardSum((spy,)), TOKENIZER, stop_tokens=STOPS)
     assert [sample.prompt for sample in scored.samples(TOKENIZER, 9)] == ["a", "b"]
 
 
@@ -119,7 +136,7 @@ def test_a_thought_that_the_prompt_opens_is_read_with_the_completion(conversatio
     drawn = rollout().replace(
         completion=tokens, completion_lengths=lengths, finished=np.array([[True, True], [False, True]])
     )
-    scored = score_rollout(drawn, served, RewardSum((spy,)), tokenizer)
+    scored = score_rollout(drawn, served, RewardSum((spy,)), tokenizer, stop_tokens=tokenizer.encode("<end>"))
     texts = [first + "4</think>5", first + "<answer>4</answer>", "<think>\n</think>4", "<think>\n"]
     expected = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
     assert seen == expected
@@ -199,17 +216,17 @@ def too_few(completions: list[str]) -> list[float]:
 )
 def test_a_failing_function_is_named_with_its_line(function: Any, message: str) -> None:
     with pytest.raises(RewardError, match=message):
-        score_rollout(rollout(), batch(["a", "b"]), RewardSum((function,)), TOKENIZER)
+        score_rollout(rollout(), batch(["a", "b"]), RewardSum((function,)), TOKENIZER, stop_tokens=STOPS)
 
 
 def test_an_error_of_our_own_stays_what_it_is() -> None:
     with pytest.raises(ValueError, match="token id 3 is outside the vocabulary of 3"):
-        score_rollout(rollout(), batch(["a", "b"]), RewardSum((too_few,)), CharTokenizer("a"))
+        score_rollout(rollout(), batch(["a", "b"]), RewardSum((too_few,)), CharTokenizer("a"), stop_tokens=STOPS)
 
 
 def test_the_tiny_data_set_reaches_the_functions(tiny: Any) -> None:
     dataset = PromptDataset(tiny.TRAIN_ROWS, tiny.TOKENIZER, max_prompt_length=6)
     served = dataset.batch([3, 7])
-    scored = score_rollout(rollout(), served, RewardSum((tiny.shared_characters,)), tiny.TOKENIZER)
+    scored = score_rollout(rollout(), served, RewardSum((tiny.shared_characters,)), tiny.TOKENIZER, stop_tokens=STOPS)
     assert scored.prompts == ["3+3=", "7+7="]
     assert scored.rewards.shape == (2, 2)

@@ -57,6 +57,9 @@ class Benchmark:
     """Pack completions into rows of so many tokens, and compute no padding."""
     slots: int | None = None
     """Completions that are decoded at a time on a device; None: all."""
+    room: int | None = None
+    """Tokens of the longest completion that the sampler is compiled for, which none of these may reach (None:
+    shape.completion_tokens)."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
     repeats: int = 5
@@ -76,6 +79,9 @@ class Benchmark:
         for field in ("repeats", "pairs"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        longest = self.shape.completion_tokens
+        if self.room is not None and self.room < longest:
+            raise ValueError(f"room={self.room} must be at least shape.completion_tokens={longest}")
         if self.beside is not None and len(self.work) > 1 and "{work}" not in self.beside:
             raise ValueError(f"--beside {self.beside!r} must contain {{work}}, since {' '.join(self.work)} are run")
 
@@ -139,7 +145,7 @@ class Learner:
 
 def make_sampler(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Sampler:
     """Samples completions that nothing but their limits stops."""
-    settings = SamplingConfig(max_tokens=config.shape.completion_tokens, slots=config.slots)
+    settings = SamplingConfig(max_tokens=config.room or config.shape.completion_tokens, slots=config.slots)
     return Sampler(model, settings, group=config.shape.samples, stop_tokens=(), mesh=mesh)
 
 
@@ -176,7 +182,7 @@ def _sampling(
     config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, params: Params
 ) -> Callable[[int], Phases]:
     sampler, lengths = make_sampler(config, mesh, model), _lengths(config.shape)
-    key, limits = jax.random.key_data(jax.random.key(0)), _limits(config.shape)
+    key, limits = jax.random.key_data(jax.random.key(0)), _limits(config)
 
     def work(number: int) -> Phases:
         prompt = random_prompts(config.shape, model.config.vocab_size, number)
@@ -219,7 +225,7 @@ def _iterating(
     config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer, learner: Learner, tokenizer: Any
 ) -> Callable[[int], Phases]:
     shape, vocabulary = config.shape, model.config.vocab_size
-    sampler, rewards, limits = make_sampler(config, mesh, model), RewardSum((count_token,)), _limits(shape)
+    sampler, rewards, limits = make_sampler(config, mesh, model), RewardSum((count_token,)), _limits(config)
 
     def work(number: int) -> Phases:
         tokens = random_prompts(shape, vocabulary, number)
@@ -250,8 +256,9 @@ def _lengths(shape: Shape) -> np.ndarray:
     return np.full((shape.prompts,), shape.prompt_tokens, np.int32)
 
 
-def _limits(shape: Shape) -> np.ndarray | None:
-    return None if shape.lengths == "full" else np.array(shape.completion_lengths, np.int32)
+def _limits(config: Benchmark) -> np.ndarray | None:
+    full = config.shape.lengths == "full" and config.room in (None, config.shape.completion_tokens)
+    return None if full else np.array(config.shape.completion_lengths, np.int32)
 
 
 def count_token(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]) -> list[float]:

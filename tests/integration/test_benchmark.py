@@ -101,9 +101,14 @@ def test_lognormal_lengths(script):
 
 
 def test_sampling_of_lognormal_lengths_in_slots(grpo, script):
-    config = small(script, lengths="lognormal", work=("W1",), slots=2)
+    config = small(script, lengths="lognormal", work=("W1",), slots=2, room=9)
     record = grpo.measure(config, "W1")
     check_record(record, work="W1", tokens=sum(map(sum, config.shape.completion_lengths)))
+
+
+def test_room_that_completions_do_not_fit_into_is_refused(script):
+    with pytest.raises(ValueError, match=r"room=4 must be at least shape\.completion_tokens=5"):
+        small(script, room=4)
 
 
 def test_iteration_on_a_checkpoint_with_a_reference(grpo, script, tmp_path):

@@ -85,11 +85,14 @@ def token_scores(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     known_tokens: int | None = None,
+    kept: jax.Array | None = None,
     chunk_size: int | None = None,
 ) -> TokenScores:
     """Log-probabilities and entropies from the hidden states that predict the tokens, in chunks of the vocabulary.
 
         scores_from_logits(z)        z = head · hidden,  or  logit_softcap · tanh(head · hidden / logit_softcap)
+
+    With `kept`, of the distribution over these tokens alone: `scores_of_kept`.
 
     Differentiable in `hidden` and `head` through both outputs; a token that a loss masks has no part in a gradient,
     whatever its state holds. Products are taken in the type of `hidden`, the rest in float32. Unlike
@@ -102,6 +105,8 @@ def token_scores(
         temperature: τ > 0.
         logit_softcap: bound on the logits, or `None`.
         known_tokens: ids from here on are impossible, as if their logits were −∞; `None`: none is.
+        kept: `[..., T, k]` int: the tokens that each was drawn from, every one once; negative ones are none. `None`:
+            the whole vocabulary.
         chunk_size: vocabulary entries per chunk, at most. `None` chooses by `CHUNK_LOGITS` and `MIN_CHUNK`, and keeps
             `KEPT_LOGITS` for the backward pass.
 
@@ -120,9 +125,42 @@ def token_scores(
     vocabulary = head.shape[0]
     size = min(vocabulary, chunk_size or max(MIN_CHUNK, CHUNK_LOGITS // max(1, tokens.size)))
     blocks, rows = _blocks(vocabulary, size)
-    kept = 0 if chunk_size is not None else KEPT_LOGITS // max(1, tokens.size * blocks * rows)
-    slices = _Slices(vocabulary, blocks, rows, kept, head.dtype, float(temperature), logit_softcap, known_tokens)
-    return _scores(slices, hidden, head, tokens)
+    held = 0 if chunk_size is not None else KEPT_LOGITS // max(1, tokens.size * blocks * rows)
+    slices = _Slices(vocabulary, blocks, rows, held, head.dtype, float(temperature), logit_softcap, known_tokens)
+    if kept is None:
+        return _scores(slices, hidden, head, tokens)
+    if kept.shape[:-1] != tokens.shape:
+        raise ValueError(f"kept {kept.shape} must have the shape of tokens {tokens.shape} plus an axis")
+    return scores_of_kept(_logits_of(slices, hidden, head, kept), tokens, kept)
+
+
+def scores_of_kept(logits: jax.Array, tokens: jax.Array, kept: jax.Array) -> TokenScores:
+    """Scores under the distribution over the tokens that truncation left, renormalised.
+
+        log p(x) = z_x − log Σᵥ exp(zᵥ)        v over the kept tokens
+        H = log Σᵥ exp(zᵥ) − Σᵥ pᵥ zᵥ
+
+    Unlike `scores_from_logits`, it reads the logits of these tokens alone. A token that is not among them scores about
+    −10³⁰. Where a logit is NaN, scores are NaN and pass no gradient on.
+
+    Args:
+        logits: `[..., T, k]` of the kept tokens, tempered.
+        tokens: `[..., T]` int.
+        kept: `[..., T, k]` int, as of `token_scores`.
+
+    Returns:
+        `TokenScores` `[..., T]` in float32.
+
+    Source: DeepSeek-AI 2025, "DeepSeek-V3.2" (2512.02556), "keep sampling mask".
+    """
+    logits, usable = fill_unusable(jnp.where(kept >= 0, logits, IMPOSSIBLE))
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    is_token = kept == tokens[..., None]
+    chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
+    chosen = jnp.where(jnp.any(is_token, axis=-1), chosen, IMPOSSIBLE)
+    mean = jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
+    scores = TokenScores(chosen - normalizer, normalizer - mean)
+    return jax.tree.map(lambda score: jnp.where(usable, score, jnp.nan), scores)
 
 
 def _blocks(vocabulary: int, size: int) -> tuple[int, int]:
@@ -212,6 +250,13 @@ class _Slices(NamedTuple):
         rows = self.start(index) + jnp.arange(self.rows)
         return jnp.tile(rows >= index * self.rows, self.blocks)
 
+    def find(self, entries: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where in one slice entries lie, and whether they are there at all; negative ones are not."""
+        block, row = jnp.divmod(entries, self.block_size)
+        row = row - self.start(index)
+        inside = (entries >= 0) & (row >= 0) & (row < self.rows)
+        return jnp.where(inside, block * self.rows + row, 0), inside
+
     def logits(self, hidden: jax.Array, bits: jax.Array, index: jax.Array) -> jax.Array:
         """Logits of one slice `[..., size]`, soft-capped and divided by the temperature."""
         weight = self.cut(bits, index, hidden.dtype)
@@ -294,6 +339,64 @@ def _backward(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: TokenSco
     carry, _ = jax.lax.scan(pull, carry, (slices.kept_indices, kept))
     (to_hidden, to_head), _ = jax.lax.scan(recompute_and_pull, carry, slices.other_indices)
     return to_hidden.astype(hidden.dtype), slices.head(to_head), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits_of(slices: _Slices, hidden: jax.Array, head: jax.Array, entries: jax.Array) -> jax.Array:
+    """Logits `[..., k]` of some entries `[..., k]` of the vocabulary; of negative ones they mean nothing.
+
+    All logits are made, slice by slice, and those of a slice looked up in it: gathering rows of the head instead, k a
+    token, would take memory for k·D numbers a token, and its gradient as many scattered sums.
+    """
+    return _forward_of(slices, hidden, head, entries)[0]
+
+
+def _forward_of(
+    slices: _Slices, hidden: jax.Array, head: jax.Array, entries: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    bits = slices.bits(head)
+
+    def look_up(found: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        place, inside = slices.find(entries, index)
+        return jnp.where(inside, jnp.take_along_axis(slices.logits(hidden, bits, index), place, axis=-1), found), None
+
+    logits, _ = jax.lax.scan(look_up, jnp.zeros(entries.shape, jnp.float32), jnp.arange(slices.count))
+    return logits, (hidden, head, entries, logits)
+
+
+def _backward_of(slices: _Slices, saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple:
+    hidden, head, entries, logits = saved
+    is_read = jnp.any((cotangent != 0) & (entries >= 0), axis=-1, keepdims=True)
+    states = jnp.where(is_read, hidden, 0)  # as in `_backward`
+    slope = jnp.where(is_read, cotangent * slices.slope(logits), 0.0)
+    bits = slices.bits(head)
+
+    def pull(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple:
+        to_hidden, to_head = carry
+        place, inside = slices.find(entries, index)
+        gradient = _scattered(jnp.where(inside, slope, 0.0), place, slices.blocks * slices.rows).astype(hidden.dtype)
+        weight = slices.cut(bits, index, hidden.dtype)
+        if not slices.even:
+            weight = jnp.where(slices.fresh(index)[:, None], weight, 0)
+        to_hidden += jnp.einsum("...v,vd->...d", gradient, weight, preferred_element_type=jnp.float32)
+        return (to_hidden, slices.paste(to_head, outer_product(states, gradient).T, index)), None
+
+    carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(bits))
+    (to_hidden, to_head), _ = jax.lax.scan(pull, carry, jnp.arange(slices.count))
+    return to_hidden.astype(hidden.dtype), slices.head(to_head), None
+
+
+_logits_of.defvjp(_forward_of, _backward_of)
+
+
+def _scattered(values: jax.Array, place: jax.Array, size: int) -> jax.Array:
+    """`[..., k]` values, summed where they have the same place, as `[..., size]`."""
+
+    def one(values: jax.Array, place: jax.Array) -> jax.Array:
+        return jnp.zeros(size, values.dtype).at[place].add(values)
+
+    flat = (x.reshape(-1, x.shape[-1]) for x in (values, place))
+    return jax.vmap(one)(*flat).reshape(*values.shape[:-1], size)
 
 
 def outer_product(left: jax.Array, right: jax.Array, *, dtype: str = "float32") -> jax.Array:

@@ -29,6 +29,9 @@ class Rollout(struct.PyTreeNode):
     """`[P, G, Tc]` float32: log-prob of each token under the model itself (temperature 1, no truncation)."""
     sampler_logprobs: jax.Array
     """`[P, G, Tc]` float32: log-prob under the distribution that it was drawn from (tempered, truncated)."""
+    kept: jax.Array | None = None
+    """`[P, G, Tc, k]` int32: the ids that each token was drawn from, which top-k, top-p and min-p had left; −1: fewer
+    than k, and at padding. `None`: they were not written down."""
 
     @property
     def mask(self) -> jax.Array:
@@ -47,6 +50,9 @@ class Rollout(struct.PyTreeNode):
         chex.assert_shape(self.prompt_lengths, (prompts,))
         chex.assert_shape([self.completion_lengths, self.finished], (prompts, group))
         chex.assert_shape([self.logprobs, self.sampler_logprobs], (prompts, group, width))
+        if self.kept is not None:
+            chex.assert_shape(self.kept, (prompts, group, width, None))
+            chex.assert_type(self.kept, int)
         chex.assert_type([self.prompt, self.prompt_lengths, self.completion, self.completion_lengths], int)
         chex.assert_type([self.finished, self.logprobs, self.sampler_logprobs], [bool, float, float])
 
@@ -60,9 +66,12 @@ class Rollout(struct.PyTreeNode):
 
     def samples(self, start: int | None, stop: int | None = None) -> Rollout:
         """The rollout with only these samples of each prompt: indices along the group, as of a slice."""
-        prompts = {"prompt": self.prompt, "prompt_lengths": self.prompt_lengths}
-        fields = {name: value for name, value in vars(self).items() if name not in prompts}
-        return self.replace(**{name: value[:, start:stop] for name, value in fields.items()})
+        return self.replace(**{name: value[:, start:stop] for name, value in self.of_samples.items()})
+
+    @property
+    def of_samples(self) -> dict[str, jax.Array]:
+        """The arrays `[P, G, …]` by name."""
+        return {n: value for n, value in vars(self).items() if value is not None and not n.startswith("prompt")}
 
 
 class CriticState(struct.PyTreeNode):

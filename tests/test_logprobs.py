@@ -138,6 +138,60 @@ def test_every_vocabulary_and_chunk(vocabulary):
         np.testing.assert_allclose(ours.entropy, entropy, atol=2e-5)
 
 
+def kept_of(case: Case, k: int = 5) -> np.ndarray:
+    """The token and others, in any order; some have fewer than k."""
+    rng, kept = np.random.default_rng(1), np.full((*case.tokens.shape, k), -1)
+    for index in np.ndindex(case.tokens.shape):
+        others = rng.permutation([token for token in range(len(case.head)) if token != case.tokens[index]])
+        some = np.append(others[: rng.integers(0, k)], case.tokens[index])
+        kept[index][: len(some)] = rng.permutation(some)
+    return kept
+
+
+@pytest.mark.parametrize(("settings", "chunk_size"), SETTINGS, ids=str)
+def test_scores_of_kept_tokens_equal_a_loop(settings, chunk_size):
+    """Gradients are those of the plain pass with logits of −∞ for all other tokens."""
+    case = make_case()
+    kept, temperature, softcap = kept_of(case), settings.get("temperature", 1.0), settings.get("logit_softcap")
+    ours, gradients = with_gradients(
+        lambda hidden, head: token_scores(hidden, head, case.tokens, kept=kept, chunk_size=chunk_size, **settings), case
+    )
+    within = (kept[..., None] == np.arange(13)).any(axis=-2)
+    logprobs, entropy = loop(np.where(within, bent_logits(case, softcap), -np.inf), case.tokens, temperature)
+    np.testing.assert_allclose(ours.logprobs, logprobs, atol=2e-5)
+    np.testing.assert_allclose(ours.entropy, entropy, atol=2e-5)
+
+    def plain(hidden: jax.Array, head: jax.Array) -> TokenScores:
+        logits = hidden @ head.T
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return scores_from_logits(jnp.where(within, logits, -jnp.inf), case.tokens, temperature=temperature)
+
+    for a, b in zip(gradients, with_gradients(plain, case)[1], strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_kept_tokens_of_what_is_masked():
+    """States that are NaN, sets that are empty or lack the token: no gradient where no loss reads, finite elsewhere."""
+    case = make_case(shape=(4,))
+    case.hidden[0], kept = np.nan, kept_of(case)
+    kept[1], kept[2] = -1, np.where(kept[2] == case.tokens[2], -1, kept[2])
+    case.to_logprobs[:3] = case.to_entropy[:3] = 0
+
+    def masked(hidden: jax.Array, head: jax.Array) -> TokenScores:
+        scores = token_scores(hidden, head, case.tokens, kept=kept, chunk_size=5)
+        return jax.tree.map(lambda x: jnp.where(jnp.arange(4) < 3, 0, x), scores)
+
+    _, gradients = with_gradients(masked, case)
+    chex.assert_tree_all_finite(gradients)
+    np.testing.assert_array_equal(gradients[0][:3], 0)
+    assert np.abs(gradients[0][3]).max() > 0
+    finite = token_scores(case.hidden[1:], case.head, case.tokens[1:], kept=kept[1:])
+    chex.assert_tree_all_finite(finite)
+    with pytest.raises(ValueError, match="must have the shape of tokens"):
+        token_scores(case.hidden, case.head, case.tokens, kept=kept[1:])
+
+
 def test_uniform_and_certain_distributions():
     hidden, head = np.zeros((1, 8), np.float32), np.ones((10, 8), np.float32)
     ours = token_scores(hidden, head, np.array([3]), chunk_size=4)

@@ -257,7 +257,8 @@ class Packed(Pieces):
     def _piece(self, index: jax.Array) -> tuple[Any, PackedLayout]:
         held = self.packing.holds(index)[..., None]
         masks = {name: mask & held for name, mask in _masks(self.rows).items()}
-        return self.rows._replace(**masks), self.packing.layout(index)
+        layout = self.packing.layout(index).replace(kept=getattr(self.rows, "kept", None))
+        return self.rows._replace(**masks), layout
 
     def fold(self, function: Callable[..., Any], beside: Any = ()) -> Any:
         """As `Pieces.fold`."""

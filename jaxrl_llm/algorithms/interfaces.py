@@ -148,6 +148,11 @@ class Algorithm(abc.ABC):
         """Whether the reward of a greedy completion of each prompt is read."""
         return "greedy" in self.needs
 
+    @property
+    def keeps_mask(self) -> bool:
+        """Whether it reads which tokens each was drawn from (`Rollout.kept`)."""
+        return False
+
     def start(self) -> Any:
         """Its memory before the first batch, a tree of arrays that is part of the training state."""
         return ()

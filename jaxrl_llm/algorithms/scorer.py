@@ -9,7 +9,7 @@ import jax
 
 from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.rows import layout_of
+from jaxrl_llm.models.rows import Layout, layout_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import on_cpu, token_shards
 
@@ -19,7 +19,10 @@ ACCELERATOR_CHUNK_LOGITS = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """The function from parameters and rows to log-probs and entropies `[P, G, Tc]` of the completions' tokens."""
+    """The function from parameters and rows to log-probs and entropies `[P, G, Tc]` of the completions' tokens.
+
+    Of rows with the tokens that each was drawn from (`kept`), under the distribution over these alone.
+    """
 
     policy: Transformer
     temperature: float = 1.0
@@ -27,10 +30,11 @@ class Scorer:
     def __call__(self, params: Params, texts: Any) -> TokenScores:
         """Scores texts: a `Layout`, or any record with `prompt`, `prompt_lengths` and `completion`."""
         layout = layout_of(texts)
-        return layout.unpack(self.of_hidden(params, self.policy.hidden(params, layout), layout.targets))
+        return layout.unpack(self.of_hidden(params, self.policy.hidden(params, layout), layout))
 
-    def of_hidden(self, params: Params, hidden: jax.Array, tokens: jax.Array) -> TokenScores:
-        """Scores of tokens from the states that predict them."""
+    def of_hidden(self, params: Params, hidden: jax.Array, layout: Layout) -> TokenScores:
+        """Scores of a layout's targets from the states that predict them."""
+        tokens = layout.targets
         return token_scores(
             hidden,
             self.policy.head(params),
@@ -38,6 +42,7 @@ class Scorer:
             temperature=self.temperature,
             logit_softcap=self.policy.config.logit_softcap,
             known_tokens=self.policy.config.known_tokens,
+            kept=None if layout.kept is None else layout.pack(layout.kept),
             chunk_size=_vocabulary_chunk(tokens.size),
         )
 

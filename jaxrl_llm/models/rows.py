@@ -114,6 +114,11 @@ class Layout(Protocol):
         """The tokens that are scored, `[…]`: those of completions, in the order that suits the rows."""
         ...
 
+    @property
+    def kept(self) -> jax.Array | None:
+        """`[P, G, Tc, k]`, to be packed: the tokens that each was drawn from, where scores are to be under these."""
+        ...
+
     def before(self, states: jax.Array) -> jax.Array:
         """Of states `[B, T, D]` those that predict the targets, `[…, D]`."""
         ...
@@ -143,11 +148,15 @@ class PaddedLayout(struct.PyTreeNode):
     """`[P]`."""
     targets: jax.Array
     """`[P, G, Tc]`."""
+    kept: jax.Array | None = None
+    """`[P, G, Tc, k]`."""
 
     @classmethod
-    def of(cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> PaddedLayout:
+    def of(
+        cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array, kept: jax.Array | None = None
+    ) -> PaddedLayout:
         """That of prompts `[P, Tp]` and completions `[P, G, Tc]`, both right-padded."""
-        return cls(TokenRows.of_groups(prompt, prompt_lengths, completion), prompt_lengths, completion)
+        return cls(TokenRows.of_groups(prompt, prompt_lengths, completion), prompt_lengths, completion, kept)
 
     def before(self, states: jax.Array) -> jax.Array:
         """`[P, G, Tc, D]`: entry 0 is the prompt's last state, shared by the group."""
@@ -184,6 +193,7 @@ class PaddedLayout(struct.PyTreeNode):
             parent=parent.astype(jnp.int32),
             place=jnp.broadcast_to(place, (len(rows.tokens), *place.shape)),
             source=jnp.broadcast_to(source, rows.tokens.shape),
+            kept=self.kept,
         ).dealt(order)
 
 
@@ -203,6 +213,8 @@ class PackedLayout(struct.PyTreeNode):
     source: jax.Array | None
     """`[S, T]` int32: which of the P/S·G·Tc tokens each is, ≥ P/S·G·Tc: none of them. `None`: some are several, and
     then gradients of what is unpacked are sums over the completions that share a token."""
+    kept: jax.Array | None = None
+    """`[P, G, Tc, k]`."""
 
     @classmethod
     def of_segments(cls, tokens: jax.Array, segment_ids: jax.Array) -> PackedLayout:
@@ -264,6 +276,7 @@ class PackedLayout(struct.PyTreeNode):
             parent=where[_reordered(self.parent, order)],
             place=jnp.where(self.place < 0, -1, where[self.place]),
             source=None if self.source is None else _reordered(self.source, order, fill=size),
+            kept=self.kept,
         )
 
     def _whole(self, x: jax.Array) -> jax.Array:
@@ -326,4 +339,4 @@ def _plain_layout_of(texts: Any) -> Layout:
     segment_ids = getattr(texts, "segment_ids", None)
     if segment_ids is not None:
         return PackedLayout.of_segments(texts.completion[:, 0], segment_ids[:, 0])
-    return PaddedLayout.of(texts.prompt, texts.prompt_lengths, texts.completion)
+    return PaddedLayout.of(texts.prompt, texts.prompt_lengths, texts.completion, getattr(texts, "kept", None))

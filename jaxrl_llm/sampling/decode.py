@@ -47,6 +47,7 @@ def sample(
     stop_texts: StopTexts | None = None,
     greedy: jax.Array | None = None,
     limits: jax.Array | None = None,
+    kept: int = 0,
 ) -> Rollout:
     """Samples G completions of each prompt.
 
@@ -62,9 +63,10 @@ def sample(
         stop_texts: texts that do, with the token that completes one; `None`: none.
         greedy: `[P, G]` bool: completions that are decoded greedily instead; `None`: none.
         limits: `[P, G]` int: the most tokens of each completion, 1 to Tc; `None`: Tc.
+        kept: how many ids are written down of those that each token was drawn from: `config.top_k`, or 0.
 
     Returns:
-        `Rollout`; positions beyond a completion's length hold token 0 and log-prob 0.
+        `Rollout`; positions beyond a completion's length hold token 0, log-prob 0 and no ids.
     """
     wanted = Wanted(prompt, prompt_lengths, uniforms(keys, config.max_tokens), greedy, limits)
     wanted = jax.tree.map(jnp.asarray, wanted)
@@ -74,10 +76,12 @@ def sample(
     # Where a product costs less than what surrounds it, few large ones are faster than pages.
     in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(model.layers(params)[0]))
     if slots == of_device and in_one_product:
-        sampled = sample_together(model, params, wanted, config=config, **stops)
+        sampled = sample_together(model, params, wanted, config=config, kept=kept, **stops)
     else:
         in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
-        decode = functools.partial(sample_in_flight, model, slots=slots, in_loops=in_loops, config=config, **stops)
+        decode = functools.partial(
+            sample_in_flight, model, slots=slots, in_loops=in_loops, config=config, kept=kept, **stops
+        )
         sampled = _on_each_device(lambda *given, **rows: decode(*given, **rows)[0], mesh)(params, wanted)
         sampled = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), sampled)
     mask = length_mask(sampled.lengths, config.max_tokens)
@@ -89,6 +93,7 @@ def sample(
         finished=sampled.finished,
         logprobs=jnp.where(mask, sampled.logprobs, 0.0),
         sampler_logprobs=jnp.where(mask, sampled.sampler_logprobs, 0.0),
+        kept=None if sampled.kept is None else jnp.where(mask[..., None], sampled.kept, -1),
     )
 
 

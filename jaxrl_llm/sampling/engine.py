@@ -45,6 +45,7 @@ class Sampler:
         dtype: type of the parameters while decoding; `None`: the model's compute type.
         greedy: decode one more completion of each prompt greedily, in the same program; it is the last of its group.
         tokenizer: of the model, where `config.stop` has texts: they are found in the bytes of its tokens.
+        keep_mask: write down which tokens each was drawn from (`Rollout.kept`).
 
     Raises:
         ValueError: these do not fit together, the bytes of tokens are not known, or the model's heads and parameters
@@ -62,6 +63,7 @@ class Sampler:
         dtype: DType | None = None,
         greedy: bool = False,
         tokenizer: Any = None,
+        keep_mask: bool = False,
     ):
         if group < 1:
             raise ValueError(f"samples per prompt must be at least 1, got {group}")
@@ -70,6 +72,13 @@ class Sampler:
             raise ValueError(f"stop tokens {outside} are outside the vocabulary of {model.config.vocab_size}")
         if (top_k := config.top_k or 0) > (vocabulary := model.config.vocab_size):
             raise ValueError(f"sampling.top_k={top_k} is more than the {vocabulary} tokens of the model: leave it out")
+        if keep_mask and (config.top_k is None or config.greedy):
+            raise ValueError(
+                f"the sampling mask cannot be kept with sampling.top_k={config.top_k} and sampling.temperature="
+                f"{config.temperature}: it is top_k ids a token, of which top_p and min_p leave fewer (alone, these "
+                "bound nothing); set sampling.top_k, or leave out algorithm.keep_sampling_mask"
+            )
+        self.kept = (config.top_k or 0) if keep_mask else 0
         self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
         self.stop_tokens, self._stop_texts = tuple(stop_tokens), None
         if config.stop:
@@ -212,11 +221,9 @@ class Sampler:
             stop_texts=self._stop_texts,
             greedy=greedy,
             limits=None if limits is None else limits.reshape(keys.shape),
+            kept=self.kept,
         )
-        whole = {
-            name: getattr(rollout, name).reshape(prompts, group, *getattr(rollout, name).shape[2:])
-            for name in ("completion", "completion_lengths", "finished", "logprobs", "sampler_logprobs")
-        }
+        whole = {name: values.reshape(prompts, group, *values.shape[2:]) for name, values in rollout.of_samples.items()}
         return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, **whole)
 
 

@@ -7,7 +7,7 @@ for all of their completions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,7 @@ def sample_in_flight(
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
     stop_texts: StopTexts | None = None,
+    kept: int = 0,
     rows: tuple[str, ...] = (),
 ) -> tuple[Sampled, jax.Array]:
     """Samples G completions of each prompt, of which so many at a time are decoded.
@@ -101,6 +102,7 @@ def sample_in_flight(
         config: distribution.
         stop_tokens: ids that end a completion; the one drawn is part of it.
         stop_texts: texts that do, with the token that completes one; `None`: none.
+        kept: as `Sampled.nothing`.
         rows: axes of a `shard_map` around it over which prompts are split. Devices take as many turns each, so that
             those that share weights do not wait for one another in different places.
 
@@ -167,7 +169,7 @@ def sample_in_flight(
     def unfinished(state: _Loop) -> jax.Array:
         return anywhere(jnp.any(state.sample < number) | (state.begun < number))
 
-    end = jax.lax.while_loop(unfinished, turn, _start(model, sizes, runs, value, prompts, number, stop_texts))
+    end = jax.lax.while_loop(unfinished, turn, _start(model, sizes, runs, value, prompts, number, stop_texts, kept))
     return end.sampled, end.clock
 
 
@@ -187,6 +189,7 @@ def _start(
     prompts: int,
     number: int,
     stop_texts: StopTexts | None,
+    kept: int,
 ) -> _Loop:
     """The state before the first prompt is read."""
 
@@ -210,7 +213,7 @@ def _start(
             for run in runs
             for kind in model.config.kinds[run.first : run.first + run.period]
         ),
-        sampled=Sampled.nothing(number, sizes.tokens),
+        sampled=Sampled.nothing(number, sizes.tokens, kept=kept),
     )
 
 
@@ -359,7 +362,7 @@ def _record(
     stopped, matched = stops(drawn.token, state.matched, stop_tokens, stop_texts)
     ended = stopped | (time >= (tokens if limits is None else limits) - 1)
 
-    def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
+    def write(buffer: jax.Array, values: Any) -> jax.Array:
         return buffer.at[state.sample, time].set(values.astype(buffer.dtype), mode="drop", unique_indices=True)
 
     old = state.sampled
@@ -375,5 +378,6 @@ def _record(
             finished=old.finished.at[state.sample].set(stopped, mode="drop"),
             logprobs=write(old.logprobs, drawn.logprob),
             sampler_logprobs=write(old.sampler_logprobs, drawn.sampler_logprob),
+            kept=None if old.kept is None else write(old.kept, drawn.kept),
         ),
     )

@@ -23,7 +23,7 @@ class SamplingConfig:
     temperature: float = 1.0
     """Divisor of the logits; 0 decodes greedily."""
     top_k: int | None = None
-    """Keep the k most likely tokens."""
+    """Keep the k most likely tokens; of those as likely as the last one, the ones with the lowest ids."""
     top_p: float = 1.0
     """Keep the smallest set of most likely tokens whose probability reaches this (Holtzman et al. 2020)."""
     min_p: float = 0.0
@@ -84,23 +84,43 @@ class Draw(NamedTuple):
     """Under the model: temperature 1, no truncation."""
     sampler_logprob: jax.Array
     """Under the distribution that it was drawn from."""
+    kept: jax.Array | None = None
+    """`[..., k]` int32, where there is a top-k: the ids that it was drawn from, the most likely one first; −1: fewer
+    than k were left."""
 
 
-def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+class Truncated(NamedTuple):
+    """Logits of which some are impossible."""
+
+    logits: jax.Array
+    """`[..., V]`."""
+    kept: jax.Array | None
+    """`[..., k]` int32, as of `Draw`."""
+
+
+def truncate(logits: jax.Array, config: SamplingConfig) -> Truncated:
     """Makes tokens outside top-k, then top-p, then min-p impossible.
 
-    Each filter sees the distribution that the one before it left. Ties at a threshold are all kept.
+    Each filter sees the distribution that the one before it left. Ties at the threshold of top-p and min-p are all
+    kept.
 
     Args:
         logits: `[..., V]`, tempered.
         config: the filters.
-
-    Returns:
-        `[..., V]`.
     """
-    if config.top_k is not None and config.top_k < logits.shape[-1]:
-        threshold = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
-        logits = jnp.where(logits >= threshold, logits, IMPOSSIBLE)
+    if config.top_k is None:
+        return Truncated(_by_mass(logits, config), None)
+    values, ids = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))  # of equal ones, the lowest ids first
+    values = _by_mass(values, config)
+    kept = jnp.exp(values - values[..., :1]) > 0
+    last = jnp.sum(kept, axis=-1, keepdims=True) - 1
+    threshold, last = (jnp.take_along_axis(x, last, axis=-1) for x in (values, ids))
+    within = (logits > threshold) | ((logits == threshold) & (jnp.arange(logits.shape[-1]) <= last))
+    return Truncated(jnp.where(within, logits, IMPOSSIBLE), jnp.where(kept, ids, -1))
+
+
+def _by_mass(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Makes tokens outside top-p, then min-p impossible."""
     if config.top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
         probabilities = jax.nn.softmax(descending, axis=-1)
@@ -145,7 +165,8 @@ def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig, *, greed
         token = jnp.broadcast_to(jnp.argmax(logits, axis=-1), uniform.shape[:-1])
         logprob = _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1)
         return Draw(token, logprob, jnp.zeros_like(logprob))
-    tempered = truncate(logits / config.temperature, config)
+    tempered, kept = truncate(logits / config.temperature, config)
+    kept = None if kept is None else jnp.broadcast_to(kept, (*uniform.shape[:-1], kept.shape[-1]))
     peak = jnp.max(tempered, axis=-1)
     weights = jnp.exp(tempered - peak[..., None])
     token = _inverse_cdf(uniform, weights)
@@ -154,7 +175,7 @@ def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig, *, greed
     sampler_logprob = _gather(tempered, token) - peak - jnp.log(jnp.sum(weights, axis=-1))
     if config.temperature == 1 and not config.truncates:
         return Draw(token, sampler_logprob, sampler_logprob)
-    return Draw(token, _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1), sampler_logprob)
+    return Draw(token, _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1), sampler_logprob, kept)
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:

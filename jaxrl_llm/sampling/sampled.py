@@ -36,10 +36,12 @@ class Sampled(NamedTuple):
     """`[..., Tc]` of the model: temperature 1, no truncation."""
     sampler_logprobs: jax.Array
     """`[..., Tc]` of the distribution that tokens were drawn from."""
+    kept: jax.Array | None = None
+    """`[..., Tc, k]`: the ids that each token was drawn from, as of `Draw`; `None`: they are not written down."""
 
     @classmethod
-    def nothing(cls, *shape: int) -> Sampled:
-        """Before the first token; `shape` is `[..., Tc]`."""
+    def nothing(cls, *shape: int, kept: int = 0) -> Sampled:
+        """Before the first token; `shape` is `[..., Tc]`, `kept` the ids that are written down of each."""
         numbers = jnp.zeros(shape, jnp.float32)
         return cls(
             completion=jnp.zeros(shape, jnp.int32),
@@ -47,4 +49,5 @@ class Sampled(NamedTuple):
             finished=jnp.zeros(shape[:-1], bool),
             logprobs=numbers,
             sampler_logprobs=numbers,
+            kept=jnp.zeros((*shape, kept), jnp.int32) if kept else None,
         )

@@ -7,7 +7,7 @@ they grow, each length has a loop of its own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ def sample_together(
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
     stop_texts: StopTexts | None = None,
+    kept: int = 0,
 ) -> Sampled:
     """Samples G completions of each prompt.
 
@@ -77,6 +78,7 @@ def sample_together(
         config: distribution.
         stop_tokens: ids that end a completion; the one drawn is part of it.
         stop_texts: texts that do, with the token that completes one; `None`: none.
+        kept: as `Sampled.nothing`.
 
     Returns:
         `Sampled` `[P, G]`.
@@ -111,7 +113,7 @@ def sample_together(
 
         return jax.lax.while_loop(lambda state: jnp.any(state.active) & (state.time < last), steps, state)
 
-    state = _start(prompts.memory, wanted.uniform.shape[:3], stop_texts)
+    state = _start(prompts.memory, wanted.uniform.shape[:3], stop_texts, kept)
     state = record(state, model.head_logits(params, last)[:, None])
     for room in rooms(tokens):
         state = until(min(room, tokens - 1), state._replace(cache=tuple(_with_room(own, room) for own in state.cache)))
@@ -132,7 +134,7 @@ def _with_room(cache: KeyValue, tokens: int) -> KeyValue:
     return KeyValue(jnp.pad(cache.key, [*last, (0, 0), (0, more)]), jnp.pad(cache.value, [*last, (0, more), (0, 0)]))
 
 
-def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...], stop_texts: StopTexts | None) -> _Loop:
+def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...], stop_texts: StopTexts | None, kept: int) -> _Loop:
     """The state before the first token of `[P, G, Tc]`."""
     *rows, tokens = shape
 
@@ -155,7 +157,7 @@ def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...], stop_texts: Sto
         active=by_rows(jnp.ones(rows, bool)),
         matched=None if stop_texts is None else by_rows(stop_texts.start(*rows)),
         cache=tuple(map(empty, memory)),
-        sampled=jax.tree.map(by_rows, Sampled.nothing(*shape)),
+        sampled=jax.tree.map(by_rows, Sampled.nothing(*shape, kept=kept)),
     )
 
 
@@ -172,8 +174,10 @@ def _record(
     stopped &= state.active
     ended = stopped if limits is None else stopped | (time >= limits - 1)
 
-    def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(buffer, values.astype(buffer.dtype)[..., None], (0, 0, time))
+    def write(buffer: jax.Array, values: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(
+            buffer, jnp.expand_dims(values.astype(buffer.dtype), 2), time, axis=2
+        )
 
     return state._replace(
         time=time,
@@ -186,6 +190,7 @@ def _record(
             finished=old.finished | stopped,
             logprobs=write(old.logprobs, drawn.logprob),
             sampler_logprobs=write(old.sampler_logprobs, drawn.sampler_logprob),
+            kept=None if old.kept is None else write(old.kept, drawn.kept),
         ),
     )
 

@@ -179,6 +179,11 @@ def make_learner(
                 "optimizer.offload=True would have no effect: a trust region has no moments; pass "
                 "--optimizer.no-offload"
             )
+        case PolicyGradient() if algorithm.keeps_mask:
+            raise ValueError(
+                "algorithm.keep_sampling_mask=True does not go with a trust region, whose divergence is over all "
+                "tokens: leave it out"
+            )
         case PolicyGradient():
             rule = optax.identity()
             step = make_trust_region_step(policy, algorithm, trust_region, plan=plan.of_minibatch, **drawn)

@@ -158,6 +158,7 @@ class Trainer:
             mesh=mesh,
             greedy=algorithm.needs_greedy,
             tokenizer=tokenizer,
+            keep_mask=algorithm.keeps_mask,
         )
         self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
         self.sampler.row_split(prompts)
@@ -192,7 +193,13 @@ class Trainer:
             self.what_a_step_is += f" No token ends a completion: each has sampling.max_tokens={sampling.max_tokens}."
         self.abstract_state = learner.abstract_state(mesh)
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)} | rollout_bytes(
-            model.config, sampling, mesh, prompts=prompts, group=group, max_prompt_length=dataset.max_prompt_length
+            model.config,
+            sampling,
+            mesh,
+            prompts=prompts,
+            group=group,
+            max_prompt_length=dataset.max_prompt_length,
+            kept=self.sampler.kept,
         )
         check_memory(mesh, needs, f"{ROWS}; more devices along mesh.fsdp share them")
         self._start(learner, params, critic_params)

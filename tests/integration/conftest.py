@@ -49,11 +49,13 @@ def _train(
     group: int = 16,
     max_tokens: int = 3,
     stop_tokens: tuple[int, ...] = (0,),
+    **sampling: Any,
 ) -> History:
     """The metrics of each step; `reward` is that of the samples drawn before it.
 
     The prompts of every step are `prompts`, or eight random ones; `feedback` adds to the rewards what an algorithm
-    reads beside them; training starts at a copy of `params`, or at random ones. Nothing is compiled twice.
+    reads beside them; `sampling` are settings of the sampler; training starts at a copy of `params`, or at random ones.
+    Nothing is compiled twice.
     """
     settings = OptimizerConfig(learning_rate=learning_rate)
     optimizer = make_optimizer(settings, make_schedule(settings, steps))
@@ -72,11 +74,12 @@ def _train(
     reference = jax.tree.map(jnp.copy, params) if algorithm.needs_reference else None
     sampler = Sampler(
         model,
-        SamplingConfig(max_tokens=max_tokens),
+        SamplingConfig(max_tokens=max_tokens, **sampling),
         group=group,
         stop_tokens=stop_tokens,
         mesh=mesh,
         greedy=algorithm.needs_greedy,
+        keep_mask=algorithm.keeps_mask,
     )
     if isinstance(algorithm, OnlinePreference):
         step = make_online_preference_step(model, optimizer, algorithm, plan)

@@ -151,6 +151,13 @@ def test_one_of_each_family_learns(preset, model, train):
     assert last > 0.7, last
 
 
+def test_one_learns_of_a_truncated_distribution(model, train):
+    """The mask is kept; new tokens come into the top-k as others are pushed down."""
+    first, last = rewards_of(train(dataclasses.replace(dapo(), keep_sampling_mask=True), model, top_k=8))
+    assert first < 0.15, first
+    assert last > 0.7, last
+
+
 def test_with_the_sign_flipped_it_does_not_learn(model, train):
     _, last = rewards_of(train(flipped(dapo()), model))
     assert last < 0.1, last

@@ -93,7 +93,14 @@ def test_truncate_keeps_the_reference_set(settings):
     """On many random rows at once, without the temperature, which is applied before."""
     config = SamplingConfig(**{**settings, "temperature": 1.0})
     rows = np.random.default_rng(2).normal(size=(50, 17)) * 2
-    kept = np.asarray(jax.jit(lambda x: jax.nn.softmax(truncate(x, config), axis=-1))(rows.astype(np.float32)))
+    logits, ids = jax.jit(lambda x: truncate(x, config))(rows.astype(np.float32))
+    kept = np.asarray(jax.nn.softmax(logits, axis=-1))
+    if config.top_k is not None:
+        assert ids.shape == (50, min(config.top_k, 17))
+        for row, some in zip(kept, np.asarray(ids), strict=True):
+            in_order = sorted(np.flatnonzero(row), key=lambda token: -row[token])
+            np.testing.assert_array_equal(some[: len(in_order)], in_order)
+            assert (some[len(in_order) :] == -1).all()
     np.testing.assert_allclose(kept, [filtered(row, config) for row in rows], atol=1e-6)
 
 
@@ -128,16 +135,20 @@ def test_extreme_logits():
         assert (np.asarray(cold.token) == 0).all()
 
 
-def test_ties_at_a_threshold_are_all_kept():
+def test_ties_at_a_threshold():
+    """Top-k keeps k of them; the others all."""
     logits = jnp.array([1.0, 1.0, 0.0, 1.0, -1.0])
-    for config in (SamplingConfig(top_k=2), SamplingConfig(top_p=0.5), SamplingConfig(min_p=0.99)):
-        kept = np.asarray(truncate(logits, config)) > -1e20
+    for config in (SamplingConfig(top_p=0.5), SamplingConfig(min_p=0.99), SamplingConfig(top_k=3)):
+        kept = np.asarray(truncate(logits, config).logits) > -1e20
         np.testing.assert_array_equal(kept, [True, True, False, True, False])
+    kept, ids = truncate(logits, SamplingConfig(top_k=2))
+    np.testing.assert_array_equal(np.asarray(kept) > -1e20, [True, True, False, False, False])
+    np.testing.assert_array_equal(ids, [0, 1])
 
 
 def test_min_p_is_relative_to_the_most_likely_token_left():
     logits = jnp.log(jnp.array([0.5, 0.24, 0.16, 0.1]))
-    kept = np.asarray(truncate(logits, SamplingConfig(min_p=0.3))) > -1e20
+    kept = np.asarray(truncate(logits, SamplingConfig(min_p=0.3)).logits) > -1e20
     np.testing.assert_array_equal(kept, [True, True, True, False])
 
 

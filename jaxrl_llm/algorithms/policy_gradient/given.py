@@ -29,7 +29,7 @@ class GivenAdvantages:
     """The one that was sampled with; log-probs are scored with it."""
 
     def __post_init__(self) -> None:
-        """Rejects an aggregation whose constant would be the width of a batch: of trees that is what they happen to be.
+        """Rejects what given rows do not tell: how long they may be (of trees their width is what it happens to be).
 
         Raises:
             ValueError: names the setting.
@@ -38,6 +38,11 @@ class GivenAdvantages:
             raise ValueError(
                 "algorithm.max_length=None with algorithm.aggregation='seq-mean-token-sum-norm': given rows do not say "
                 "how long completions may be; set max_length to that"
+            )
+        if self.algorithm.keep_sampling_mask:
+            raise ValueError(
+                "algorithm.keep_sampling_mask=True: given rows do not say what their tokens were drawn from; leave it "
+                "out"
             )
 
     @property

@@ -62,6 +62,9 @@ class LearnerBatch(NamedTuple):
     """`[P, G, Tc]`: the critic's targets."""
     value_mask: jax.Array | None = None
     """`[P, G, Tc]` bool: where the critic is trained."""
+    kept: jax.Array | None = None
+    """`[P, G, Tc, k]` the tokens that each was drawn from, where scores are under the distribution over these; see
+    `Rollout`."""
     layout: Any = None
     """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
     not read."""
@@ -178,6 +181,10 @@ class PolicyGradient(Algorithm):
     """Lower the reward of completions that come near the length limit (DAPO)."""
     correction: Correction | None = None
     """Weigh tokens by how much likelier the learner finds them than the sampler did."""
+    keep_sampling_mask: bool = False
+    """Score tokens by the distribution that they were drawn from, renormalised over what sampling.top_k, and after it
+    top_p and min_p, had left when they were drawn: log-probs, old and new, of policy and reference, entropies and KL
+    (DeepSeek-V3.2's "keep sampling mask"). Otherwise they are scored at the sampling temperature over all tokens."""
     value: ValueObjective = ValueObjective()
     """How the critic is trained, where the advantage has one."""
 
@@ -238,6 +245,11 @@ class PolicyGradient(Algorithm):
     def needs_whole_groups(self) -> bool:
         """Whether the aggregation looks at groups."""
         return self.aggregation.startswith("group")
+
+    @property
+    def keeps_mask(self) -> bool:
+        """As set."""
+        return self.keep_sampling_mask
 
     def start(self) -> Any:
         """The estimator's memory."""

@@ -18,6 +18,11 @@ def read_rollout(
 ) -> tuple[Signals, LearnerBatch, Metrics]:
     """What the estimator and the losses read of a rollout, as yet without any score, and the rollout's metrics."""
     rollout.check()
+    if algorithm.keeps_mask and rollout.kept is None:
+        raise ValueError(
+            "algorithm.keep_sampling_mask=True reads which tokens each was drawn from, and this rollout has them not: "
+            "sample it with Sampler(…, keep_mask=True) and sampling.top_k"
+        )
     computed = _num_tokens(rollout)
     if algorithm.needs_greedy and feedback.greedy is None:
         rollout, feedback = _without_greedy(algorithm, rollout, feedback)
@@ -54,6 +59,7 @@ def read_rollout(
         sampler_logprobs=rollout.sampler_logprobs,
         seeds=jnp.zeros(shape[:1], jnp.uint32),
         model_logprobs=rollout.logprobs,
+        kept=rollout.kept if algorithm.keeps_mask else None,
     )
     return signals, batch, rollout_metrics(rollout, total) | {"num_tokens": computed}
 
@@ -92,12 +98,13 @@ def _without_greedy(algorithm: PolicyGradient, rollout: Rollout, feedback: Feedb
 def sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float, truncated: bool) -> Metrics:
     """How far the learner's log-probs are from the sampler's of the same distribution, per token.
 
-    The learner scores at the sampling temperature and without truncation. That is what the sampler drew from, unless
-    it excluded tokens; then it still reports as much at temperature 1, and at another there is nothing to compare with
-    and no metric: a gap would show the mass of what was excluded, not how well the two programs agree.
+    The learner scores at the sampling temperature and, unless the sampling mask is kept, without truncation. That is
+    what the sampler drew from, unless it excluded tokens; then it still reports as much at temperature 1, and at
+    another there is nothing to compare with and no metric: a gap would show the mass of what was excluded, not how well
+    the two programs agree.
     """
     reported = batch.sampler_logprobs
-    if truncated:
+    if truncated and batch.kept is None:
         reported = batch.model_logprobs if temperature == 1 else None
     if reported is None:
         return {}

@@ -58,8 +58,8 @@ def make_update_step(
         config: epochs, minibatches, micro-batches.
         critic: the value function, where the algorithm's advantages are made of one.
         temperature: the one that the rollouts were sampled with; log-probs are scored with it.
-        truncated: whether top-k, top-p or min-p excluded tokens. The learner scores without; only the metric
-            `sampling/logp_gap` depends on this.
+        truncated: whether top-k, top-p or min-p excluded tokens. The learner scores without, unless the algorithm
+            keeps the sampling mask; only the metric `sampling/logp_gap` depends on this.
 
     Returns:
         A function of `TrainState`, `Rollout` (with an algorithm that needs a greedy baseline, the last sample of each
@@ -162,7 +162,7 @@ class _Losses:
     def _scores(self, params: Params, texts: Any) -> _Scores:
         layout = layout_of(texts)
         hidden = self.scorer.policy.hidden(params, layout)
-        scores, values = self.scorer.of_hidden(params, hidden, layout.targets), None
+        scores, values = self.scorer.of_hidden(params, hidden, layout), None
         if self.critic is not None and self.critic.shares_trunk:
             values = self.critic.values_of(params, hidden)
         return layout.unpack(_Scores(scores, values))

@@ -96,6 +96,7 @@ def rollout_bytes(
     prompts: int,
     group: int,
     max_prompt_length: int,
+    kept: int = 0,
 ) -> dict[str, int]:
     """What sampling surely needs: keys and values of all tokens in flight, and the rollout itself.
 
@@ -106,14 +107,16 @@ def rollout_bytes(
         prompts: P.
         group: G.
         max_prompt_length: Tp.
+        kept: ids that are written down of what each token was drawn from, on every device.
     """
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
     in_flight = prompts * group
     if sampling.slots is not None:
         in_flight = min(in_flight, sampling.slots * row_shards(sampling_mesh(mesh, sampling.tensor)))
-    kept = min(prompts, in_flight) * max_prompt_length + in_flight * sampling.max_tokens
-    return {
-        "keys and values of sampling": kept * token,
+    cached = min(prompts, in_flight) * max_prompt_length + in_flight * sampling.max_tokens
+    mask = {"the sampling mask": 4 * mesh.size * kept * prompts * group * sampling.max_tokens} if kept else {}
+    return mask | {
+        "keys and values of sampling": cached * token,
         "a step's tokens and log-probs": 4 * prompts * (max_prompt_length + 3 * group * sampling.max_tokens),
     }
 

@@ -240,6 +240,7 @@ def test_order_does_not_change_the_gradient(whole):
         if field.name in per_prompt
         else getattr(rollout, field.name)[prompts][:, samples]
         for field in dataclasses.fields(rollout)
+        if field.name != "kept"
     }
     other = {"rollout": Rollout(**shuffled), "rewards": whole["case"]["rewards"][prompts][:, samples]}
     gradient, metrics = step_once(**{**whole["case"], **other})

@@ -23,6 +23,8 @@ def test_a_rollout_by_hand(tiny_config) -> None:
     mesh, sizes = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]), {"prompts": 4, "group": 6}
     needs = rollout_bytes(config, SamplingConfig(max_tokens=5), mesh, max_prompt_length=7, **sizes)
     assert list(needs.values()) == [4 * (7 + 6 * 5) * token, 4 * 4 * (7 + 3 * 6 * 5)]
+    with_mask = rollout_bytes(config, SamplingConfig(max_tokens=5), mesh, max_prompt_length=7, kept=3, **sizes)
+    assert with_mask == needs | {"the sampling mask": 4 * (4 * 4 * 6 * 5 * 3)}  # ids on four devices
     for slots, prompts, completions in ((1, 2, 2), (5, 4, 10), (100, 4, 24)):  # of each of two devices
         few = rollout_bytes(config, SamplingConfig(max_tokens=5, slots=slots), mesh, max_prompt_length=7, **sizes)
         assert next(iter(few.values())) == (prompts * 7 + completions * 5) * token

@@ -256,6 +256,7 @@ _FREE = (
     "optimizer.offload",
     "critic.optimizer.offload",
     "model.scan_layers",
+    "sampling.attention",
     "sampling.slots",
     "sampling.tensor",
     "update.micro_batches",

@@ -164,6 +164,7 @@ _LAST_BITS = (
     "model.attention",
     "model.remat",
     "model.scan_layers",
+    "sampling.attention",
     "sampling.slots",
     "sampling.tensor",
     "optimizer.offload",

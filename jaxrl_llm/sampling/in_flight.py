@@ -7,6 +7,7 @@ for all of their completions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rope import Rotation
 from jaxrl_llm.models.stack import Layer, Run
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, Walk, attend_in_flight, page_tokens
+from jaxrl_llm.sampling.attention import slot_attention
+from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, page_tokens
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
 from jaxrl_llm.sampling.sampled import Sampled, Wanted
 from jaxrl_llm.sampling.stop_texts import StopTexts, stops
@@ -122,6 +124,7 @@ def sample_in_flight(
         page=page_tokens(),
         token_bytes=value.size * value.dtype.itemsize,
     )
+    attention = slot_attention(config.attention, sizes.page, value, model.config.num_heads)
     steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // 16))
     at_a_time = min(sizes.places, max(1, _PROMPT_TOKENS // width), -(-slots // group))
     batch = _Batch(
@@ -150,12 +153,12 @@ def sample_in_flight(
         state = _with_new_completions(state, group, number, slots)
         view = _view(state, batch, number)
         walks = {
-            window: Walk.of(sizes, view, state.start + state.time, steps, window)
+            window: attention.walk(sizes, view, state.start + state.time, steps, window)
             for window in dict.fromkeys(kind.window for kind in model.config.kinds)
         }
 
         def step(_: jax.Array, state: _Loop) -> _Loop:
-            hidden, memory = _decode(model, params, batch, state, view, walks, sizes)
+            hidden, memory = _decode(model, params, batch, state, view, walks, sizes, attention.attend)
             head = model.head(params) if batch.weights is None else in_loop(batch.weights.head)
             logits = model.project(head, hidden)
             at = jnp.minimum(state.sample, number - 1)
@@ -308,8 +311,9 @@ def _decode(
     batch: _Batch,
     state: _Loop,
     view: Slots,
-    walks: dict[int | None, Walk],
+    walks: dict[int | None, Any],
     sizes: Sizes,
+    attend: Callable[..., jax.Array],
 ) -> tuple[jax.Array, tuple[Memory, ...]]:
     """Runs the tokens drawn last through the layers: states `[S, D]`, and the memory with their keys.
 
@@ -330,9 +334,7 @@ def _decode(
             own = own.with_tokens(layer.number, key, value, state.clock)
             softcap = model.config.attention_softcap
             clock, walk = view.start + state.time, walks[window]
-            mixed = attend_in_flight(
-                query[:, None], own, layer.number, view, walk, clock, sizes, window=window, softcap=softcap
-            )
+            mixed = attend(query[:, None], own, layer.number, view, walk, clock, sizes, window=window, softcap=softcap)
             return mixed[:, 0]
 
         x, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.logprobs import IMPOSSIBLE
 
+SlotAttention = Literal["auto", "xla", "pallas", "pallas_interpret"]
 _LEAST_TEMPERATURE = 1e-3  # logits of float32 are known to about a millionth: divided by it, to a thousandth
 
 
@@ -37,6 +38,10 @@ class SamplingConfig:
     scan_layers: bool | None = None
     """Compile the layers of the loop for completions in flight as one loop, so that compiling does not take longer the
     deeper a model is (`None`: as model.scan_layers, but on CPUs, where the loop would copy each layer's weights)."""
+    attention: SlotAttention = "auto"
+    """How completions in flight attend: by plain JAX (`xla`), or by a TPU kernel that reads of each completion what it
+    sees, and a prompt once for neighbours that share it (`pallas`; `pallas_interpret` runs it anywhere, slowly).
+    `auto`: the kernel on TPUs, where texts have 128 tokens and more."""
     tensor: int | None = None
     """Devices that share one copy of the weights while sampling: a multiple of mesh.tensor that divides the devices,
     the others split rows (`None`: mesh.tensor, so that each device holds its part of that whole)."""
@@ -52,6 +57,7 @@ class SamplingConfig:
             ("stop", isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)),
             ("slots", self.slots is None or self.slots >= 1),
             ("tensor", self.tensor is None or self.tensor >= 1),
+            ("attention", self.attention in get_args(SlotAttention)),
         ):
             if not good:
                 raise ValueError(f"sampling.{field}={getattr(self, field)!r} is out of range")

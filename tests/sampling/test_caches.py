@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models.attention import KeyValue
-from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, Walk, attend_in_flight
+from jaxrl_llm.sampling.attention import slot_attention
+from jaxrl_llm.sampling.caches import Memory, Sizes, Slots
 
 SIZES = Sizes(page=8, block=4, alike=2, slots=8, places=3, prompt_pages=3, tokens=40, drafts=3)
 QUERIES, HEADS, KV_HEADS, HEAD_DIM, LAYER = 4, 6, 2, 4, 1
@@ -45,17 +46,21 @@ def filled(rng: np.random.Generator, window: int | None) -> tuple[Memory, np.nda
     return memory, clock, prompts, [KeyValue(*pair) for pair in texts.swapaxes(0, 1)]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, 1.5), (11, None), (27, None)])
-def test_attention_of_several_tokens_of_each_slot(window, softcap):
+def test_attention_of_several_tokens_of_each_slot(window, softcap, implementation):
     rng = np.random.default_rng(0)
     memory, clock, prompts, texts = filled(rng, window)
     assert clock.max() > clock.min() + SIZES.page
     query = rng.normal(size=(SIZES.slots, QUERIES, HEADS, HEAD_DIM)).astype(np.float32)
 
+    value = jax.ShapeDtypeStruct((KV_HEADS, HEAD_DIM), jnp.float32)
+    attention = slot_attention(implementation, SIZES.page, value, HEADS, queries=QUERIES)
+
     @jax.jit
     def attend(query: jax.Array, memory: Memory, clock: jax.Array) -> jax.Array:
-        walk = Walk.of(SIZES, SLOTS, clock, QUERIES, window)
-        return attend_in_flight(query, memory, LAYER, SLOTS, walk, clock, SIZES, window=window, softcap=softcap)
+        walk = attention.walk(SIZES, SLOTS, clock, QUERIES, window)
+        return attention.attend(query, memory, LAYER, SLOTS, walk, clock, SIZES, window=window, softcap=softcap)
 
     mixed = np.asarray(attend(jnp.asarray(query), memory, jnp.asarray(clock)))
     for s in np.flatnonzero(SLOTS.active):

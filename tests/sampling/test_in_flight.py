@@ -18,6 +18,7 @@ from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig, uniforms
 from jaxrl_llm.sampling.sampled import Wanted
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.types import Rollout
 
 PAGE = 8
@@ -99,6 +100,18 @@ def test_slots_and_blocks_change_nothing(
     assert len(np.unique(np.asarray(expected.completion_lengths))) > 8
     monkeypatch.setattr(caches, "_BLOCK_BYTES", block_bytes)
     assert_same(sampler(model, one_device, slots=slots)(params, *long_prompts, key, 3), expected)
+
+
+def test_the_kernel_samples_the_same_on_a_mesh(tiny_config, lively_params, long_prompts, key, assert_same):
+    """Each device has one of the heads of keys and values, and some of the prompts."""
+    model = Transformer(tiny_config(num_heads=8, num_kv_heads=4, sliding_windows=(20, None)))
+    params, mesh = lively_params(model), make_mesh(MeshConfig(fsdp=2, tensor=4))
+    expected, found = (
+        sampler(model, mesh, slots=5, group=2, attention=kernel, scan_layers=True)(params, *long_prompts, key, 3)
+        for kernel in ("xla", "pallas_interpret")
+    )
+    assert len(np.unique(np.asarray(expected.completion_lengths))) > 6
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("most", [1, 4, 5, 12, 200])

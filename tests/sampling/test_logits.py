@@ -201,6 +201,7 @@ def test_two_uniform_numbers_are_independent():
         ("min_p", 1.0),
         ("min_p", -0.1),
         ("slots", 0),
+        ("attention", "dense"),
     ],
 )
 def test_settings_out_of_range_raise(field, value):

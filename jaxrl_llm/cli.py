@@ -1,6 +1,8 @@
 """Running an experiment: what an experiment file calls, whichever module of `launch/` it lives in."""
 
 from jaxrl_llm.launch.errors import plain_errors, train
+from jaxrl_llm.launch.evaluation import Evaluation, evaluate
+from jaxrl_llm.launch.evaluation_command import run_evaluation
 from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.generation import Completion, generate
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_rows
@@ -13,7 +15,9 @@ from jaxrl_llm.launch.summary import finish
 __all__ = [
     "OFFLINE_PANELS",
     "Completion",
+    "Evaluation",
     "Policy",
+    "evaluate",
     "finish",
     "generate",
     "load_model",
@@ -27,6 +31,7 @@ __all__ = [
     "parse_offline",
     "plain_errors",
     "run",
+    "run_evaluation",
     "run_offline",
     "run_setup",
     "start",

@@ -54,7 +54,8 @@ class ModelSource:
     """Which checkpoint to train, and in which types."""
 
     path: str | None = None
-    """Folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B."""
+    """Folder with config.json and safetensors, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or a checkpoint of a
+    run, <run>/checkpoints/<step>."""
     dtype: DType = "float32"
     """Type of activations and matrix products; bfloat16 on TPU and GPU."""
     param_dtype: DType = "float32"

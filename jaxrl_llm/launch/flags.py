@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 import tyro
 
 from jaxrl_llm.checks import check_idle
-from jaxrl_llm.config import RunConfig
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.settings import check_effects
 
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ConfigT = TypeVar("ConfigT")
 
 
-def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own: RunConfig | None = None) -> ConfigT:
+def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own: Any = None) -> ConfigT:
     """`config` with the changes of `args` (`None`: the command line's).
 
     Flags without effect are refused. Of an unknown one tyro names the nearest only where its path is right; here its

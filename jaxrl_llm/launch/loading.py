@@ -13,6 +13,7 @@ from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.sources import open_source
+from jaxrl_llm.launch.run_checkpoints import base_of, checkpoint_params
 from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config
 from jaxrl_llm.models.checkpoints.pretrained import load_config, load_generation_config, load_params
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
@@ -47,6 +48,7 @@ def load_tokenizer_of(source: ModelSource) -> Any:
     Raises:
         ValueError: as `load_policy`.
     """
+    source = base_of(source)
     path = _path(source)
     load_config(path)
     return load_tokenizer(path, chat_template=source.chat_template, template_arguments=source.template_arguments)
@@ -55,11 +57,13 @@ def load_tokenizer_of(source: ModelSource) -> Any:
 def load_policy(config: RunConfig | ModelSource, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
     """The checkpoint that a run, or a source alone, names, on the mesh, with its tokenizer (loaded unless given).
 
+    It may be one of a run, `<run>/checkpoints/<step>`: of the run's settings and files is then what it does not hold.
+
     Raises:
         ValueError: none is named, or it cannot be used; says why.
     """
     source, seed = (config, 0) if isinstance(config, ModelSource) else (config.model, config.seed)
-    path = _path(source)
+    path = _path(base_of(source))
     tokenizer = load_tokenizer_of(source) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
     own = sampling_mesh(mesh, config.sampling.tensor) if isinstance(config, Experiment) else None
@@ -75,6 +79,9 @@ def load_model(
     With adapters where `source` asks for them: those of its folder, or new ones, drawn from `seed`. A model that cannot
     be cut for the sampler's mesh, `sampled_on`, is refused before it is read.
     """
+    if (base := base_of(source)) is not source:
+        model, params = load_model(base, mesh, seed=seed, sampled_on=sampled_on)
+        return model, checkpoint_params(source, model, params)
     path = _path(source)
     config = source.applied_to(load_config(path))
     if source.adapters is not None:  # read before the base, which may take minutes
@@ -100,7 +107,7 @@ def load_model(
 
 
 def _path(source: ModelSource) -> str:
-    if source.path is None:
+    if source.path is None or not source.path.strip():
         raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
     return source.path
 

@@ -1,4 +1,4 @@
-"""The flag `--preset=NAME`, which is read before the others, wherever it stands: they belong to what it names."""
+"""Flags that are read before the others, wherever they stand, since these belong to what `--preset=NAME` names."""
 
 from __future__ import annotations
 
@@ -17,18 +17,32 @@ def take_preset(args: Sequence[str], names: Sequence[str]) -> tuple[str | None, 
     Raises:
         ValueError: there is no such preset (names the nearest), or two are named.
     """
-    rest, named, arguments = [], [], iter(args)
+    named, rest = take_flag(args, "--preset")
+    if named is None:
+        return None, rest
+    name = named.replace("-", "_")
+    if name not in names:
+        raise ValueError(f"no preset is named {named!r}{nearest_name(name, names)}; there are {', '.join(names)}")
+    return name, rest
+
+
+def take_flag(args: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of a flag on a command line, `None` without it, and the other arguments.
+
+    Args:
+        args: the command line.
+        flag: with its dashes.
+
+    Raises:
+        ValueError: it is given twice.
+    """
+    rest, values, arguments = [], [], iter(args)
     for argument in arguments:
-        flag, given, value = argument.partition("=")
-        if flag == "--preset":
-            named.append(value if given else next(arguments, ""))
+        name, given, value = argument.partition("=")
+        if name == flag:
+            values.append(value if given else next(arguments, ""))
         else:
             rest.append(argument)
-    if not named:
-        return None, rest
-    if len(named) > 1:
-        raise ValueError(f"--preset is given {len(named)} times ({', '.join(named)}), and one would be lost: give one")
-    name = named[0].replace("-", "_")
-    if name not in names:
-        raise ValueError(f"no preset is named {named[0]!r}{nearest_name(name, names)}; there are {', '.join(names)}")
-    return name, rest
+    if len(values) > 1:
+        raise ValueError(f"{flag} is given {len(values)} times ({', '.join(values)}), and one would be lost: give one")
+    return values[0] if values else None, rest

@@ -27,7 +27,7 @@ CONFIG_FILE = "config.json"
 # ---- Flags in vain -------------------------------------------------------------------------------
 
 
-def check_effects(before: RunConfig, after: RunConfig) -> None:
+def check_effects(before: Any, after: Any) -> None:
     """Refuses changes of settings that nothing reads, with the others as they are.
 
     Args:
@@ -45,13 +45,13 @@ def check_effects(before: RunConfig, after: RunConfig) -> None:
             raise ValueError(f"{given} would have no effect: {way_out}, or leave it out")
 
 
-def _unread(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+def _unread(config: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that nothing reads, by the beginnings of their names, and what would change that."""
     if not config.model.lora.rank:
         unread = "model.lora.alpha", "model.lora.targets", "model.lora.use_rslora"
         with_adapters = "those of model.adapters have their own", "give --model.lora.rank"
         yield unread, with_adapters[config.model.adapters is None]
-    if not config.wandb.project:
+    if isinstance(config, RunConfig) and not config.wandb.project:
         yield tuple(f"wandb.{name}" for name in ("entity", "name", "group", "offline")), "give --wandb.project"
     if isinstance(config, StarExperiment):
         unread = "training.", "algorithm.", "critic.", "update.epochs", "update.minibatches"

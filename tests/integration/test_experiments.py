@@ -25,8 +25,8 @@ from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.run.metrics import comparable_metrics, read_metrics
 
-MANY_RUNS = ("compare_algorithms", "compare_preferences", "comparison")
-"""Experiments that make many runs, and what they share; they have tests of their own."""
+MANY_RUNS = ("compare_algorithms", "compare_preferences", "comparison", "evaluate")
+"""Experiments that make many runs or none, and what they share; they have tests of their own."""
 FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
 EXPERIMENTS = [path for path in FILES if path.stem not in MANY_RUNS]
 SMALL = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import row_shards, sampling_mesh
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
+from jaxrl_llm.training.episodes.estimates import solved_within
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.types import Rollout
@@ -57,20 +58,36 @@ class EvaluationConfig:
         return name
 
 
-def pass_at_k(solved: np.ndarray, k: int) -> float:
-    """Mean over prompts of the chance that one of k samples is right: 1 − C(n − c, k)/C(n, k).
+class Scores(NamedTuple):
+    """What is counted of G completions of each of P prompts."""
 
-    The unbiased estimator of Chen et al. 2021 (2107.03374).
+    rewards: dict[str, np.ndarray]
+    """`[P, G]` by function, NaN where one does not apply; their weighted sum under the empty name."""
+    lengths: np.ndarray
+    """`[P, G]` tokens."""
+    finished: np.ndarray
+    """`[P, G]` bool: ended by a stop token or a stop text."""
 
-    Args:
-        solved: bool `[prompts, n]`.
-        k: 1 to n.
-    """
-    n = solved.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples of each prompt, there are {n}")
-    missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in solved.sum(axis=1)]
-    return float(1 - np.mean(missed))
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Of all prompts, one batch after another."""
+        rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in parts[0].rewards}
+        return cls(
+            rewards,
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.finished for part in parts]),
+        )
+
+
+class Decoded(NamedTuple):
+    """Completions of a batch's prompts, each of which counts once."""
+
+    rows: np.ndarray
+    """`[P]` numbers of the prompts' rows in the source."""
+    episodes: Episodes
+    """The completions with their rewards."""
+    scores: Scores
+    """What is counted of them."""
 
 
 class Evaluator:
@@ -86,6 +103,7 @@ class Evaluator:
         stop_tokens: ids that end a completion.
         mesh: the device mesh.
         rows: rows of a training step, the default batch size.
+        greedy: whether to decode greedily, which training does.
     """
 
     def __init__(
@@ -100,6 +118,7 @@ class Evaluator:
         stop_tokens: tuple[int, ...],
         mesh: jax.sharding.Mesh,
         rows: int,
+        greedy: bool = True,
     ):
         self.solved_by = config.solving_reward(rewards)
         check_scorable(rewards, dataset)
@@ -108,12 +127,12 @@ class Evaluator:
         wanted = min(config.batch_size or rows, len(dataset))
         self._batch_size = -(-wanted // shards) * shards
         given: dict[str, Any] = {"stop_tokens": stop_tokens, "mesh": mesh, "tokenizer": tokenizer}
-        self._greedy = Sampler(model, sampling.as_greedy(), group=1, **given)
-        self._greedy.check_length(dataset.longest, width=dataset.max_prompt_length)
+        self._greedy = Sampler(model, sampling.as_greedy(), group=1, **given) if greedy else None
         self._samples, self._stop_tokens = config.samples, stop_tokens
-        self._drawn = None
-        if config.samples:
-            self._drawn = Sampler(model, sampling, group=config.samples, **given)
+        self._drawn = Sampler(model, sampling, group=config.samples, **given) if config.samples else None
+        for sampler in (self._greedy, self._drawn):
+            if sampler is not None:
+                sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
 
     def __call__(self, params: Params, key: np.ndarray) -> tuple[dict[str, float], Episodes]:
         """Evaluates `params`.
@@ -130,32 +149,55 @@ class Evaluator:
         Raises:
             RewardError: a reward function failed.
         """
-        greedy, drawn, lengths, finished, first = [], [], [], [], None
-        for number, batch in enumerate(eval_batches(self._dataset, batch_size=self._batch_size)):
-            rollout = self._greedy(params, batch.tokens, batch.lengths, key, number)
-            episodes = self._scored(rollout, batch)
-            first = first or episodes
-            greedy.append(_valid(episodes, batch.valid))
-            lengths.append(np.asarray(rollout.completion_lengths)[batch.valid])
-            finished.append(np.asarray(rollout.finished)[batch.valid])
-            if self._drawn is not None:
-                rollout = self._drawn(params, batch.tokens, batch.lengths, key, number)
-                drawn.append(_valid(self._scored(rollout, batch), batch.valid))
-        scores = {name: np.concatenate([part[name] for part in greedy]) for name in greedy[0]}
-        metrics = {f"eval/rewards/{name}": mean_of_known(scores[name]) for name in self._rewards.names}
-        metrics["eval/reward"] = float(scores[""].mean())
-        metrics["eval/accuracy"] = float(np.mean(scores[self.solved_by] >= 1))
-        metrics["eval/completion_length"] = float(np.concatenate(lengths).mean())
-        metrics["eval/finished"] = float(np.concatenate(finished).mean())
+        greedy, drawn, first = [], [], None
+        for decoded, sampled in self.batches(params, key):
+            assert decoded is not None  # unless it is left out, which training does not
+            first = first or decoded.episodes
+            greedy.append(decoded.scores)
+            if sampled is not None:
+                drawn.append(sampled.scores)
+        scores = Scores.joined(greedy)
+        metrics = {f"eval/rewards/{name}": mean_of_known(scores.rewards[name]) for name in self._rewards.names}
+        metrics["eval/reward"] = float(scores.rewards[""].mean())
+        metrics["eval/accuracy"] = float(np.mean(scores.rewards[self.solved_by] >= 1))
+        metrics["eval/completion_length"] = float(scores.lengths.mean())
+        metrics["eval/finished"] = float(scores.finished.mean())
         if drawn:
-            solved = np.concatenate([part[self.solved_by] for part in drawn]) >= 1
+            solved = Scores.joined(drawn).rewards[self.solved_by] >= 1
             for k in sorted({1, self._samples}):
-                metrics[f"eval/pass@{k}"] = pass_at_k(solved, k)
+                metrics[f"eval/pass@{k}"] = float(solved_within(solved, k).mean())
         assert first is not None  # a data set is never empty
         return metrics, first
 
-    def _scored(self, rollout: Rollout, batch: PromptBatch) -> Episodes:
-        return score_rollout(rollout, batch, self._rewards, self._tokenizer, stop_tokens=self._stop_tokens)
+    def batches(self, params: Params, key: np.ndarray) -> Iterator[tuple[Decoded | None, Decoded | None]]:
+        """Completions of one batch of prompts after another: the greedy ones, and the samples, where there are any.
+
+        Args:
+            params: the policy's parameters.
+            key: as `__call__`.
+
+        Raises:
+            RewardError: a reward function failed.
+        """
+        for number, batch in enumerate(eval_batches(self._dataset, batch_size=self._batch_size)):
+            rollouts = [  # both at once: the device need not wait until the first is scored
+                None if sampler is None else sampler(params, batch.tokens, batch.lengths, key, number)
+                for sampler in (self._greedy, self._drawn)
+            ]
+            greedy, drawn = (None if rollout is None else self._decoded(rollout, batch) for rollout in rollouts)
+            yield greedy, drawn
+
+    def _decoded(self, rollout: Rollout, batch: PromptBatch) -> Decoded:
+        """The completions of the prompts that count."""
+        chosen = np.flatnonzero(batch.valid)
+        scored = score_rollout(rollout, batch, self._rewards, self._tokenizer, stop_tokens=self._stop_tokens)
+        episodes = scored.groups(chosen.tolist())
+        scores = Scores(
+            {"": episodes.rewards} | episodes.by_name,
+            np.asarray(rollout.completion_lengths)[chosen],
+            np.asarray(rollout.finished)[chosen],
+        )
+        return Decoded(batch.indices[chosen], episodes, scores)
 
 
 def make_evaluator(
@@ -203,8 +245,3 @@ def make_evaluator(
         mesh=mesh,
         rows=rows,
     )
-
-
-def _valid(episodes: Episodes, valid: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of the prompts that count, by function; the sum's under the empty name."""
-    return {name: values[valid] for name, values in ({"": episodes.rewards} | episodes.by_name).items()}

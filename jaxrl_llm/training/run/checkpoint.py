@@ -154,12 +154,15 @@ class Checkpointer:
         self._current = self._saving = step
         return True
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, *, part: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint, onto the shardings of `abstract_state`.
 
         Args:
             abstract_state: Tree of `jax.ShapeDtypeStruct` with shardings, or of arrays; from any mesh.
             step: Which one; the latest by default.
+            part: Whether the checkpoint may have other arrays, too, which are not read.
 
         Returns:
             The state, bit-equal to the saved one, and `extra`.
@@ -180,6 +183,8 @@ class Checkpointer:
         with self._reading(step):
             extra, seal = self._read_extra(step)
             saved = sealed_arrays(seal)
+        if part:
+            saved = {path: leaf for path, leaf in saved.items() if path in leaves}
         if found := differences(saved, leaves):
             raise ValueError(
                 f"step {step} in {self.folder} is a checkpoint of another model or optimizer:\n  " + "\n  ".join(found)
@@ -189,7 +194,15 @@ class Checkpointer:
             folder = self.folder / str(step) / "state"
             handler = ocp.StandardCheckpointHandler()
             handler.metadata(folder)  # without its file arrays could be read, but not by other programs
-            restored = handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+            if part:
+                wanted = ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                )
+                restored = ocp.PyTreeCheckpointHandler().restore(folder, args=wanted)
+            else:
+                restored = handler.restore(folder, args=ocp.args.StandardRestore(abstract))
         with self._reading(step):
             check_arrays(seal, restored)
         self._current = step

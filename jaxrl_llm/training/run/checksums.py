@@ -79,8 +79,8 @@ def check_arrays(seal: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     Raises:
         BrokenSealError: some are not; names one.
     """
-    sums = checksums(leaves)
-    wrong = [path for path, (_, _, saved) in _arrays(seal) if saved != f"{sums[path]:08x}"]
+    saved = {path: total for path, (_, _, total) in _arrays(seal)}
+    wrong = [path for path, total in checksums(leaves).items() if saved[path] != f"{total:08x}"]
     if wrong:
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise BrokenSealError(f"not the values that were saved: {wrong[0]}{others}")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator, pass_at_k
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator
 from jaxrl_llm.training.episodes.scoring import RewardSum
 
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -42,20 +41,6 @@ def make(tiny: ModuleType):
         return evaluator, policy.params
 
     return make
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_solution(n: int) -> None:
-    solved = np.array(list(itertools.product([False, True], repeat=n)))
-    for k in range(1, n + 1):
-        subsets = [[any(row[list(chosen)]) for chosen in itertools.combinations(range(n), k)] for row in solved]
-        assert pass_at_k(solved, k) == pytest.approx(np.mean(subsets))
-
-
-@pytest.mark.parametrize("k", [0, 4])
-def test_pass_at_k_needs_k_samples(k: int) -> None:
-    with pytest.raises(ValueError, match=f"pass@{k} needs at least {k} samples of each prompt, there are 3"):
-        pass_at_k(np.ones((2, 3), bool), k)
 
 
 def test_greedy_metrics_do_not_depend_on_the_batch(make) -> None:

@@ -1,0 +1,182 @@
+"""The command that evaluates a checkpoint on a data set, by the reward functions of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxrl_llm.checks import expand_home, nearest_name
+from jaxrl_llm.config import Experiment, ModelSource
+from jaxrl_llm.data.encoded_rows import Overlong
+from jaxrl_llm.data.formats import PromptFormat
+from jaxrl_llm.launch.errors import plain_errors
+from jaxrl_llm.launch.evaluation import COMPLETIONS, METRICS, Evaluation, Measures, evaluate, prompts_to_evaluate
+from jaxrl_llm.launch.flags import read_flags
+from jaxrl_llm.launch.loading import load_policy, load_tokenizer_of
+from jaxrl_llm.launch.preset_flag import take_flag
+from jaxrl_llm.launch.run_checkpoints import base_of
+from jaxrl_llm.models.checkpoints.pretrained import load_config
+from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sampling.stop_texts import StopTexts
+from jaxrl_llm.sharding import MeshConfig, make_mesh, sampling_mesh
+from jaxrl_llm.training.compilation import enable_persistent_cache
+from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
+from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.run.distributed import ClusterConfig, initialize, is_main_process
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationRun(Measures):
+    """All settings of an evaluation."""
+
+    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
+    """Reward functions."""
+    reward_weights: tuple[float, ...] | None = None
+    """Weight of each reward function; all 1 unless given."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function may take before the evaluation ends with its name; `None`: any."""
+    model: ModelSource = ModelSource()
+    """The checkpoint."""
+    data: str | None = None
+    """File (.jsonl, .json, .csv, .parquet), hf:<name>, tfds:<name> or reasoning_gym:<task>."""
+    max_prompts: int | None = None
+    """Use the first prompts only."""
+    overlong: Overlong = "raise"
+    """What to do with prompts behind which the model has no room for a completion: stop at once, or drop them."""
+    format: PromptFormat = PromptFormat()
+    """How a row becomes a prompt."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are sampled; the greedy ones have its lengths and stop texts."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    output: str | None = None
+    """Folder of completions.jsonl and metrics.json; `None`: only the table is printed."""
+    distributed: bool = False
+    """Call jax.distributed.initialize first: on every host of a pod."""
+    cluster: ClusterConfig = ClusterConfig()
+    """With --distributed, where JAX does not detect the other processes."""
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        drawn = {f"sampling.{name}": "give --samples" for name in ("temperature", "top_k", "top_p", "min_p")}
+        idle = {} if self.samples else drawn
+        return idle if self.distributed else idle | {"cluster": "add --distributed"}
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> EvaluationRun:
+        """What an experiment says of its model, held-out prompts, rewards and sampling."""
+        data, evaluation = experiment.data, experiment.evaluation
+        return cls(
+            rewards=experiment.rewards,
+            reward_weights=experiment.reward_weights,
+            reward_timeout=experiment.reward_timeout,
+            solved_by=evaluation.solved_by,
+            model=experiment.model,
+            data=data.eval,
+            overlong=data.overlong,
+            format=data.format,
+            sampling=experiment.sampling,
+            mesh=experiment.mesh,
+        )
+
+
+def run_evaluation(folder: Path, args: Sequence[str] | None = None, *, description: str = "") -> Evaluation:
+    """Evaluates what a command line names, and prints the table.
+
+    `--experiment=NAME`, a file of `folder`, or the path of another one, says by its `CONFIG` how prompts are made, how
+    completions are sampled and which functions score them; flags change it further. Errors end the program with one
+    line, before the model is loaded where that can be.
+
+    Args:
+        folder: of experiments.
+        args: the command line; `None`: the process's.
+        description: for `--help`.
+    """
+    with plain_errors():
+        named, rest = take_flag(sys.argv[1:] if args is None else args, "--experiment")
+        own = EvaluationRun.of(_experiment(named, folder)) if named else EvaluationRun(rewards=())
+    config = read_flags(own, rest, description)
+    with plain_errors():
+        if not named:
+            raise ValueError("no experiment given, of which rewards and prompts are: pass --experiment=grpo_gsm8k")
+        return _run(config)
+
+
+def _run(config: EvaluationRun) -> Evaluation:
+    model = dataclasses.replace(config.model, path=expand_home(config.model.path))
+    output = None if config.output is None else Path(expand_home(config.output))
+    _check_output(output)
+    config.check(config.sampling)
+    rewards = RewardSum(config.rewards, config.reward_weights, timeout=config.reward_timeout)
+    EvaluationConfig(solved_by=config.solved_by).solving_reward(rewards)
+    if config.data is None:
+        raise ValueError("no prompts given: pass --data=<file, hf:…, tfds:… or reasoning_gym:…>")
+    if config.distributed:
+        cluster = config.cluster
+        initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+    enable_persistent_cache()
+    mesh = make_mesh(config.mesh)
+    sampling_mesh(mesh, config.sampling.tensor)
+    tokenizer = load_tokenizer_of(model)
+    settings = load_config(str(base_of(model).path))
+    prompts = prompts_to_evaluate(
+        config.data,
+        tokenizer,
+        rewards,
+        config.sampling,
+        settings.max_position_embeddings,
+        prompt_format=config.format,
+        overlong=config.overlong,
+        max_prompts=config.max_prompts,
+    )
+    if config.sampling.stop:
+        StopTexts.of(config.sampling.stop, tokenizer, settings.vocab_size)
+    policy = load_policy(model, mesh, tokenizer)
+    found = evaluate(
+        policy,
+        prompts,
+        rewards,
+        config.sampling,
+        samples=config.samples,
+        ks=config.ks,
+        greedy=config.greedy,
+        solved_by=config.solved_by,
+        threshold=config.threshold,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mesh=mesh,
+        folder=output,
+        tell=print if is_main_process() else None,
+    )
+    if is_main_process():
+        print(found.table())
+        if output is not None:
+            print(f"{output / COMPLETIONS} has the completions, {output / METRICS} these numbers")
+    return found
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuses to write over another evaluation."""
+    for name in (COMPLETIONS, METRICS):
+        if output is not None and (output / name).exists():
+            raise ValueError(f"{output / name} is there already, of another evaluation: choose another --output")
+
+
+def _experiment(name: str, folder: Path) -> Experiment:
+    """The `CONFIG` of an experiment's file."""
+    path = Path(expand_home(name)) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        near = nearest_name(path.stem, [other.stem for other in folder.glob("*.py")])
+        raise ValueError(f"--experiment={name}: there is no file {path}{near}")
+    config = runpy.run_path(str(path)).get("CONFIG")
+    if not isinstance(config, Experiment):
+        raise ValueError(f"--experiment={name}: {path} has no CONFIG of an experiment on rewards of samples")
+    return config

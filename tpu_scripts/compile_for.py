@@ -42,8 +42,9 @@ from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.lora import has_adapters, in_compute_type
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
-from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import HOST, MeshConfig, make_mesh, replicated
+from jaxrl_llm.sampling.logits import SamplingConfig, SlotAttention
+from jaxrl_llm.sampling.traffic import spread, traffic
+from jaxrl_llm.sharding import HOST, MeshConfig, make_mesh, replicated, sampling_mesh
 from jaxrl_llm.types import Rollout
 
 GIB = 2**30
@@ -94,6 +95,10 @@ class Plan:
     """Completions that are decoded at a time on a device; `None`: all."""
     sampling_tensor: int | None = None
     """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
+    sampling_attention: SlotAttention = "auto"
+    """How completions in flight attend."""
+    written: int | None = None
+    """Tokens that these have on average when it is told what one more reads; `None`: half of the longest."""
     update: UpdateConfig = UpdateConfig(micro_batches=8)
     """Epochs, minibatches, micro-batches."""
     algorithm: PolicyGradient = PolicyGradient()
@@ -118,6 +123,8 @@ class Program(NamedTuple):
     """Abstract, with shardings."""
     resident: Any
     """Arrays that stay in memory while it runs and are none of its arguments."""
+    remark: str = ""
+    """What else there is to say of it."""
 
 
 # ---- The slice and the programs ------------------------------------------------------------------
@@ -179,7 +186,9 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
 
     p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
     prompt, lengths = array(p, plan.prompt_tokens), array(p)
-    settings = SamplingConfig(max_tokens=tc, slots=plan.slots, tensor=plan.sampling_tensor)
+    settings = SamplingConfig(
+        max_tokens=tc, slots=plan.slots, tensor=plan.sampling_tensor, attention=plan.sampling_attention
+    )
     sampler = Sampler(model, settings, group=g, stop_tokens=(0,), mesh=mesh)
     sampler.check_length(plan.prompt_tokens)
     sample = jax.jit(sampler.sample, out_shardings=whole)
@@ -195,10 +204,36 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     step = make_update_step(model, optimizer, plan.algorithm, plan.update)
     update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
     programs = [
-        Program("sampler", sample, (state.params, prompt, lengths, state.key, array()), (state.opt_state, reference)),
+        Program(
+            "sampler",
+            sample,
+            (state.params, prompt, lengths, state.key, array()),
+            (state.opt_state, reference),
+            "" if plan.slots is None else what_a_token_reads(plan, model, mesh, plan.slots),
+        ),
         Program("update", update, (state, rollout, array(p, g, dtype=jnp.float32), reference), ()),
     ]
     return [program for program in programs if program.name in plan.programs]
+
+
+def what_a_token_reads(plan: Plan, model: Transformer, mesh: Mesh, slots: int) -> str:
+    """A line on the weights, keys and values that a device reads for one more token of each slot.
+
+    Raises:
+        ValueError: `written` is no mean of such texts.
+    """
+    longest = plan.completion_tokens
+    mean = longest // 2 if plan.written is None else plan.written
+    if not 1 <= 2 * mean <= longest:
+        raise ValueError(f"written={mean} must be from 1 to {longest // 2}: texts have up to twice as many tokens")
+    written, ours = spread(slots, mean), sampling_mesh(mesh, plan.sampling_tensor)
+    shape: dict[str, Any] = {"group": plan.samples, "prompt_width": plan.prompt_tokens, "tokens": longest}
+    attentions = dict.fromkeys((plan.sampling_attention, *(("xla",) if plan.sampling_attention == "auto" else ())))
+    read = {attention: traffic(model, ours, attention, written, **shape) for attention in attentions}
+    pages = ", ".join(f"{one.pages / GIB:.2f} ({attention})" for attention, one in read.items())
+    weights = read[plan.sampling_attention].weights / GIB
+    texts = f"{slots} texts of {plan.prompt_tokens} + 1 to {written.max()} tokens"
+    return f"  a token reads {weights:.2f} GiB of weights and, of {texts}, {pages} of keys and values"
 
 
 def bytes_per_device(arrays: Any) -> int:
@@ -314,7 +349,7 @@ def main(args: list[str] | None = None) -> None:
             print(f"{program.name}: DOES NOT FIT\n  {str(error).splitlines()[0]}", flush=True)
             continue
         fits &= limit is None or report.needed <= limit * GIB
-        print(describe(program.name, report, limit), flush=True)
+        print(describe(program.name, report, limit), *filter(None, [program.remark]), sep="\n", flush=True)
         if plan.dump is not None:
             plan.dump.mkdir(parents=True, exist_ok=True)
             (plan.dump / f"{program.name}.hlo.txt").write_text(report.text)

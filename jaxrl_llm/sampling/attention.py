@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxrl_llm.models.kernels.pages import LANES
-from jaxrl_llm.sampling.caches import Walk, attend_in_flight
+from jaxrl_llm.models.kernels.pages import LANES, NO_PAGE
+from jaxrl_llm.sampling.caches import Sizes, Walk, attend_in_flight
 from jaxrl_llm.sampling.in_pages import attend_in_pages, neighbours, pages_at_a_time, pages_of
 from jaxrl_llm.sampling.logits import SlotAttention
 from jaxrl_llm.sharding import head_shards, platform
@@ -68,3 +69,10 @@ def slot_attention(
         return pages_of(sizes, *rest, near=neighbours(sizes.slots, rows), at_a_time=at_a_time)
 
     return Attention(walk, functools.partial(attend_in_pages, interpret=chosen == "pallas_interpret"))
+
+
+def pages_read(walk: Any, sizes: Sizes) -> jax.Array:
+    """How many pages of keys and values, of one slot or one prompt each, an attention reads that is given this walk."""
+    if isinstance(walk, Walk):
+        return walk.prompt_count * (sizes.block // sizes.alike) + walk.own_count * sizes.block
+    return jnp.sum(walk.begin != NO_PAGE)

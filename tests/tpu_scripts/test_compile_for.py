@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,21 @@ def test_memory_is_that_of_the_arguments_on_one_device(script: ModuleType, model
     parameters = script.bytes_per_device(state.params)
     assert resident == pytest.approx(3 * parameters, rel=0.02)
     assert report.collectives
+
+
+def test_what_a_token_reads_is_told_of_slots(script: ModuleType, model_path: str):
+    mesh = script.make_mesh(MeshConfig(fsdp=2, tensor=4))
+    slots = {"slots": 2, "programs": ("sampler",), "completion_tokens": 40}
+    (program,) = script.build(small(script, model_path, **slots, written=10), mesh)
+    told = re.fullmatch(
+        r"  a token reads 0\.00 GiB .* 2 texts of 8 \+ 1 to (\d+) tokens, .* \(auto\), .*", program.remark
+    )
+    assert told
+    assert 10 < int(told[1]) <= 20
+    (program,) = script.build(small(script, model_path, **slots, sampling_attention="xla"), mesh)
+    assert "(auto)" not in program.remark
+    with pytest.raises(ValueError, match="written=21 must be from 1 to 20"):
+        script.build(small(script, model_path, **slots, written=21), mesh)
 
 
 def test_numbers_that_do_not_fit_the_mesh_are_refused(script: ModuleType, model_path: str):

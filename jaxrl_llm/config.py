@@ -259,6 +259,8 @@ _FREE = (
     "model.scan_layers",
     "sampling.attention",
     "sampling.slots",
+    "sampling.speculate",
+    "sampling.speculative_tokens",
     "sampling.tensor",
     "update.micro_batches",
     "update.tokens_per_micro_batch",

@@ -32,6 +32,9 @@ class Rollout(struct.PyTreeNode):
     kept: jax.Array | None = None
     """`[P, G, Tc, k]` int32: the ids that each token was drawn from, which top-k, top-p and min-p had left; −1: fewer
     than k, and at padding. `None`: they were not written down."""
+    passes: jax.Array | None = None
+    """`[P, G]` int32: passes through the model in which each completion had a part, where it was sampled with
+    speculation: without, it takes one for each token."""
 
     @property
     def mask(self) -> jax.Array:

@@ -51,7 +51,7 @@ def other(value: Any) -> Experiment:
         other(DataConfig(train="moved.jsonl", eval="moved.jsonl")),
         other(ModelSource(remat="none", scan_layers=False)),
         other(ClusterConfig("host:1234", 2, 0)),
-        other(SamplingConfig(slots=2)),
+        other(SamplingConfig(slots=2, speculate="history", speculative_tokens=2)),
         other(UpdateConfig(micro_batches=4)),
         other(TrainingConfig(steps=500, checkpoint_every=1, keep_checkpoints=9, samples_every=1)),
     ],

@@ -96,7 +96,7 @@ class Iteration(NamedTuple):
 def make_iteration(
     sampler: Sampler, rewards: Sequence[DeviceReward], update_step: UpdateStep
 ) -> Callable[..., Iteration]:
-    """The pure function `(state, prompt, prompt_lengths, reward_params, reference=None) -> Iteration`.
+    """The pure function `(state, prompt, prompt_lengths, reward_params, reference=None, history=None) -> Iteration`.
 
     Compiled, it is one XLA program from prompts to the next training state: nothing waits for the host. It draws and
     learns exactly what the sampler, the rewards and the update step do as programs of their own. Compile and call it
@@ -121,11 +121,12 @@ def make_iteration(
         prompt_lengths: jax.Array,
         reward_params: Sequence[Any],
         reference: Params | None = None,
+        history: tuple[jax.Array, jax.Array] | None = None,
     ) -> Iteration:
         chex.assert_rank(prompt, 2)
         chex.assert_shape(prompt_lengths, (len(prompt),))
         chex.assert_type([prompt, prompt_lengths], int)
-        rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1)
+        rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1, history=history)
         scores = score(reward_params, rollout)
         state, metrics = update_step(state, rollout, scores.total, reference)
         return Iteration(state, metrics, rollout, scores)

@@ -71,8 +71,8 @@ def generate(
         For each prompt its completions.
 
     Raises:
-        ValueError: there are no prompts, one is empty or cannot be encoded, a stop text cannot be looked for, or prompt
-            and completion exceed the model's positions.
+        ValueError: there are no prompts, one is empty or cannot be encoded, a stop text cannot be looked for, prompt
+            and completion exceed the model's positions, or history is to be proposed.
     """
     if not prompts:
         raise ValueError("there are no prompts: pass one at least")
@@ -87,6 +87,7 @@ def generate(
             raise ValueError(f"prompt {number}: {error}") from error
     sampling = sampling or SamplingConfig()
     sampling = dataclasses.replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *stop))))
+    sampling.check_no_epochs("generate")
     shards = row_shards(sampling_mesh(mesh, sampling.tensor))
     unit = shards // math.gcd(samples, shards)  # of so many prompts, samples fill the devices
     rows = -(-len(encoded) // unit) * unit  # the last one is sampled again, and left out

@@ -166,6 +166,8 @@ _LAST_BITS = (
     "model.scan_layers",
     "sampling.attention",
     "sampling.slots",
+    "sampling.speculate",
+    "sampling.speculative_tokens",
     "sampling.tensor",
     "optimizer.offload",
 )
@@ -188,6 +190,7 @@ def check_step(config: RunConfig) -> None:
     of_sampler = sampling_mesh(mesh, config.sampling.tensor) if isinstance(config, Experiment) else mesh
     if isinstance(config, StarExperiment):
         config.update.group_split(config.star.rows_per_step, 1, shards)
+        config.sampling.check_no_epochs("STaR")
     elif isinstance(config, Experiment):
         training, algorithm = config.training, config.algorithm
         prompts, group = training.prompts_per_step, training.samples_per_prompt

@@ -48,6 +48,7 @@ def sample(
     greedy: jax.Array | None = None,
     limits: jax.Array | None = None,
     kept: int = 0,
+    history: tuple[jax.Array, jax.Array] | None = None,
 ) -> Rollout:
     """Samples G completions of each prompt.
 
@@ -64,18 +65,20 @@ def sample(
         greedy: `[P, G]` bool: completions that are decoded greedily instead; `None`: none.
         limits: `[P, G]` int: the most tokens of each completion, 1 to Tc; `None`: Tc.
         kept: how many ids are written down of those that each token was drawn from: `config.top_k`, or 0.
+        history: earlier completions `[P, G, Tc]` of the same prompts, which are proposed, and their lengths `[P, G]`, 0
+            where there is none; `None`: there are none at all. They change no token.
 
     Returns:
         `Rollout`; positions beyond a completion's length hold token 0, log-prob 0 and no ids.
     """
-    wanted = Wanted(prompt, prompt_lengths, uniforms(keys, config.max_tokens), greedy, limits)
+    wanted = Wanted(prompt, prompt_lengths, uniforms(keys, config.max_tokens), greedy, limits, history)
     wanted = jax.tree.map(jnp.asarray, wanted)
     of_device = keys.size // row_shards()
     stops = {"stop_tokens": stop_tokens, "stop_texts": stop_texts}
     slots = min(config.slots or of_device, of_device)
     # Where a product costs less than what surrounds it, few large ones are faster than pages.
     in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(model.layers(params)[0]))
-    if slots == of_device and in_one_product:
+    if slots == of_device and in_one_product and not config.drafts:
         sampled = sample_together(model, params, wanted, config=config, kept=kept, **stops)
     else:
         in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
@@ -94,6 +97,7 @@ def sample(
         logprobs=jnp.where(mask, sampled.logprobs, 0.0),
         sampler_logprobs=jnp.where(mask, sampled.sampler_logprobs, 0.0),
         kept=None if sampled.kept is None else jnp.where(mask[..., None], sampled.kept, -1),
+        passes=sampled.passes,
     )
 
 

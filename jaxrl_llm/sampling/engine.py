@@ -99,6 +99,7 @@ class Sampler:
         key: Any,
         step: Any,
         limits: np.ndarray | None = None,
+        history: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Rollout:
         """Samples; returns at once, with the arrays still being computed.
 
@@ -109,11 +110,13 @@ class Sampler:
             key: root of the run's randomness, uint32 key data.
             step: number that is folded into the key, so that steps never repeat each other's noise.
             limits: `[P, G]`, the greedy one included: the most tokens of each completion; `None`: max_tokens.
+            history: earlier completions `[P, G, Tc]` of the same prompts, the greedy one included, and their lengths
+                `[P, G]`, 0 where there is none: what sampling.speculate=history proposes. `None`: there are none.
 
         Raises:
             ValueError: a prompt is empty or longer than its row or has tokens that the model does not know, or
                 prompt and completion exceed the model's positions, or the rows cannot be split over the mesh, or a
-                limit is out of range.
+                limit is out of range, or there is a history that does not fit, or that is not asked for.
         """
         prompt, lengths = np.asarray(prompt, np.int32), np.asarray(prompt_lengths, np.int32)
         fits = prompt.ndim == 2 and lengths.shape == prompt.shape[:1] and lengths.size
@@ -137,8 +140,30 @@ class Sampler:
                     f"limits of shape {limits.shape} for {len(prompt)} prompts × {self.group} samples must be one for "
                     f"each, from 1 to sampling.max_tokens={longest}; outside of that are {outside[:8].tolist()}"
                 )
+        if history is not None:
+            history = self._checked(history, len(prompt))
         with jax.set_mesh(self.mesh):
-            return self._program(params, prompt, lengths, key, np.asarray(step, np.int32), limits)
+            return self._program(params, prompt, lengths, key, np.asarray(step, np.int32), limits, history)
+
+    def _checked(self, history: tuple[np.ndarray, np.ndarray], prompts: int) -> tuple[np.ndarray, np.ndarray]:
+        """As the program takes it.
+
+        Raises:
+            ValueError: it does not fit, or is not asked for.
+        """
+        if self.config.speculate != "history":
+            raise ValueError(f"sampling.speculate={self.config.speculate} proposes no history: set it to history")
+        tokens, lengths = (np.asarray(part, np.int32) for part in history)
+        shape = (prompts, self.group, self.config.max_tokens)
+        if tokens.shape != shape or lengths.shape != shape[:2] or lengths.min() < 0 or lengths.max() > shape[2]:
+            raise ValueError(
+                f"a history of shape {tokens.shape} with lengths of shape {lengths.shape} must be one completion of at "
+                f"most sampling.max_tokens={shape[2]} tokens for each of {prompts} prompts × {self.group} samples"
+            )
+        known = (tokens >= 0) & (tokens < self.model.config.vocab_size)
+        if not known[np.arange(shape[2]) < lengths[..., None]].all():
+            raise ValueError(f"the history has tokens outside the vocabulary of {self.model.config.vocab_size}")
+        return np.where(known, tokens, 0), lengths
 
     def check_length(self, longest: int, *, width: int = 0) -> None:
         """Checks that the model has positions for the longest prompt and a completion.
@@ -178,13 +203,15 @@ class Sampler:
         key: jax.Array,
         step: jax.Array,
         limits: jax.Array | None = None,
+        history: tuple[jax.Array, jax.Array] | None = None,
     ) -> Rollout:
         """The program, to be compiled under `jax.set_mesh`, on its own or as a part of another; see `__call__`."""
         trunk = {name: params[name] for name in self._axes}  # heads have no part in it
         merged = merge_adapters(trunk, self.model.config)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
-            given = everywhere((prompt, prompt_lengths, key, step, limits), common_mesh(self.mesh, self._own_mesh))
+            given = (prompt, prompt_lengths, key, step, limits, history)
+            given = everywhere(given, common_mesh(self.mesh, self._own_mesh))
             given = everywhere(given, self._own_mesh)
             rollout = self._sample(with_whole_heads(ours, self.model.config), *given)
         return everywhere(rollout, self.mesh)
@@ -197,6 +224,7 @@ class Sampler:
         key: jax.Array,
         step: jax.Array,
         limits: jax.Array | None,
+        history: tuple[jax.Array, jax.Array] | None,
     ) -> Rollout:
         """The program on the sampler's own mesh."""
         prompts, group = prompt.shape[0], self.group
@@ -222,6 +250,7 @@ class Sampler:
             greedy=greedy,
             limits=None if limits is None else limits.reshape(keys.shape),
             kept=self.kept,
+            history=jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[2:]), history),
         )
         whole = {name: values.reshape(prompts, group, *values.shape[2:]) for name, values in rollout.of_samples.items()}
         return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, **whole)

@@ -3,6 +3,11 @@
 One pure function, compiled as a part of one program. Memory is that of the completions in flight, and a token costs
 what the texts in flight cost so far (`caches.py`). Prompts are computed when their turn comes, a few at a time, once
 for all of their completions.
+
+A pass through the model reads the token of each slot that was drawn last and, with speculation, k proposals of what
+comes next (`drafts.py`). Behind each of them a token is drawn, with the randomness that the completion has for that
+place, and these are the completion's as long as they are what was proposed; the first that is not is so, too, since
+what it was drawn behind is right. So proposals decide how many passes it takes, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from jaxrl_llm.models.stack import Layer, Run
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import slot_attention
 from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, page_tokens
+from jaxrl_llm.sampling.drafts import propose
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
 from jaxrl_llm.sampling.sampled import Sampled, Wanted
 from jaxrl_llm.sampling.stop_texts import StopTexts, stops
@@ -37,7 +43,7 @@ class _Loop(NamedTuple):
     """State of the loop."""
 
     clock: jax.Array
-    """How many tokens slots have decoded so far."""
+    """How many passes there were so far."""
     sample: jax.Array
     """`[S]` which completion the slot is decoding; N: none, it is idle."""
     place: jax.Array
@@ -49,7 +55,9 @@ class _Loop(NamedTuple):
     matched: jax.Array | None
     """`[S]` how much of a stop text its completion ends with; see `StopTexts`."""
     start: jax.Array
-    """`[S]` the clock at which the completion's first token is read."""
+    """`[S]` the clock at which the completion's first token is read; with speculation 0, of a clock of its own."""
+    text: jax.Array
+    """`[S, Tp + Tc]` its prompt and what was drawn so far; `[S, 0]` without speculation."""
     begun: jax.Array
     """How many completions were taken up."""
     read: jax.Array
@@ -73,6 +81,8 @@ class _Batch(NamedTuple):
     """`[P]`."""
     completions: tuple[jax.Array, jax.Array | None, jax.Array | None]
     """`[N]`: randomness, whether it is greedy, and the most tokens."""
+    history: tuple[jax.Array, jax.Array] | None
+    """`[N]`: earlier completions of the same prompts, and their lengths."""
     weights: Weights | None
     """`None`: the loop cuts each layer's out of the stacked ones."""
     turns: list[Rotation | None]
@@ -109,7 +119,7 @@ def sample_in_flight(
             those that share weights do not wait for one another in different places.
 
     Returns:
-        `Sampled` `[N]`, N = P·G, prompt by prompt, and how many tokens each slot could have decoded.
+        `Sampled` `[N]`, N = P·G, prompt by prompt, and how many passes through the model there were.
     """
     (prompts, group, tokens, _), width = wanted.uniform.shape, wanted.prompt.shape[1]
     number = prompts * group
@@ -123,14 +133,18 @@ def sample_in_flight(
         tokens=tokens,
         page=page_tokens(),
         token_bytes=value.size * value.dtype.itemsize,
+        drafts=config.drafts,
     )
-    attention = slot_attention(config.attention, sizes.page, value, model.config.num_heads)
-    steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // 16))
+    attention = slot_attention(config.attention, sizes.page, value, model.config.num_heads, queries=1 + config.drafts)
+    ahead, text = 1 + config.drafts, (width + tokens if config.drafts else 0)
+    steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // (16 * ahead)))
     at_a_time = min(sizes.places, max(1, _PROMPT_TOKENS // width), -(-slots // group))
+    of_each = jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), wanted._replace(prompt=None, lengths=None))
     batch = _Batch(
         prompt=wanted.prompt,
         lengths=wanted.lengths,
-        completions=jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), wanted[2:]),
+        completions=(of_each.uniform, of_each.greedy, of_each.limits),
+        history=of_each.history,
         weights=None if in_loops else Weights.of(model, params),
         turns=list(model.rotations(jnp.arange(width + tokens)).values()),
     )
@@ -150,29 +164,33 @@ def sample_in_flight(
         state = jax.lax.while_loop(
             wants_prompts, lambda state: _read_prompts(model, params, batch, state, sizes, runs, at_a_time), state
         )
-        state = _with_new_completions(state, group, number, slots)
+        state = _with_new_completions(state, batch, group, number, slots, config.drafts)
         view = _view(state, batch, number)
         walks = {
-            window: attention.walk(sizes, view, state.start + state.time, steps, window)
+            window: attention.walk(sizes, view, state.start + state.time, steps * ahead, window)
             for window in dict.fromkeys(kind.window for kind in model.config.kinds)
         }
+        history = jax.tree.map(lambda x: x[jnp.minimum(state.sample, number - 1)], batch.history)
 
         def step(_: jax.Array, state: _Loop) -> _Loop:
-            hidden, memory = _decode(model, params, batch, state, view, walks, sizes, attention.attend)
+            drafts = _propose(state, view, history, config.drafts)
+            hidden, memory = _decode(model, params, batch, state, drafts, view, walks, sizes, attention.attend)
             head = model.head(params) if batch.weights is None else in_loop(batch.weights.head)
             logits = model.project(head, hidden)
-            at = jnp.minimum(state.sample, number - 1)
+            at = jnp.minimum(state.sample, number - 1)[:, None]
             uniform, *settings = batch.completions
             greedy, limits = jax.tree.map(lambda x: x[at], settings)
-            drawn = draw(uniform[at, state.time + 1], logits, config, greedy=greedy)
-            return _record(state._replace(memory=memory), drawn, stop_tokens, stop_texts, limits)
+            time = state.time[:, None] + 1 + jnp.arange(ahead)
+            drawn = draw(uniform[at, time], logits, config, greedy=greedy)
+            return _record(state._replace(memory=memory), drawn, drafts, view, stop_tokens, stop_texts, limits)
 
         return jax.lax.fori_loop(0, steps, step, state)
 
     def unfinished(state: _Loop) -> jax.Array:
         return anywhere(jnp.any(state.sample < number) | (state.begun < number))
 
-    end = jax.lax.while_loop(unfinished, turn, _start(model, sizes, runs, value, prompts, number, stop_texts, kept))
+    start = _start(model, sizes, runs, value, prompts, number, text, stop_texts, kept)
+    end = jax.lax.while_loop(unfinished, turn, start)
     return end.sampled, end.clock
 
 
@@ -191,13 +209,14 @@ def _start(
     value: jax.ShapeDtypeStruct,
     prompts: int,
     number: int,
+    text: int,
     stop_texts: StopTexts | None,
     kept: int,
 ) -> _Loop:
     """The state before the first prompt is read."""
 
-    def idle(value: int) -> jax.Array:
-        return jnp.full((sizes.slots,), value, jnp.int32)
+    def idle(value: int, *more: int) -> jax.Array:
+        return jnp.full((sizes.slots, *more), value, jnp.int32)
 
     return _Loop(
         clock=jnp.int32(0),
@@ -207,6 +226,7 @@ def _start(
         token=idle(0),
         matched=None if stop_texts is None else stop_texts.start(sizes.slots),
         start=idle(0),
+        text=idle(0, text),
         begun=jnp.int32(0),
         read=jnp.int32(0),
         prompt=jnp.full((sizes.places,), prompts, jnp.int32),
@@ -216,7 +236,9 @@ def _start(
             for run in runs
             for kind in model.config.kinds[run.first : run.first + run.period]
         ),
-        sampled=Sampled.nothing(number, sizes.tokens, kept=kept),
+        sampled=Sampled.nothing(number, sizes.tokens, kept=kept)._replace(
+            passes=jnp.zeros(number, jnp.int32) if sizes.drafts else None
+        ),
     )
 
 
@@ -277,27 +299,31 @@ def _read_prompts(
     )
 
 
-def _with_new_completions(state: _Loop, group: int, number: int, slots: int) -> _Loop:
+def _with_new_completions(state: _Loop, batch: _Batch, group: int, number: int, slots: int, drafts: int) -> _Loop:
     """Gives free slots the completions that are next, as far as their prompts were computed."""
     free = _is_free(state, number, slots)
     following = state.begun + jnp.cumsum(free, dtype=jnp.int32) - 1
     begins = free & (following < state.read * group)
     place = jnp.argmax(state.prompt == (following // group)[:, None], axis=1).astype(jnp.int32)
-    return state._replace(
+    state = state._replace(
         sample=jnp.where(begins, following, state.sample),
         place=jnp.where(begins, place, state.place),
         time=jnp.where(begins, -1, state.time),
         matched=jax.tree.map(lambda matched: jnp.where(begins, 0, matched), state.matched),
-        start=jnp.where(begins, state.clock + 1, state.start),
         begun=state.begun + jnp.sum(begins, dtype=jnp.int32),
     )
+    if not drafts:
+        return state._replace(start=jnp.where(begins, state.clock + 1, state.start))
+    prompt = batch.prompt[jnp.minimum(following // group, len(batch.prompt) - 1)]
+    prompt = jnp.pad(prompt, ((0, 0), (0, state.text.shape[1] - prompt.shape[1])))
+    return state._replace(text=jnp.where(begins[:, None], prompt, state.text))
 
 
 # ---- A token ---------------------------------------------------------------------------------------
 
 
 _Stream = tuple[jax.Array, tuple[Memory, ...]]
-"""The residual stream `[S, D]`, and what all layers remember."""
+"""The residual stream `[S, 1 + k, D]`, and what all layers remember."""
 
 
 def _view(state: _Loop, batch: _Batch, number: int) -> Slots:
@@ -305,21 +331,34 @@ def _view(state: _Loop, batch: _Batch, number: int) -> Slots:
     return Slots(state.sample < number, state.place, of_place[state.place], state.start)
 
 
+def _propose(state: _Loop, view: Slots, history: tuple[jax.Array, jax.Array] | None, count: int) -> jax.Array:
+    """What the completions may go on with, `[S, k]`."""
+    if not count:
+        return jnp.zeros((len(state.token), 0), jnp.int32)
+    length = view.prompt_length + state.time + 1
+    return propose(state.text, length, *(history or (None, None)), view.prompt_length, count)
+
+
 def _decode(
     model: Transformer,
     params: Params,
     batch: _Batch,
     state: _Loop,
+    drafts: jax.Array,
     view: Slots,
     walks: dict[int | None, Any],
     sizes: Sizes,
     attend: Callable[..., jax.Array],
 ) -> tuple[jax.Array, tuple[Memory, ...]]:
-    """Runs the tokens drawn last through the layers: states `[S, D]`, and the memory with their keys.
+    """Runs the tokens drawn last, and the drafts behind them, through the layers.
 
-    A slot that has none yet gets the state of its prompt.
+    A slot that has none drawn yet gets the state of its prompt in place of the first.
+
+    Returns:
+        States `[S, 1 + k, D]`, and the memory with these tokens' keys.
     """
-    position = jnp.maximum(view.prompt_length + state.time, 0)
+    token = jnp.concatenate([state.token[:, None], drafts], axis=1)
+    position = jnp.maximum((view.prompt_length + state.time)[:, None] + jnp.arange(token.shape[1]), 0)
     turns = {
         rope: jax.tree.map(lambda angles: jnp.take(angles, position, axis=0, mode="clip"), turn)
         for rope, turn in zip(dict.fromkeys(kind.rope for kind in model.config.layer_kinds), batch.turns, strict=True)
@@ -331,16 +370,18 @@ def _decode(
 
         def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             nonlocal own
-            own = own.with_tokens(layer.number, key, value, state.clock)
-            softcap = model.config.attention_softcap
-            clock, walk = view.start + state.time, walks[window]
-            mixed = attend(query[:, None], own, layer.number, view, walk, clock, sizes, window=window, softcap=softcap)
-            return mixed[:, 0]
+            clock, softcap = view.start + state.time, model.config.attention_softcap
+            if sizes.drafts:
+                own = own.with_stretches(layer.number, key, value, clock)
+            else:
+                own = own.with_tokens(layer.number, key[:, 0], value[:, 0], state.clock)
+            walk = walks[window]
+            return attend(query, own, layer.number, view, walk, clock, sizes, window=window, softcap=softcap)
 
         x, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
-        return (constrain(x, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None
+        return (constrain(x, None, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None
 
-    carry = model.embed(params, state.token), state.memory
+    carry = model.embed(params, token), state.memory
     if batch.weights is None:
         carry, _ = model.stack.scan(step, carry, params["layers"], lambda layer, **_: layer, in_loops=True)
     else:
@@ -348,38 +389,69 @@ def _decode(
             carry, _ = step(carry, in_loop(weights), Layer(kind, number, 0))
     x, memory = carry
     hidden = model.norm(params, x)
-    return jnp.where((state.time < 0)[:, None], state.state[view.place].astype(x.dtype), hidden), memory
+    of_prompt = ((state.time < 0)[:, None] & (jnp.arange(token.shape[1]) == 0))[..., None]
+    return jnp.where(of_prompt, state.state[view.place].astype(x.dtype)[:, None], hidden), memory
 
 
 def _record(
     state: _Loop,
     drawn: Draw,
+    drafts: jax.Array,
+    view: Slots,
     stop_tokens: tuple[int, ...],
     stop_texts: StopTexts | None,
     limits: jax.Array | None,
 ) -> _Loop:
-    """Writes the drawn tokens down and ends completions; what is idle is out of bounds, and dropped."""
-    number, tokens = state.sampled.completion.shape
-    time = jnp.where(state.sample < number, state.time + 1, -1)
-    stopped, matched = stops(drawn.token, state.matched, stop_tokens, stop_texts)
+    """Writes the drawn tokens down, `[S, 1 + k]`, as far as they were drawn behind what is right, and ends completions.
+
+    What is idle, or too much, is out of bounds, and dropped.
+    """
+    (number, tokens), ranks, old = state.sampled.completion.shape, jnp.arange(drawn.token.shape[1]), state.sampled
+    active, time = state.sample < number, state.time[:, None] + 1 + ranks
+    stopped, matched = _stops(drawn.token, state.matched, stop_tokens, stop_texts)
     ended = stopped | (time >= (tokens if limits is None else limits) - 1)
+    goes_on = (drawn.token[:, :-1] == drafts) & ~ended[:, :-1]
+    good = active[:, None] & jnp.cumprod(jnp.pad(goes_on, ((0, 0), (1, 0)), constant_values=True), axis=1).astype(bool)
+    count = jnp.sum(good, axis=1, dtype=jnp.int32)
+    sample, at = state.sample[:, None], jnp.where(good, time, tokens)
 
     def write(buffer: jax.Array, values: Any) -> jax.Array:
-        return buffer.at[state.sample, time].set(values.astype(buffer.dtype), mode="drop", unique_indices=True)
+        return buffer.at[sample, at].set(values.astype(buffer.dtype), mode="drop", unique_indices=True)
 
-    old = state.sampled
+    def of_last(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+
+    text, passes = state.text, old.passes
+    if passes is not None:
+        passes = passes.at[state.sample].add(1, mode="drop")
+        place = jnp.where(good, view.prompt_length[:, None] + time, text.shape[1])
+        text = text.at[jnp.arange(len(text))[:, None], place].set(drawn.token, mode="drop")
+    now = jnp.where(active, state.time + count, -1)
     return state._replace(
         clock=state.clock + 1,
-        time=time,
-        token=drawn.token.astype(jnp.int32),
-        matched=matched,
-        sample=jnp.where(ended, number, state.sample),
+        time=now,
+        token=of_last(drawn.token).astype(jnp.int32),
+        matched=jax.tree.map(of_last, matched),
+        sample=jnp.where(of_last(ended), number, state.sample),
+        text=text,
         sampled=Sampled(
             completion=write(old.completion, drawn.token),
-            lengths=old.lengths.at[state.sample].set(time + 1, mode="drop"),
-            finished=old.finished.at[state.sample].set(stopped, mode="drop"),
+            lengths=old.lengths.at[state.sample].set(now + 1, mode="drop"),
+            finished=old.finished.at[state.sample].set(of_last(stopped), mode="drop"),
             logprobs=write(old.logprobs, drawn.logprob),
             sampler_logprobs=write(old.sampler_logprobs, drawn.sampler_logprob),
             kept=None if old.kept is None else write(old.kept, drawn.kept),
+            passes=passes,
         ),
     )
+
+
+def _stops(
+    token: jax.Array, matched: jax.Array | None, stop_tokens: tuple[int, ...], stop_texts: StopTexts | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`stops` of tokens `[S, 1 + k]` one after another: whether each ends its completion, and what matches then."""
+    found = []
+    for one in jnp.unstack(token, axis=1):
+        ends, matched = stops(one, matched, stop_tokens, stop_texts)
+        found.append((ends, matched))
+    return jax.tree.map(lambda *each: jnp.stack(each, axis=1), *found)

@@ -9,9 +9,12 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.checks import check_fields, count, one_of
 from jaxrl_llm.logprobs import IMPOSSIBLE
 
 SlotAttention = Literal["auto", "xla", "pallas", "pallas_interpret"]
+Speculate = Literal["off", "prompt", "history"]
+
 _LEAST_TEMPERATURE = 1e-3  # logits of float32 are known to about a millionth: divided by it, to a thousandth
 
 
@@ -35,6 +38,13 @@ class SamplingConfig:
     slots: int | None = None
     """Completions that are decoded at a time on a device, of whichever prompts; memory is theirs alone, and each that
     ends makes room for the next (`None`: all of the batch). Devices that share the weights count as one."""
+    speculate: Speculate = "off"
+    """What proposes the next tokens of a completion, to be looked at in one pass through the model: prompt what
+    followed the same tokens before, in the prompt and in the completion so far; history what the prompt got in the last
+    epoch (in the first one as prompt). Each token is drawn as it would be without, so that only speed differs. It pays
+    where a pass costs what reading the weights costs: with few slots of a large model."""
+    speculative_tokens: int = 4
+    """k: proposals of a pass."""
     scan_layers: bool | None = None
     """Compile the layers of the loop for completions in flight as one loop, so that compiling does not take longer the
     deeper a model is (`None`: as model.scan_layers, but on CPUs, where the loop would copy each layer's weights)."""
@@ -61,11 +71,32 @@ class SamplingConfig:
         ):
             if not good:
                 raise ValueError(f"sampling.{field}={getattr(self, field)!r} is out of range")
+        check_fields(
+            "sampling",
+            self,
+            speculate=one_of(self.speculate, Speculate),
+            speculative_tokens=count(self.speculative_tokens),
+        )
         if 0 < self.temperature < _LEAST_TEMPERATURE:
             raise ValueError(
                 f"sampling.temperature={self.temperature!r} must be at least {_LEAST_TEMPERATURE}, below which neither "
                 "log-probs nor their gradients have any precision, or 0 to decode greedily"
             )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        return {"speculative_tokens": "set sampling.speculate, too"} if self.speculate == "off" else {}
+
+    def check_no_epochs(self, what: str) -> None:
+        """Raises ValueError if what the last epoch got is to be proposed to something that has none."""
+        if self.speculate == "history":
+            raise ValueError(f"{what} has no last epoch for sampling.speculate=history to propose from: set prompt")
+
+    @property
+    def drafts(self) -> int:
+        """k, tokens that are proposed for a pass; 0 without speculation."""
+        return 0 if self.speculate == "off" else self.speculative_tokens
 
     @property
     def greedy(self) -> bool:

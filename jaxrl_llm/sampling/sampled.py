@@ -21,6 +21,9 @@ class Wanted(NamedTuple):
     """`[P, G]` bool: completions of which each token is the most likely one; `None`: none."""
     limits: jax.Array | None
     """`[P, G]` int32: the most tokens of each, 1 to Tc; `None`: Tc."""
+    history: tuple[jax.Array, jax.Array] | None = None
+    """Earlier completions of the same prompts, `[P, G, Tc]`, which are proposed, and their lengths `[P, G]`, 0 where
+    there is none; `None`: there are none at all."""
 
 
 class Sampled(NamedTuple):
@@ -38,6 +41,8 @@ class Sampled(NamedTuple):
     """`[..., Tc]` of the distribution that tokens were drawn from."""
     kept: jax.Array | None = None
     """`[..., Tc, k]`: the ids that each token was drawn from, as of `Draw`; `None`: they are not written down."""
+    passes: jax.Array | None = None
+    """`[...]` passes through the model in which each had a part; counted with speculation only."""
 
     @classmethod
     def nothing(cls, *shape: int, kept: int = 0) -> Sampled:

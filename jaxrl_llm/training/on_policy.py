@@ -21,7 +21,7 @@ from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.loader import PromptLoader
-from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import start_reference
@@ -33,6 +33,7 @@ from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
+from jaxrl_llm.training.episodes.history import CompletionHistory
 from jaxrl_llm.training.episodes.judging import Judge, check_judge, compare
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
@@ -160,6 +161,9 @@ class Trainer:
             tokenizer=tokenizer,
             keep_mask=algorithm.keeps_mask,
         )
+        self.history = None  # of this process: a run that goes on begins with none, and proposes from prompts again
+        if sampling.speculate == "history":
+            self.history = CompletionHistory(self.sampler.group, sampling.max_tokens)
         self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
         self.sampler.row_split(prompts)
         self.evaluator = make_evaluator(
@@ -314,8 +318,10 @@ class Trainer:
             with phase("sample"):
                 batch = next(self.loader)
                 key = np.asarray(self.state.key) ^ np.uint32(number)  # the rounds of a step draw apart
-                rollout = self.sampler(self.state.params, batch.tokens, batch.lengths, key, step)
+                history = self._proposed(batch)
+                rollout = self.sampler(self.state.params, batch.tokens, batch.lengths, key, step, history=history)
                 jax.block_until_ready(rollout)
+                self._remember(batch, rollout)
             with phase("reward"):
                 assert self.rewards is not None
                 stops = self.sampler.stop_tokens
@@ -327,6 +333,15 @@ class Trainer:
             if filled.add(jax.device_get(rollout), episodes):
                 break
         return *filled.take(), {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
+
+    def _proposed(self, batch: PromptBatch) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the sampler may propose."""
+        return None if self.history is None else self.history.of(batch.indices)
+
+    def _remember(self, batch: PromptBatch, rollout: Rollout) -> None:
+        """Keeps the completions, to be proposed when their prompts come again."""
+        if self.history is not None:
+            self.history.keep(batch.indices, *jax.device_get((rollout.completion, rollout.completion_lengths)))
 
     def _with_device_rewards(self, rollout: Rollout, episodes: Episodes) -> Episodes:
         assert self._score is not None
@@ -359,8 +374,10 @@ class Trainer:
         with phase("iteration"), jax.set_mesh(self.setup.mesh):
             batch = next(self.loader)
             given = [reward.params for reward in self.device_rewards]
-            done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference)
+            history = self._proposed(batch)
+            done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference, history)
             self.state, metrics, rollout, scores = done
+            self._remember(batch, rollout)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         episodes = unscored(rollout, batch).plus(*jax.device_get(scores)).first(self.config.samples_per_prompt)
         return Outcome(metrics | episodes.reward_metrics(), partial(episodes.samples, self.tokenizer))

@@ -99,19 +99,25 @@ def test_a_table_of_a_large_vocabulary_is_small_and_soon_made():
     assert texts.kinds.nbytes + texts.following.nbytes < 400_000
 
 
-@pytest.mark.parametrize("slots", [None, 4])
-def test_completions_end_with_a_stop_text(slots, tiny_config, lively_params, one_device, prompts, key):
-    """In both loops: the tokens, log-probs and all are those of completions that go on, up to that one."""
+@pytest.mark.parametrize(("slots", "speculate"), [(None, "off"), (4, "off"), (4, "history")])
+def test_completions_end_with_a_stop_text(slots, speculate, tiny_config, lively_params, one_device, prompts, key):
+    """In both loops: the tokens, log-probs and all are those of completions that go on, up to that one.
+
+    Also in the midst of what was proposed, which is how they go on.
+    """
     tokenizer = CharTokenizer("".join(map(chr, range(97, 97 + 62))))
     model = Transformer(tiny_config())
     params = lively_params(model)
 
     def rollout(stop: tuple[str, ...]) -> Any:
-        config = SamplingConfig(max_tokens=40, stop=stop, slots=slots)
+        config = SamplingConfig(max_tokens=40, stop=stop, slots=slots, speculate=speculate)
         given = {"group": 3, "stop_tokens": (1, 5), "mesh": one_device, "tokenizer": tokenizer}
-        return Sampler(model, config, **given)(params, *prompts, key, 0)
+        return Sampler(model, config, **given)(params, *prompts, key, 0, None, history)
 
+    history = None
     whole = rollout(())
+    if speculate == "history":
+        history = np.asarray(whole.completion), np.asarray(whole.completion_lengths)
     lengths = np.asarray(whole.completion_lengths)
     text = tokenizer.decode(np.asarray(whole.completion)[np.unravel_index(lengths.argmax(), lengths.shape)].tolist())
     stop = [text[4:6], text[1], text[9]]

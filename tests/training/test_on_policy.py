@@ -196,6 +196,25 @@ def test_packed_rows_may_resume(make, lean_whole: Trainer) -> None:
     assert_close(metrics_of(resumed), metrics_of(lean_whole))
 
 
+def test_speculation_changes_no_metric(make) -> None:
+    """Ten prompts in steps of four, with what they got in the last epoch; a run that goes on has nothing at first."""
+    plain = make("plain", training={"steps": 6})
+    plain.run()
+    speculating = {"slots": 3, "speculate": "history", "speculative_tokens": 2}
+    ours = make("ours", training={"steps": 6}, sampling=speculating)
+    ours.run()
+    assert ours.compilations.counts | CHECKSUMS == {"sample": 1, "update_step": 1} | CHECKSUMS
+    make("again", training={"steps": 4}, sampling=speculating).run()
+    resumed = make("again", training={"steps": 6}, sampling=speculating, resume=True)
+    resumed.run()
+    for trainer in (ours, resumed):
+        lines = metrics_of(trainer)
+        taken = [line.pop("sampling/tokens_per_pass") for line in lines]
+        assert all(rate >= 1 for rate in taken)
+        assert max(taken) > 1
+        assert_close(lines, metrics_of(plain))
+
+
 # ---- Resuming -----------------------------------------------------------------------------------------
 
 
@@ -428,8 +447,8 @@ def test_the_phases_are_timed_where_the_device_works(make) -> None:
     sample = trainer.sampler
     wait = jax.jit(lambda x: jax.pure_callback(lambda y: (time.sleep(0.2), y)[1], x, x))
 
-    def slow(*args: Any) -> Any:
-        rollout = sample(*args)
+    def slow(*args: Any, **more: Any) -> Any:
+        rollout = sample(*args, **more)
         return rollout.replace(completion_lengths=wait(rollout.completion_lengths))  # returns at once
 
     trainer.sampler = slow

@@ -119,11 +119,14 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> Metrics:
     """Metrics of a rollout with its rewards `[P, G]`, whatever the algorithm.
 
     All are of the samples that are trained on: not of greedy completions that are a baseline, but for `num_tokens`,
-    which counts what was computed.
+    which counts what was computed. Without speculation, tokens per pass are 1, and not told.
     """
-    lengths = rollout.completion_lengths
+    lengths, passes = rollout.completion_lengths, rollout.passes
     every = jnp.ones(rewards.shape, bool)
-    return {
+    speculation = {}
+    if passes is not None:
+        speculation["sampling/tokens_per_pass"] = Mean(jnp.sum(lengths), jnp.sum(passes))
+    return speculation | {
         "reward": Mean.of(rewards),
         "reward_std": Mean.of(jnp.sqrt(masked_var(rewards, every, axis=1))),
         "frac_reward_zero_std": Mean.of(zero_std_groups(rewards)),

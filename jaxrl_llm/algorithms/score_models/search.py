@@ -108,6 +108,7 @@ class BeamSearch:
             raise ValueError(f"at temperature 0 the {config.width} continuations of a beam would be the same one")
         if sampling.stop:
             raise ValueError(f"sampling.stop={sampling.stop!r}: a search ends texts by stop tokens alone; leave it out")
+        sampling.check_no_epochs("a beam search")
         both = set(separators) & set(stop_tokens)
         if both or not separators:
             raise ValueError(f"separators {separators} must be given, and be no stop tokens {stop_tokens}")

@@ -42,6 +42,7 @@ _SHOWN = {
     "completions/mean_length": "length",
     "completions/clipped_ratio": "clipped",
     "grad_norm": "grad_norm",
+    "sampling/tokens_per_pass": "tok/pass",
     "perf/frac_tokens_useful": "useful",
     "perf/tokens_per_second": "tok/s",
 }

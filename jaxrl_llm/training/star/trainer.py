@@ -189,6 +189,7 @@ class StarTrainer:
         star, problems, hinted = self.star, self.problems, self.hinted
         if star.samples > 1 and self.sampling.temperature == 0:
             raise ValueError(f"star.samples={star.samples} would all be equal: give sampling.temperature above 0")
+        self.sampling.check_no_epochs("STaR")
         if self._optimizer.schedule != "constant":
             raise ValueError(
                 f"optimizer.schedule={self._optimizer.schedule}: iterations differ in length, so it must be constant"

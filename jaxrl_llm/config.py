@@ -74,6 +74,9 @@ class ModelSource:
     attention: AttentionKernel = "auto"
     """How attention is computed in training: dense is fastest on short texts, blockwise and splash (TPU) need memory in
     proportion to tokens; auto chooses by platform and length."""
+    batch_invariant: bool = False
+    """Compute each token by itself, in sampler and learner alike, so that both give it the same log-prob, to the last
+    bit, in whatever batch (docs/on_policy.md). Several times slower; without adapters, on meshes of data and fsdp."""
     lora: LoraConfig = LoraConfig(rank=0)
     """Train low-rank adapters beside the weights, in place of these: --model.lora.rank=16."""
     adapters: str | None = None
@@ -98,6 +101,7 @@ class ModelSource:
             remat=self.remat,
             scan_layers=self.scan_layers,
             attention=self.attention,
+            batch_invariant=self.batch_invariant,
             lora=self.lora if self.lora.rank else None,
         )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
 from jaxrl_llm.logprobs import MIN_CHUNK, TokenScores, token_scores
+from jaxrl_llm.models.batch_invariant import of_rows, scores_of_states, with_plain_backward
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rows import Layout, layout_of
 from jaxrl_llm.models.transformer import Transformer
@@ -34,17 +36,34 @@ class Scorer:
 
     def of_hidden(self, params: Params, hidden: jax.Array, layout: Layout) -> TokenScores:
         """Scores of a layout's targets from the states that predict them."""
-        tokens = layout.targets
+        kept = None if layout.kept is None else layout.pack(layout.kept)
+        score = self._in_chunks
+        if self.policy.config.batch_invariant:
+            score = with_plain_backward(self._by_tile, score)
+        return score((hidden, self.policy.head(params)), layout.targets, kept)
+
+    def _in_chunks(self, trained: Any, tokens: jax.Array, kept: jax.Array | None) -> TokenScores:
+        hidden, head = trained
         return token_scores(
             hidden,
-            self.policy.head(params),
+            head,
             tokens,
             temperature=self.temperature,
             logit_softcap=self.policy.config.logit_softcap,
             known_tokens=self.policy.config.known_tokens,
-            kept=None if layout.kept is None else layout.pack(layout.kept),
+            kept=kept,
             chunk_size=_vocabulary_chunk(tokens.size),
         )
+
+    def _by_tile(self, trained: Any, tokens: jax.Array, kept: jax.Array | None) -> TokenScores:
+        """The same as the sampler's, to the bit."""
+
+        def on_device(head: jax.Array, *rows: Any) -> TokenScores:
+            project = functools.partial(self.policy.plain.project, head)
+            return scores_of_states(project, *rows, temperature=self.temperature)
+
+        hidden, head = trained
+        return of_rows(on_device, head.astype(hidden.dtype), hidden, tokens, kept)
 
 
 def _vocabulary_chunk(tokens: int) -> int | None:

@@ -175,8 +175,8 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(h, config) if config.qk_norm else None
         self.head_dim = h
 
-    def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps `[..., D]` to `[..., D]`, and returns the keys and values `[..., K, H]` it made.
+    def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[..., N, H]`, keys and values `[..., K, H]` of `[..., D]`.
 
         Without a rotation neither queries nor keys know their position. Where `tensor_heads` has repeated the weights
         of keys and values, K counts the repeated heads.
@@ -186,8 +186,11 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if turn is not None:
             key, query = rotate(key, turn), rotate(query, turn)
-        mixed = attention(query, key, value)
-        return self.output(mixed.reshape(*x.shape[:-1], -1)), (key, value)
+        return query, key, value
+
+    def gather(self, mixed: jax.Array) -> jax.Array:
+        """Maps what the heads give, `[..., N, H]`, to `[..., D]`."""
+        return self.output(mixed.reshape(*mixed.shape[:-2], -1))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         """`[..., N·H]` → `[..., N, H]`, whole heads on each device."""
@@ -238,10 +241,17 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
         """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values."""
         x = checkpoint_name(x, RESIDUAL)
-        mixed, projected = self.attention(_normed(x, self.attention_norm), turn, attention)
-        x = x + _normed(mixed, self.attention_post_norm)
-        mixed = self.mlp(_normed(x, self.mlp_norm))
-        return x + _normed(mixed, self.mlp_post_norm), projected
+        query, key, value = self.project(x, turn)
+        return self.finish(x, attention(query, key, value)), (key, value)
+
+    def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What comes before the attention, token by token: queries, keys and values."""
+        return self.attention.project(_normed(x, self.attention_norm), turn)
+
+    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """What comes after it: the residual stream with what attention `[..., N, H]` and MLP add to it."""
+        x = x + _normed(self.attention.gather(mixed), self.attention_post_norm)
+        return x + _normed(self.mlp(_normed(x, self.mlp_norm)), self.mlp_post_norm)
 
 
 def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:

@@ -191,6 +191,9 @@ class ModelConfig:
     """How attention is computed in training: with all scores in memory (`dense`: fastest on short texts), in blocks in
     plain JAX (`blockwise`), by a TPU kernel (`splash`; `splash_interpret` runs it anywhere, slowly). `auto` chooses by
     platform and length."""
+    batch_invariant: bool = False
+    """Compute each token by itself, in the same order of sums in sampler and learner (`batch_invariant.py`): then the
+    log-probs of both are the same numbers, to the last bit, in whatever batch. Slower; gradients are the usual ones."""
     known_tokens: int | None = None
     """Ids from here on are impossible: the embedding is longer than the tokenizer. `None`: all V are possible."""
     lora: LoraConfig | None = None
@@ -222,8 +225,29 @@ class ModelConfig:
                 "gradient_sums=bfloat16 would round gradients that dtype=float32 asks to be exact: set dtype=bfloat16, "
                 "or leave it out"
             )
+        if self.batch_invariant:
+            self._check_batch_invariant()
         if self.lora is not None and not self.lora.rank:
             raise ValueError("ModelConfig.lora has rank 0: give adapters a rank, or set lora=None")
+
+    def _check_batch_invariant(self) -> None:
+        """Raises where numbers could not be the same, or a setting would have no effect."""
+        way_out = "leave out one of them and model.batch_invariant"
+        if self.lora is not None:
+            raise ValueError(
+                f"model.batch_invariant=True with adapters (rank {self.lora.rank}): the sampler merges them into the "
+                f"weights, and the learner does not; {way_out}"
+            )
+        if self.remat != "full":
+            raise ValueError(
+                f"model.remat={self.remat!r} would have no effect: with model.batch_invariant the backward pass finds "
+                "the layers' inputs alone; pass --model.remat=full"
+            )
+        if self.attention != "auto":
+            raise ValueError(
+                f"model.attention={self.attention!r}: with model.batch_invariant attention has an order of its own; "
+                "pass --model.attention=auto"
+            )
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

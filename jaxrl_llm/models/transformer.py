@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxrl_llm.logprobs import IMPOSSIBLE
+from jaxrl_llm.models import batch_invariant as invariant
 from jaxrl_llm.models.attention import KeyValue, Visibility
 from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
@@ -96,6 +97,8 @@ class Transformer:
             ValueError: the mesh does not divide a parameter, or its `tensor` axis not the query heads; names both.
         """
         kv_heads_on(self.config, mesh)
+        if self.config.batch_invariant:
+            invariant.check_mesh(mesh)
         return parameter_shardings(mesh, self.logical_axes(), self.abstract_params())
 
     # ---------------------------------------------------------------- layers
@@ -116,6 +119,11 @@ class Transformer:
         return Transformer(dataclasses.replace(self.config, known_tokens=count))
 
     @functools.cached_property
+    def plain(self) -> Transformer:
+        """The model whose programs are free in the order of sums."""
+        return Transformer(dataclasses.replace(self.config, batch_invariant=False))
+
+    @functools.cached_property
     def base(self) -> Transformer:
         """The model without adapters."""
         return Transformer(dataclasses.replace(self.config, lora=None))
@@ -124,11 +132,15 @@ class Transformer:
         """The parameters of each layer, cut out of the stacked ones."""
         return self.stack.each(params["layers"])
 
-    def block(self, layer_params: Params, kind: LayerKind) -> Block:
+    def block(self, layer_params: Params, kind: LayerKind) -> Block | invariant.TiledBlock:
         """The block of a layer of some kind, its parameters in it, on each device whole heads.
 
         Without adapters it is the base's.
         """
+        if self.config.batch_invariant:
+            block = self.plain.block(self._in_compute_type(layer_params), kind)
+            assert isinstance(block, Block)
+            return invariant.TiledBlock(block, self.config.dtype)
         plain = self.config.lora is not None and not has_adapters(layer_params)
         return nnx.merge(
             _definition((self.base if plain else self).config, kind), with_whole_heads(layer_params, self.config)
@@ -136,6 +148,8 @@ class Transformer:
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:
         """The last norm, after the layers."""
+        if self.config.batch_invariant:
+            return invariant.token_by_token(self.plain.norm)({"final_norm": params["final_norm"]}, x)
         return nnx.merge(nnx.split(nnx.eval_shape(lambda: RMSNorm(x.shape[-1], self.config)))[0], params["final_norm"])(
             x
         )
@@ -157,7 +171,18 @@ class Transformer:
     def rotations(self, positions: jax.Array) -> dict[RopeConfig | None, Rotation | None]:
         """Rotary angles of `positions` for each rotary embedding that layers have."""
         ropes = dict.fromkeys(kind.rope for kind in self.config.layer_kinds)
-        return {rope: None if rope is None else rotation(rope, self.config.head_dim, positions) for rope in ropes}
+
+        def one(rope: RopeConfig) -> Rotation:
+            of_positions = functools.partial(rotation, rope, self.config.head_dim)
+            if self.config.batch_invariant:
+                return invariant.numbers_by_tile(of_positions, positions)
+            return of_positions(positions)
+
+        return {rope: None if rope is None else one(rope) for rope in ropes}
+
+    def residual(self, x: jax.Array) -> jax.Array:
+        """Embeddings in the type that the residual stream has: on CPUs float32, see `run_layers`."""
+        return x.astype(jnp.float32) if on_cpu() else x
 
     def run_layers(
         self,
@@ -181,21 +206,73 @@ class Transformer:
             make_attention: the layer's window → its attention.
             collect: also return the keys and values of all layers, stacked on axis 0.
         """
-        # A table, since XLA's CPU compiler takes sines into the loops of every layer, and then does not vectorise them.
-        table = self.rotations(jnp.arange(x.shape[1]))
-        turns = jax.tree.map(lambda angles: jnp.take(angles, positions, axis=0, mode="clip"), list(table.values()))
-        turn = dict(zip(table, turns, strict=True))
+        turn = self._turns(positions, x.shape[1])
 
         def step(x: jax.Array, params: Params, layer: Layer) -> tuple[jax.Array, KeyValue | None]:
             kind = layer.kind
-            x, projected = self.block(params, kind)(x, turn[kind.rope], make_attention(kind.window))
-            x = constrain(x, "rows", "time", None)
-            return x, KeyValue.of(*projected) if collect else None
+            return self._layer(params, kind, x, turn[kind.rope], make_attention(kind.window), collect)
 
-        wrap, given = functools.partial(rematerialised, self.config.remat), x.dtype
-        x = x.astype(jnp.float32) if on_cpu() else x
+        wrap, given, x = functools.partial(rematerialised, self.config.remat), x.dtype, self.residual(x)
         made = self.stack.scan(step, x, params["layers"], wrap, in_loops=self.config.scan_layers)
         return jax.tree.map(lambda x: x.astype(given), made)
+
+    def _turns(self, positions: jax.Array, length: int) -> dict[RopeConfig | None, Rotation | None]:
+        """`rotations` of positions below `length`."""
+        # A table, since XLA's CPU compiler takes sines into the loops of every layer, and then does not vectorise them.
+        table = self.rotations(jnp.arange(length))
+        turns = jax.tree.map(lambda angles: jnp.take(angles, positions, axis=0, mode="clip"), list(table.values()))
+        return dict(zip(table, turns, strict=True))
+
+    def _layer(
+        self, params: Params, kind: LayerKind, x: jax.Array, turn: Rotation | None, attention: Attend, collect: bool
+    ) -> tuple[jax.Array, KeyValue | None]:
+        x, projected = self.block(params, kind)(x, turn, attention)
+        x = constrain(x, "rows", "time", None)
+        return x, KeyValue.of(*projected) if collect else None
+
+    def _run_alike(
+        self, params: Params, rows: TokenRows, visible: Visibility, *, collect: bool
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """`run_layers` with numbers that do not depend on the rows, and the gradient that `plain` has at them."""
+
+        def of_kind(kind: LayerKind) -> Callable[..., tuple[jax.Array, KeyValue | None]]:
+            attend = {"window": kind.window, "softcap": self.config.attention_softcap}
+
+            def on_device(
+                params: Params, x: jax.Array, depth: jax.Array, visible: Visibility
+            ) -> tuple[jax.Array, KeyValue | None]:
+                turn = self._turns(depth, x.shape[1])[kind.rope]
+                attention = functools.partial(invariant.attend_rows, visible=visible, **attend)
+                return self._layer(params, kind, x, turn, attention, collect)
+
+            def exact(trained: Any, depth: jax.Array, visible: Visibility) -> tuple[jax.Array, KeyValue | None]:
+                params, x = trained
+                return invariant.of_rows(on_device, self._in_compute_type(params), x, depth, visible)
+
+            def plain(trained: Any, depth: jax.Array, visible: Visibility) -> tuple[jax.Array, KeyValue | None]:
+                params, x = trained
+                turn = self.plain._turns(depth, x.shape[1])[kind.rope]
+                usual = functools.partial(attention, visible=visible, shared=rows.shared, **attend)
+                return self.plain._layer(params, kind, x, turn, usual, collect)
+
+            return invariant.with_plain_backward(exact, plain)
+
+        def step(x: jax.Array, params: Params, layer: Layer) -> tuple[jax.Array, KeyValue | None]:
+            return of_kind(layer.kind)((params, x), rows.depth, visible)
+
+        x = self.embed(params, rows.tokens)
+        made, memory = self.stack.scan(
+            step, self.residual(x), params["layers"], lambda layer, **_: layer, in_loops=self.config.scan_layers
+        )
+        return made.astype(x.dtype), memory
+
+    def _in_compute_type(self, params: Params) -> Params:
+        """Parameters as products read them; scales of norms in float32."""
+
+        def one(path: Any, leaf: jax.Array) -> jax.Array:
+            return leaf.astype(jnp.float32 if path[-1].key == "scale" else self.config.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     # ---------------------------------------------------------------- forward passes
 
@@ -213,6 +290,8 @@ class Transformer:
             x, memory = self.read(params, rows.dealt(order), collect=collect)
             return x[:, back], memory and KeyValue(memory.key[..., back], memory.value[..., back, :])
         visible = Visibility.of_rows(rows.depth, rows.end, rows.place)
+        if self.config.batch_invariant:
+            return self._run_alike(params, rows, visible, collect=collect)
 
         def make_attention(window: int | None) -> Attend:
             return functools.partial(
@@ -282,6 +361,9 @@ class Transformer:
 
     def project(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
         """`head_logits` with the weight `[V, D]` itself."""
+        if self.config.batch_invariant:
+            project = functools.partial(self.plain.project, head.astype(hidden.dtype))
+            return invariant.numbers_by_tile(project, hidden, axes=1)
         logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
         cap, known = self.config.logit_softcap, self.config.known_tokens
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.models import batch_invariant
 from jaxrl_llm.models.attention import KeyValue
 from jaxrl_llm.sharding import on_cpu
 
@@ -356,6 +357,33 @@ def attend_in_flight(
     so_far = jax.lax.fori_loop(0, walk.own_count, visit_own, so_far)
     mixed = so_far.result.reshape(count, kv_heads, queries, -1, head_dim)
     return jnp.moveaxis(mixed, 1, 2).reshape(query.shape).astype(query.dtype)
+
+
+def read_by_depth(
+    memory: Memory, layer: jax.Array | int, slots: Slots, sizes: Sizes
+) -> Callable[[jax.Array], Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
+    """How `attend_by_depth` reads the text of each slot: its prompt and, after it, its own tokens and drafts."""
+    ring, last = memory.own.key.shape[1], sizes.slots - 1
+
+    def of_tile(first: jax.Array) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        slot = jnp.minimum((first + jnp.arange(batch_invariant.tile_tokens())) // (1 + sizes.drafts), last)
+        place, length, start = (x[slot][:, None] for x in slots[1:])
+
+        def read(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            keys = batch_invariant.block_keys()
+            depth = index * keys + jnp.arange(keys)
+            page, within = jnp.divmod(jnp.minimum(depth, sizes.prompt_pages * sizes.page - 1), sizes.page)
+            number, offset = jnp.divmod(jnp.maximum(start + depth - length, 0), sizes.page)
+            of_prompt, own = (layer, place, page), (layer, number % ring, slot[:, None])
+            is_prompt, heads, (prompts, mine) = (depth < length)[..., None, None], slice(None), memory
+            return (
+                jnp.where(is_prompt, prompts.key[(*of_prompt, ..., within)], mine.key[(*own, ..., offset)]),
+                jnp.where(is_prompt, prompts.value[(*of_prompt, heads, within)], mine.value[(*own, heads, offset)]),
+            )
+
+        return read
+
+    return of_tile
 
 
 def _by_prompt(x: jax.Array, alike: int) -> jax.Array:

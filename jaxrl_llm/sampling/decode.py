@@ -78,7 +78,7 @@ def sample(
     slots = min(config.slots or of_device, of_device)
     # Where a product costs less than what surrounds it, few large ones are faster than pages.
     in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(model.layers(params)[0]))
-    if slots == of_device and in_one_product and not config.drafts:
+    if slots == of_device and in_one_product and not (config.drafts or model.config.batch_invariant):
         sampled = sample_together(model, params, wanted, config=config, kept=kept, **stops)
     else:
         in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers

@@ -88,8 +88,24 @@ class Sampler:
         self.mesh, self._own_mesh = mesh, sampling_mesh(mesh, config.tensor)
         model.shardings(self._own_mesh)  # raises if there are none
         self.dtype = jnp.dtype(dtype or model.config.dtype)
+        if model.config.batch_invariant:
+            self._check_batch_invariant()
         self._axes = without_adapters(model.logical_axes())
         self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
+
+    def _check_batch_invariant(self) -> None:
+        """Raises ValueError for settings with which its numbers would not be the learner's."""
+        own = self.model.config.dtype
+        if self.dtype != jnp.dtype(own):
+            raise ValueError(
+                f"dtype={self.dtype.name}: with model.batch_invariant the sampler computes in the learner's type, "
+                f"{own}; leave it out"
+            )
+        if self.config.attention != "auto":
+            raise ValueError(
+                f"sampling.attention={self.config.attention!r}: with model.batch_invariant attention has an order of "
+                "its own; pass --sampling.attention=auto"
+            )
 
     def __call__(
         self,

@@ -19,14 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.models.batch_invariant import attend_by_depth
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rope import Rotation
 from jaxrl_llm.models.stack import Layer, Run
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import slot_attention
-from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, page_tokens
+from jaxrl_llm.sampling.caches import Memory, Sizes, Slots, page_tokens, read_by_depth
 from jaxrl_llm.sampling.drafts import propose
-from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw, scored_alike
 from jaxrl_llm.sampling.sampled import Sampled, Wanted
 from jaxrl_llm.sampling.stop_texts import StopTexts, stops
 from jaxrl_llm.sampling.weights import Weights, in_loop
@@ -175,13 +176,15 @@ def sample_in_flight(
         def step(_: jax.Array, state: _Loop) -> _Loop:
             drafts = _propose(state, view, history, config.drafts)
             hidden, memory = _decode(model, params, batch, state, drafts, view, walks, sizes, attention.attend)
-            head = model.head(params) if batch.weights is None else in_loop(batch.weights.head)
+            head = model.head(params) if batch.weights is None else in_loop(model, batch.weights.head)
             logits = model.project(head, hidden)
             at = jnp.minimum(state.sample, number - 1)[:, None]
             uniform, *settings = batch.completions
             greedy, limits = jax.tree.map(lambda x: x[at], settings)
             time = state.time[:, None] + 1 + jnp.arange(ahead)
             drawn = draw(uniform[at, time], logits, config, greedy=greedy)
+            if model.config.batch_invariant:
+                drawn = scored_alike(drawn, logits, config, keeps_mask=kept > 0)
             return _record(state._replace(memory=memory), drawn, drafts, view, stop_tokens, stop_texts, limits)
 
         return jax.lax.fori_loop(0, steps, step, state)
@@ -375,20 +378,23 @@ def _decode(
                 own = own.with_stretches(layer.number, key, value, clock)
             else:
                 own = own.with_tokens(layer.number, key[:, 0], value[:, 0], state.clock)
+            if model.config.batch_invariant:
+                read, kv_heads = read_by_depth(own, layer.number, view, sizes), key.shape[-2]
+                return attend_by_depth(query, position, read, kv_heads=kv_heads, window=window, softcap=softcap)
             walk = walks[window]
             return attend(query, own, layer.number, view, walk, clock, sizes, window=window, softcap=softcap)
 
         x, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
         return (constrain(x, None, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None
 
-    carry = model.embed(params, token), state.memory
+    x = model.embed(params, token)
+    carry = model.residual(x) if model.config.batch_invariant else x, state.memory
     if batch.weights is None:
         carry, _ = model.stack.scan(step, carry, params["layers"], lambda layer, **_: layer, in_loops=True)
     else:
         for number, (weights, kind) in enumerate(zip(batch.weights.layers, model.config.kinds, strict=True)):
-            carry, _ = step(carry, in_loop(weights), Layer(kind, number, 0))
-    x, memory = carry
-    hidden = model.norm(params, x)
+            carry, _ = step(carry, in_loop(model, weights), Layer(kind, number, 0))
+    hidden, memory = model.norm(params, carry[0].astype(x.dtype)), carry[1]
     of_prompt = ((state.time < 0)[:, None] & (jnp.arange(token.shape[1]) == 0))[..., None]
     return jnp.where(of_prompt, state.state[view.place].astype(x.dtype)[:, None], hidden), memory
 

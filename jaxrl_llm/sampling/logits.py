@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.checks import check_fields, count, one_of
 from jaxrl_llm.logprobs import IMPOSSIBLE
+from jaxrl_llm.models.batch_invariant import scores_by_tile
 
 SlotAttention = Literal["auto", "xla", "pallas", "pallas_interpret"]
 Speculate = Literal["off", "prompt", "history"]
@@ -213,6 +214,21 @@ def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig, *, greed
     if config.temperature == 1 and not config.truncates:
         return Draw(token, sampler_logprob, sampler_logprob)
     return Draw(token, _gather(logits, token) - jax.nn.logsumexp(logits, axis=-1), sampler_logprob, kept)
+
+
+def scored_alike(drawn: Draw, logits: jax.Array, config: SamplingConfig, *, keeps_mask: bool) -> Draw:
+    """What was drawn from `[N, V]`, with the log-probs that a batch-invariant learner gives it, to the bit.
+
+    Those of a truncated distribution only with the mask, without which no learner scores by it.
+    """
+    of_model = scores_by_tile(logits, drawn.token).logprobs
+    if config.greedy or (config.truncates and not keeps_mask):
+        return drawn._replace(logprob=of_model)
+    if config.temperature == 1 and not config.truncates:
+        return drawn._replace(logprob=of_model, sampler_logprob=of_model)
+    kept = drawn.kept if config.truncates else None
+    scores = scores_by_tile(logits, drawn.token, kept, temperature=config.temperature)
+    return drawn._replace(logprob=of_model, sampler_logprob=scores.logprobs)
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -101,7 +101,7 @@ def sample_together(
 
     def step(_: jax.Array, state: _Loop) -> _Loop:
         hidden, cache = _decode(model, params, prompts, state)
-        return record(state._replace(cache=cache), model.project(in_loop(prompts.weights.head), hidden))
+        return record(state._replace(cache=cache), model.project(in_loop(model, prompts.weights.head), hidden))
 
     def until(last: int, state: _Loop) -> _Loop:
         """Up to the token with this index."""
@@ -225,6 +225,6 @@ def _decode(
             softcap = model.config.attention_softcap
             return attend_shared(query[:, :, None], memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
 
-        x, _ = model.block(in_loop(weights), kind)(x, turns[kind.rope], attention)
+        x, _ = model.block(in_loop(model, weights), kind)(x, turns[kind.rope], attention)
         x = constrain(x, "rows", None, None)
     return model.norm(params, x), tuple(caches)

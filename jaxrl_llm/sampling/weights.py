@@ -25,15 +25,17 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, model: Transformer, params: Params) -> Weights:
-        """Those of a model."""
+        """Those of a model; of one that is batch-invariant as they are, since products of turned ones sum otherwise."""
+        if model.config.batch_invariant:
+            return cls(tuple(model.layers(params)), model.head(params))
         # Without the barrier XLA would undo the turning.
         layers, head = jax.lax.optimization_barrier((_turn(model.layers(params)), _turn(model.head(params))))
         return cls(tuple(layers), head)
 
 
-def in_loop(weights: WeightsT) -> WeightsT:
+def in_loop(model: Transformer, weights: WeightsT) -> WeightsT:
     """Weights of `Weights` as they were given, for use in the loop."""
-    return _turn(weights)
+    return weights if model.config.batch_invariant else _turn(weights)
 
 
 def _turn(weights: WeightsT) -> WeightsT:

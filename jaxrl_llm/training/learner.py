@@ -179,6 +179,11 @@ def make_learner(
                 "optimizer.offload=True would have no effect: a trust region has no moments; pass "
                 "--optimizer.no-offload"
             )
+        case PolicyGradient() if policy.config.batch_invariant:
+            raise ValueError(
+                "model.batch_invariant=True does not go with a trust region, which takes derivatives of derivatives: "
+                "leave it out"
+            )
         case PolicyGradient() if algorithm.keeps_mask:
             raise ValueError(
                 "algorithm.keep_sampling_mask=True does not go with a trust region, whose divergence is over all "

@@ -85,3 +85,17 @@ def device_peak_gib() -> float | None:
     """The most memory that was in use on the first device; `None` where the backend does not count, as on CPUs."""
     counted = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return None if counted is None else round(counted / 2**30, 3)
+
+
+def copy_bandwidth(gib: float, *, copies: int = 8, repeats: int = 5) -> float:
+    """GB per second that the first device reads and writes: of an array of so many GiB, to which one is added."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    array = jax.block_until_ready(add(jnp.zeros(max(1, round(gib * 2**28)), jnp.float32)))
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(copies):  # one after another, so that starting them takes no time
+            array = add(array)
+        array.block_until_ready()
+        taken.append(time.perf_counter() - began)
+    return round(2e-9 * array.nbytes * copies / min(taken), 1)

@@ -44,7 +44,7 @@ def pages_of(
         sizes: of the memory.
         slots: what they decode.
         clock: `[S]`.
-        steps: tokens, B at most.
+        steps: tokens.
         window: how many tokens a query sees, its own included; `None`: all.
         near: slots of a unit, see `neighbours`.
         at_a_time: pages of a step.
@@ -53,11 +53,12 @@ def pages_of(
         ValueError: the list does not fit the scalar memory.
     """
     page, ring = sizes.page, sizes.ring(window)
-    most = sizes.slots // near * -(-near * (sizes.prompt_pages + ring + 1) // at_a_time) * at_a_time
+    own_pages = ring + 1 + (steps - 1) // page  # steps may begin new ones
+    most = sizes.slots // near * -(-near * (sizes.prompt_pages + own_pages) // at_a_time) * at_a_time
     if most > _MOST_PAGES:
         raise ValueError(
-            f"{sizes.slots} slots of {sizes.prompt_pages} + {ring + 1} pages of {page} tokens: a list of {most} pages, "
-            f"of which the kernel can hold {_MOST_PAGES}; use fewer sampling.slots or sampling.attention='xla'"
+            f"{sizes.slots} slots of {sizes.prompt_pages} + {own_pages} pages of {page} tokens: a list of {most} "
+            f"pages, of which the kernel can hold {_MOST_PAGES}; use fewer sampling.slots or sampling.attention='xla'"
         )
 
     def by_unit(x: jax.Array) -> jax.Array:
@@ -76,7 +77,7 @@ def pages_of(
     prompt = place[..., None] * 2**16 + number
 
     first = slots.start if window is None else jnp.maximum(slots.start, clock - window + 1)
-    written = (first // page)[:, None] + jnp.arange(ring + 1)  # a step may begin a new one
+    written = (first // page)[:, None] + jnp.arange(own_pages)
     own = slots.active[:, None] & (written <= ((clock + steps - 1) // page)[:, None])
     where = -1 - (written % ring * 2**16 + jnp.arange(sizes.slots)[:, None])
 

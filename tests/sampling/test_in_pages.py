@@ -51,11 +51,11 @@ def seen(sizes: Sizes, slots: Slots, clock: np.ndarray, steps: int, window: int 
     return pages
 
 
-@pytest.mark.parametrize(("near", "at_a_time"), [(1, 3), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("near", "at_a_time", "steps"), [(1, 3, 3), (4, 2, 11), (8, 1, 1)])
 @pytest.mark.parametrize("window", [None, 5, 21])
-def test_pages_are_those_in_which_a_slot_sees_something(near, at_a_time, window):
+def test_pages_are_those_in_which_a_slot_sees_something(near, at_a_time, steps, window):
     """Each once for all neighbours; a unit that sees nothing has an empty step."""
-    sizes, steps = Sizes(page=4, block=2, alike=1, slots=8, places=3, prompt_pages=4, tokens=30, drafts=0), 3
+    sizes = Sizes(page=4, block=2, alike=1, slots=8, places=3, prompt_pages=4, tokens=30, drafts=0)
     slots, clock = drawn(np.random.default_rng(0), sizes, 30 - steps)
     pages = jax.jit(lambda slots, clock: pages_of(sizes, slots, clock, steps, window, near=near, at_a_time=at_a_time))(
         slots, clock

@@ -19,7 +19,7 @@ PACKAGE = "jaxrl_llm"
 
 ROOMS = (
     ("checks", "masking", "sharding"),
-    ("logprobs", "records"),
+    ("device_memory", "logprobs", "records"),
     ("losses",),
     ("advantages", "types"),
     ("models",),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -37,14 +36,15 @@ from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
+from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
-from jaxrl_llm.models.lora import has_adapters, in_compute_type
+from jaxrl_llm.models.lora import abstract_reference, has_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig, SlotAttention
 from jaxrl_llm.sampling.traffic import spread, traffic
-from jaxrl_llm.sharding import HOST, MeshConfig, make_mesh, replicated, sampling_mesh
+from jaxrl_llm.sharding import MeshConfig, make_mesh, replicated, sampling_mesh
 from jaxrl_llm.types import Rollout
 
 GIB = 2**30
@@ -91,8 +91,8 @@ class Plan:
     """Tp, tokens of the longest prompt."""
     completion_tokens: int = 1024
     """Tc, tokens of the longest completion."""
-    slots: int | None = None
-    """Completions that are decoded at a time on a device; `None`: all."""
+    slots: int | Literal["auto"] | None = "auto"
+    """Completions that are decoded at a time on a device; `auto`: as many as fit, `None`: all."""
     sampling_tensor: int | None = None
     """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
     sampling_attention: SlotAttention = "auto"
@@ -177,19 +177,23 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     )
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
-    reference = None
-    if needed:
-        kept = jax.eval_shape(functools.partial(in_compute_type, dtype=model.config.dtype), state.params)
-        reference = jax.tree.map(
-            lambda leaf, kept: jax.ShapeDtypeStruct(leaf.shape, kept.dtype, sharding=leaf.sharding), state.params, kept
-        )
+    reference = abstract_reference(state.params, model.config.dtype) if needed else None
 
     p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
     prompt, lengths = array(p, plan.prompt_tokens), array(p)
     settings = SamplingConfig(
         max_tokens=tc, slots=plan.slots, tensor=plan.sampling_tensor, attention=plan.sampling_attention
     )
-    sampler = Sampler(model, settings, group=g, stop_tokens=(0,), mesh=mesh)
+    limit = HBM_GIB.get(mesh.devices.flat[0].device_kind)
+    sampler = Sampler(
+        model,
+        settings,
+        group=g,
+        stop_tokens=(0,),
+        mesh=mesh,
+        resident=bytes_per_device((state, reference)),
+        memory=None if limit is None else limit * GIB,
+    )
     sampler.check_length(plan.prompt_tokens)
     sample = jax.jit(sampler.sample, out_shardings=whole)
     rollout = Rollout(
@@ -203,14 +207,14 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     )
     step = make_update_step(model, optimizer, plan.algorithm, plan.update)
     update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+    arguments = state.params, prompt, lengths, state.key, array()
+    remarks = []
+    if "sampler" in plan.programs and plan.slots is not None:
+        slots = sampler.slots(p, plan.prompt_tokens)
+        chosen = sampler.how_slots_are_chosen(p, plan.prompt_tokens)
+        remarks = [*filter(None, [chosen and " " + chosen]), what_a_token_reads(plan, model, mesh, slots)]
     programs = [
-        Program(
-            "sampler",
-            sample,
-            (state.params, prompt, lengths, state.key, array()),
-            (state.opt_state, reference),
-            "" if plan.slots is None else what_a_token_reads(plan, model, mesh, plan.slots),
-        ),
+        Program("sampler", sample, arguments, (state.opt_state, reference), "\n".join(remarks)),
         Program("update", update, (state, rollout, array(p, g, dtype=jnp.float32), reference), ()),
     ]
     return [program for program in programs if program.name in plan.programs]
@@ -234,12 +238,6 @@ def what_a_token_reads(plan: Plan, model: Transformer, mesh: Mesh, slots: int) -
     weights = read[plan.sampling_attention].weights / GIB
     texts = f"{slots} texts of {plan.prompt_tokens} + 1 to {written.max()} tokens"
     return f"  a token reads {weights:.2f} GiB of weights and, of {texts}, {pages} of keys and values"
-
-
-def bytes_per_device(arrays: Any) -> int:
-    """What abstract arrays with shardings take on one device, without padding; none in the host's memory."""
-    near = (x for x in jax.tree.leaves(arrays) if x.sharding.memory_kind != HOST)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in near)
 
 
 # ---- Compiling and telling -----------------------------------------------------------------------

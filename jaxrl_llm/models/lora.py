@@ -150,6 +150,14 @@ def in_compute_type(params: Params, dtype: DType) -> Params:
     return jax.tree.map_with_path(one, params)
 
 
+def abstract_reference(params: Params, dtype: DType) -> Params:
+    """Shapes, types and shardings of a whole reference, which `start_reference` makes of such abstract parameters."""
+    kept = jax.eval_shape(lambda params: in_compute_type(params, dtype), params)
+    return jax.tree.map(
+        lambda leaf, kept: jax.ShapeDtypeStruct(leaf.shape, kept.dtype, sharding=leaf.sharding), params, kept
+    )
+
+
 def _like(tree: Any, part: Any) -> Any:
     """The entries of a tree that a part of it has."""
     return {name: _like(tree[name], part[name]) for name in part} if isinstance(part, dict) else tree

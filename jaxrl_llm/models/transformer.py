@@ -75,6 +75,18 @@ class Transformer:
         """Shapes and types of the parameters."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
+    def abstract_params_on(self, mesh: Mesh) -> Params:
+        """Shapes, types and shardings of the parameters on a mesh.
+
+        Raises:
+            ValueError: as `shardings`.
+        """
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.abstract_params(),
+            self.shardings(mesh),
+        )
+
     def logical_axes(self) -> Params:
         """Logical axis names of each parameter: the tree of `init` with tuples as leaves."""
 

@@ -12,7 +12,7 @@ list of them (`Walk`) is made every few tokens, for all layers with the same win
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -96,6 +96,11 @@ class Sizes(NamedTuple):
         """Pages that a slot has for its own tokens in a layer: for the longest completion, or for a window."""
         seen = self.tokens if window is None else min(self.tokens, window)
         return -(-(seen + self.drafts) // self.page) + 1
+
+    def bytes(self, windows: Iterable[int | None], value: jax.ShapeDtypeStruct) -> int:
+        """Of the `Memory` of layers with these windows, of a `value` `[K, H]` a token."""
+        pages = sum(self.places * self.prompt_pages + self.slots * self.ring(window) for window in windows)
+        return pages * self.page * 2 * value.size * value.dtype.itemsize
 
 
 def _up(x: int, unit: int) -> int:

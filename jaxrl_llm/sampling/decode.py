@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,35 @@ def row_keys(key: jax.Array, prompt_index: jax.Array, group: int) -> jax.Array:
     return jax.vmap(of_prompt)(prompt_index)
 
 
+class Loop(NamedTuple):
+    """Which loop decodes."""
+
+    slots: int
+    """Completions that are decoded at a time on a device."""
+    together: bool
+    """That of `together.py`, and not that of `in_flight.py`."""
+    in_loops: bool
+    """Layers are compiled as loops, see `Stack`; in `together.py` they never are."""
+
+    @classmethod
+    def of(cls, model: Transformer, layer: Params, config: SamplingConfig, *, slots: int, completions: int) -> Loop:
+        """The loop for some of a device's completions.
+
+        Args:
+            model: the transformer.
+            layer: parameters of one layer, abstract or not.
+            config: longest completion, and whether layers are scanned.
+            slots: completions that are decoded at a time.
+            completions: of a device.
+        """
+        # Where a product costs less than what surrounds it, few large ones are faster than pages.
+        in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(layer))
+        if slots == completions and in_one_product and not (config.drafts or model.config.batch_invariant):
+            return cls(slots, True, False)
+        in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
+        return cls(slots, False, in_loops)
+
+
 def sample(
     model: Transformer,
     params: Params,
@@ -45,6 +75,7 @@ def sample(
     config: SamplingConfig,
     stop_tokens: tuple[int, ...],
     stop_texts: StopTexts | None = None,
+    slots: int | None = None,
     greedy: jax.Array | None = None,
     limits: jax.Array | None = None,
     kept: int = 0,
@@ -59,9 +90,10 @@ def sample(
         prompt_lengths: `[P]` int32, each at least 1.
         keys: `[P, G]` PRNG keys, see `row_keys`.
         mesh: the devices, whose abstract mesh is the ambient one.
-        config: distribution, longest completion, slots.
+        config: distribution and longest completion; of its slots nothing is read.
         stop_tokens: ids that end a completion; the one drawn is part of it.
         stop_texts: texts that do, with the token that completes one; `None`: none.
+        slots: completions that are decoded at a time on a device; `None`: all.
         greedy: `[P, G]` bool: completions that are decoded greedily instead; `None`: none.
         limits: `[P, G]` int: the most tokens of each completion, 1 to Tc; `None`: Tc.
         kept: how many ids are written down of those that each token was drawn from: `config.top_k`, or 0.
@@ -73,17 +105,15 @@ def sample(
     """
     wanted = Wanted(prompt, prompt_lengths, uniforms(keys, config.max_tokens), greedy, limits, history)
     wanted = jax.tree.map(jnp.asarray, wanted)
-    of_device = keys.size // row_shards()
     stops = {"stop_tokens": stop_tokens, "stop_texts": stop_texts}
-    slots = min(config.slots or of_device, of_device)
-    # Where a product costs less than what surrounds it, few large ones are faster than pages.
-    in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(model.layers(params)[0]))
-    if slots == of_device and in_one_product and not (config.drafts or model.config.batch_invariant):
+    completions = keys.size // row_shards()
+    slots = min(slots or completions, completions)
+    loop = Loop.of(model, model.layers(params)[0], config, slots=slots, completions=completions)
+    if loop.together:
         sampled = sample_together(model, params, wanted, config=config, kept=kept, **stops)
     else:
-        in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
         decode = functools.partial(
-            sample_in_flight, model, slots=slots, in_loops=in_loops, config=config, kept=kept, **stops
+            sample_in_flight, model, slots=slots, in_loops=loop.in_loops, config=config, kept=kept, **stops
         )
         sampled = _on_each_device(lambda *given, **rows: decode(*given, **rows)[0], mesh)(params, wanted)
         sampled = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), sampled)

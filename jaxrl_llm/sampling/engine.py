@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.device_memory import readable, smallest_device_memory
 from jaxrl_llm.models.config import DType, Params
 from jaxrl_llm.models.lora import merge_adapters, without_adapters
 from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys, sample
+from jaxrl_llm.sampling.footprint import Batch, Footprint
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.stop_texts import StopTexts
 from jaxrl_llm.sharding import (
@@ -46,6 +48,10 @@ class Sampler:
         greedy: decode one more completion of each prompt greedily, in the same program; it is the last of its group.
         tokenizer: of the model, where `config.stop` has texts: they are found in the bytes of its tokens.
         keep_mask: write down which tokens each was drawn from (`Rollout.kept`).
+        resident: bytes that are taken on each device while it samples, the parameters included, for `slots="auto"`;
+            `None`: the parameters alone.
+        memory: bytes that each device has, for `slots="auto"`; `None`: the devices are asked, and processes agree on
+            the least that one of them has, so that all must make the sampler.
 
     Raises:
         ValueError: these do not fit together, the bytes of tokens are not known, or the model's heads and parameters
@@ -64,6 +70,8 @@ class Sampler:
         greedy: bool = False,
         tokenizer: Any = None,
         keep_mask: bool = False,
+        resident: int | None = None,
+        memory: float | None = None,
     ):
         if group < 1:
             raise ValueError(f"samples per prompt must be at least 1, got {group}")
@@ -91,6 +99,9 @@ class Sampler:
         if model.config.batch_invariant:
             self._check_batch_invariant()
         self._axes = without_adapters(model.logical_axes())
+        self._resident, self._memory = resident, memory
+        if config.slots == "auto" and memory is None:
+            self._memory = smallest_device_memory(mesh)
         self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
 
     def _check_batch_invariant(self) -> None:
@@ -132,7 +143,8 @@ class Sampler:
         Raises:
             ValueError: a prompt is empty or longer than its row or has tokens that the model does not know, or
                 prompt and completion exceed the model's positions, or the rows cannot be split over the mesh, or a
-                limit is out of range, or there is a history that does not fit, or that is not asked for.
+                limit is out of range, or there is a history that does not fit, or that is not asked for, or not one
+                completion fits into memory.
         """
         prompt, lengths = np.asarray(prompt, np.int32), np.asarray(prompt_lengths, np.int32)
         fits = prompt.ndim == 2 and lengths.shape == prompt.shape[:1] and lengths.size
@@ -211,6 +223,60 @@ class Sampler:
         """
         return row_split(prompts, self.group, self._own_mesh, greedy=self.greedy)
 
+    def footprint(self, prompts: int, width: int) -> Footprint:
+        """What sampling takes of a device's memory.
+
+        Args:
+            prompts: P.
+            width: Tp, to which they are padded.
+
+        Raises:
+            ValueError: as `row_split`.
+        """
+        split, shards = self.row_split(prompts), row_shards(self._own_mesh)
+        batch = Batch(prompts * split // shards, self.group // split, width, self.config.max_tokens, shards)
+        return Footprint(
+            self.model, self.config, self.mesh, self._own_mesh, self.dtype, batch, self._resident, self.kept
+        )
+
+    def slots(self, prompts: int, width: int) -> int:
+        """Completions that are decoded at a time on a device, the same number on all.
+
+        Args:
+            prompts: P.
+            width: Tp, to which they are padded.
+
+        Raises:
+            ValueError: as `row_split`; or it is to be chosen by memory, in which not one completion has room.
+        """
+        footprint, slots = self.footprint(prompts, width), self.config.slots
+        completions = footprint.batch.completions
+        if slots != "auto":
+            return min(slots or completions, completions)
+        if self._memory is None:
+            return completions
+        if fitting := footprint.most_slots(self._memory):
+            return fitting
+        raise ValueError(
+            f"sampling.slots=auto: one completion at a time needs {_told(footprint.needs(1))} on a device, which has "
+            f"{readable(self._memory)}: raise sampling.tensor (weights and caches) or mesh.fsdp (parameters and "
+            "optimizer), or lower sampling.max_tokens, the prompts' length, or the prompts and samples of a step"
+        )
+
+    def how_slots_are_chosen(self, prompts: int, width: int) -> str:
+        """A sentence on `slots="auto"`; of other slots there is nothing to be told. Arguments as for `slots`."""
+        if self.config.slots != "auto":
+            return ""
+        slots, footprint = self.slots(prompts, width), self.footprint(prompts, width)
+        every = footprint.batch.completions
+        if self._memory is None:
+            return f" sampling.slots=auto: all {every} completions of a device, whose memory is not known."
+        chosen = f"all {every}" if slots == every else f"{slots} of the {every}"
+        return (
+            f" sampling.slots=auto: {chosen} completions of a device at a time, which need "
+            f"{_told(footprint.needs(slots))} of its {readable(self._memory)}."
+        )
+
     def sample(
         self,
         params: Params,
@@ -263,6 +329,7 @@ class Sampler:
             config=self.config,
             stop_tokens=self.stop_tokens,
             stop_texts=self._stop_texts,
+            slots=self.slots(prompts, prompt.shape[1]),
             greedy=greedy,
             limits=None if limits is None else limits.reshape(keys.shape),
             kept=self.kept,
@@ -270,6 +337,12 @@ class Sampler:
         )
         whole = {name: values.reshape(prompts, group, *values.shape[2:]) for name, values in rollout.of_samples.items()}
         return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, **whole)
+
+
+def _told(needs: dict[str, int]) -> str:
+    """Bytes in all, and their parts, the largest first."""
+    parts = ", ".join(f"{what} {readable(size)}" for what, size in sorted(needs.items(), key=lambda item: -item[1]))
+    return f"{readable(sum(needs.values()))} ({parts})"
 
 
 def row_split(prompts: int, group: int, mesh: jax.sharding.Mesh, *, greedy: bool = False) -> int:

@@ -126,20 +126,12 @@ def sample_in_flight(
     number = prompts * group
     runs = model.stack.runs(in_loops=in_loops)
     value = _value_of_a_token(model, params)
-    sizes = Sizes.of(
-        slots=slots,
-        prompts=prompts,
-        group=group,
-        prompt_width=width,
-        tokens=tokens,
-        page=page_tokens(),
-        token_bytes=value.size * value.dtype.itemsize,
-        drafts=config.drafts,
-    )
+    shape: Any = {"prompts": prompts, "group": group, "prompt_width": width, "tokens": tokens}
+    sizes = sizes_of(value, slots=slots, **shape, drafts=config.drafts)
     attention = slot_attention(config.attention, sizes.page, value, model.config.num_heads, queries=1 + config.drafts)
     ahead, text = 1 + config.drafts, (width + tokens if config.drafts else 0)
     steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // (16 * ahead)))
-    at_a_time = min(sizes.places, max(1, _PROMPT_TOKENS // width), -(-slots // group))
+    at_a_time = prompts_at_a_time(sizes, width, group, slots)
     of_each = jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), wanted._replace(prompt=None, lengths=None))
     batch = _Batch(
         prompt=wanted.prompt,
@@ -195,6 +187,34 @@ def sample_in_flight(
     start = _start(model, sizes, runs, value, prompts, number, text, stop_texts, kept)
     end = jax.lax.while_loop(unfinished, turn, start)
     return end.sampled, end.clock
+
+
+def sizes_of(
+    value: jax.ShapeDtypeStruct,
+    *,
+    slots: int,
+    prompts: int,
+    group: int,
+    prompt_width: int,
+    tokens: int,
+    drafts: int = 0,
+) -> Sizes:
+    """Of the caches for so many slots; `value` is that of a token, `[K, H]`."""
+    return Sizes.of(
+        slots=slots,
+        prompts=prompts,
+        group=group,
+        prompt_width=prompt_width,
+        tokens=tokens,
+        page=page_tokens(),
+        token_bytes=value.size * value.dtype.itemsize,
+        drafts=drafts,
+    )
+
+
+def prompts_at_a_time(sizes: Sizes, width: int, group: int, slots: int) -> int:
+    """How many prompts of so many tokens are computed at a time."""
+    return min(sizes.places, max(1, _PROMPT_TOKENS // width), -(-slots // group))
 
 
 def _value_of_a_token(model: Transformer, params: Params) -> jax.ShapeDtypeStruct:

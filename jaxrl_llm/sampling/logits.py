@@ -36,9 +36,10 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     """Texts that end a completion, beside its stop tokens: with the token that completes one, which is the last of the
     completion, whatever follows the text in it."""
-    slots: int | None = None
+    slots: int | Literal["auto"] | None = "auto"
     """Completions that are decoded at a time on a device, of whichever prompts; memory is theirs alone, and each that
-    ends makes room for the next (`None`: all of the batch). Devices that share the weights count as one."""
+    ends makes room for the next (`auto`: as many as fit into the device's memory; `None`: all of the batch). Devices
+    that share the weights count as one."""
     speculate: Speculate = "off"
     """What proposes the next tokens of a completion, to be looked at in one pass through the model: prompt what
     followed the same tokens before, in the prompt and in the completion so far; history what the prompt got in the last
@@ -66,7 +67,7 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1),
             ("min_p", 0 <= self.min_p < 1),
             ("stop", isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)),
-            ("slots", self.slots is None or self.slots >= 1),
+            ("slots", self.slots in (None, "auto") or (isinstance(self.slots, int) and self.slots >= 1)),
             ("tensor", self.tensor is None or self.tensor >= 1),
             ("attention", self.attention in get_args(SlotAttention)),
         ):

@@ -22,9 +22,10 @@ from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.loader import PromptLoader
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
+from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.lora import start_reference
+from jaxrl_llm.models.lora import abstract_reference, has_adapters, start_reference
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -151,6 +152,18 @@ class Trainer:
         self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
         if self.saved:
             self.loader.set_state(self.saved.data)
+        learner = make_learner(
+            model,
+            algorithm,
+            iterations=self.config.steps,
+            plan=plan,
+            optimizer=optimizer or OptimizerConfig(),
+            sampling=sampling,
+            critic=critic or CriticSource(),
+            trust_region=trust_region,
+        )
+        self.abstract_state = learner.abstract_state(mesh)
+        resident = self._resident()
         self.sampler = Sampler(
             model,
             sampling,
@@ -160,6 +173,7 @@ class Trainer:
             greedy=algorithm.needs_greedy,
             tokenizer=tokenizer,
             keep_mask=algorithm.keeps_mask,
+            resident=resident,
         )
         self.history = None  # of this process: a run that goes on begins with none, and proposes from prompts again
         if sampling.speculate == "history":
@@ -176,16 +190,7 @@ class Trainer:
             stop_tokens=stop_tokens,
             mesh=mesh,
             rows=prompts * group,
-        )
-        learner = make_learner(
-            model,
-            algorithm,
-            iterations=self.config.steps,
-            plan=plan,
-            optimizer=optimizer or OptimizerConfig(),
-            sampling=sampling,
-            critic=critic or CriticSource(),
-            trust_region=trust_region,
+            resident=resident,
         )
         self._optimizer_steps = plan.optimizer_steps
         self.what_a_step_is = (
@@ -195,17 +200,11 @@ class Trainer:
         ) + how_texts_are_read(model.config, plan, dataset.max_prompt_length, sampling.max_tokens)
         if not stop_tokens:
             self.what_a_step_is += f" No token ends a completion: each has sampling.max_tokens={sampling.max_tokens}."
-        self.abstract_state = learner.abstract_state(mesh)
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)} | rollout_bytes(
-            model.config,
-            sampling,
-            mesh,
-            prompts=prompts,
-            group=group,
-            max_prompt_length=dataset.max_prompt_length,
-            kept=self.sampler.kept,
+            self.sampler, prompts=prompts, max_prompt_length=dataset.max_prompt_length
         )
         check_memory(mesh, needs, f"{ROWS}; more devices along mesh.fsdp share them")
+        self.what_a_step_is += self.sampler.how_slots_are_chosen(prompts, dataset.max_prompt_length)
         self._start(learner, params, critic_params)
         self._make_programs(learner)
         self.compilations = CompilationCounter()
@@ -236,6 +235,14 @@ class Trainer:
                 f"training.dynamic_sampling={self.config.dynamic_sampling} looks at rewards on the host: "
                 "pass rewards=, or 0"
             )
+
+    def _resident(self) -> int:
+        """Bytes of each device that are taken while it samples."""
+        state, scored = self.abstract_state, [reward.params for reward in self.device_rewards]
+        kept = bytes_per_device([state, [leaf for leaf in jax.tree.leaves(scored) if isinstance(leaf, jax.Array)]])
+        if not self.algorithm.needs_reference or has_adapters(state.params):
+            return kept
+        return kept + bytes_per_device(abstract_reference(state.params, self.model.config.dtype))
 
     def _start(self, learner: Learner, params: Params, critic_params: Params | None) -> None:
         """What the programs work on: the state, and the reference if there is one."""

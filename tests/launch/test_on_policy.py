@@ -282,7 +282,7 @@ def refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_what_no_memory_holds_is_refused(config: Experiment, monkeypatch: pytest.MonkeyPatch, refused) -> None:
     train = f"--data.train={write('train.jsonl', ROW)}"
     assert "a step's tokens" in refused(train, "--training.samples-per-prompt=2000000000")
-    monkeypatch.setattr("jaxrl_llm.training.run.memory.host_memory", lambda: 10**4)
+    monkeypatch.setattr("jaxrl_llm.device_memory.host_memory", lambda: 10**4)
     assert refused(train).endswith("or take a smaller model")
 
 

@@ -104,6 +104,7 @@ class Evaluator:
         mesh: the device mesh.
         rows: rows of a training step, the default batch size.
         greedy: whether to decode greedily, which training does.
+        resident: as `Sampler`.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
         rows: int,
         greedy: bool = True,
+        resident: int | None = None,
     ):
         self.solved_by = config.solving_reward(rewards)
         check_scorable(rewards, dataset)
@@ -126,7 +128,7 @@ class Evaluator:
         shards = row_shards(sampling_mesh(mesh, sampling.tensor))
         wanted = min(config.batch_size or rows, len(dataset))
         self._batch_size = -(-wanted // shards) * shards
-        given: dict[str, Any] = {"stop_tokens": stop_tokens, "mesh": mesh, "tokenizer": tokenizer}
+        given: dict[str, Any] = {"stop_tokens": stop_tokens, "mesh": mesh, "tokenizer": tokenizer, "resident": resident}
         self._greedy = Sampler(model, sampling.as_greedy(), group=1, **given) if greedy else None
         self._samples, self._stop_tokens = config.samples, stop_tokens
         self._drawn = Sampler(model, sampling, group=config.samples, **given) if config.samples else None
@@ -211,6 +213,7 @@ def make_evaluator(
     stop_tokens: tuple[int, ...],
     mesh: jax.sharding.Mesh,
     rows: int,
+    resident: int | None = None,
 ) -> Evaluator | None:
     """The evaluator that a run's settings ask for; `None`: they ask for none.
 
@@ -224,6 +227,7 @@ def make_evaluator(
         stop_tokens: ids that end a completion.
         mesh: the device mesh.
         rows: as `Evaluator`.
+        resident: as `Evaluator`.
 
     Raises:
         ValueError: it asks for one, and prompts or reward functions are missing.
@@ -244,4 +248,5 @@ def make_evaluator(
         stop_tokens=stop_tokens,
         mesh=mesh,
         rows=rows,
+        resident=resident,
     )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
-import resource
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import HOST, row_shards, sampling_mesh
+from jaxrl_llm.device_memory import device_memory, readable
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sharding import HOST
 from jaxrl_llm.training.run.errors import RunError
 
 ROWS = "training.prompts_per_step, training.samples_per_prompt, sampling.max_tokens or data.max_prompt_length"
@@ -81,67 +77,28 @@ def check_memory(mesh: jax.sharding.Mesh, needs: Mapping[str, int], settings: st
     each = sum(needs.values()) / mesh.size
     if limit is None or each <= limit:
         return
-    parts = ", ".join(f"{what} {_readable(size)}" for what, size in sorted(needs.items(), key=lambda item: -item[1]))
+    parts = ", ".join(f"{what} {readable(size)}" for what, size in sorted(needs.items(), key=lambda item: -item[1]))
     raise ValueError(
-        f"at least {_readable(each)} are needed on each of {mesh.size} device(s), which have {_readable(limit)} "
+        f"at least {readable(each)} are needed on each of {mesh.size} device(s), which have {readable(limit)} "
         f"({parts}, over all devices): lower {settings}"
     )
 
 
-def rollout_bytes(
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    mesh: jax.sharding.Mesh,
-    *,
-    prompts: int,
-    group: int,
-    max_prompt_length: int,
-    kept: int = 0,
-) -> dict[str, int]:
-    """What sampling surely needs: keys and values of all tokens in flight, and the rollout itself.
+def rollout_bytes(sampler: Sampler, *, prompts: int, max_prompt_length: int) -> dict[str, int]:
+    """What sampling surely needs, over all devices: keys and values of what is in flight, and the rollout itself.
+
+    Where slots are chosen by memory, of one of them.
 
     Args:
-        config: of the model.
-        sampling: longest completion, and slots.
-        mesh: the learner's devices.
+        sampler: model, completions of a prompt, their longest, and slots.
         prompts: P.
-        group: G.
         max_prompt_length: Tp.
-        kept: ids that are written down of what each token was drawn from, on every device.
     """
-    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    in_flight = prompts * group
-    if sampling.slots is not None:
-        in_flight = min(in_flight, sampling.slots * row_shards(sampling_mesh(mesh, sampling.tensor)))
-    cached = min(prompts, in_flight) * max_prompt_length + in_flight * sampling.max_tokens
-    mask = {"the sampling mask": 4 * mesh.size * kept * prompts * group * sampling.max_tokens} if kept else {}
-    return mask | {
-        "keys and values of sampling": cached * token,
-        "a step's tokens and log-probs": 4 * prompts * (max_prompt_length + 3 * group * sampling.max_tokens),
+    slots = 1 if sampler.config.slots == "auto" else sampler.slots(prompts, max_prompt_length)
+    caches = sampler.footprint(prompts, max_prompt_length).caches(slots)
+    completions = sampler.group * sampler.config.max_tokens
+    masks = 4 * sampler.mesh.size * sampler.kept * prompts * completions  # on every device
+    return ({"the sampling mask": masks} if masks else {}) | {
+        "keys and values of sampling": caches * sampler.mesh.size,
+        "a step's tokens and log-probs": 4 * prompts * (max_prompt_length + 3 * completions),
     }
-
-
-def device_memory(mesh: jax.sharding.Mesh) -> float | None:
-    """Bytes that one of the mesh's devices can hold, or `None` where it does not say; CPUs share the host's."""
-    local = mesh.local_devices
-    if local[0].platform == "cpu":
-        host = host_memory()
-        return None if host is None else host / len(local)
-    stats = local[0].memory_stats() or {}
-    return stats.get("bytes_limit")
-
-
-def host_memory() -> int | None:
-    """Bytes that this process can have: of the machine with its swap, of its control group, of its own limit."""
-    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
-    with contextlib.suppress(OSError, ValueError):
-        swap = re.search(r"SwapTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + 1024 * int(swap[1] if swap else 0))
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min((limit for limit in limits if limit > 0), default=None)
-
-
-def _readable(size: float) -> str:
-    power = min(max(int(math.log10(max(size, 1)) // 3), 0), 6)
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"

@@ -24,6 +24,7 @@ from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
+from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
@@ -142,6 +143,7 @@ class StarTrainer:
         shards = row_shards(sampling_mesh(mesh, self.sampling.tensor))
         self._batch_size = -(-min(self.star.problems_per_batch, len(problems)) // shards) * shards
         sampled = model.with_known_tokens(known_tokens(tokenizer))
+        resident = bytes_per_device([params, sampled.abstract_params_on(mesh)])  # the base, and what is trained of it
         self.sampler = Sampler(
             sampled,
             self.sampling,
@@ -149,6 +151,7 @@ class StarTrainer:
             stop_tokens=stop_tokens,
             mesh=mesh,
             tokenizer=tokenizer,
+            resident=resident,
         )
         for prompts in (problems, hinted):
             if prompts is not None:
@@ -163,15 +166,9 @@ class StarTrainer:
             stop_tokens=stop_tokens,
             mesh=mesh,
             rows=self._batch_size,
+            resident=resident,
         )
-        needs = rollout_bytes(
-            model.config,
-            self.sampling,
-            mesh,
-            prompts=self._batch_size,
-            group=self.star.samples,
-            max_prompt_length=problems.max_prompt_length,
-        )
+        needs = rollout_bytes(self.sampler, prompts=self._batch_size, max_prompt_length=problems.max_prompt_length)
         check_memory(
             mesh, needs, "star.problems_per_batch, star.samples, sampling.max_tokens or data.max_prompt_length"
         )
@@ -183,6 +180,7 @@ class StarTrainer:
             f"{', the others tried again with hints' if self.star.rationalize else ''}; then {self.star.start_steps} "
             f"steps (more each time) of {self.star.rows_per_step} rows, on {mesh.size} device(s)."
         ) + how_texts_are_read(model.config, self._plan, problems.max_prompt_length, self.sampling.max_tokens)
+        self.what_a_step_is += self.sampler.how_slots_are_chosen(self._batch_size, problems.max_prompt_length)
         self.compilations = CompilationCounter()
 
     def _check(self, rewards: RewardSum) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,25 +8,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_llm import cli
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm import cli, device_memory
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
-from jaxrl_llm.training.run import memory
 from jaxrl_llm.training.run.memory import OutOfMemoryError, bytes_of, check_memory, naming_phase, rollout_bytes
 
 
 def test_a_rollout_by_hand(tiny_config) -> None:
-    config: ModelConfig = tiny_config(num_layers=3, num_kv_heads=2, head_dim=8, num_heads=2)
-    token = 2 * 3 * 2 * 8 * 4
-    mesh, sizes = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]), {"prompts": 4, "group": 6}
-    needs = rollout_bytes(config, SamplingConfig(max_tokens=5), mesh, max_prompt_length=7, **sizes)
-    assert list(needs.values()) == [4 * (7 + 6 * 5) * token, 4 * 4 * (7 + 3 * 6 * 5)]
-    with_mask = rollout_bytes(config, SamplingConfig(max_tokens=5), mesh, max_prompt_length=7, kept=3, **sizes)
-    assert with_mask == needs | {"the sampling mask": 4 * (4 * 4 * 6 * 5 * 3)}  # ids on four devices
-    for slots, prompts, completions in ((1, 2, 2), (5, 4, 10), (100, 4, 24)):  # of each of two devices
-        few = rollout_bytes(config, SamplingConfig(max_tokens=5, slots=slots), mesh, max_prompt_length=7, **sizes)
-        assert next(iter(few.values())) == (prompts * 7 + completions * 5) * token
+    """Of few rows in one product; in slots, pages of eight tokens for each of these, idle ones too."""
+    model = Transformer(tiny_config(num_layers=3, num_kv_heads=2, head_dim=8, num_heads=2))
+    mesh, token = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]), 2 * 3 * 2 * 8 * 4
+
+    def needs(slots: Any, top_k: int | None = None) -> list[int]:
+        config = SamplingConfig(max_tokens=5, slots=slots, top_k=top_k)
+        sampler = Sampler(model, config, group=6, stop_tokens=(), mesh=mesh, keep_mask=top_k is not None)
+        return list(rollout_bytes(sampler, prompts=4, max_prompt_length=7).values())
+
+    assert needs(None) == [4 * (7 + 6 * 5) * token, 4 * 4 * (7 + 3 * 6 * 5)]
+    assert needs(None, 3) == [4 * (4 * 4 * 6 * 5 * 3), *needs(None)]  # ids on four devices
+    for slots, places, there in ((1, 1, 1), (5, 2, 5), (11, 2, 12), ("auto", 1, 1)):  # of each of two devices
+        assert needs(slots)[0] == 2 * (places + 2 * there) * 8 * token
 
 
 def test_bytes_of_a_tree() -> None:
@@ -36,7 +38,7 @@ def test_bytes_of_a_tree() -> None:
 
 
 def test_what_surely_does_not_fit_is_refused_with_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "host_memory", lambda: 8 * 10**9)
+    monkeypatch.setattr(device_memory, "host_memory", lambda: 8 * 10**9)
     mesh = make_mesh()  # of 8 devices that share the host
     check_memory(mesh, {"parameters": 5 * 10**9, "tokens": 3 * 10**9}, "rows")
     with pytest.raises(ValueError) as raised:
@@ -45,15 +47,8 @@ def test_what_surely_does_not_fit_is_refused_with_its_parts(monkeypatch: pytest.
         "at least 2 GB are needed on each of 8 device(s), which have 1 GB (tokens 11 GB, parameters 5 GB, over all "
         "devices): lower rows"
     )
-    monkeypatch.setattr(memory, "host_memory", lambda: None)
+    monkeypatch.setattr(device_memory, "host_memory", lambda: None)
     check_memory(mesh, {"parameters": 10**30}, "rows")
-
-
-def test_the_host_has_memory_and_its_limit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = memory.host_memory()
-    assert whole is not None and 2**28 < whole < 2**50
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (10**8, 10**8))
-    assert memory.host_memory() == 10**8
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,20 @@ def test_another_mesh_may_resume(make, lean_whole: Trainer) -> None:
     assert_close(metrics_of(resumed), metrics_of(lean_whole))
 
 
+@pytest.mark.slow
+def test_resumed_with_slots_is_bit_equal(make, tiny: ModuleType, lean_whole: Trainer) -> None:
+    """And finds what all completions together find."""
+    given: dict[str, Any] = {"sampling": {"slots": 3}, "training": {"steps": 4}}
+    whole = make("slots", **given)
+    whole.run()
+    make(sampling={"slots": 3}, training={"steps": 2}).run()
+    resumed = make(resume=True, **given)
+    resumed.run()
+    assert tiny.digest(resumed.state) == tiny.digest(whole.state)
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert_close(metrics_of(whole), metrics_of(lean_whole))
+
+
 def test_packed_rows_may_resume(make, lean_whole: Trainer) -> None:
     """With their padding at first, then in rows of tokens: one program, whatever the lengths."""
     make(training={"steps": 2}).run()

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxrl_llm.checks import expand_home, nearest_name
+from jaxrl_llm.checks import check_fields, count, expand_home, nearest_name
 from jaxrl_llm.config import Experiment, ModelSource
 from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
@@ -24,7 +24,7 @@ from jaxrl_llm.launch.run_checkpoints import base_of
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sampling.stop_texts import StopTexts
+from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import MeshConfig, make_mesh, sampling_mesh
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
@@ -115,6 +115,7 @@ def _run(config: EvaluationRun) -> Evaluation:
     output = None if config.output is None else Path(expand_home(config.output))
     _check_output(output)
     config.check(config.sampling)
+    check_fields("evaluation", config, max_prompts=count(config.max_prompts))
     rewards = RewardSum(config.rewards, config.reward_weights, timeout=config.reward_timeout)
     EvaluationConfig(solved_by=config.solved_by).solving_reward(rewards)
     if config.data is None:
@@ -137,8 +138,7 @@ def _run(config: EvaluationRun) -> Evaluation:
         overlong=config.overlong,
         max_prompts=config.max_prompts,
     )
-    if config.sampling.stop:
-        StopTexts.of(config.sampling.stop, tokenizer, settings.vocab_size)
+    check_stop_texts(config.sampling.stop, tokenizer)
     policy = load_policy(model, mesh, tokenizer)
     found = evaluate(
         policy,
@@ -164,9 +164,14 @@ def _run(config: EvaluationRun) -> Evaluation:
 
 
 def _check_output(output: Path | None) -> None:
-    """Refuses to write over another evaluation."""
+    """Refuses a place that cannot be a folder, and to write over another evaluation; one that told nothing is none."""
+    if output is None:
+        return
+    file = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output={output} cannot be a folder: {file} is a file; choose another --output")
     for name in (COMPLETIONS, METRICS):
-        if output is not None and (output / name).exists():
+        if (output / name).exists() and (output / name).stat().st_size:
             raise ValueError(f"{output / name} is there already, of another evaluation: choose another --output")
 
 

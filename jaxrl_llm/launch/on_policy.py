@@ -23,6 +23,7 @@ from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tok
 from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.scoring import RewardSum
@@ -116,6 +117,7 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     with plain_errors():
         mesh = make_mesh(config.mesh)
         tokenizer = load_tokenizer_of(config.model)
+        check_stop_texts(config.sampling.stop, tokenizer)
         prompts = load_prompts(config, tokenizer)  # before the model, which may take minutes
         policy = load_policy(config, mesh, tokenizer)
         trainer = make_trainer(config, policy, mesh, prompts=prompts)

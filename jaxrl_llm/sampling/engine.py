@@ -13,6 +13,8 @@ from jaxrl_llm.models.config import DType, Params
 from jaxrl_llm.models.lora import merge_adapters, without_adapters
 from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.attention import choose
+from jaxrl_llm.sampling.caches import page_tokens
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.footprint import Batch, Footprint
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -80,12 +82,8 @@ class Sampler:
             raise ValueError(f"stop tokens {outside} are outside the vocabulary of {model.config.vocab_size}")
         if (top_k := config.top_k or 0) > (vocabulary := model.config.vocab_size):
             raise ValueError(f"sampling.top_k={top_k} is more than the {vocabulary} tokens of the model: leave it out")
-        if keep_mask and (config.top_k is None or config.greedy):
-            raise ValueError(
-                f"the sampling mask cannot be kept with sampling.top_k={config.top_k} and sampling.temperature="
-                f"{config.temperature}: it is top_k ids a token, of which top_p and min_p leave fewer (alone, these "
-                "bound nothing); set sampling.top_k, or leave out algorithm.keep_sampling_mask"
-            )
+        if keep_mask:
+            config.check_keeps_mask()
         self.kept = (config.top_k or 0) if keep_mask else 0
         self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
         self.stop_tokens, self._stop_texts = tuple(stop_tokens), None
@@ -95,6 +93,8 @@ class Sampler:
             self._stop_texts = StopTexts.of(config.stop, tokenizer, model.config.vocab_size)
         self.mesh, self._own_mesh = mesh, sampling_mesh(mesh, config.tensor)
         model.shardings(self._own_mesh)  # raises if there are none
+        with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
+            choose(config.attention, page_tokens())  # raises if it is of another platform
         self.dtype = jnp.dtype(dtype or model.config.dtype)
         if model.config.batch_invariant:
             self._check_batch_invariant()

@@ -95,6 +95,15 @@ class SamplingConfig:
         if self.speculate == "history":
             raise ValueError(f"{what} has no last epoch for sampling.speculate=history to propose from: set prompt")
 
+    def check_keeps_mask(self) -> None:
+        """Raises ValueError if it is not bounded how many tokens each is drawn from."""
+        if self.top_k is None or self.greedy:
+            raise ValueError(
+                f"the sampling mask cannot be kept with sampling.top_k={self.top_k} and sampling.temperature="
+                f"{self.temperature}: it is top_k ids a token, of which top_p and min_p leave fewer (alone, these "
+                "bound nothing); set sampling.top_k, or leave out algorithm.keep_sampling_mask"
+            )
+
     @property
     def drafts(self) -> int:
         """k, tokens that are proposed for a pass; 0 without speculation."""

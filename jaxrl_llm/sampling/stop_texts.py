@@ -64,6 +64,12 @@ class StopTexts:
         return state == len(self.following) - 1
 
 
+def check_stop_texts(texts: Sequence[str], tokenizer: Any) -> None:
+    """Raises ValueError, before there is a model, for texts that cannot be found in a tokenizer's tokens."""
+    if texts:
+        StopTexts.of(texts, tokenizer, vocab_size=1)
+
+
 def stops(
     token: jax.Array, matched: jax.Array | None, stop_tokens: tuple[int, ...], stop_texts: StopTexts | None
 ) -> tuple[jax.Array, jax.Array | None]:

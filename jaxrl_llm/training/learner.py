@@ -200,4 +200,6 @@ def make_learner(
             step = make_online_preference_step(policy, rule, algorithm, plan)
         case _:
             raise TypeError(f"no update step is known for an algorithm of type {type(algorithm).__name__}")
+    if algorithm.keeps_mask:
+        sampling.check_keeps_mask()
     return Learner(policy, algorithm, rule, schedule, value_function, step, optimizer.rounding, optimizer.offload)

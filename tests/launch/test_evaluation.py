@@ -197,6 +197,8 @@ def command(tiny: ModuleType, tmp_path: Path):
 
 
 def test_the_command_prints_a_table_and_writes_a_folder(command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / COMPLETIONS).touch()  # of one that ended before its first batch was scored
     found = command("--samples=2", "--batch-size=8", f"--output={tmp_path / 'out'}", "--max-prompts=3")
     said = capsys.readouterr().out
     assert found.table() in said and "3 of 3 prompts: brief" in said
@@ -226,13 +228,16 @@ def test_the_command_prints_a_table_and_writes_a_folder(command, tmp_path, capsy
         (["--sampling.tensor=3"], "sampling.tensor=3 must be a multiple"),
         (["--sampling.max-tokens=600"], "sampling.max_tokens=600 leaves no room"),
         (["--samplse=2"], "--samples"),
+        (["--max-prompts=0"], "evaluation.max_prompts=0 must be at least 1"),
+        (["--output=task.py/out"], "output=task.py/out cannot be a folder: task.py is a file"),
     ],
 )
-def test_errors_come_before_the_model_is_loaded(flags, message, command, capsys, monkeypatch):
+def test_errors_come_before_the_model_is_loaded(flags, message, command, tmp_path, capsys, monkeypatch):
     def load(*_: Any) -> None:
         raise AssertionError("the model is loaded")
 
     monkeypatch.setattr(evaluation_command, "load_policy", load)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         command(*flags)
     assert ended.value.code == 2

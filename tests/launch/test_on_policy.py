@@ -407,6 +407,17 @@ def test_a_mesh_that_does_not_fit(refused) -> None:
         assert "8 devices cannot hold whole heads: it does not divide the 4 query heads" in refused(train, flag)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--algorithm.keep-sampling-mask"], r"sampling\.top_k=None .* set sampling\.top_k, or leave out algorithm"),
+        (["--sampling.stop", "a\ufffd"], "the stop text 'a\ufffd' is empty or holds what stands for no character"),
+    ],
+)
+def test_what_cannot_be_sampled(flags, message, refused) -> None:
+    assert re.search(message, refused(*flags, f"--data.train={write('train.jsonl', ROW)}"))
+
+
 def test_weights_that_do_not_match(refused) -> None:
     message = refused(f"--data.train={write('train.jsonl', ROW)}", "--reward-weights", "1.0", "2.0")
     assert "reward weights must be one finite number a function, got [1.0, 2.0]" in message

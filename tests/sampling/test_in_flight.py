@@ -14,7 +14,7 @@ from jaxrl_llm.logprobs import token_scores
 from jaxrl_llm.models.config import LayerKind, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling import caches, in_flight
-from jaxrl_llm.sampling.decode import row_keys, sample
+from jaxrl_llm.sampling.decode import Loop, row_keys, sample
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig, uniforms
 from jaxrl_llm.sampling.sampled import Wanted
@@ -57,6 +57,21 @@ def long_prompts() -> tuple[np.ndarray, np.ndarray]:
 def sampler(model: Transformer, mesh: Mesh, *, slots: int | None, group: int = 3, **settings: Any) -> Sampler:
     config = SamplingConfig(**{"max_tokens": TOKENS, "slots": slots, **settings})
     return Sampler(model, config, group=group, stop_tokens=STOP_TOKENS, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("asked", "together"), [({}, True), ({"scan_layers": True}, False), ({"attention": "xla"}, False)]
+)
+def test_what_only_this_loop_can_do_is_done_by_it(asked, together, tiny_config):
+    """Where the other would be faster, too."""
+    model = Transformer(tiny_config())
+    loop = Loop.of(model, {"weight": jnp.zeros((8, 8))}, SamplingConfig(max_tokens=8, **asked), slots=4, completions=4)
+    assert loop.together == together
+
+
+def test_a_kernel_of_another_platform_is_refused_at_once(tiny_config, one_device):
+    with pytest.raises(ValueError, match=r"sampling\.attention='pallas' .* on cpu .* choose auto, or xla"):
+        sampler(Transformer(tiny_config()), one_device, slots=None, attention="pallas")
 
 
 @pytest.mark.parametrize(

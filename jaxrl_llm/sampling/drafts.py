@@ -38,15 +38,17 @@ def propose(
     """Proposes the next tokens of S texts.
 
     Of the places of a source, the one is taken at which most of the newest tokens (three, two, one) end. Of these, it
-    is the latest in the text itself, and in the history the one nearest to where the text is now; there, that one is
-    taken also if no token matches, since one token alone may be another this time. The text itself is followed if more
-    of its tokens match, two at least, and if there is no history.
+    is the latest in the text itself, and in an earlier completion the one nearest to where the text is now; there, that
+    one is taken also if no token matches, since one token alone may be another this time. Of the completions in which
+    as many match, the one is followed that most of the others go on like, for the longest: what is most likely is drawn
+    more often than what was drawn once. The text itself is followed if more of its tokens match, two at least, and if
+    there is no history.
 
     Args:
         text: `[S, Tp + Tc]`, prompts with what was drawn so far right behind.
         length: `[S]`, tokens of these, at least 1.
-        history: `[S, Tc]`, an earlier completion of each prompt, or `None`.
-        history_length: `[S]`, tokens of these, 0 where there is none.
+        history: `[S, V, Tc]`, earlier completions of each prompt, or `None`.
+        history_length: `[S, V]`, tokens of these, 0 where there is none.
         prompt_length: `[S]`.
         count: k.
 
@@ -58,14 +60,30 @@ def propose(
     own = _find(text, length, newest, places < length[:, None] - 1, length, count)
     if history is None or history_length is None:
         return own.following
-    # Behind the prompt's last tokens, which are what its first ones have before them.
-    source = jnp.concatenate([_before(text, prompt_length), history], axis=1)
-    places, end = jnp.arange(source.shape[1]), CONTEXT + history_length
-    possible = (places >= CONTEXT - 1) & (places < end[:, None] - 1)
-    now = CONTEXT - 1 + length - prompt_length
-    again = _find(source, end, newest, possible, now, count)
+    again = _most_followed(_before(text, prompt_length), newest, length - prompt_length, history, history_length, count)
     is_own = (again.matched < 0) | (own.matched > jnp.maximum(again.matched, 1))
     return jnp.where(is_own[:, None], own.following, again.following)
+
+
+def _most_followed(
+    prompt: jax.Array, newest: jax.Array, drawn: jax.Array, history: jax.Array, length: jax.Array, count: int
+) -> _Found:
+    """The best place of earlier completions `[S, V, Tc]`, behind the last tokens of their prompts `[S, CONTEXT]`."""
+    slots, voters, _ = history.shape
+
+    def of_each(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, voters, axis=0)
+
+    source = jnp.concatenate([of_each(prompt), history.reshape(slots * voters, -1)], axis=1)
+    places, end = jnp.arange(source.shape[1]), CONTEXT + length.reshape(-1)
+    possible = (places >= CONTEXT - 1) & (places < end[:, None] - 1)
+    found = _find(source, end, of_each(newest), possible, of_each(CONTEXT - 1 + drawn), count)
+    matched, following = found.matched.reshape(slots, voters), found.following.reshape(slots, voters, count)
+    most = jnp.max(matched, axis=1, keepdims=True)
+    alike = jnp.cumprod(following[:, :, None] == following[:, None], axis=-1)  # [S, V, V, k]
+    votes = jnp.sum(jnp.where((matched == most)[:, None, :, None], alike, 0), axis=(2, 3))
+    chosen = jnp.argmax(jnp.where(matched == most, votes, -1), axis=1)[:, None]
+    return _Found(most[:, 0], jnp.take_along_axis(following, chosen[..., None], axis=1)[:, 0])
 
 
 def _before(text: jax.Array, length: jax.Array) -> jax.Array:

@@ -36,6 +36,9 @@ from jaxrl_llm.sharding import constrain
 _STEPS_BETWEEN_LOOKS = 8
 """Tokens that are decoded, at most, before ended slots take up new completions."""
 
+_VOTERS = 8
+"""Earlier completions of a prompt, at most, that are looked at for each slot."""
+
 _PROMPT_TOKENS = 1024
 """Tokens of prompts that are computed at a time, about: enough to be worth reading all weights for."""
 
@@ -83,7 +86,7 @@ class _Batch(NamedTuple):
     completions: tuple[jax.Array, jax.Array | None, jax.Array | None]
     """`[N]`: randomness, whether it is greedy, and the most tokens."""
     history: tuple[jax.Array, jax.Array] | None
-    """`[N]`: earlier completions of the same prompts, and their lengths."""
+    """`[P, G]`: earlier completions of the prompts, and their lengths."""
     weights: Weights | None
     """`None`: the loop cuts each layer's out of the stacked ones."""
     turns: list[Rotation | None]
@@ -132,12 +135,12 @@ def sample_in_flight(
     ahead, text = 1 + config.drafts, (width + tokens if config.drafts else 0)
     steps = min(_STEPS_BETWEEN_LOOKS, max(1, tokens // (16 * ahead)))
     at_a_time = prompts_at_a_time(sizes, width, group, slots)
-    of_each = jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), wanted._replace(prompt=None, lengths=None))
+    completions = wanted.uniform, wanted.greedy, wanted.limits
     batch = _Batch(
         prompt=wanted.prompt,
         lengths=wanted.lengths,
-        completions=(of_each.uniform, of_each.greedy, of_each.limits),
-        history=of_each.history,
+        completions=jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), completions),
+        history=wanted.history,
         weights=None if in_loops else Weights.of(model, params),
         turns=list(model.rotations(jnp.arange(width + tokens)).values()),
     )
@@ -163,7 +166,7 @@ def sample_in_flight(
             window: attention.walk(sizes, view, state.start + state.time, steps * ahead, window)
             for window in dict.fromkeys(kind.window for kind in model.config.kinds)
         }
-        history = jax.tree.map(lambda x: x[jnp.minimum(state.sample, number - 1)], batch.history)
+        history = _history(state, batch, group)
 
         def step(_: jax.Array, state: _Loop) -> _Loop:
             drafts = _propose(state, view, history, config.drafts)
@@ -352,6 +355,13 @@ _Stream = tuple[jax.Array, tuple[Memory, ...]]
 def _view(state: _Loop, batch: _Batch, number: int) -> Slots:
     of_place = batch.lengths[jnp.minimum(state.prompt, len(batch.lengths) - 1)]
     return Slots(state.sample < number, state.place, of_place[state.place], state.start)
+
+
+def _history(state: _Loop, batch: _Batch, group: int) -> tuple[jax.Array, jax.Array] | None:
+    """Earlier completions of the slots' prompts, `[S, V, Tc]`, that of the same number first, and their lengths."""
+    prompt = jnp.minimum(state.sample // group, len(batch.prompt) - 1)[:, None]
+    number = (state.sample[:, None] + jnp.arange(min(group, _VOTERS))) % group
+    return jax.tree.map(lambda x: x[prompt, number], batch.history)
 
 
 def _propose(state: _Loop, view: Slots, history: tuple[jax.Array, jax.Array] | None, count: int) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
@@ -456,16 +457,16 @@ def test_a_gradient_that_is_not_finite_is_told(make, tiny: ModuleType, capsys: p
     assert "step 1: the gradient is not finite, its update was skipped\n" in capsys.readouterr().out
 
 
-def test_the_phases_are_timed_where_the_device_works(make) -> None:
+def test_the_phases_are_timed_where_the_device_works(make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(training={"steps": 3})
-    sample = trainer.sampler
+    sample = Sampler.__call__
     wait = jax.jit(lambda x: jax.pure_callback(lambda y: (time.sleep(0.2), y)[1], x, x))
 
     def slow(*args: Any, **more: Any) -> Any:
         rollout = sample(*args, **more)
         return rollout.replace(completion_lengths=wait(rollout.completion_lengths))  # returns at once
 
-    trainer.sampler = slow
+    monkeypatch.setattr(Sampler, "__call__", slow)
     trainer.run()
     last = read_metrics(trainer.setup.folder / "metrics.jsonl")[-1]
     assert last["perf/sample_seconds"] >= 0.2 > last["perf/update_seconds"]

@@ -234,15 +234,12 @@ def test_order_does_not_change_the_gradient(whole):
     """Prompts, and samples of a group, in another order: rewards stay with their rows."""
     prompts, samples = np.array([2, 0, 3, 1]), np.array([3, 1, 0, 2])
     rollout: Rollout = whole["case"]["rollout"]
-    per_prompt = ("prompt", "prompt_lengths")
-    shuffled = {
-        field.name: getattr(rollout, field.name)[prompts]
-        if field.name in per_prompt
-        else getattr(rollout, field.name)[prompts][:, samples]
-        for field in dataclasses.fields(rollout)
-        if field.name != "kept"
-    }
-    other = {"rollout": Rollout(**shuffled), "rewards": whole["case"]["rewards"][prompts][:, samples]}
+    shuffled = Rollout(
+        prompt=rollout.prompt[prompts],
+        prompt_lengths=rollout.prompt_lengths[prompts],
+        **{name: values[prompts][:, samples] for name, values in rollout.of_samples.items()},
+    )
+    other = {"rollout": shuffled, "rewards": whole["case"]["rewards"][prompts][:, samples]}
     gradient, metrics = step_once(**{**whole["case"], **other})
     chex.assert_trees_all_close(gradient, whole["gradient"], rtol=0, atol=2e-6)
     assert metrics == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)

@@ -76,7 +76,7 @@ class ModelSource:
     proportion to tokens; auto chooses by platform and length."""
     batch_invariant: bool = False
     """Compute each token by itself, in sampler and learner alike, so that both give it the same log-prob, to the last
-    bit, in whatever batch (docs/on_policy.md). Half as fast on a CPU; no adapters; data and fsdp alone."""
+    bit, in whatever batch (docs/on_policy.md). Slower; without adapters, on meshes of data and fsdp."""
     lora: LoraConfig = LoraConfig(rank=0)
     """Train low-rank adapters beside the weights, in place of these: --model.lora.rank=16."""
     adapters: str | None = None

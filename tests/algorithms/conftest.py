@@ -50,12 +50,10 @@ def make_rollout() -> Callable[..., Rollout]:
 
 
 @pytest.fixture(scope="session")
-def repeated_logprobs() -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Log-probs and entropies `[P, G, Tc]` of a rollout's tokens from the logits of P·G whole sequences."""
+def repeated_logits() -> Callable[..., jax.Array]:
+    """Logits `[P, G, Tc, V]` that predict a rollout's tokens, of P·G whole sequences."""
 
-    def logprobs(
-        model: Transformer, params: Params, rollout: Rollout, temperature: float = 1.0
-    ) -> tuple[jax.Array, jax.Array]:
+    def logits(model: Transformer, params: Params, rollout: Rollout) -> jax.Array:
         prompts, group, width = rollout.completion.shape
         tokens = np.zeros((prompts, group, rollout.prompt.shape[1] + width), np.int32)
         places = np.zeros((prompts, group, width), np.int32)
@@ -64,9 +62,20 @@ def repeated_logprobs() -> Callable[..., tuple[jax.Array, jax.Array]]:
             tokens[p, g, :start] = rollout.prompt[p, :start]
             tokens[p, g, start:stop] = rollout.completion[p, g, : stop - start]
             places[p, g] = start + np.arange(width) - 1
-        logits = model.logits(params, tokens.reshape(prompts * group, -1)) / temperature
-        every = jax.nn.log_softmax(logits, axis=-1).reshape(prompts, group, -1, model.config.vocab_size)
-        predicted = jnp.take_along_axis(every, places[..., None], axis=2)
+        every = model.logits(params, tokens.reshape(prompts * group, -1))
+        return jnp.take_along_axis(every.reshape(*tokens.shape, -1), places[..., None], axis=2)
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def repeated_logprobs(repeated_logits) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Log-probs and entropies `[P, G, Tc]` of a rollout's tokens from the logits of P·G whole sequences."""
+
+    def logprobs(
+        model: Transformer, params: Params, rollout: Rollout, temperature: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        predicted = jax.nn.log_softmax(repeated_logits(model, params, rollout) / temperature, axis=-1)
         chosen = jnp.take_along_axis(predicted, rollout.completion[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(predicted) * predicted, axis=-1)
 

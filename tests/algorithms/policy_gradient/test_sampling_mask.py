@@ -77,20 +77,6 @@ def test_the_learner_agrees_with_the_sampler_and_only_with_the_mask(model, param
     assert with_mask["entropy"] < without["entropy"]
 
 
-def whole_logits(model: Transformer, params: Params, rollout: Rollout) -> jax.Array:
-    """Logits `[P, G, Tc, V]` that predict the tokens, of P·G whole sequences."""
-    prompts, group, width = rollout.completion.shape
-    tokens = np.zeros((prompts, group, rollout.prompt.shape[1] + width), np.int32)
-    places = np.zeros((prompts, group, width), np.int32)
-    for p, g in np.ndindex(prompts, group):
-        start, stop = rollout.prompt_lengths[p], rollout.prompt_lengths[p] + rollout.completion_lengths[p, g]
-        tokens[p, g, :start] = rollout.prompt[p, :start]
-        tokens[p, g, start:stop] = rollout.completion[p, g, : stop - start]
-        places[p, g] = start + np.arange(width) - 1
-    logits = model.logits(params, tokens.reshape(prompts * group, -1))
-    return jnp.take_along_axis(logits.reshape(*tokens.shape, -1), places[..., None], axis=2)
-
-
 def is_kept(rollout: Rollout, vocabulary: int) -> np.ndarray:
     """Bool `[P, G, Tc, V]`."""
     ids, kept = np.asarray(rollout.kept), np.zeros((*rollout.completion.shape, vocabulary), bool)
@@ -100,9 +86,9 @@ def is_kept(rollout: Rollout, vocabulary: int) -> np.ndarray:
     return kept
 
 
-def test_what_is_kept_is_what_was_drawn_from(model, params, rollout):
+def test_what_is_kept_is_what_was_drawn_from(model, params, rollout, repeated_logits):
     """Token by token from the logits of whole sequences; fewer than k where top-p and min-p left fewer."""
-    logits = np.asarray(jax.jit(lambda params: whole_logits(model, params, rollout))(params), np.float64) / 0.8
+    logits = np.asarray(jax.jit(lambda params: repeated_logits(model, params, rollout))(params), np.float64) / 0.8
     kept, mask, counts = is_kept(rollout, 64), np.asarray(rollout.mask), set()
     for index in zip(*np.nonzero(mask), strict=True):
         p = np.exp(logits[index] - logits[index].max())
@@ -126,14 +112,14 @@ def test_slots_keep_the_same(model, params, rollout):
 
 
 @pytest.fixture(scope="module")
-def by_hand(model, params, rollout) -> tuple[Params, dict[str, float]]:
+def by_hand(model, params, rollout, repeated_logits) -> tuple[Params, dict[str, float]]:
     """GRPO with a KL from the logits of whole sequences, of which all but the kept ones are impossible."""
     kept, mask = is_kept(rollout, model.config.vocab_size), np.asarray(rollout.mask)
     advantages = REWARDS - REWARDS.mean(axis=1, keepdims=True)
     advantages = (advantages / (REWARDS.std(axis=1, ddof=1, keepdims=True) + 1e-4))[..., None]
 
     def scores(params: Params) -> tuple[jax.Array, jax.Array]:
-        every = jnp.where(kept, whole_logits(model, params, rollout) / TRUNCATION["temperature"], -1e30)
+        every = jnp.where(kept, repeated_logits(model, params, rollout) / TRUNCATION["temperature"], -1e30)
         every = jax.nn.log_softmax(every, axis=-1)
         chosen = jnp.take_along_axis(every, rollout.completion[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.where(kept, jnp.exp(every) * every, 0), axis=-1)

@@ -102,7 +102,7 @@ def measure(config: Decoding) -> dict[str, Any]:
             in_loops=not on_cpu(),
             config=settings,
             stop_tokens=(),
-        )[1]
+        ).clock
 
     shape: dict[str, Any] = {"group": group, "prompt_width": config.prompt_tokens, "tokens": longest}
     reads = traffic(model, mesh, config.attention, np.full(config.slots, sum(config.written) // 2), **shape)

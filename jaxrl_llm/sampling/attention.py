@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models.kernels.pages import LANES, NO_PAGE
-from jaxrl_llm.sampling.caches import Sizes, Walk, attend_in_flight
+from jaxrl_llm.sampling.caches import Sizes
+from jaxrl_llm.sampling.in_blocks import Walk, attend_in_flight
 from jaxrl_llm.sampling.in_pages import attend_in_pages, neighbours, pages_at_a_time, pages_of
 from jaxrl_llm.sampling.logits import SlotAttention
 from jaxrl_llm.sharding import head_shards, platform

@@ -116,7 +116,7 @@ def sample(
         decode = functools.partial(
             sample_in_flight, model, slots=slots, in_loops=loop.in_loops, config=config, kept=kept, **stops
         )
-        sampled = _on_each_device(lambda *given, **rows: decode(*given, **rows)[0], mesh)(params, wanted)
+        sampled = _on_each_device(lambda *given, **rows: decode(*given, **rows).sampled, mesh)(params, wanted)
         sampled = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), sampled)
     mask = length_mask(sampled.lengths, config.max_tokens)
     return Rollout(

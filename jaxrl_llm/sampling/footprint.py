@@ -22,7 +22,7 @@ from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Sizes
 from jaxrl_llm.sampling.decode import Loop
-from jaxrl_llm.sampling.in_flight import prompts_at_a_time, sizes_of
+from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import head_shards, on_cpu, parameter_shardings
 

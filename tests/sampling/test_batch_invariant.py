@@ -23,7 +23,7 @@ from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models import batch_invariant
 from jaxrl_llm.models.config import LayerKind, LoraConfig, Params, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling import in_flight
+from jaxrl_llm.sampling import flight
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -57,7 +57,7 @@ OTHERS = ("plain", "kinds", "bias_norms_unscanned")
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts have several blocks of keys and pages."""
     monkeypatch.setattr(batch_invariant, "block_keys", lambda: 16)
-    monkeypatch.setattr(in_flight, "page_tokens", lambda: 8)
+    monkeypatch.setattr(flight, "page_tokens", lambda: 8)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.models.config import LayerKind, LoraConfig
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling import in_flight
+from jaxrl_llm.sampling import flight
 from jaxrl_llm.sampling.caches import Memory
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.footprint import MARGIN
@@ -45,8 +45,8 @@ def test_caches_are_those_that_are_made(tiny_config, one_device, windows, slots)
     """Idle slots, rings of windows and places of prompts are counted."""
     model = Transformer(tiny_config(num_layers=4, sliding_windows=windows, max_position_embeddings=512))
     footprint = sampler(model, one_device, slots=slots).footprint(PROMPTS, WIDTH)
-    value = in_flight._value_of_a_token(model, model.init(jax.random.key(0)))
-    sizes = in_flight.sizes_of(value, slots=slots, prompts=PROMPTS, group=GROUP, prompt_width=WIDTH, tokens=200)
+    value = flight._value_of_a_token(model, model.init(jax.random.key(0)))
+    sizes = flight.sizes_of(value, slots=slots, prompts=PROMPTS, group=GROUP, prompt_width=WIDTH, tokens=200)
     made = jax.eval_shape(lambda: [Memory.empty(sizes, 1, kind.window, value) for kind in model.config.kinds])
     assert footprint.caches(slots) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
 

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from jaxrl_llm.logprobs import token_scores
 from jaxrl_llm.models.config import LayerKind, RopeConfig
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling import caches, in_flight
+from jaxrl_llm.sampling import caches, flight
 from jaxrl_llm.sampling.decode import Loop, row_keys, sample
 from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.in_flight import sample_in_flight
 from jaxrl_llm.sampling.logits import SamplingConfig, uniforms
 from jaxrl_llm.sampling.sampled import Wanted
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -44,7 +45,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a short completion has several, and the clock comes round."""
-    monkeypatch.setattr(in_flight, "page_tokens", lambda: PAGE)
+    monkeypatch.setattr(flight, "page_tokens", lambda: PAGE)
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +205,10 @@ def test_slots_are_filled_as_soon_as_they_are_free(slots, tiny_config, lively_pa
     keys = row_keys(jax.random.key(1), jnp.arange(32), 8)
     wanted = Wanted(jnp.zeros((32, 4), jnp.int32), jnp.full(32, 4), uniforms(keys, 256), None, jnp.asarray(limits))
     config = SamplingConfig(max_tokens=256)
-    sampled, turns = jax.jit(
-        lambda params: in_flight.sample_in_flight(
+    end = jax.jit(
+        lambda params: sample_in_flight(
             model, params, wanted, slots=slots, in_loops=False, config=config, stop_tokens=()
         )
     )(lively_params(model))
-    np.testing.assert_array_equal(sampled.lengths.reshape(limits.shape), limits)
-    assert turns <= 1.25 * max(limits.max(), limits.sum() / slots)
+    np.testing.assert_array_equal(end.sampled.lengths.reshape(limits.shape), limits)
+    assert end.clock <= 1.25 * max(limits.max(), limits.sum() / slots)

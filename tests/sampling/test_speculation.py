@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.models.config import LayerKind
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling import in_flight
+from jaxrl_llm.sampling import flight
 from jaxrl_llm.sampling.decode import row_keys
 from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.in_flight import sample_in_flight
 from jaxrl_llm.sampling.logits import SamplingConfig, uniforms
 from jaxrl_llm.sampling.sampled import Wanted
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
@@ -31,7 +32,7 @@ History = tuple[np.ndarray, np.ndarray]
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a short completion has several, and the ring comes round."""
-    monkeypatch.setattr(in_flight, "page_tokens", lambda: 8)
+    monkeypatch.setattr(flight, "page_tokens", lambda: 8)
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +189,9 @@ def test_the_distribution_is_that_of_the_model(tiny_config, lively_params):
         keys = row_keys(jax.random.key(seed), jnp.arange(1), count)
         lengths = jnp.full((1, count), history.shape[-1])
         wanted = Wanted(prompt, jnp.array([4]), uniforms(keys, 3), None, None, (history, lengths))
-        sampled, _ = in_flight.sample_in_flight(
+        sampled = sample_in_flight(
             model, params, wanted, slots=4096, in_loops=False, config=config, stop_tokens=()
-        )
+        ).sampled
         return sampled.completion, sampled.passes
 
     first, _ = drawn(0, jnp.zeros((1, count, 3), jnp.int32))

@@ -20,7 +20,7 @@ PACKAGES = ("jaxrl_llm.losses", "jaxrl_llm.advantages")
 PARTS: dict[str, tuple[str, ...]] = {
     "Policy gradients": (
         *("losses.policy", "losses.reinforce", "losses.sequence", "losses.gates", "losses.geometric_mean"),
-        *("losses.detached", "losses.covariance", "losses.ratio"),
+        *("losses.detached", "losses.covariance", "losses.regression", "losses.ratio"),
     ),
     "What is added to a policy loss": (
         *(
@@ -36,7 +36,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "Advantages": (
         *("advantages.group", "advantages.relative", "advantages.rloo", "advantages.reinforce", "advantages.remax"),
         *("advantages.gae", "advantages.token_baseline", "advantages.multi_reward", "advantages.entropy"),
-        *("advantages.difficulty", "advantages.pairwise"),
+        *("advantages.difficulty", "advantages.pairwise", "advantages.optimal", "advantages.roles"),
     ),
     "Rewards and filters": (
         *("advantages.shaping", "advantages.kl_control", "advantages.filters", "advantages.process"),
@@ -186,7 +186,7 @@ def preset_names() -> dict[str, set[str]]:
     """
     public = {name for found in entries().values() for name in (entry.name for entry in found)}
     used = {}
-    for function in presets.PRESETS:
+    for function in (*presets.PRESETS, *presets.OF_ROLES):
         preset = function.__name__
         names = {f"{preset}_loss", f"{preset}_advantages"}
         for text in [function.__doc__ or "", *_record_docstrings(function())]:

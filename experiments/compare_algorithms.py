@@ -48,9 +48,18 @@ from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
 ALGORITHMS = {preset.__name__: preset() for preset in PRESETS} | {"trpo": TRPO.algorithm}
 NAMES = tuple(ALGORITHMS)
 FAMILIES = {
-    "one sample at a time": ("reinforce", "remax", "reinforce_plus_plus", "ppo", "trpo"),
-    "advantages of a group": ("rloo", "reinforce_plus_plus_baseline", "opo", "gpg", "grpo", "dr_grpo", "lite_ppo"),
-    "other surrogates": ("dapo", "sapo", "cispo", "gmpo", "gspo", "gspo_token", "luspo", "vespo"),
+    "one sample at a time": ("reinforce", "remax", "reinforce_plus_plus", "a_star_po", "ppo", "trpo"),
+    "advantages of a group": (
+        "rloo",
+        "reinforce_plus_plus_baseline",
+        "opo",
+        "gpg",
+        "grpo",
+        "dr_grpo",
+        "lite_ppo",
+        "max_rl",
+    ),
+    "other surrogates": ("dapo", "sapo", "cispo", "gmpo", "gspo", "gspo_token", "luspo", "vespo", "dppo_log2"),
     "shaped, filtered, judged": ("gtpo", "grpo_s", "ha_dw", "gfpo", "gdpo", "pass_at_k", "brpo", "grpo_threshold"),
     "entropy looked after; pairs": ("clip_cov", "kl_cov", "online_dpo"),
 }

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.distillation import Distillation
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
@@ -225,6 +226,16 @@ class StarExperiment(Experiment):
 
     star: StarConfig = StarConfig()
     """The iterations."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationExperiment(Experiment):
+    """All settings of a run that learns from teachers on its own samples; rewards are only reported."""
+
+    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress] = ()
+    algorithm: Algorithm = Distillation()
+    teachers: tuple[str, ...] = ()
+    """Models with the policy's tokenizer: folders, .gguf files or hub ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from jaxrl_llm.advantages.gae import GAE, MaskedTokens, bootstrap_truncated, gae
 from jaxrl_llm.advantages.group import AdvantageBaseline, AdvantageScale, group_advantages, zero_std_groups
 from jaxrl_llm.advantages.kl_control import adaptive_kl_coef
 from jaxrl_llm.advantages.multi_reward import gdpo_advantages
+from jaxrl_llm.advantages.optimal import optimal_advantages, optimal_values
 from jaxrl_llm.advantages.pairwise import InconsistentVerdict, brpo_advantages, brpo_skew, draw_reference
 from jaxrl_llm.advantages.process import (
     StepRewardKind,
@@ -44,11 +45,13 @@ from jaxrl_llm.advantages.relative import (
     PassAtKScale,
     gpg_advantages,
     gpg_alpha,
+    max_rl_advantages,
     opo_advantages,
     pass_at_k_advantages,
 )
 from jaxrl_llm.advantages.remax import remax_advantages, remax_code_returns
 from jaxrl_llm.advantages.rloo import rloo_advantages, rloo_token_advantages
+from jaxrl_llm.advantages.roles import RoleAdvantages, hierarchical_advantages, rae_advantages
 from jaxrl_llm.advantages.selection import (
     StepAggregation,
     Vote,
@@ -81,6 +84,7 @@ __all__ = [
     "NormalizeOver",
     "PassAtKScale",
     "RewardKLEstimator",
+    "RoleAdvantages",
     "ScorePosition",
     "StepAggregation",
     "StepRewardKind",
@@ -110,16 +114,21 @@ __all__ = [
     "gtpo_rewards",
     "hadw_advantages",
     "hadw_weights",
+    "hierarchical_advantages",
     "implicit_process_rewards",
     "keep_mixed_groups",
     "mask_after_last",
+    "max_rl_advantages",
     "mean_accuracy_of_mixed_groups",
     "min_form_weights",
     "opo_advantages",
+    "optimal_advantages",
     "optimal_token_baseline_advantages",
+    "optimal_values",
     "overlong_penalty",
     "pass_at_k_advantages",
     "process_advantages",
+    "rae_advantages",
     "reinforce_advantages",
     "reinforce_plus_plus_advantages",
     "reinforce_plus_plus_baseline_advantages",

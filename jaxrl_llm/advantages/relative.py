@@ -1,4 +1,4 @@
-"""Advantages within a group with other baselines and scales than its mean and deviation: OPO, GPG, pass@k."""
+"""Advantages within a group with other baselines and scales than its mean and deviation: OPO, GPG, pass@k, MaxRL."""
 
 from __future__ import annotations
 
@@ -186,3 +186,43 @@ def pass_at_k_advantages(
     divisor = safe_sqrt(group.variance(ddof)) + eps if scale == "group" else 1.0
     leads = mask & (rank == 0) & ~group.is_constant
     return jnp.where(leads, safe_divide(best - second, divisor), 0.0)
+
+
+def max_rl_advantages(
+    rewards: ArrayLike,
+    *,
+    eps: float = 1e-6,
+    mask: ArrayLike | None = None,
+    group_ids: ArrayLike | None = None,
+    group_size: int | None = None,
+) -> Array:
+    """MaxRL: centred rewards over the mean of their group, so that a prompt counts by how seldom it is solved.
+
+        A = (R − mean of its group) / (mean of its group + eps)
+
+    With rewards of 0 and 1 the mean is the share p̂ that is solved, and R / p̂ an estimate of ∇log p in place of ∇p:
+    the likelihood of a success, as supervised learning maximises it, up to the order G in 1 − p. A prompt solved once
+    in G weighs as much as one that is solved G times. Unlike `group_advantages`, which divides by a deviation that is
+    small for easy and for hard prompts alike, only the hard ones gain weight.
+
+    Args:
+        rewards: `[..., G]`, a group along the last axis, not negative; or any shape with `group_ids`.
+        eps: Added to the mean.
+        mask: Bool, of the shape of `rewards`: False for samples that could not be scored.
+        group_ids: Labels of the shape of `rewards`; equal ones form a group.
+        group_size: G of flat arrays, in which the samples of a prompt lie one after another; in place of labels.
+
+    Returns:
+        The shape of `rewards`; exactly 0 where all of a group's rewards are equal, or their mean is not above 0.
+
+    Raises:
+        ValueError: On unequal shapes or a mask that is not bool.
+
+    Source: Tajwar et al. 2026, "Maximum likelihood reinforcement learning" (2602.02710).
+    """
+    group_ids = group_labels(group_ids, group_size, rewards=rewards)
+    mask = mask_or_all(mask, rewards=rewards)
+    rewards = fill_masked(rewards, mask)
+    group = group_statistics(rewards, mask, group_ids)
+    divisor = jnp.where(group.mean > 0, group.mean + eps, 0.0)
+    return jnp.where(mask & ~group.is_constant, safe_divide(rewards - group.mean, divisor), 0.0)

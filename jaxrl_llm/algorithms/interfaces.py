@@ -10,10 +10,14 @@ import numpy as np
 
 from jaxrl_llm.records import Metrics
 
-Need = Literal["old", "reference", "entropy", "values", "final_values", "greedy", "by_function", "verdicts"]
+Need = (
+    Literal["old", "reference", "entropy", "values", "final_values", "greedy", "by_function", "verdicts"]
+    | Literal["reference_rewards", "roles", "tasks", "teachers"]
+)
 """A score or a reward that costs something: log-probs under the old policy or under the reference, entropies of the
 old policy, values of a critic, also of what follows the last token, the reward of a greedy completion, the reward
-functions one by one, a judge's verdicts."""
+functions one by one, a judge's verdicts, rewards of samples that the reference draws, the role that each prompt gives
+and the task that it is of, other models' distributions."""
 
 
 Rewards = jax.Array | np.ndarray
@@ -38,6 +42,12 @@ class Feedback(NamedTuple):
     """`[P, G]` bool: it preferred the sample to the reference."""
     preferred_swapped: Any = None
     """The same with the two shown in the other order, or `None`."""
+    reference_rewards: Any = None
+    """`[P, N]`: rewards of N samples of each prompt that the reference drew (A*-PO)."""
+    roles: Any = None
+    """`[P]` int32: the role that the policy has in the samples of each prompt, by its number (RAE)."""
+    tasks: Any = None
+    """`[P]` int32: equal for prompts that come of one task (hierarchical GRPO)."""
 
 
 class Signals(NamedTuple):
@@ -147,6 +157,11 @@ class Algorithm(abc.ABC):
     def needs_greedy(self) -> bool:
         """Whether the reward of a greedy completion of each prompt is read."""
         return "greedy" in self.needs
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether other models' distributions are read."""
+        return "teachers" in self.needs
 
     @property
     def keeps_mask(self) -> bool:

@@ -104,15 +104,13 @@ def make_iteration(
 
     Args:
         sampler: samples completions; its checks of the prompts are the caller's here.
-        rewards: at least one.
+        rewards: none where the update step learns from something else; then it is given `None` for them.
         update_step: of `make_update_step`, or another that learns from a rollout and its rewards.
 
     Raises:
-        ValueError: there is no reward, or two of the same name.
+        ValueError: two rewards bear the same name.
         AssertionError: when it is traced, if prompts and their lengths do not fit together.
     """
-    if not rewards:
-        raise ValueError("no reward: one program needs at least one reward that is a JAX function")
     score = make_device_scores(rewards)
 
     def iteration(
@@ -128,7 +126,7 @@ def make_iteration(
         chex.assert_type([prompt, prompt_lengths], int)
         rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1, history=history)
         scores = score(reward_params, rollout)
-        state, metrics = update_step(state, rollout, scores.total, reference)
+        state, metrics = update_step(state, rollout, scores.total if rewards else None, reference)
         return Iteration(state, metrics, rollout, scores)
 
     return iteration

@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 
 from jaxrl_llm.algorithms.iteration import DeviceReward
-from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
+from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.config import Experiment
 from jaxrl_llm.data.interfaces import RowSource
@@ -22,6 +22,7 @@ from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.summary import finish
+from jaxrl_llm.launch.teachers import find_teachers
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
@@ -29,6 +30,7 @@ from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.on_policy import Trainer, TrainingResult
+from jaxrl_llm.training.teachers import Teacher
 
 ConfigT = TypeVar("ConfigT", bound=Experiment)
 
@@ -39,7 +41,7 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     `--preset=gspo` puts that published algorithm in place of `config.algorithm`, whose flags may change it further.
     An unknown flag or preset ends the program at once and names the nearest one.
     """
-    own, presets = config, {preset.__name__: preset for preset in PRESETS}
+    own, presets = config, {preset.__name__: preset for preset in (*PRESETS, *OF_ROLES)}
     with plain_errors():
         chosen, args = take_preset(sys.argv[1:] if args is None else args, list(presets))
     if chosen is not None:
@@ -63,6 +65,7 @@ def make_trainer(
     judge: Judge | None = None,
     critic_params: Params | None = None,
     trust_region: TrustRegionConfig | None = None,
+    teachers: Sequence[Teacher] = (),
 ) -> Trainer:
     """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
 
@@ -78,6 +81,7 @@ def make_trainer(
         judge: as `Trainer`.
         critic_params: as `Trainer`.
         trust_region: as `Trainer`.
+        teachers: as `Trainer`.
     """
     train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
     trainer = Trainer(
@@ -93,6 +97,7 @@ def make_trainer(
         judge=judge,
         critic_params=critic_params,
         trust_region=trust_region,
+        teachers=teachers,
         algorithm=config.algorithm,
         critic=config.critic,
         setup=run_setup(config, mesh),
@@ -119,8 +124,10 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
         tokenizer = load_tokenizer_of(config.model)
         check_stop_texts(config.sampling.stop, tokenizer)
         prompts = load_prompts(config, tokenizer)  # before the model, which may take minutes
+        sources = find_teachers(config, tokenizer)
         policy = load_policy(config, mesh, tokenizer)
-        trainer = make_trainer(config, policy, mesh, prompts=prompts)
+        teachers = [source.load(mesh) for source in sources]
+        trainer = make_trainer(config, policy, mesh, prompts=prompts, teachers=teachers)
     policy = dataclasses.replace(policy, params=None)  # the trainer has its own copy
     result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began)

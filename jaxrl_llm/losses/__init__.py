@@ -81,6 +81,7 @@ from jaxrl_llm.losses.preference_terms import (
 from jaxrl_llm.losses.process_reward import NeutralSteps, prm_loss, step_labels, step_probability
 from jaxrl_llm.losses.ratio import ClipIndicators, clip_indicators, clipped_surrogate, importance_ratio
 from jaxrl_llm.losses.reference_free import OddsLogprob, cpo_loss, log_odds, orpo_loss, simpo_loss, slic_loss
+from jaxrl_llm.losses.regression import a_star_po_loss
 from jaxrl_llm.losses.reinforce import dro_loss, dro_surrogate, gpg_loss, reinforce_loss, threshold_grpo_loss
 from jaxrl_llm.losses.rejection import RejectionLevel, RejectionStatistic, rejection_mask
 from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
@@ -111,6 +112,7 @@ __all__ = [
     "ShiftAverage",
     "SoftGate",
     "ValueLossKind",
+    "a_star_po_loss",
     "aggregate",
     "aggregation_normalizer",
     "aggregation_weights",

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrl_llm.losses._rows import check_bounds, check_positive, clip_metrics, policy_rows, ratio_metrics
+from jaxrl_llm.losses._rows import (
+    check_bounds,
+    check_not_negative,
+    check_positive,
+    clip_metrics,
+    policy_rows,
+    ratio_metrics,
+)
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregate
 from jaxrl_llm.losses.ratio import LOG_RATIO_LIMIT, ClipIndicators, clamp_log_ratio, importance_ratio
 from jaxrl_llm.masking import as_float, check_same_shape, per_token, segment_first, segment_total
@@ -146,16 +153,18 @@ def dppo_loss(
     delta_high: float,
     divergence: BinaryDivergence = "tv",
     w_max: float = 20.0,
+    log_ratio_coef: float = 0.0,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> tuple[Array, Metrics]:
     """Divergence PPO: a trust region on the change of a token's probability in place of its ratio.
 
-        Σ −sg(min(r, w_max)) A logprobs · keep / number of valid tokens
+        Σ [ −sg(min(r, w_max)) A logprobs · keep + log_ratio_coef (log r)² ] / number of valid tokens
 
-    with keep = 1 for the tokens of `divergence_mask`, else 0. Unlike `dapo_loss`, whose clip hits rare tokens most,
-    a token is cut off by how much probability it has gained or lost.
+    with keep = 1 for the tokens of `divergence_mask`, else 0. The second term, as in prime-rl, draws every token back
+    to the policy that sampled, those that are cut off, too; like the mask it does nothing at r = 1. Unlike
+    `dapo_loss`, whose clip hits rare tokens most, a token is cut off by how much probability it has gained or lost.
 
     Args:
         logprobs: As `grpo_loss`.
@@ -166,6 +175,8 @@ def dppo_loss(
         delta_high: As `delta_low`.
         divergence: As `delta_low`.
         w_max: Upper bound of the ratio's weight.
+        log_ratio_coef: Weight of the squared log-ratio, which `weights` do not multiply; prime-rl's is 1e-3, beside
+            bounds of 0.2.
         weights: As `grpo_loss`.
         normalizer: As `grpo_loss`.
         segment_ids: As `grpo_loss`; the loss is the same with and without.
@@ -175,15 +186,18 @@ def dppo_loss(
         off, and `ratio/capped_mean`, the share of tokens that are kept with a weight of w_max.
 
     Raises:
-        ValueError: As `grpo_loss` and `divergence_mask`.
+        ValueError: As `grpo_loss` and `divergence_mask`, and on a coefficient that is negative.
 
-    Source: Qi et al. 2026, "Rethinking the trust region in LLM reinforcement learning" (2602.04879), as in verl.
+    Source: Qi et al. 2026, "Rethinking the trust region in LLM reinforcement learning" (2602.04879), as in verl; the
+    squared log-ratio: prime-rl, "Algorithms".
     """
     check_positive(w_max=w_max)
+    check_not_negative(log_ratio_coef=log_ratio_coef)
     rows = policy_rows(logprobs, old_logprobs, advantages, mask, weights=weights, segment_ids=segment_ids)
     keep = divergence_mask(*rows.inputs, delta_low=delta_low, delta_high=delta_high, divergence=divergence)
     ratio = jax.lax.stop_gradient(importance_ratio(rows.logprobs, rows.old_logprobs))
     losses = rows.weigh(jnp.where(keep, -jnp.minimum(ratio, w_max) * rows.advantages * rows.logprobs, 0.0))
+    losses += log_ratio_coef * clamp_log_ratio(rows.log_ratio) ** 2
     cut = ClipIndicators(low=~keep & (rows.advantages < 0), high=~keep & (rows.advantages > 0))
     metrics = clip_metrics(cut, rows.mask) | {"ratio/capped_mean": Mean.of(keep & (ratio > w_max), rows.mask)}
     return aggregate(losses, rows.mask, mode="token-mean", normalizer=normalizer), metrics | ratio_metrics(rows)

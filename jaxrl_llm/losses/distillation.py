@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def generalized_jsd(
 
     teacher_logits = jax.lax.stop_gradient(jnp.asarray(teacher_logits))
     vocabulary = teacher_logits.shape[-1]
-    return _over_time(divergence, (jnp.asarray(logits), teacher_logits), vocabulary, chunk_size)
+    arrays = jnp.asarray(logits), teacher_logits
+    return over_positions(divergence, arrays, _chunk(arrays[0], vocabulary, chunk_size))
 
 
 def generalized_jsd_from_hidden(
@@ -115,7 +117,7 @@ def generalized_jsd_from_hidden(
         teacher = jnp.einsum("...d,vd->...v", teacher_state, teacher_head, preferred_element_type=jnp.float32)
         return jnp.where(usable & teacher_usable, _jsd_of_logits(student, teacher, beta, temperature), jnp.nan)
 
-    return _over_time(divergence, (hidden, teacher_hidden), head.shape[0], chunk_size)
+    return over_positions(divergence, (hidden, teacher_hidden), _chunk(hidden, head.shape[0], chunk_size))
 
 
 def gkd_loss(
@@ -235,22 +237,32 @@ def _jsd_of_logprobs(student: Array, teacher: Array, beta: float) -> Array:
     return beta * categorical_kl(teacher, mixture) + (1 - beta) * categorical_kl(student, mixture)
 
 
-def _over_time(
-    function: Callable[..., Array], arrays: tuple[Array, ...], vocabulary: int, chunk_size: int | None
-) -> Array:
-    """Maps `[..., T, _]` arrays to `[..., T]`, some positions at a time, which are computed anew for the gradient."""
-    length = arrays[0].shape[-2]
+def _chunk(states: Array, vocabulary: int, chunk_size: int | None) -> int:
+    """Positions of `[..., T, _]` that are worked on at a time."""
     if chunk_size is None:
-        rows = max(1, arrays[0].size // max(1, arrays[0].shape[-1] * length))
-        chunk_size = max(1, CHUNK_LOGITS // (rows * vocabulary))
+        rows = max(1, states.size // max(1, states.shape[-1] * states.shape[-2]))
+        return max(1, CHUNK_LOGITS // (rows * vocabulary))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
+    return chunk_size
+
+
+def over_positions(function: Callable[..., Any], arrays: tuple[Array, ...], chunk_size: int) -> Any:
+    """Maps `[..., T, _]` arrays to a tree of `[..., T]`, some positions at a time, computed anew for the gradient.
+
+    Args:
+        function: of the arrays, or of what lies at one position of them, `[..., _]`, which it maps to `[...]`.
+        arrays: with the same `[..., T]`.
+        chunk_size: positions at a time.
+    """
+    length = arrays[0].shape[-2]
     if chunk_size >= length or arrays[0].size == 0:
         return function(*arrays)
     # Time and not rows: those are what is spread over devices.
     time_first = tuple(jnp.moveaxis(x, -2, 0) for x in arrays)
     one = jax.checkpoint(lambda xs: function(*xs))
-    return jnp.moveaxis(jax.lax.map(one, time_first, batch_size=chunk_size), 0, -1)
+    mapped = jax.lax.map(one, time_first, batch_size=chunk_size)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), mapped)
 
 
 def _check(beta: float, temperature: float) -> None:

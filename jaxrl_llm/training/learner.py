@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import optax
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.distillation import Distillation, make_distillation_step
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
@@ -133,6 +136,7 @@ def make_learner(
     sampling: SamplingConfig,
     critic: CriticSource,
     trust_region: TrustRegionConfig | None,
+    teachers: Mapping[str, Transformer] = MappingProxyType({}),
 ) -> Learner:
     """The learner of a run of so many iterations.
 
@@ -145,6 +149,7 @@ def make_learner(
         sampling: how rollouts are drawn.
         critic: the value function, if the algorithm is made of one.
         trust_region: TRPO's step in place of the optimizer's.
+        teachers: models by name, where the algorithm learns from some.
 
     Raises:
         ValueError: these do not fit together.
@@ -192,12 +197,15 @@ def make_learner(
         case PolicyGradient():
             rule = optax.identity()
             step = make_trust_region_step(policy, algorithm, trust_region, plan=plan.of_minibatch, **drawn)
-        case OnlinePreference() if trust_region is not None:
+        case OnlinePreference() | Distillation() if trust_region is not None:
             raise ValueError(f"{algorithm.reader} has no surrogate that a trust region could bound")
         case OnlinePreference() if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 gives equal samples, of which no pair can be made")
         case OnlinePreference():
             step = make_online_preference_step(policy, rule, algorithm, plan)
+        case Distillation():
+            given, temperature = dict(teachers), sampling.temperature
+            step = make_distillation_step(policy, rule, algorithm, given, plan, temperature=temperature)
         case _:
             raise TypeError(f"no update step is known for an algorithm of type {type(algorithm).__name__}")
     if algorithm.keeps_mask:

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.interfaces import Algorithm, Feedback
+from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
@@ -25,7 +26,7 @@ from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.lora import abstract_reference, has_adapters, start_reference
+from jaxrl_llm.models.lora import abstract_reference, has_adapters, reference_of, start_reference
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -34,15 +35,17 @@ from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
+from jaxrl_llm.training.episodes.feedback import FeedbackSource
 from jaxrl_llm.training.episodes.history import CompletionHistory
-from jaxrl_llm.training.episodes.judging import Judge, check_judge, compare
-from jaxrl_llm.training.episodes.scorable import check_scorable
+from jaxrl_llm.training.episodes.judging import Judge
+from jaxrl_llm.training.episodes.reference_rewards import ReferenceRewards
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource, Learner, check_critic, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import ROWS, bytes_of, check_memory, rollout_bytes
 from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.teachers import Teacher, check_teachers, teacher_bytes
 from jaxrl_llm.training.texts import how_texts_are_read
 from jaxrl_llm.types import Rollout, TrainState
 
@@ -79,6 +82,8 @@ class TrainingConfig:
 
 EVALUATION_KEY = np.uint32(0x5EED)
 """Keeps the noise of evaluations apart from that of training."""
+REFERENCE_KEY = np.uint32(0x0FEF)
+"""The same for samples of the reference."""
 
 
 class Trainer:
@@ -91,8 +96,8 @@ class Trainer:
         stop_tokens: ids that end a completion.
         dataset: prompts to train on.
         eval_dataset: held-out prompts, or `None`.
-        rewards: reward functions and weights; `None` where all rewards are `device_rewards`: then an iteration is one
-            program.
+        rewards: reward functions and weights; `None` where all rewards are `device_rewards`, or there are none to
+            learn from (`Distillation`): then an iteration is one program.
         algorithm: the objective.
         setup: mesh, folder, seed and name of the run.
         device_rewards: rewards that are JAX functions, added to the others.
@@ -100,6 +105,7 @@ class Trainer:
         judge: for algorithms that read verdicts (BRPO): see `jaxrl_llm.training.episodes.judging`.
         critic: for algorithms that are made of one (PPO).
         trust_region: TRPO's step in place of the optimizer's.
+        teachers: for algorithms that learn from some; they lie beside the policy, sharded as it is.
         critic_params: parameters of a `ScoreModel` from which a critic of its own starts; `None`: the policy's, with a
             new head.
         training, update, optimizer, sampling, evaluation: see the records.
@@ -127,6 +133,7 @@ class Trainer:
         critic: CriticSource | None = None,
         critic_params: Params | None = None,
         trust_region: TrustRegionConfig | None = None,
+        teachers: Sequence[Teacher] = (),
         training: TrainingConfig | None = None,
         update: UpdateConfig | None = None,
         optimizer: OptimizerConfig | None = None,
@@ -139,15 +146,15 @@ class Trainer:
         model = model.with_known_tokens(known_tokens(tokenizer))  # of sampler and learner alike
         self.model, self.tokenizer, self.algorithm = model, tokenizer, algorithm
         self.setup, mesh = setup, setup.mesh
-        self.rewards, self.device_rewards, self.judge = rewards, tuple(device_rewards), judge
+        self.rewards, self.device_rewards = rewards, tuple(device_rewards)
 
         # All that can be wrong is found before anything is compiled.
         check_group(algorithm, group)
         check_critic(algorithm, critic or CriticSource())
-        self._check_rewards()
+        check_teachers(algorithm, teachers, tokenizer)
+        self.feedback = FeedbackSource(algorithm, rewards, self.device_rewards, judge, tokenizer)
+        self.feedback.check(dataset, dynamic_sampling=self.config.dynamic_sampling)
         self.saved = setup.find()
-        if rewards is not None:
-            check_scorable(rewards, dataset)
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
         self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
         if self.saved:
@@ -161,9 +168,12 @@ class Trainer:
             sampling=sampling,
             critic=critic or CriticSource(),
             trust_region=trust_region,
+            teachers={teacher.name: teacher.over(known_tokens(tokenizer)) for teacher in teachers},
         )
+        if isinstance(algorithm, Distillation):
+            algorithm.weights_of(len(teachers))  # raises, if there are not as many
         self.abstract_state = learner.abstract_state(mesh)
-        resident = self._resident()
+        resident = self._resident(teachers)
         self.sampler = Sampler(
             model,
             sampling,
@@ -178,6 +188,9 @@ class Trainer:
         self.history = None  # of this process: a run that goes on begins with none, and proposes from prompts again
         if sampling.speculate == "history":
             self.history = CompletionHistory(self.sampler.group, sampling.max_tokens)
+        self.reference_rewards = None
+        if "reference_rewards" in algorithm.needs:
+            self.reference_rewards = ReferenceRewards(setup.folder, resume=self.saved is not None)
         self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
         self.sampler.row_split(prompts)
         self.evaluator = make_evaluator(
@@ -203,48 +216,27 @@ class Trainer:
         needs = {"parameters and optimizer": bytes_of(self.abstract_state)} | rollout_bytes(
             self.sampler, prompts=prompts, max_prompt_length=dataset.max_prompt_length
         )
+        if teachers:
+            needs["teachers"] = sum(bytes_of(teacher.params) for teacher in teachers)
         check_memory(mesh, needs, f"{ROWS}; more devices along mesh.fsdp share them")
         self.what_a_step_is += self.sampler.how_slots_are_chosen(prompts, dataset.max_prompt_length)
-        self._start(learner, params, critic_params)
+        self._start(learner, params, critic_params, teachers)
         self._make_programs(learner)
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
 
-    def _check_rewards(self) -> None:
-        """Raises if what is rewarded and what the algorithm reads do not fit together."""
-        needs, name = self.algorithm.needs, self.algorithm.reader
-        if self.rewards is None and not self.device_rewards:
-            raise ValueError("there is no reward: pass rewards=, or device_rewards=")
-        if not any(weights := self._reward_weights().tolist()):
-            setting = "the weights of device_rewards, " if self.rewards is None else "reward_weights="
-            raise ValueError(f"{setting}{tuple(weights)} are all 0, and nothing would be learned: give others")
-        if ("verdicts" in needs) != (self.judge is not None):
-            raise ValueError(
-                f"{name} reads a judge's verdicts: pass judge=, as experiments/compare_algorithms.py does"
-                if self.judge is None
-                else f"{name} reads no verdicts"
-            )
-        if self.judge is not None:
-            check_judge(self.judge)
-        if self.rewards is not None:
-            return
-        if needs & {"verdicts", "by_function"}:
-            raise ValueError(f"{name} reads what reward functions say: pass rewards=")
-        if self.config.dynamic_sampling:
-            raise ValueError(
-                f"training.dynamic_sampling={self.config.dynamic_sampling} looks at rewards on the host: "
-                "pass rewards=, or 0"
-            )
-
-    def _resident(self) -> int:
+    def _resident(self, teachers: Sequence[Teacher]) -> int:
         """Bytes of each device that are taken while it samples."""
         state, scored = self.abstract_state, [reward.params for reward in self.device_rewards]
         kept = bytes_per_device([state, [leaf for leaf in jax.tree.leaves(scored) if isinstance(leaf, jax.Array)]])
+        kept += teacher_bytes(teachers, self.setup.mesh)
         if not self.algorithm.needs_reference or has_adapters(state.params):
             return kept
         return kept + bytes_per_device(abstract_reference(state.params, self.model.config.dtype))
 
-    def _start(self, learner: Learner, params: Params, critic_params: Params | None) -> None:
+    def _start(
+        self, learner: Learner, params: Params, critic_params: Params | None, teachers: Sequence[Teacher]
+    ) -> None:
         """What the programs work on: the state, and the reference if there is one."""
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         start = jax.jit(learner.start, static_argnames="seed", out_shardings=placed)
@@ -258,6 +250,8 @@ class Trainer:
                     params, placed.params, self.model.config.dtype, with_adapters=with_adapters
                 )
                 self.what_a_step_is += said
+            if teachers:
+                self.reference = {teacher.name: teacher.kept(self.setup.mesh) for teacher in teachers}
         check_frozen(self.saved, self.state, self.reference)
 
     def _make_programs(self, learner: Learner) -> None:
@@ -267,7 +261,7 @@ class Trainer:
         self._score = self._iteration = None
         if self.device_rewards and self.rewards is not None:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
-        elif self.device_rewards:
+        elif self.rewards is None:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
             shardings: Any = (placed, whole, whole, whole)
             self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
@@ -305,7 +299,7 @@ class Trainer:
             return self._iterate_on_device(phase)
         rollout, episodes, drawn = self._collect(step, phase)
         with phase("update"), jax.set_mesh(self.setup.mesh):
-            feedback = self._feedback(rollout, episodes, step)
+            feedback = self.feedback(episodes, np.asarray(self.state.key), step)
             self.state, metrics = self.update(self.state, rollout, feedback, self.reference)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         episodes = episodes.first(self.config.samples_per_prompt)  # what is told is told of the samples alone
@@ -330,16 +324,30 @@ class Trainer:
                 jax.block_until_ready(rollout)
                 self._remember(batch, rollout)
             with phase("reward"):
-                assert self.rewards is not None
-                stops = self.sampler.stop_tokens
-                episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops)
-                if self._score is not None:
-                    episodes = self._with_device_rewards(rollout, episodes)
+                episodes = self._scored(rollout, batch)
+                if self.reference_rewards is not None:
+                    of_reference = self._of_reference(self.reference_rewards, batch, key, step)
+                    episodes = dataclasses.replace(episodes, reference_rewards=of_reference)
             if not self.config.dynamic_sampling:
                 return rollout, episodes, {}
             if filled.add(jax.device_get(rollout), episodes):
                 break
         return *filled.take(), {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
+
+    def _scored(self, rollout: Rollout, batch: PromptBatch) -> Episodes:
+        assert self.rewards is not None
+        stops = self.sampler.stop_tokens
+        episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops)
+        return episodes if self._score is None else self._with_device_rewards(rollout, episodes)
+
+    def _of_reference(self, kept: ReferenceRewards, batch: PromptBatch, key: np.ndarray, step: int) -> np.ndarray:
+        """Rewards of the reference's samples, which it draws where a prompt comes for the first time."""
+        if kept.lacks(batch.indices):
+            params = reference_of(self.state.params, self.reference)
+            assert params is not None  # the algorithm reads its log-probs, too
+            rollout = self.sampler(params, batch.tokens, batch.lengths, key ^ REFERENCE_KEY, step)
+            kept.keep(batch.indices, self._scored(rollout, batch).rewards)
+        return kept.of(batch.indices)
 
     def _proposed(self, batch: PromptBatch) -> tuple[np.ndarray, np.ndarray] | None:
         """What the sampler may propose."""
@@ -355,25 +363,6 @@ class Trainer:
         with jax.set_mesh(self.setup.mesh):
             scores = jax.device_get(self._score([reward.params for reward in self.device_rewards], rollout))
         return episodes.plus(scores.total, scores.by_name)
-
-    def _feedback(self, rollout: Rollout, episodes: Episodes, step: int) -> Any:
-        """Rewards, and what else the algorithm reads."""
-        needs = self.algorithm.needs
-        rewards = episodes.rewards if episodes.token_rewards is None else episodes.token_rewards
-        if "by_function" in needs:
-            table = np.stack(list(episodes.by_name.values()), axis=-1)
-            return Feedback(rewards, by_function=table, weights=self._reward_weights())
-        if self.judge is not None:
-            assert self.rewards is not None  # an algorithm that reads verdicts has them
-            timeout = self.rewards.timeout
-            verdicts = compare(self.judge, episodes, self.tokenizer, np.asarray(self.state.key), step, timeout=timeout)
-            return Feedback(rewards, **verdicts)
-        return rewards
-
-    def _reward_weights(self) -> np.ndarray:
-        """Of the reward functions and the rewards on the device, in the order of `Episodes.by_name`."""
-        own = () if self.rewards is None else self.rewards.weights or (1.0,) * len(self.rewards.names)
-        return np.array([*own, *(reward.weight for reward in self.device_rewards)], np.float32)
 
     def _iterate_on_device(self, phase: Phase) -> Outcome:
         """Samples, scores and updates in one program."""

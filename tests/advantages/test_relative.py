@@ -1,7 +1,14 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages.relative import gpg_advantages, gpg_alpha, opo_advantages, pass_at_k_advantages
+from jaxrl_llm.advantages.relative import (
+    gpg_advantages,
+    gpg_alpha,
+    max_rl_advantages,
+    opo_advantages,
+    pass_at_k_advantages,
+)
 
 VALID = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0], [0] * 4, [1] * 4, [0, 1, 1, 0]], bool)
 LABELS = np.repeat([4, 9, -2, 0, 77, 5], 4).reshape(6, 4)
@@ -47,6 +54,7 @@ def test_golden_numbers(examples):
     close(gpg_alpha(groups, alpha_mode="nonzero_rewards"), examples["gpg.alpha_verl_nonzero_rewards"])
     close(gpg_advantages(groups, alpha_mode="nonzero_rewards")[0], [2 / 3, -2 / 3, -2 / 3, 2 / 3])
     close(pass_at_k_advantages(np.array([1, 0, 0, 0.5]), group_size=4), examples["passk.adv"])
+    close(max_rl_advantages(np.array([1, 0, 0, 1, 1, 1, 1, 0]), group_size=4).reshape(2, 4), examples["maxrl.adv"])
 
 
 @pytest.mark.parametrize("labels", [None, LABELS])
@@ -71,6 +79,22 @@ def test_equals_the_definition(rewards, labels):
     expected = per_group(rewards, lambda group: pass_at_k_loop(group, scaled=False))
     close(pass_at_k_advantages(rewards, scale="none", **options), expected)
 
+    for eps in (0.0, 0.5):
+        expected = per_group(np.abs(rewards), lambda group, eps=eps: (group - group.mean()) / (group.mean() + eps))
+        close(max_rl_advantages(np.abs(rewards), eps=eps, **options), expected)
+
+
+def test_without_a_success_on_average_max_rl_learns_nothing():
+    rewards = np.array([[0, 0, 0], [-1, 1, 0], [-2, -1, 0.5], [0, 0, 1]])
+    close(max_rl_advantages(rewards, eps=0), [[0, 0, 0]] * 3 + [[-1, -1, 2]])
+
+
+def test_max_rl_weighs_a_prompt_by_how_seldom_it_is_solved():
+    """Summed over successes, the weight of a prompt is that of ∇log p: G − (number solved), whatever that is."""
+    for solved in range(1, 8):
+        advantages = np.asarray(max_rl_advantages(np.arange(8) < solved, eps=0, group_size=8))
+        close(advantages[:solved].sum(), 8 - solved)
+
 
 def test_ties_for_the_best_have_no_lead():
     close(pass_at_k_advantages(np.array([[1, 0, 1], [0.3, 0.3, 0.3]])), np.zeros((2, 3)))
@@ -93,13 +117,17 @@ def pass_at_k(rewards, mask):
     return pass_at_k_advantages(rewards, mask=mask)
 
 
-@pytest.mark.parametrize("estimate", [opo, gpg, pass_at_k])
+def max_rl(rewards, mask):
+    return max_rl_advantages(jnp.abs(rewards), mask=mask)
+
+
+@pytest.mark.parametrize("estimate", [opo, gpg, pass_at_k, max_rl])
 def test_holds_of_every_estimator(rewards, check_estimator, estimate):
     rewards[4] = np.random.default_rng(1).normal(size=4)
     check_estimator(estimate, {"rewards": rewards, "mask": VALID}, trained="rewards")
 
 
-@pytest.mark.parametrize("estimate", [opo, gpg, pass_at_k])
+@pytest.mark.parametrize("estimate", [opo, gpg, pass_at_k, max_rl])
 def test_a_group_does_not_see_another_one(rewards, estimate):
     changed = rewards.copy()
     changed[0] *= -3

@@ -220,6 +220,7 @@ def feedback(algorithm: PolicyGradient, shape: tuple[int, int]) -> Feedback:
         is_reference=is_reference if "verdicts" in needs else None,
         preferred=verdicts[0],
         preferred_swapped=verdicts[1],
+        reference_rewards=rng.random((shape[0], 3)).astype(np.float32) if "reference_rewards" in needs else None,
     )
 
 

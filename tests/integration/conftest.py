@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.interfaces import Algorithm
+from jaxrl_llm.algorithms.distillation import Distillation, make_distillation_step
+from jaxrl_llm.algorithms.interfaces import Algorithm, Feedback
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
@@ -49,6 +51,7 @@ def _train(
     group: int = 16,
     max_tokens: int = 3,
     stop_tokens: tuple[int, ...] = (0,),
+    teachers: Mapping[str, tuple[Transformer, Params]] = MappingProxyType({}),
     **sampling: Any,
 ) -> History:
     """The metrics of each step; `reward` is that of the samples drawn before it.
@@ -71,7 +74,7 @@ def _train(
     mesh = make_mesh(devices=jax.devices()[:1])
     state = make_train_state(params, optimizer, seed, algorithm=algorithm, critic=critic, critic_params=critic_params)
     state = jax.device_put(state, replicated(mesh))  # where an update leaves it
-    reference = jax.tree.map(jnp.copy, params) if algorithm.needs_reference else None
+    reference = jax.device_put(jax.tree.map(jnp.copy, params), replicated(mesh)) if algorithm.needs_reference else None
     sampler = Sampler(
         model,
         SamplingConfig(max_tokens=max_tokens, **sampling),
@@ -83,6 +86,9 @@ def _train(
     )
     if isinstance(algorithm, OnlinePreference):
         step = make_online_preference_step(model, optimizer, algorithm, plan)
+    elif isinstance(algorithm, Distillation):
+        step = make_distillation_step(model, optimizer, algorithm, {n: m for n, (m, _) in teachers.items()}, plan)
+        reference = {name: params for name, (_, params) in teachers.items()}
     else:
         step = make_update_step(model, optimizer, algorithm, plan, critic=critic)
     update = jax.jit(step, donate_argnums=0)
@@ -95,7 +101,10 @@ def _train(
                 drawn = prompts, np.full(len(prompts), prompts.shape[1])
             rollout = sampler(state.params, *drawn, state.key, number)
             rewards = reward(rollout)
-            state, metrics = update(state, rollout, feedback(algorithm, rollout, rewards, numbers), reference)
+            given = feedback(algorithm, rollout, rewards, numbers)
+            if "reference_rewards" in algorithm.needs:
+                given = Feedback(rewards, reference_rewards=reward(sampler(reference, *drawn, state.key ^ 1, number)))
+            state, metrics = update(state, rollout, given, reference)
             history.append({name: float(value) for name, value in metrics.items() if not name.startswith("perf/")})
     assert counter.counts["sample"] == counter.counts["update_step"] == 1, counter.counts
     return history

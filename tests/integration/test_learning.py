@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxrl_llm.algorithms.distillation import Distillation
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Credit, Feedback, Need, Signals
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient, ValueObjective
-from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS, dapo, dppo, gspo, online_dpo, ppo, remax
+from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS, dapo, dppo, gspo, online_dpo, ppo, remax
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference.online import OnlinePreference
 from jaxrl_llm.models.transformer import Transformer
@@ -48,6 +49,9 @@ def feedback(algorithm: Algorithm, rollout: Rollout, rewards: np.ndarray, number
         is_reference = np.arange(rewards.shape[1]) == chosen[:, None]
         preferred = rewards > np.take_along_axis(rewards, chosen[:, None], axis=1)
         return Feedback(rewards, is_reference=is_reference, preferred=preferred)
+    if "roles" in needs:  # the first one's rewards are higher by 2, whatever it says, and their mean is as it was
+        roles, tasks = np.arange(len(rewards)) % 2, numbers.integers(4, size=len(rewards))
+        return Feedback(rewards + 1 - 2 * np.float32(roles)[:, None], roles=roles, tasks=tasks)
     return rewards
 
 
@@ -87,6 +91,9 @@ class Negated(Advantage):
     def start(self) -> Any:
         return self.inner.start()
 
+    def remember(self, signals: Signals, memory: Any) -> Any:
+        return self.inner.remember(signals, memory)
+
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         credit = self.inner(signals, memory)
         return credit._replace(advantages=-credit.advantages)
@@ -120,7 +127,7 @@ def dppo_wide() -> PolicyGradient:
     return dppo(0.1, 0.1)
 
 
-LEARNING = [*PRESETS, dppo_wide]
+LEARNING = [*PRESETS, *OF_ROLES, dppo_wide]
 
 
 def reward_for(preset: Callable[[], Algorithm]) -> Callable[[Rollout], np.ndarray]:
@@ -161,6 +168,26 @@ def test_one_learns_of_a_truncated_distribution(model, train):
 def test_with_the_sign_flipped_it_does_not_learn(model, train):
     _, last = rewards_of(train(flipped(dapo()), model))
     assert last < 0.1, last
+
+
+class Repelled(Distillation):
+    """Away from the teachers."""
+
+    def weights_of(self, teachers: int) -> tuple[float, ...]:
+        return tuple(-weight for weight in super().weights_of(teachers))
+
+
+@pytest.mark.parametrize(("divergence", "left"), [("exact", 0.25), ("sampled", 0.5)])  # the one has no sampling noise
+def test_a_student_comes_near_its_teacher(divergence, left, model, train, lively_params):
+    teachers = {"lively": (model, lively_params(model, seed=5))}
+    prompts = np.random.default_rng(0).integers(1, VOCABULARY, (4, 3))
+    learn = functools.partial(train, model=model, teachers=teachers, prompts=prompts, learning_rate=1e-2)
+    history = learn(Distillation(divergence=divergence), steps=60)
+    first, last = (np.mean([line["distillation/lively"] for line in part]) for part in (history[:5], history[-5:]))
+    assert first > 0.3, first
+    assert last < left * first, last
+    away = learn(Repelled(divergence=divergence), steps=10)
+    assert away[-1]["distillation/lively"] > first
 
 
 def test_a_critic_on_the_policys_trunk_learns_with_it(model, train):

@@ -539,7 +539,7 @@ def test_an_unknown_preset_ends_at_once_and_names_the_nearest(
 
 
 def test_every_preset_has_flags(config: Experiment) -> None:
-    for preset in presets.POLICY_GRADIENTS:
+    for preset in (*presets.POLICY_GRADIENTS, *presets.OF_ROLES):
         parsed = cli.parse(config, [f"--preset={preset.__name__}", "--algorithm.entropy-coef=0.5"])
         assert parsed.algorithm == dataclasses.replace(preset(), entropy_coef=0.5)
     parsed = cli.parse(config, ["--preset=online-dpo", "--algorithm.objective.pair-loss.beta=0.5"])

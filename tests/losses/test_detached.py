@@ -56,6 +56,7 @@ def test_golden_numbers(examples, tok):
     keep = divergence_mask(*args, **delta)
     close(keep & tok.mask, examples["dppo.tv_valid_mask_0p05"])
     close(dppo_loss(*args, tok.mask, **delta)[0], examples["dppo.tv_loss_0p05"])
+    close(dppo_loss(*args, tok.mask, **delta, log_ratio_coef=0.1)[0], examples["dppo.tv_log2_loss_0p05"])
 
     close(vespo_weights(*args, tok.mask)[:, 0], examples["vespo.phi"])
     close(vespo_loss(*args, tok.mask)[0], examples["vespo.loss_token_mean"])
@@ -99,6 +100,22 @@ def test_dppo_equals_the_definition(ragged, divergence):
     # Where nothing is to be learned, nothing is cut.
     _, metrics = dppo_loss(ragged.logprobs, ragged.old, 0 * advantages, ragged.mask, **options)
     assert metrics["clip_ratio/region_mean"].value() == 0
+
+
+def test_the_squared_log_ratio_of_dppo_acts_on_all_tokens(ragged):
+    """Also on those that are cut off or have no weight: here all of them."""
+    args = (ragged.old, np.zeros_like(ragged.token_advantages), ragged.mask)
+    options = {"delta_low": 1e-9, "delta_high": 1e-9, "log_ratio_coef": 0.3, "weights": 0 * ragged.weights}
+    value, grad = jax.value_and_grad(lambda x: dppo_loss(x, *args, **options)[0])(jnp.float32(ragged.logprobs))
+    expected, slope = 0.0, np.zeros(ragged.mask.shape)
+    for i in zip(*np.nonzero(ragged.mask), strict=True):
+        log_ratio = ragged.logprobs[i] - ragged.old[i]
+        expected += 0.3 * log_ratio**2 / ragged.mask.sum()
+        slope[i] = 0.6 * log_ratio / ragged.mask.sum()
+    close(value, expected)
+    close(grad, slope)
+    with pytest.raises(ValueError, match="log_ratio_coef is -1: it must be finite and not negative"):
+        dppo_loss(ragged.logprobs, *args, delta_low=0.1, delta_high=0.1, log_ratio_coef=-1)
 
 
 def test_binary_kl_is_exact_for_likely_and_unlikely_tokens():

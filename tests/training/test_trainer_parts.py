@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient import presets
+from jaxrl_llm.algorithms.policy_gradient.role_estimators import HierarchicalAdvantage, RAEAdvantage
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
 from jaxrl_llm.algorithms.score_models.process_reward import make_process_reward, make_step_scores
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
@@ -44,7 +46,9 @@ def programs(trainer: Trainer) -> dict[str, int]:
 def make(tiny: ModuleType, tmp_path: Path):
     """Makes a trainer of two steps without evaluation; keyword arguments change fields of its records."""
 
-    def make(folder: str = "run", *, parts: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+    def make(
+        folder: str = "run", *, parts: dict[str, Any] | None = None, rows: list[Any] | None = None, **changes: Any
+    ) -> Trainer:
         config = dataclasses.replace(
             tiny.CONFIG, update=UpdateConfig(), evaluation=EvaluationConfig(), run_dir=str(tmp_path / folder)
         )
@@ -53,8 +57,8 @@ def make(tiny: ModuleType, tmp_path: Path):
         )
         config = dataclasses.replace(config, training=training, **changes)
         policy = tiny.make_policy(ONE_DEVICE)
-        rows = {"train_rows": tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS}
-        return make_trainer(config, policy, ONE_DEVICE, **rows, **parts or {})
+        given = {"train_rows": rows or tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS}
+        return make_trainer(config, policy, ONE_DEVICE, **given, **parts or {})
 
     return make
 
@@ -130,6 +134,52 @@ def test_settings_of_a_critic_are_refused_where_there_is_none(make) -> None:
     for critic in (CriticSource(shares_trunk=True), CriticSource(stop_gradient=True)):
         with pytest.raises(ValueError, match=r"critic\.\w+=True would have no effect: GroupAdvantage has no critic"):
             make(critic=critic)
+
+
+def test_the_reference_draws_once_of_each_prompt(make) -> None:
+    """A run that goes on finds what it drew, and ends as one that was not cut."""
+    algorithm, seen = presets.a_star_po(), []
+    whole = make("whole", algorithm=algorithm, training={"steps": 4, "checkpoint_every": 2})
+    update = whole.update
+    whole.update = lambda state, rollout, given, reference: (
+        seen.append(given.reference_rewards) or update(state, rollout, given, reference)
+    )
+    whole.run()
+    assert {table.shape for table in seen} == {(4, 4)}
+    assert programs(whole) == {"sample": 1, "update_step": 1}
+    lines = (whole.setup.folder / "reference_rewards.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["row"] for line in lines}) == 10
+    make("cut", algorithm=algorithm, training={"steps": 2, "checkpoint_every": 2}).run()
+    resumed = make("cut", algorithm=algorithm, training={"steps": 4, "checkpoint_every": 2}, resume=True)
+    resumed.run()
+    chex.assert_trees_all_equal(whole.state.params, resumed.state.params)
+    assert metrics_of(whole)[-1] == metrics_of(resumed)[-1]
+
+
+def test_roles_are_read_of_a_column(make, tiny: ModuleType) -> None:
+    rows = [row | {"role": ("low", "high")[n > 4]} for n, row in enumerate(tiny.TRAIN_ROWS)]
+    advantage = RAEAdvantage(roles=("low", "high"))
+    algorithm = dataclasses.replace(presets.rae(), advantage=advantage)
+    trainer = make(algorithm=algorithm, rows=rows, training={"steps": 1})
+    seen: list[Any] = []
+    update = trainer.update
+    trainer.update = lambda state, rollout, given, reference: (
+        seen.append((rollout, given)) or update(state, rollout, given, reference)
+    )
+    trainer.run()
+    ((rollout, given),) = seen
+    first = [int(tiny.TOKENIZER.decode([int(ids[0])])) for ids in rollout.prompt]
+    np.testing.assert_array_equal(given.roles, np.int32(np.array(first) > 4))
+    assert trainer.state.memory.shape == (2,)
+    assert {"rae/baseline_low", "rae/baseline_high"} <= metrics_of(trainer)[0].keys()
+
+    with pytest.raises(ValueError, match="row 5: the column 'role' holds 'high', and the roles are 0, low: mend"):
+        make("other", algorithm=dataclasses.replace(algorithm, advantage=RAEAdvantage(roles=("0", "low"))), rows=rows)
+    with pytest.raises(ValueError, match=r"role_column='role' is no column of the data; they are \['answer'\]"):
+        make("third", algorithm=presets.rae())
+    with pytest.raises(ValueError, match="task_column='tusk' is no column of the data"):
+        hierarchical = HierarchicalAdvantage(roles=("low", "high"), episode_roles=("low",), task_column="tusk")
+        make("fourth", algorithm=dataclasses.replace(algorithm, surrogate=Clipped(), advantage=hierarchical), rows=rows)
 
 
 # ---- Judges, reward functions one by one ---------------------------------------------------------------

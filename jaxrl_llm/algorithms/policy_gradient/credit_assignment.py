@@ -78,7 +78,7 @@ class CreditAssignment:
         if algorithm.needs_reference:
             ref_logprobs = self._reference_logprobs(state, sampled, reference)
             signals = signals._replace(ref_logprobs=ref_logprobs)
-            if algorithm.kl_coef:
+            if algorithm.loss_needs_reference:
                 batch = batch._replace(ref_logprobs=ref_logprobs)
         if self.keeps_old or algorithm.advantage.needs & {"old", "entropy"}:
             old = self._pass_over(sampled, self.scorer, state.params)
@@ -99,7 +99,9 @@ class CreditAssignment:
     def _reference_logprobs(self, state: TrainState, batch: LearnerBatch, reference: Params | None) -> jax.Array:
         params = reference_of(state.params, reference)
         if params is None:
-            raise ValueError("this algorithm reads a reference (a kl_coef is not 0): pass its parameters")
+            raise ValueError(
+                "this algorithm reads a reference (a kl_coef is not 0, or the surrogate does): pass its parameters"
+            )
         return self._pass_over(batch, self.scorer, params).logprobs
 
     def _values(self, state: TrainState, batch: LearnerBatch, lengths: jax.Array) -> tuple[jax.Array, jax.Array | None]:

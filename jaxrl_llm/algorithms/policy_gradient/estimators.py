@@ -106,6 +106,25 @@ class PassAtKAdvantage(Advantage):
 
 
 @dataclasses.dataclass(frozen=True)
+class MaxRLAdvantage(Advantage):
+    """A = (R − mean of the group) / (mean of the group + ε); see `jaxrl_llm.advantages.max_rl_advantages`.
+
+    Rewards must not be negative: their mean is read as the chance of success.
+    """
+
+    eps: float = 1e-6
+    """ε."""
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(PREFIX, self, eps=not_negative(self.eps))
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`."""
+        return Credit(functions.max_rl_advantages(signals.rewards, eps=self.eps))
+
+
+@dataclasses.dataclass(frozen=True)
 class GDPOAdvantage(Advantage):
     """Each reward function normalised by itself, then summed and whitened; see `jaxrl_llm.advantages.gdpo_advantages`.
 
@@ -253,6 +272,36 @@ class BRPOAdvantage(Advantage):
             return Credit(advantages)
         keep = functions.brpo_skew(advantages)[:, None] <= self.max_skew
         return Credit(advantages, jnp.broadcast_to(keep, advantages.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimalAdvantage(Advantage):
+    """A = R − V*, V* of the reference's samples of the same prompt; see `jaxrl_llm.advantages.optimal_advantages`."""
+
+    beta: float = 0.5
+    """β of V*: price of a nat."""
+    drop_unsolved: bool = True
+    """Whether prompts of which the reference's samples all have a reward of 0 are left out."""
+
+    smallest_group = 1
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Rewards of the reference's samples, which the reference draws."""
+        return frozenset({"reference", "reference_rewards"})
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(PREFIX, self, beta=positive(self.beta))
+
+    def __call__(self, signals: Signals, memory: Any) -> Credit:
+        """Advantages `[P, G]`, and the samples of the prompts that are kept."""
+        of_reference = signals.feedback.reference_rewards
+        advantages = functions.optimal_advantages(signals.rewards, of_reference, beta=self.beta)
+        solved = jnp.any(of_reference != 0, axis=1, keepdims=True)
+        keep = jnp.broadcast_to(solved, advantages.shape) if self.drop_unsolved else None
+        value = Mean.of(signals.rewards[:, 0] - advantages[:, 0])
+        return Credit(advantages, keep, metrics={"a_star_po/value": value})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,8 +47,8 @@ class GivenAdvantages:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss has a KL term."""
-        return bool(self.algorithm.kl_coef)
+        """Whether the loss has a KL term, or its surrogate reads a reference."""
+        return self.algorithm.loss_needs_reference
 
     @property
     def whole_groups(self) -> bool:

@@ -209,6 +209,11 @@ class PolicyGradient(Algorithm):
                 f"algorithm.overlong={self.overlong} would have no effect: {self.reader} does not read the reward that "
                 "it lowers; leave it out"
             )
+        if self.overlong is not None and "reference_rewards" in self.advantage.needs:
+            raise ValueError(
+                f"algorithm.overlong={self.overlong} would lower the rewards of the policy's samples and not those of "
+                f"the reference's, with which {self.reader} compares them; leave it out"
+            )
         if allowed is not None and self.aggregation not in allowed:
             raise ValueError(
                 f"algorithm.aggregation={self.aggregation!r} must be {' or '.join(map(repr, allowed))}: the surrogate "
@@ -238,8 +243,13 @@ class PolicyGradient(Algorithm):
     @property
     def needs(self) -> frozenset[Need]:
         """What estimator and losses read that costs something."""
-        of_loss: frozenset[Need] = frozenset({"reference"} if self.kl_coef else ())
+        of_loss: frozenset[Need] = frozenset({"reference"} if self.loss_needs_reference else ())
         return self.advantage.needs | of_loss
+
+    @property
+    def loss_needs_reference(self) -> bool:
+        """Whether surrogate or KL term read log-probs under the reference."""
+        return bool(self.kl_coef) or self.surrogate.needs_reference
 
     @property
     def needs_whole_groups(self) -> bool:
@@ -296,6 +306,7 @@ class PolicyGradient(Algorithm):
             batch.mask,
             weights,
             jax.random.key(batch.seeds[0]),
+            batch.ref_logprobs,
         )
         loss, own = self.surrogate(tokens, reduction)
         metrics |= own

@@ -19,13 +19,17 @@ from jaxrl_llm.algorithms.policy_gradient.estimators import (
     GRPOSAdvantage,
     GTPOAdvantage,
     HADWAdvantage,
+    MaxRLAdvantage,
     OPOAdvantage,
+    OptimalAdvantage,
     PassAtKAdvantage,
     ThresholdAdvantage,
 )
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.role_estimators import HierarchicalAdvantage, RAEAdvantage
 from jaxrl_llm.algorithms.policy_gradient.sequence_surrogates import (
     VESPO,
+    AdvantageRegression,
     GeometricMeanClipped,
     LengthWeightedSequenceClipped,
     SequenceClipped,
@@ -182,6 +186,18 @@ def pass_at_k() -> PolicyGradient:
     return PolicyGradient(advantage=PassAtKAdvantage(), aggregation="token-mean")
 
 
+def max_rl() -> PolicyGradient:
+    """MaxRL (Tajwar et al. 2026, 2602.02710): centred by group, divided by its mean: the likelihood of a success."""
+    return PolicyGradient(advantage=MaxRLAdvantage(), aggregation="token-mean")
+
+
+def a_star_po() -> PolicyGradient:
+    """A*-PO (Brantley et al. 2025, 2505.20686): log-ratios to the reference fitted to R − V*, V* of its own samples."""
+    return PolicyGradient(
+        advantage=OptimalAdvantage(), surrogate=AdvantageRegression(), aggregation="seq-mean-token-sum"
+    )
+
+
 def ha_dw() -> PolicyGradient:
     """HA-DW (2601.08521) on GRPO: advantages weighted by how hard a prompt is compared with the run's history.
 
@@ -221,9 +237,31 @@ def dppo(delta_low: float, delta_high: float) -> PolicyGradient:
     return PolicyGradient(surrogate=DPPO(delta_low=delta_low, delta_high=delta_high), aggregation="token-mean")
 
 
+def dppo_log2() -> PolicyGradient:
+    """DPPO (Qi et al. 2026, 2602.04879) as prime-rl trains: bounds of 0.2, a squared log-ratio, centred by group."""
+    return PolicyGradient(
+        advantage=GroupAdvantage(scale="none"),
+        surrogate=DPPO(delta_low=0.2, delta_high=0.2, log_ratio_coef=1e-3),
+        aggregation="token-mean",
+    )
+
+
 def vespo() -> PolicyGradient:
     """VESPO (2602.10693): a smooth weight of the whole sequence's ratio."""
     return PolicyGradient(surrogate=VESPO(), aggregation="token-mean")
+
+
+# ---- Several roles ----------------------------------------------------------------------------------
+
+
+def rae() -> PolicyGradient:
+    """RAE (Liu et al. 2025, 2506.24119, SPIRAL): REINFORCE with a running baseline for each role of the policy."""
+    return PolicyGradient(advantage=RAEAdvantage(), surrogate=LogProb(), aggregation="seq-mean-token-sum")
+
+
+def hierarchical_grpo() -> PolicyGradient:
+    """Hierarchical GRPO (prime-rl 2026): solvers of one problem, and proposals of one task, compared by themselves."""
+    return PolicyGradient(advantage=HierarchicalAdvantage(), aggregation="token-mean")
 
 
 # ---- Pairs of its own samples ------------------------------------------------------------------------
@@ -258,14 +296,20 @@ POLICY_GRADIENTS: tuple[Callable[[], PolicyGradient], ...] = (
     gfpo,
     gdpo,
     pass_at_k,
+    max_rl,
+    a_star_po,
     ha_dw,
     brpo,
     grpo_threshold,
     clip_cov,
     kl_cov,
+    dppo_log2,
     vespo,
 )
 """Those whose advantages weigh log-probs, as far as they need no further setting."""
 
+OF_ROLES: tuple[Callable[[], PolicyGradient], ...] = (rae, hierarchical_grpo)
+"""Those that read columns of the data, for `--preset`."""
+
 PRESETS: tuple[Callable[[], Algorithm], ...] = (*POLICY_GRADIENTS, online_dpo)
-"""All that need no further setting, for `--preset` and for comparisons."""
+"""All that need no further setting and no further data, for `--preset` and for comparisons."""

@@ -32,6 +32,9 @@ def read_rollout(
         ("greedy", feedback.greedy),
         ("by_function", feedback.by_function),
         ("verdicts", feedback.preferred),
+        ("reference_rewards", feedback.reference_rewards),
+        ("roles", feedback.roles),
+        ("tasks", feedback.tasks),
     ):
         if need in algorithm.advantage.needs and given is None:
             raise ValueError(f"{type(algorithm.advantage).__name__} reads {need}: pass Feedback with it")

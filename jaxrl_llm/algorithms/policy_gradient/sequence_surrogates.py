@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxrl_llm import losses as functions
 from jaxrl_llm.algorithms.policy_gradient.surrogates import PREFIX, Clip, Loss, PolicyTokens, Reduction, Surrogate
-from jaxrl_llm.checks import check_fields, not_negative
+from jaxrl_llm.checks import check_fields, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,35 @@ class VESPO(Surrogate):
             lam_pos=self.lam_pos,
             k_neg=self.k_neg,
             lam_neg=self.lam_neg,
+            weights=tokens.weights,
+            normalizer=reduction.normalizer,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageRegression(Surrogate):
+    """A*-PO: (β log(π / reference) − A)² of each sequence; see `jaxrl_llm.losses.a_star_po_loss`."""
+
+    beta: float = 1e-3
+    """β: price of a nat."""
+
+    aggregations = ("seq-mean-token-sum",)
+    on_policy = True
+    needs_reference = True
+
+    def __post_init__(self) -> None:
+        """Rejects settings that cannot be meant."""
+        check_fields(PREFIX, self, beta=positive(self.beta))
+
+    def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
+        """The rows' part of the loss, and its metrics."""
+        assert tokens.ref_logprobs is not None  # it says that it needs them
+        return functions.a_star_po_loss(
+            tokens.logprobs,
+            tokens.ref_logprobs,
+            tokens.advantages,
+            tokens.mask,
+            beta=self.beta,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
         )

@@ -33,6 +33,8 @@ class PolicyTokens(NamedTuple):
     """`[P, G, Tc]`: constant factors, or `None`."""
     key: jax.Array
     """For losses that draw."""
+    ref_logprobs: jax.Array | None = None
+    """`[P, G, Tc]` under the reference, where the loss or its KL term reads them."""
 
     @property
     def arrays(self) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
@@ -78,6 +80,8 @@ class Surrogate(abc.ABC):
     """Whether it compares the tokens of a batch, so that there can be no micro-batches."""
     on_policy: ClassVar[bool] = False
     """Whether it has no ratio to the policy that sampled, so that a batch makes one optimizer step and no more."""
+    needs_reference: ClassVar[bool] = False
+    """Whether it reads log-probs under the reference."""
 
     @abc.abstractmethod
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
@@ -249,6 +253,8 @@ class DPPO(Surrogate):
     """Bound for advantages above 0."""
     divergence: BinaryDivergence = "tv"
     """Measure of the distance."""
+    log_ratio_coef: float = 0.0
+    """Weight of the squared log-ratio to the policy that sampled."""
 
     aggregations = ("token-mean",)
 
@@ -260,6 +266,7 @@ class DPPO(Surrogate):
             delta_low=not_negative(self.delta_low),
             delta_high=not_negative(self.delta_high),
             divergence=one_of(self.divergence, BinaryDivergence),
+            log_ratio_coef=not_negative(self.log_ratio_coef),
         )
 
     def __call__(self, tokens: PolicyTokens, reduction: Reduction) -> Loss:
@@ -269,6 +276,7 @@ class DPPO(Surrogate):
             delta_low=self.delta_low,
             delta_high=self.delta_high,
             divergence=self.divergence,
+            log_ratio_coef=self.log_ratio_coef,
             weights=tokens.weights,
             normalizer=reduction.normalizer,
         )

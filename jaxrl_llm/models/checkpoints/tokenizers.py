@@ -86,6 +86,14 @@ def known_tokens(tokenizer: Any) -> int:
     return len(tokenizer) if vocabulary is None else max(vocabulary().values()) + 1
 
 
+def token_table(tokenizer: Any) -> dict[int, str]:
+    """Every id that a tokenizer can read, and what it stands for."""
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    if vocabulary is None:
+        return {token: tokenizer.decode([token], skip_special_tokens=False) for token in range(len(tokenizer))}
+    return {token: text for text, token in vocabulary().items()}
+
+
 def stop_token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
     """The tokens that end a completion.
 

@@ -39,6 +39,8 @@ class Episodes:
     """What each prompt has begun of its completions; see `PromptBatch.openings`."""
     token_rewards: np.ndarray | None = None
     """`[P, G, Tc]` float32, where rewards are given by token, 0 at padding; `rewards` is their sum."""
+    reference_rewards: np.ndarray | None = None
+    """`[P, N]` float32: of what the reference drew of the same prompts, where the algorithm reads them."""
 
     def plus(self, extra: np.ndarray, by_name: dict[str, np.ndarray]) -> Episodes:
         """The same with more rewards, `[P, G]` or `[P, G, Tc]` (0 at padding), and each of them by name, `[P, G]`."""
@@ -71,6 +73,7 @@ class Episodes:
             [self.finished[sample] for sample in samples],
             [self.openings[p] for p in chosen],
             None if self.token_rewards is None else self.token_rewards[chosen],
+            None if self.reference_rewards is None else self.reference_rewards[chosen],
         )
 
     def first(self, count: int) -> Episodes:
@@ -90,6 +93,7 @@ class Episodes:
         """The prompts of several batches, one batch after the other."""
         first = parts[0]
         by_token = [part.token_rewards for part in parts if part.token_rewards is not None]
+        of_reference = [part.reference_rewards for part in parts if part.reference_rewards is not None]
         return cls(
             np.concatenate([part.rewards for part in parts]),
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in first.by_name},
@@ -99,6 +103,7 @@ class Episodes:
             [finished for part in parts for finished in part.finished],
             [opening for part in parts for opening in part.openings],
             np.concatenate(by_token) if by_token else None,
+            np.concatenate(of_reference) if of_reference else None,
         )
 
     def reward_metrics(self) -> dict[str, float]:

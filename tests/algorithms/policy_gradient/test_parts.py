@@ -42,6 +42,9 @@ def make_signals() -> Signals:
         is_reference=jnp.asarray(is_reference),
         preferred=jnp.asarray(rng.random((PROMPTS, GROUP)) < 0.5),
         preferred_swapped=jnp.asarray(rng.random((PROMPTS, GROUP)) < 0.5),
+        reference_rewards=jnp.asarray(np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32)),
+        roles=jnp.array([0, 1, 0]),
+        tasks=jnp.array([7, 3, 7]),
     )
     return Signals(
         rewards=jnp.asarray(rewards),
@@ -98,6 +101,9 @@ ADVANTAGES: dict[str, Callable[[], Any]] = {
     "gfpo": lambda: advantages.gfpo_advantages(SIGNALS.rewards, -LENGTHS, keep=4).advantages,
     "gdpo": lambda: advantages.gdpo_advantages(SIGNALS.feedback.by_function),
     "pass_at_k": lambda: advantages.pass_at_k_advantages(SIGNALS.rewards),
+    "max_rl": lambda: advantages.max_rl_advantages(SIGNALS.rewards),
+    "a_star_po": lambda: advantages.optimal_advantages(SIGNALS.rewards, SIGNALS.feedback.reference_rewards),
+    "dppo_log2": lambda: group(scale="none"),
     "ha_dw": expected_of_ha_dw,
     "brpo": lambda: advantages.brpo_advantages(
         SIGNALS.feedback.preferred,
@@ -120,6 +126,9 @@ def test_advantages(preset: Callable[[], PolicyGradient]) -> None:
     if preset is presets.brpo:
         skew = advantages.brpo_skew(expected)
         np.testing.assert_array_equal(credit.keep, np.tile((np.asarray(skew) <= 0.6)[:, None], (1, GROUP)))
+    elif preset is presets.a_star_po:  # of the second prompt the reference solved nothing
+        np.testing.assert_array_equal(credit.keep, np.tile([[True], [False], [True]], (1, GROUP)))
+        assert dataclasses.replace(estimator, drop_unsolved=False)(SIGNALS, ()).keep is None
     elif preset is presets.grpo_threshold:
         np.testing.assert_array_equal(credit.keep, advantages.threshold_filter(SIGNALS.rewards).keep)
 
@@ -166,6 +175,9 @@ LOSSES: dict[str, Callable[[], tuple[jax.Array, Any]]] = {
     "gfpo": lambda: losses.ppo_loss(*TOKENS),
     "gdpo": lambda: losses.ppo_loss(*TOKENS),
     "pass_at_k": lambda: losses.ppo_loss(*TOKENS),
+    "max_rl": lambda: losses.ppo_loss(*TOKENS),
+    "a_star_po": lambda: losses.a_star_po_loss(SCORES.logprobs, BATCH.ref_logprobs, BATCH.advantages, BATCH.mask),
+    "dppo_log2": lambda: losses.dppo_loss(*TOKENS, delta_low=0.2, delta_high=0.2, log_ratio_coef=1e-3),
     "ha_dw": lambda: losses.grpo_loss(*TOKENS, kl_coef=0),
     "grpo_threshold": lambda: losses.reinforce_loss(*PLAIN),
     "clip_cov": lambda: losses.clip_cov_loss(*TOKENS, jax.random.key(0)),
@@ -264,6 +276,28 @@ def test_memories_move_after_their_use() -> None:
     first, second = (estimator(SIGNALS, memory).advantages for memory in (start, after))
     moved = np.where(SIGNALS.mask, float(SIGNALS.rewards.mean()), 0)
     np.testing.assert_allclose(first - second, moved, atol=1e-6)
+
+
+def test_baselines_of_roles_move_with_each_sample() -> None:
+    estimator, start = presets.rae().advantage, jnp.array([0.5, -0.5])
+    roles = np.repeat([[0], [1], [0]], GROUP, axis=1)
+    expected = advantages.rae_advantages(SIGNALS.rewards, roles, start)
+    credit = estimator(SIGNALS, start)
+    np.testing.assert_allclose(credit.advantages, expected.advantages, rtol=1e-6)
+    np.testing.assert_allclose(estimator.remember(SIGNALS, start), expected.baselines, rtol=1e-6)
+    assert {name: float(record.value()) for name, record in credit.metrics.items()} == {
+        "rae/baseline_0": 0.5,
+        "rae/baseline_1": -0.5,
+    }
+
+
+def test_peers_are_of_the_prompt_or_of_the_task() -> None:
+    """The first and the third prompt are of one task, and of the role that is compared across prompts."""
+    rewards = np.asarray(SIGNALS.rewards)
+    expected = rewards - rewards.mean(1, keepdims=True)
+    expected[::2] = rewards[::2] - rewards[::2].mean()
+    found = presets.hierarchical_grpo().advantage(SIGNALS, ()).advantages
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def anchors(estimator: HADWAdvantage, accuracies: np.ndarray) -> np.ndarray:

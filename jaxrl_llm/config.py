@@ -19,13 +19,14 @@ from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.config import AttentionKernel, DType, LoraConfig, ModelConfig, Remat
-from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.rewards import RewardFunction, reward_name
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.learner import CriticSource
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig, OfflineUpdateConfig
 from jaxrl_llm.training.on_policy import TrainingConfig
+from jaxrl_llm.training.run.completions import CompletionsConfig
 from jaxrl_llm.training.run.distributed import ClusterConfig
 from jaxrl_llm.training.run.metrics import WandbConfig
 from jaxrl_llm.training.star.trainer import StarConfig
@@ -190,11 +191,12 @@ class Experiment(RunConfig):
     """All settings of a run that learns from its own samples."""
 
     rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
-    """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
+    """Reward functions: f(prompts, completions, **columns) -> list[float | None], also `async def`."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
     reward_timeout: float | None = None
-    """Seconds that one call of a reward function or judge may take before the run ends with its name; `None`: any."""
+    """Seconds that one call of a reward function or judge may take before the run ends with its name; `None`: any.
+    A function that `jaxrl_llm.rewards.with_time_limit` made has its own, after which the run goes on."""
     algorithm: Algorithm = PolicyGradient()
     """The objective."""
     critic: CriticSource = CriticSource()
@@ -209,6 +211,8 @@ class Experiment(RunConfig):
     """Epochs, minibatches, micro-batches."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """When and how to evaluate."""
+    completions: CompletionsConfig = CompletionsConfig()
+    """Which completions the run leaves in its folder, beside their rewards and advantages."""
 
     @property
     def without_effect(self) -> dict[str, str]:
@@ -264,6 +268,7 @@ _FREE = (
     "wandb",
     "mesh",
     "evaluation",
+    "completions",
     "data.train",
     "data.eval",
     "data.format.part",
@@ -303,5 +308,5 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
             flat |= flatten(inner, f"{prefix}{name}.")
         return flat
     if isinstance(value, tuple | list):
-        value = [getattr(item, "__name__", item) for item in value]
+        value = [reward_name(item) if callable(item) else item for item in value]
     return {prefix[:-1]: json.loads(json.dumps(value, default=str))}

@@ -16,7 +16,7 @@ from jaxrl_llm.data.messages import tools_of
 from jaxrl_llm.data.tokens import encode_prompt, opened_thought
 
 # Reward functions receive these beside the columns.
-_REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+_REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
     """Column with the label: true or false, 1 or 0, or these words."""
 
     from_pairs: bool = False
-    """Rows are pairs, and become two samples each, the chosen one with label true."""
+    """Rows are pairs, and become two samples each, the chosen one with label true. So it is by itself where the first
+    row has a pair and no `completion`."""
 
     pairs: PreferenceFormat = PreferenceFormat()
     """How a row becomes a pair, with `from_pairs`."""
@@ -61,7 +62,10 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
 
     def settled(self, row: Row) -> Self:
         """See `RowFormat`."""
-        return dataclasses.replace(self, pairs=self.pairs.settled(row)) if self.from_pairs else self
+        is_pair = self.completion_column == "completion" not in row and self.pairs.chosen_column in row
+        if not (self.from_pairs or is_pair):
+            return self
+        return dataclasses.replace(self, from_pairs=True, pairs=self.pairs.settled(row))
 
     def encoder(self, tokenizer: Any) -> Callable[[Row], list[Sample]]:
         """See `RowFormat`."""
@@ -89,10 +93,6 @@ class UnpairedFormat(RowFormat[Sample, "UnpairedDataset"]):
         if self.from_pairs:
             pair = self.pairs.pair(row)
             return [] if pair is None else [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
-        if self.completion_column not in row and self.pairs.chosen_column in row:
-            raise ValueError(
-                f"no column {self.completion_column!r}, but a pair: from_pairs=True makes two samples of it"
-            )
         label = _label(column_of(row, self.label_column, setting="label_column"), self.label_column)
         completion = column_of(row, self.completion_column, setting="completion_column")
         return [(self.prompt.prompt(row), completion, label)]

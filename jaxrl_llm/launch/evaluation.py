@@ -316,6 +316,7 @@ def _lines(kind: str, decoded: Decoded, tokenizer: Any) -> Iterator[str]:
             "finished": bool(scores.finished[prompt, sample]),
             "tokens": int(scores.lengths[prompt, sample]),
             "columns": {name: values[prompt] for name, values in episodes.columns.items()},
+            "extra": {name: values[number] for name, values in episodes.extra.items()},
         }
         yield json.dumps(record, ensure_ascii=False, default=str)
 

@@ -106,6 +106,7 @@ def make_trainer(
         optimizer=config.optimizer,
         sampling=config.sampling,
         evaluation=config.evaluation,
+        completions=config.completions,
     )
     write_config(config, trainer.setup.folder)
     return trainer

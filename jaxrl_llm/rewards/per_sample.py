@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: `f(prompts, completions, **columns)`: one value a sample, None where the function does not apply.
-RewardFunction = Callable[..., Sequence[float | None]]
+#: `f(prompts, completions, **columns)`: one value a sample, None where the function does not apply; or `async def`.
+RewardFunction = Callable[..., Any]
+
+
+def reward_name(function: Callable[..., Any]) -> str:
+    """Returns what a reward function is called: its `__name__`, a partial's function's, or its class's."""
+    while isinstance(function, functools.partial) and not hasattr(function, "__name__"):
+        function = function.func
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import optax
@@ -137,6 +138,7 @@ def make_learner(
     critic: CriticSource,
     trust_region: TrustRegionConfig | None,
     teachers: Mapping[str, Transformer] = MappingProxyType({}),
+    observed: int = 0,
 ) -> Learner:
     """The learner of a run of so many iterations.
 
@@ -150,6 +152,7 @@ def make_learner(
         critic: the value function, if the algorithm is made of one.
         trust_region: TRPO's step in place of the optimizer's.
         teachers: models by name, where the algorithm learns from some.
+        observed: prompts of whose completions the step tells what it made, as `make_update_step`.
 
     Raises:
         ValueError: these do not fit together.
@@ -170,7 +173,7 @@ def make_learner(
     schedule = make_schedule(optimizer, total)
     rule = make_optimizer(optimizer, schedule)
     value_function = critic.critic_of(policy, total) if algorithm.needs_critic else None
-    drawn = {"temperature": sampling.temperature, "truncated": sampling.truncates}
+    drawn: dict[str, Any] = {"temperature": sampling.temperature, "truncated": sampling.truncates, "observed": observed}
     match algorithm:
         case PolicyGradient() if trust_region is None:
             step = make_update_step(policy, rule, algorithm, plan, critic=value_function, **drawn)

@@ -14,6 +14,7 @@ import jax
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.run.checkpoint import Checkpointer
+from jaxrl_llm.training.run.completions import CompletionsConfig, CompletionsWriter, Rows
 from jaxrl_llm.training.run.distributed import any_process, ending_with_the_others, is_main_process
 from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
@@ -54,6 +55,8 @@ class RunLength:
     """Steps between printed completions where there is no terminal; 0: never."""
     max_skipped_steps: int = 10
     """Steps in a row without a finite gradient that end the run; 0: any number may have none."""
+    completions: CompletionsConfig = CompletionsConfig(every=0)
+    """Which completions are written, and how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Outcome(NamedTuple):
     samples: Callable[[int], Sequence[SampledCompletion]] | None = None
     """Some completions, at most so many, if any were sampled."""
     remarks: Sequence[str] = ()
-    """What to say after the first step."""
+    """What to say of it."""
+    completions: Rows | None = None
+    """Rows of those that are to be written, if any are."""
 
 
 class Data(Protocol):
@@ -178,6 +183,9 @@ def run_stage(stage: Stage) -> TrainingResult:
                 is_main_process=is_main_process(),
             )
         )
+        completions = stack.enter_context(
+            CompletionsWriter(setup.folder, length.completions, resume_step=start, is_main_process=is_main_process())
+        )
         report = stack.enter_context(
             Report(
                 length.steps,
@@ -190,7 +198,7 @@ def run_stage(stage: Stage) -> TrainingResult:
         for remark in remarks:
             report.message(remark)
         report.message(stage.what_a_step_is)
-        loop = Loop(stage, checkpoints if length.checkpoint_every else None, writer, report, stop)
+        loop = Loop(stage, checkpoints if length.checkpoint_every else None, (writer, completions), report, stop)
         with ending_with_the_others():
             loop.train()
     return TrainingResult(
@@ -210,7 +218,7 @@ class Loop:
     Args:
         stage: programs, data and state.
         checkpoints: where to save, or `None`.
-        writer: of metrics.
+        writers: of metrics and of completions.
         report: of progress.
         stop: asks for an early end.
     """
@@ -219,12 +227,12 @@ class Loop:
         self,
         stage: Stage,
         checkpoints: Checkpointer | None,
-        writer: MetricsWriter,
+        writers: tuple[MetricsWriter, CompletionsWriter],
         report: Report,
         stop: GracefulStop,
     ):
         self.stage, self.length, self.checkpoints = stage, stage.length, checkpoints
-        self.writer, self.report, self.stop = writer, report, stop
+        (self.writer, self.completions), self.report, self.stop = writers, report, stop
         self.step = stage.saved.step if stage.saved else 0
         self.evaluations = stage.saved.evaluations if stage.saved else []
         self._data_state = stage.loader.get_state()
@@ -261,11 +269,11 @@ class Loop:
         last = self.length.steps
         if self.step == 0 and self.length.evaluate_every:
             self._evaluate()
-        start, stopping, began = self.step, False, time.perf_counter()
+        stopping, began = False, time.perf_counter()
         while self.step < last and not stopping:
             outcome = self._iterate()
             ended = time.perf_counter()
-            self._log(outcome, ended - began, first=self.step == start + 1)
+            self._log(outcome, ended - began)
             logged = time.perf_counter()
             evaluation = self._evaluate() if self._due(self.length.evaluate_every) else None
             stopping = self.step < last and any_process(self.stop.requested)
@@ -302,7 +310,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.length.steps)
 
-    def _log(self, outcome: Outcome, seconds: float, *, first: bool) -> None:
+    def _log(self, outcome: Outcome, seconds: float) -> None:
         metrics = outcome.metrics
         metrics["learning_rate"] = self.stage.learning_rate(self.step)
         metrics["step_time"] = seconds
@@ -310,12 +318,13 @@ class Loop:
         metrics |= {f"perf/{name}_seconds": self._seconds[name] for name in self.stage.phases}
         self.writer.write(self.step, metrics)
         self.report.log(self.step, metrics)
-        for remark in outcome.remarks if first else ():
+        for remark in outcome.remarks:
             self.report.message(f"step {self.step}: {remark}")
         if skipped := metrics["frac_steps_skipped"]:
             part = "its update was skipped" if skipped == 1 else f"{skipped:.0%} of its updates were skipped"
             self.report.message(f"step {self.step}: the gradient is not finite, {part}")
         self._show(outcome, 4)
+        self._keep(outcome)
         self._check_skipped(skipped)
 
     def _check_skipped(self, share: float) -> None:
@@ -339,11 +348,20 @@ class Loop:
         self.writer.write(self.step, metrics)
         self.report.log(self.step, metrics)
         self._show(outcome, 3)
+        self._keep(outcome)
         return metrics
 
     def _show(self, outcome: Outcome, count: int) -> None:
         if outcome.samples is not None and self.report.wants_samples(self.step):
             self.report.samples(self.step, outcome.samples(count))
+
+    def _keep(self, outcome: Outcome) -> None:
+        """Completions are written in the background; some of them are shown beside the metrics, too."""
+        if outcome.completions is None:
+            return
+        self.completions.write(self.step, outcome.completions)
+        if self._due(self.length.samples_every):
+            self.writer.show(self.step, list(outcome.completions()))
 
     def _save(self, evaluation: dict[str, float] | None) -> None:
         self._unsaved = False
@@ -352,6 +370,7 @@ class Loop:
         run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
         with self._phase("checkpoint"):
             self.writer.flush()
+            self.completions.flush()
             self.checkpoints.save(self.step, split_state(self.stage.state)[0], run.extra(), evaluation)
 
     def _say_how_to_resume(self, what: str) -> None:

@@ -18,6 +18,7 @@ from jaxrl_llm.algorithms.distillation import Distillation
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import OBSERVED
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
@@ -32,6 +33,7 @@ from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.episodes.completions import RecordedCompletions
 from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
@@ -39,9 +41,13 @@ from jaxrl_llm.training.episodes.feedback import FeedbackSource
 from jaxrl_llm.training.episodes.history import CompletionHistory
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.reference_rewards import ReferenceRewards
+from jaxrl_llm.training.episodes.reward_watch import RewardWatch
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.telling import TrainerState
 from jaxrl_llm.training.learner import CriticSource, Learner, check_critic, check_group, make_learner
 from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
+from jaxrl_llm.training.run.completions import CompletionsConfig
+from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import ROWS, bytes_of, check_memory, rollout_bytes
 from jaxrl_llm.training.run.setup import RunSetup
@@ -108,7 +114,7 @@ class Trainer:
         teachers: for algorithms that learn from some; they lie beside the policy, sharded as it is.
         critic_params: parameters of a `ScoreModel` from which a critic of its own starts; `None`: the policy's, with a
             new head.
-        training, update, optimizer, sampling, evaluation: see the records.
+        training, update, optimizer, sampling, evaluation, completions: see the records.
 
     Raises:
         ValueError: settings, data and mesh do not fit together, or the folder holds another run; names what is
@@ -139,7 +145,9 @@ class Trainer:
         optimizer: OptimizerConfig | None = None,
         sampling: SamplingConfig | None = None,
         evaluation: EvaluationConfig | None = None,
+        completions: CompletionsConfig | None = None,
     ):
+        self.completions = completions or CompletionsConfig()
         self.config, self.evaluation = training or TrainingConfig(), evaluation or EvaluationConfig()
         plan, sampling = update or UpdateConfig(), sampling or SamplingConfig()
         prompts, group = self.config.prompts_per_step, self.config.samples_per_prompt
@@ -147,6 +155,7 @@ class Trainer:
         self.model, self.tokenizer, self.algorithm = model, tokenizer, algorithm
         self.setup, mesh = setup, setup.mesh
         self.rewards, self.device_rewards = rewards, tuple(device_rewards)
+        self._prompts_in_data = len(dataset)
 
         # All that can be wrong is found before anything is compiled.
         check_group(algorithm, group)
@@ -169,6 +178,7 @@ class Trainer:
             critic=critic or CriticSource(),
             trust_region=trust_region,
             teachers={teacher.name: teacher.over(known_tokens(tokenizer)) for teacher in teachers},
+            observed=self.completions.groups(prompts, group) if self.completions.every else 0,
         )
         if isinstance(algorithm, Distillation):
             algorithm.weights_of(len(teachers))  # raises, if there are not as many
@@ -222,6 +232,7 @@ class Trainer:
         self.what_a_step_is += self.sampler.how_slots_are_chosen(prompts, dataset.max_prompt_length)
         self._start(learner, params, critic_params, teachers)
         self._make_programs(learner)
+        self._watch = RewardWatch(self.feedback.watched, in_groups=algorithm.smallest_group > 1)
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
 
@@ -283,6 +294,7 @@ class Trainer:
             best_metric="eval/accuracy" if self.evaluator else None,
             samples_every=config.samples_every,
             max_skipped_steps=config.max_skipped_steps,
+            completions=self.completions,
         )
 
     def run(self) -> TrainingResult:
@@ -296,20 +308,43 @@ class Trainer:
     def iterate(self, step: int, phase: Phase) -> Outcome:
         """Samples, scores and updates."""
         if self._iteration is not None:
-            return self._iterate_on_device(phase)
+            return self._iterate_on_device(step, phase)
         rollout, episodes, drawn = self._collect(step, phase)
         with phase("update"), jax.set_mesh(self.setup.mesh):
             feedback = self.feedback(episodes, np.asarray(self.state.key), step)
-            self.state, metrics = self.update(self.state, rollout, feedback, self.reference)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        episodes = episodes.first(self.config.samples_per_prompt)  # what is told is told of the samples alone
-        remarks = [
-            f"the reward function {name!r} returned None for all {episodes.rewards.size} samples, and has no part in "
-            "their reward; can it read the gold answers in the data?"
-            for name in episodes.without_effect()
-        ]
-        metrics |= episodes.reward_metrics() | drawn
-        return Outcome(metrics, partial(episodes.samples, self.tokenizer), remarks)
+            self.state, found = self.update(self.state, rollout, feedback, self.reference)
+            episodes = episodes.first(self.config.samples_per_prompt)  # not the greedy ones beside them
+            recorded = self._recorded(step, episodes, rollout)  # while the device updates
+            found = jax.device_get(found)
+        return self._outcome(found | drawn, episodes, recorded)
+
+    def _recorded(self, step: int, episodes: Episodes, rollout: Rollout) -> RecordedCompletions | None:
+        """The completions of a step that are to be written, if it is one of those."""
+        config = self.completions
+        if not (config.is_due(step, self.config.steps) and is_main_process()):
+            return None
+        groups = config.groups(*episodes.rewards.shape)
+        given: dict[str, Any] = {"groups": groups, "rollout": rollout, "tokens": config.tokens}
+        return RecordedCompletions.of(episodes, self.tokenizer, kind="train", **given)
+
+    def _outcome(self, found: dict[str, Any], episodes: Episodes, recorded: RecordedCompletions | None) -> Outcome:
+        """What is told of a step, from what its update returned."""
+        metrics = {name: float(value) for name, value in found.items() if not name.startswith(OBSERVED)}
+        if recorded is not None:
+            observed = {name.removeprefix(OBSERVED): of for name, of in found.items() if name.startswith(OBSERVED)}
+            recorded = recorded.with_observed(observed)
+        told, remarks = episodes.reward_metrics(), self._watch.remarks(episodes)
+        for name in sorted(metrics.keys() & told.keys()):
+            metrics[f"told/{name}"] = told.pop(name)
+            remarks += self._watch.renamed(name, f"told/{name}")
+        rows = None if recorded is None else recorded.rows
+        return Outcome(metrics | told, partial(episodes.samples, self.tokenizer), remarks, rows)
+
+    def _told_of(self, step: int) -> TrainerState:
+        """What reward functions may know of the run after so many steps."""
+        each = self.config.prompts_per_step / self._prompts_in_data
+        last = self.config.steps
+        return TrainerState(global_step=step, max_steps=last, epoch=step * each, num_train_epochs=last * each)
 
     def _collect(self, step: int, phase: Phase) -> tuple[Rollout, Episodes, dict[str, float]]:
         """Completions of a step's prompts with their rewards, and metrics of how they were found."""
@@ -324,7 +359,7 @@ class Trainer:
                 jax.block_until_ready(rollout)
                 self._remember(batch, rollout)
             with phase("reward"):
-                episodes = self._scored(rollout, batch)
+                episodes = self._scored(rollout, batch, step)
                 if self.reference_rewards is not None:
                     of_reference = self._of_reference(self.reference_rewards, batch, key, step)
                     episodes = dataclasses.replace(episodes, reference_rewards=of_reference)
@@ -334,10 +369,11 @@ class Trainer:
                 break
         return *filled.take(), {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
 
-    def _scored(self, rollout: Rollout, batch: PromptBatch) -> Episodes:
+    def _scored(self, rollout: Rollout, batch: PromptBatch, step: int) -> Episodes:
         assert self.rewards is not None
         stops = self.sampler.stop_tokens
-        episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops)
+        state = self._told_of(step - 1)
+        episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops, trainer_state=state)
         return episodes if self._score is None else self._with_device_rewards(rollout, episodes)
 
     def _of_reference(self, kept: ReferenceRewards, batch: PromptBatch, key: np.ndarray, step: int) -> np.ndarray:
@@ -346,7 +382,7 @@ class Trainer:
             params = reference_of(self.state.params, self.reference)
             assert params is not None  # the algorithm reads its log-probs, too
             rollout = self.sampler(params, batch.tokens, batch.lengths, key ^ REFERENCE_KEY, step)
-            kept.keep(batch.indices, self._scored(rollout, batch).rewards)
+            kept.keep(batch.indices, self._scored(rollout, batch, step).rewards)
         return kept.of(batch.indices)
 
     def _proposed(self, batch: PromptBatch) -> tuple[np.ndarray, np.ndarray] | None:
@@ -364,7 +400,7 @@ class Trainer:
             scores = jax.device_get(self._score([reward.params for reward in self.device_rewards], rollout))
         return episodes.plus(scores.total, scores.by_name)
 
-    def _iterate_on_device(self, phase: Phase) -> Outcome:
+    def _iterate_on_device(self, step: int, phase: Phase) -> Outcome:
         """Samples, scores and updates in one program."""
         assert self._iteration is not None
         with phase("iteration"), jax.set_mesh(self.setup.mesh):
@@ -372,15 +408,21 @@ class Trainer:
             given = [reward.params for reward in self.device_rewards]
             history = self._proposed(batch)
             done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference, history)
-            self.state, metrics, rollout, scores = done
+            self.state, found, rollout, scores = done
             self._remember(batch, rollout)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        episodes = unscored(rollout, batch).plus(*jax.device_get(scores)).first(self.config.samples_per_prompt)
-        return Outcome(metrics | episodes.reward_metrics(), partial(episodes.samples, self.tokenizer))
+            found = jax.device_get(found)
+        episodes = unscored(rollout, batch, stop_tokens=self.sampler.stop_tokens).plus(*jax.device_get(scores))
+        episodes = episodes.first(self.config.samples_per_prompt)
+        return self._outcome(found, episodes, self._recorded(step, episodes, rollout))
 
     def evaluate(self, phase: Phase) -> Outcome:
         """Decodes the held-out prompts and scores them."""
         assert self.evaluator is not None  # evaluation.every says when, and is 0 without
         with phase("evaluate"):
-            metrics, episodes = self.evaluator(self.state.params, np.asarray(self.state.key) ^ EVALUATION_KEY)
-        return Outcome(metrics, partial(episodes.samples, self.tokenizer))
+            key, state = np.asarray(self.state.key) ^ EVALUATION_KEY, self._told_of(int(self.state.step))
+            metrics, episodes = self.evaluator(self.state.params, key, state)
+        rows = None
+        if self.completions.every and is_main_process():
+            groups = self.completions.groups(len(episodes.prompts), 1)
+            rows = RecordedCompletions.of(episodes, self.tokenizer, kind="eval", groups=groups).rows
+        return Outcome(metrics, partial(episodes.samples, self.tokenizer), completions=rows)

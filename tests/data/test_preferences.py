@@ -238,9 +238,9 @@ def test_labels_must_be_true_or_false(label):
         UnpairedFormat().dataset(rows, TOKENIZER, **SIZE)
 
 
-def test_pairs_in_place_of_samples_are_told_of_the_setting():
-    with pytest.raises(ValueError, match=r"row 0: no column 'completion', but a pair: from_pairs=True makes"):
-        UnpairedFormat().dataset(ROWS, TOKENIZER, **SIZE)
+def test_pairs_in_place_of_samples_become_samples():
+    of_pairs = UnpairedFormat(from_pairs=True).dataset(ROWS, TOKENIZER, **SIZE)
+    assert UnpairedFormat().dataset(ROWS, TOKENIZER, **SIZE).fingerprint == of_pairs.fingerprint
     with pytest.raises(ValueError, match=r"row 0: no column 'completion'.*; completion_column names the column"):
         UnpairedFormat().dataset([{"prompt": "a", "answer": "b", "label": 1}], TOKENIZER, **SIZE)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jaxrl_llm.advantages import group_advantages
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.sampling.engine import Sampler
@@ -23,6 +24,7 @@ from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.episodes.user_functions import RewardError
 from jaxrl_llm.training.loop import RecompilationWarning
 from jaxrl_llm.training.on_policy import Trainer, TrainingConfig
+from jaxrl_llm.training.run.completions import read_completions
 from jaxrl_llm.training.run.divergence import DivergedError
 from jaxrl_llm.training.run.metrics import comparable_metrics, read_metrics
 
@@ -91,6 +93,10 @@ def test_stop_texts_end_completions_and_are_read(make) -> None:
 
 def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
     return comparable_metrics(trainer.setup.folder / "metrics.jsonl")
+
+
+def completions_of(trainer: Trainer) -> list[dict[str, Any]]:
+    return list(read_completions(trainer.setup.folder))
 
 
 def checkpoints_of(trainer: Trainer) -> set[str]:
@@ -392,6 +398,7 @@ def test_a_reward_that_raises_loses_no_step(
     mended.run()
     assert tiny.digest(mended.state) == tiny.digest(lean_whole.state)
     assert metrics_of(mended) == metrics_of(lean_whole)
+    assert completions_of(mended) == completions_of(lean_whole)
 
 
 def test_a_reward_that_fails_at_once_after_resuming(make) -> None:
@@ -416,7 +423,56 @@ def test_a_reward_that_fails_before_the_first_step(make) -> None:
     assert checkpoints_of(failing) == set()
 
 
-# ---- Metrics ------------------------------------------------------------------------------------------
+# ---- Metrics and completions --------------------------------------------------------------------------
+
+
+def test_completions_hold_what_was_sampled_scored_and_learned(whole: Trainer, tiny: ModuleType) -> None:
+    every = completions_of(whole)
+    rows = [row for row in every if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [step for step in range(1, 5) for _ in range(16)]
+    assert {row["step"]: row["advantage"] for row in every if row["kind"] == "eval"} == dict.fromkeys((0, 2, 4))
+    for row in rows:
+        data = tiny.TRAIN_ROWS[row["row"]]
+        assert row["prompt"] == data["prompt"] and (row["finished"] or row["tokens"] == 5)
+        [reward] = tiny.shared_characters([], [row["completion"]], [data["answer"]])
+        assert row["reward"] == row["rewards"]["shared_characters"] == pytest.approx(reward, abs=1e-5)
+    rewards = np.array([row["reward"] for row in rows]).reshape(-1, 4)
+    advantages = np.array([row["advantage"] for row in rows]).reshape(-1, 4)
+    np.testing.assert_allclose(advantages, group_advantages(rewards), atol=2e-3)
+    told = [row for row in rows if "token_ids" in row]
+    assert [(row["step"], row["sample"]) for row in told] == [
+        (step, sample) for step in range(1, 5) for sample in (0, 1)
+    ]
+    for row in told:
+        assert tiny.TOKENIZER.decode(row["token_ids"]) == "".join(row["token_texts"])
+        assert row["logprob"] == pytest.approx(sum(row["token_logprobs"]), abs=1e-4)
+        assert row["token_old_logprobs"] == pytest.approx(row["token_logprobs"], abs=1e-4)
+        assert len(row["token_ids"]) == len(row["token_entropy"]) == len(row["token_ref_logprobs"]) == row["tokens"]
+        assert (row["step"] == 1) == (row["token_ref_logprobs"] == pytest.approx(row["token_old_logprobs"], abs=1e-5))
+
+
+def test_what_reward_functions_are_told_of_a_run_and_tell(
+    make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fixed(completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any) -> list[float]:
+        states.append(trainer_state)
+        log_metric("steps_done", trainer_state.global_step)
+        log_metric("reward", 7.0)
+        log_extra("text", completions)
+        return [1.0] * len(completions)
+
+    states: list[Any] = []
+    trainer = make(rewards=(tiny.shared_characters, fixed), training={"steps": 6, "checkpoint_every": 0})
+    trainer.run()
+    seen = [(state.global_step, state.max_steps, state.epoch, state.num_train_epochs) for state in states]
+    assert seen == [(step, 6, step * 0.4, 6 * 0.4) for step in range(6)]  # four of ten prompts a step
+    assert [line["steps_done"] for line in metrics_of(trainer)] == list(range(6))
+    assert {line["told/reward"] for line in metrics_of(trainer)} == {7.0}
+    rows = completions_of(trainer)
+    assert len(rows) == 6 * 16 and all(row["extra"] == {"text": row["completion"]} for row in rows)
+    said = [line for line in capsys.readouterr().out.splitlines() if "'fixed'" in line or "log_metric" in line]
+    assert ["step 1: log_metric('reward', …)" in said[0], "step 5: for 5 steps the reward" in said[1]] == [True] * 2
+    assert len(said) == 2
 
 
 def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,9 @@ from jaxrl_llm.models.lora import reference_of
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.types import Rollout, TrainState
 
+OBSERVED = "observed/"
+"""What is no metric, but made of single completions, begins so among what an update step returns."""
+
 
 class Credited(NamedTuple):
     """A rollout with all that an update reads of it."""
@@ -34,6 +37,22 @@ class Credited(NamedTuple):
     metrics: Metrics
     old: TokenScores | None
     """Under the policy before this batch, where something reads them."""
+
+    def observed(self, prompts: int) -> dict[str, jax.Array]:
+        """What was made of the completions of the first prompts, for people to look at: `[prompts, G]` or with `Tc`.
+
+        Advantages, and of the scores those that there are: of the policy before this batch (`old_logprobs`, `entropy`),
+        of the reference (`ref_logprobs`) and the critic (`values`).
+        """
+        batch, old = self.batch, self.old
+        made = {
+            "advantages": batch.advantages,
+            "old_logprobs": None if old is None else old.logprobs,
+            "entropy": None if old is None else old.entropy,
+            "ref_logprobs": batch.ref_logprobs,
+            "values": batch.values,
+        }
+        return {f"{OBSERVED}{name}": of[:prompts] for name, of in made.items() if of is not None and prompts}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,7 @@ def make_update_step(
     critic: Critic | None = None,
     temperature: float = 1.0,
     truncated: bool = False,
+    observed: int = 0,
 ) -> UpdateStep:
     """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`.
 
@@ -60,6 +61,8 @@ def make_update_step(
         temperature: the one that the rollouts were sampled with; log-probs are scored with it.
         truncated: whether top-k, top-p or min-p excluded tokens. The learner scores without, unless the algorithm
             keeps the sampling mask; only the metric `sampling/logp_gap` depends on this.
+        observed: prompts, the first ones, of whose completions advantages and scores are among the metrics
+            (`Credited.observed`), as arrays.
 
     Returns:
         A function of `TrainState`, `Rollout` (with an algorithm that needs a greedy baseline, the last sample of each
@@ -91,10 +94,11 @@ def make_update_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         prompts, group = rollout.completion.shape[:2]  # raises, if these do not fit:
         plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
-        batch, memory, metrics, _ = assign(state, rollout, rewards, reference)
-        carry, trained = run_epochs(optimizer_step, _Carry.of(state), batch, plan, step_key(state, 1))
-        state = carry.into(state).replace(step=state.step + 1, memory=memory)
-        return state, {name: record.value() for name, record in (metrics | trained).items()}
+        credited = assign(state, rollout, rewards, reference)
+        carry, trained = run_epochs(optimizer_step, _Carry.of(state), credited.batch, plan, step_key(state, 1))
+        state = carry.into(state).replace(step=state.step + 1, memory=credited.memory)
+        metrics = {name: record.value() for name, record in (credited.metrics | trained).items()}
+        return state, metrics | credited.observed(observed)
 
     return update_step
 

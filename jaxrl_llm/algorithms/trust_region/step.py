@@ -106,6 +106,7 @@ def make_trust_region_step(
     plan: MicroBatches | None = None,
     moves: Callable[[str], bool] | None = None,
     chunk_size: int | None = None,
+    observed: int = 0,
 ) -> UpdateStep:
     """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`, as `make_update_step`.
 
@@ -130,6 +131,7 @@ def make_trust_region_step(
         plan: the pieces in which objective, divergence and products are summed: memory, not the result.
         moves: whether the parameter of a dotted path moves, in place of `config.trainable`.
         chunk_size: positions whose logits exist at a time; `None` chooses.
+        observed: as `make_update_step`.
 
     Returns:
         A function as `make_update_step` returns. A step that cannot be taken (no length holds, or something is not
@@ -150,7 +152,7 @@ def make_trust_region_step(
     def trust_region_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch, memory, metrics, old = assign(state, rollout, rewards, reference)
+        batch, memory, metrics, old = credited = assign(state, rollout, rewards, reference)
         assert old is not None  # they are kept
         normalizer = algorithm.normalizer(batch.mask)
         loss, of_loss = algorithm.loss(old, batch, normalizer)
@@ -183,7 +185,7 @@ def make_trust_region_step(
         params, opt_state = rounded(moved, rule, trained, state.opt_state)
         others = jax.tree.map(lambda new, old: new.astype(old.dtype), others, frozen)
         state = state.replace(step=state.step + 1, params=join(params, others), opt_state=opt_state, memory=memory)
-        return state, {name: record.value() for name, record in metrics.items()}
+        return state, {name: record.value() for name, record in metrics.items()} | credited.observed(observed)
 
     return trust_region_step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.training.episodes.reading import completion_of, completion_text
-from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.scoring import RewardScores, RewardSum
+from jaxrl_llm.training.episodes.telling import Sums, TrainerState, added, means
 from jaxrl_llm.training.episodes.user_functions import RewardError, together
+from jaxrl_llm.training.run.distributed import from_all_processes
 from jaxrl_llm.training.run.divergence import check_finite
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.types import Rollout
@@ -41,6 +44,14 @@ class Episodes:
     """`[P, G, Tc]` float32, where rewards are given by token, 0 at padding; `rewards` is their sum."""
     reference_rewards: np.ndarray | None = None
     """`[P, N]` float32: of what the reference drew of the same prompts, where the algorithm reads them."""
+    told: Sums = dataclasses.field(default_factory=dict)
+    """Metrics that reward functions told beside their rewards."""
+    extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """What they told of each completion, by column, as `completion_ids`; `None` where nothing."""
+    ended: list[bool] = dataclasses.field(default_factory=list)
+    """Whether each completion ended, by a stop token or a stop text, as `completion_ids`; others were cut."""
+    rows: list[int] = dataclasses.field(default_factory=list)
+    """Each prompt's row in the data."""
 
     def plus(self, extra: np.ndarray, by_name: dict[str, np.ndarray]) -> Episodes:
         """The same with more rewards, `[P, G]` or `[P, G, Tc]` (0 at padding), and each of them by name, `[P, G]`."""
@@ -74,6 +85,10 @@ class Episodes:
             [self.openings[p] for p in chosen],
             None if self.token_rewards is None else self.token_rewards[chosen],
             None if self.reference_rewards is None else self.reference_rewards[chosen],
+            self.told,
+            {name: [values[sample] for sample in samples] for name, values in self.extra.items()},
+            [self.ended[sample] for sample in samples] if self.ended else [],
+            [self.rows[p] for p in chosen] if self.rows else [],
         )
 
     def first(self, count: int) -> Episodes:
@@ -86,6 +101,11 @@ class Episodes:
             completion_ids=[ids for n, ids in enumerate(self.completion_ids) if n % size < count],
             finished=[finished for n, finished in enumerate(self.finished) if n % size < count],
             token_rewards=None if self.token_rewards is None else self.token_rewards[:, :count],
+            extra={
+                name: [value for n, value in enumerate(values) if n % size < count]
+                for name, values in self.extra.items()
+            },
+            ended=[ended for n, ended in enumerate(self.ended) if n % size < count],
         )
 
     @classmethod
@@ -104,11 +124,18 @@ class Episodes:
             [opening for part in parts for opening in part.openings],
             np.concatenate(by_token) if by_token else None,
             np.concatenate(of_reference) if of_reference else None,
+            functools.reduce(added, [part.told for part in parts]),
+            {
+                name: [value for part in parts for value in part.extra.get(name, [None] * len(part.completion_ids))]
+                for name in dict.fromkeys(name for part in parts for name in part.extra)
+            },
+            [ended for part in parts for ended in part.ended],
+            [row for part in parts for row in part.rows],
         )
 
     def reward_metrics(self) -> dict[str, float]:
-        """`rewards/<name>/mean` and `std` of each function, over the samples that it applies to."""
-        metrics = {}
+        """`rewards/<name>/mean` and `std` of each function, over the samples that it applies to; and what it told."""
+        metrics = means(self.told)
         for name, values in self.by_name.items():
             metrics[f"rewards/{name}/mean"] = mean = mean_of_known(values)
             metrics[f"rewards/{name}/std"] = mean_of_known((values - mean) ** 2) ** 0.5
@@ -142,7 +169,13 @@ def prompt_text(prompt: Any) -> str:
 
 
 def score_rollout(
-    rollout: Rollout, batch: PromptBatch, rewards: RewardSum, tokenizer: Any, *, stop_tokens: Sequence[int]
+    rollout: Rollout,
+    batch: PromptBatch,
+    rewards: RewardSum,
+    tokenizer: Any,
+    *,
+    stop_tokens: Sequence[int],
+    trainer_state: TrainerState | None = None,
 ) -> Episodes:
     """Decodes and scores a rollout.
 
@@ -154,6 +187,7 @@ def score_rollout(
         rewards: the reward functions.
         tokenizer: decodes the sampled ids; see `completion_text`.
         stop_tokens: the sampler's, which are no part of a text; stop texts are.
+        trainer_state: how far the run is; `None`: there is none.
 
     Raises:
         RewardError: a reward function failed, in this process or in another: all raise together.
@@ -162,7 +196,8 @@ def score_rollout(
     ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
     own = range(jax.process_index(), len(ids), jax.process_count())
 
-    finished = [ended and some[-1] in stop_tokens for ended, some in zip(_finished(rollout), ids, strict=True)]
+    ended = _finished(rollout)
+    finished = [stopped and some[-1] in stop_tokens for stopped, some in zip(ended, ids, strict=True)]
 
     def completion(sample: int) -> Any:
         opening = batch.openings[sample // group]
@@ -174,18 +209,27 @@ def score_rollout(
         [completion(sample) for sample in own],
         [ids[sample] for sample in own],
         {name: [values[sample // group] for sample in own] for name, values in batch.columns.items()},
+        trainer_state,
     )
     scores = together(lambda: rewards(*given), "a reward function")
     table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
     total, *named = table.reshape(-1, prompts, group)
     by_name = dict(zip(scores.by_name, named, strict=True))
-    return Episodes(total, by_name, batch.prompts, ids, batch.columns, finished, batch.openings)
+    told, extra = _gather_told(scores, len(ids))
+    more = {"told": told, "extra": extra, "ended": ended, "rows": batch.indices.tolist()}
+    return Episodes(total, by_name, batch.prompts, ids, batch.columns, finished, batch.openings, **more)
 
 
-def unscored(rollout: Rollout, batch: PromptBatch) -> Episodes:
+def unscored(rollout: Rollout, batch: PromptBatch, *, stop_tokens: Sequence[int]) -> Episodes:
     """A rollout's completions with rewards of 0: those that a device gives are added by `plus`."""
-    zeros = np.zeros(rollout.completion_lengths.shape, np.float32)
-    return Episodes(zeros, {}, batch.prompts, _sampled_ids(rollout), batch.columns, _finished(rollout), batch.openings)
+    zeros, ids, ended = (
+        np.zeros(rollout.completion_lengths.shape, np.float32),
+        _sampled_ids(rollout),
+        _finished(rollout),
+    )
+    finished = [stopped and some[-1] in stop_tokens for stopped, some in zip(ended, ids, strict=True)]
+    more = {"ended": ended, "rows": batch.indices.tolist()}
+    return Episodes(zeros, {}, batch.prompts, ids, batch.columns, finished, batch.openings, **more)
 
 
 def _finished(rollout: Rollout) -> list[bool]:
@@ -210,3 +254,14 @@ def _gather(table: np.ndarray, own: range, size: int) -> np.ndarray:
     shares = multihost_utils.process_allgather(whole)  # [processes, functions, size]
     sample = np.arange(size)
     return np.asarray(shares)[sample % jax.process_count(), :, sample].T
+
+
+def _gather_told(scores: RewardScores, size: int) -> tuple[Sums, dict[str, list[Any]]]:
+    """What reward functions told in all processes, of samples that were dealt out one by one."""
+    shares = from_all_processes([scores.metrics, scores.extra])
+    told = functools.reduce(added, [metrics for metrics, _ in shares])
+    extra: dict[str, list[Any]] = {}
+    for process, (_, columns) in enumerate(shares):
+        for name, values in columns.items():
+            extra.setdefault(name, [None] * size)[process :: len(shares)] = values
+    return told, extra

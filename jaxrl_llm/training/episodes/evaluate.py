@@ -21,6 +21,7 @@ from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_
 from jaxrl_llm.training.episodes.estimates import solved_within
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.telling import Sums, TrainerState, added, means
 from jaxrl_llm.types import Rollout
 
 
@@ -136,30 +137,36 @@ class Evaluator:
             if sampler is not None:
                 sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
 
-    def __call__(self, params: Params, key: np.ndarray) -> tuple[dict[str, float], Episodes]:
+    def __call__(
+        self, params: Params, key: np.ndarray, trainer_state: TrainerState | None = None
+    ) -> tuple[dict[str, float], Episodes]:
         """Evaluates `params`.
 
         Args:
             params: the policy's parameters.
             key: uint32 key data of the sampling noise, the same at each evaluation, so that they compare.
+            trainer_state: as `score_rollout`.
 
         Returns:
             Metrics: `eval/reward`, `eval/rewards/<name>`, `eval/accuracy` (prompts solved greedily),
-            `eval/completion_length`, `eval/finished`, and with samples `eval/pass@1` and `eval/pass@k`; and the
-            first batch's greedy completions.
+            `eval/completion_length`, `eval/finished`, with samples `eval/pass@1` and `eval/pass@k`, and what reward
+            functions told of greedy completions; and the first batch's greedy completions.
 
         Raises:
             RewardError: a reward function failed.
         """
         greedy, drawn, first = [], [], None
-        for decoded, sampled in self.batches(params, key):
+        told: Sums = {}
+        for decoded, sampled in self.batches(params, key, trainer_state):
             assert decoded is not None  # unless it is left out, which training does not
             first = first or decoded.episodes
+            told = added(told, decoded.episodes.told)
             greedy.append(decoded.scores)
             if sampled is not None:
                 drawn.append(sampled.scores)
         scores = Scores.joined(greedy)
-        metrics = {f"eval/rewards/{name}": mean_of_known(scores.rewards[name]) for name in self._rewards.names}
+        metrics = {f"eval/{name}": value for name, value in means(told).items()}
+        metrics |= {f"eval/rewards/{name}": mean_of_known(scores.rewards[name]) for name in self._rewards.names}
         metrics["eval/reward"] = float(scores.rewards[""].mean())
         metrics["eval/accuracy"] = float(np.mean(scores.rewards[self.solved_by] >= 1))
         metrics["eval/completion_length"] = float(scores.lengths.mean())
@@ -171,12 +178,15 @@ class Evaluator:
         assert first is not None  # a data set is never empty
         return metrics, first
 
-    def batches(self, params: Params, key: np.ndarray) -> Iterator[tuple[Decoded | None, Decoded | None]]:
+    def batches(
+        self, params: Params, key: np.ndarray, trainer_state: TrainerState | None = None
+    ) -> Iterator[tuple[Decoded | None, Decoded | None]]:
         """Completions of one batch of prompts after another: the greedy ones, and the samples, where there are any.
 
         Args:
             params: the policy's parameters.
             key: as `__call__`.
+            trainer_state: as `score_rollout`.
 
         Raises:
             RewardError: a reward function failed.
@@ -186,13 +196,22 @@ class Evaluator:
                 None if sampler is None else sampler(params, batch.tokens, batch.lengths, key, number)
                 for sampler in (self._greedy, self._drawn)
             ]
-            greedy, drawn = (None if rollout is None else self._decoded(rollout, batch) for rollout in rollouts)
+            greedy, drawn = (
+                None if rollout is None else self._decoded(rollout, batch, trainer_state) for rollout in rollouts
+            )
             yield greedy, drawn
 
-    def _decoded(self, rollout: Rollout, batch: PromptBatch) -> Decoded:
+    def _decoded(self, rollout: Rollout, batch: PromptBatch, trainer_state: TrainerState | None) -> Decoded:
         """The completions of the prompts that count."""
         chosen = np.flatnonzero(batch.valid)
-        scored = score_rollout(rollout, batch, self._rewards, self._tokenizer, stop_tokens=self._stop_tokens)
+        scored = score_rollout(
+            rollout,
+            batch,
+            self._rewards,
+            self._tokenizer,
+            stop_tokens=self._stop_tokens,
+            trainer_state=trainer_state,
+        )
         episodes = scored.groups(chosen.tolist())
         scores = Scores(
             {"": episodes.rewards} | episodes.by_name,

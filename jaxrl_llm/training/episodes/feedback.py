@@ -92,6 +92,13 @@ class FeedbackSource:
         return np.array([*own, *(reward.weight for reward in self.device_rewards)], np.float32)
 
     @property
+    def watched(self) -> dict[str, float]:
+        """Weights by name of the rewards that are learned from; where a judge is asked, that may be no other."""
+        names = () if self.rewards is None else self.rewards.names
+        names = (*names, *(reward.name for reward in self.device_rewards))
+        return {} if self.judge is not None else dict(zip(names, self.weights.tolist(), strict=True))
+
+    @property
     def _of_roles(self) -> OfRoles | None:
         advantage = getattr(self.algorithm, "advantage", None)
         return advantage if isinstance(advantage, OfRoles) else None

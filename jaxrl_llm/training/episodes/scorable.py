@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_llm.data.prompts import PromptDataset
+from jaxrl_llm.rewards import reward_name
 from jaxrl_llm.training.episodes.scoring import RewardSum
 
 
@@ -46,11 +47,11 @@ def _problem(functions: tuple[Any, ...], columns: Mapping[str, Any]) -> str | No
         check = getattr(function, "check_row", None)
         if check is None:
             continue
-        reason = _asked(function.__name__, check, columns)
+        reason = _asked(reward_name(function), check, columns)
         if reason is None:
             is_read = True
             continue
-        problem = f"the reward function {function.__name__!r} cannot score it: {reason}"
+        problem = f"the reward function {reward_name(function)!r} cannot score it: {reason}"
         if not any(columns.get(name, "") is None for name in inspect.signature(function).parameters):
             return problem
         absent.append(problem)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxrl_llm.checks import nearest_name, positive
-from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.training.episodes.user_functions import UserFunction, excerpt, shown
+from jaxrl_llm.rewards import RewardFunction, reward_name
+from jaxrl_llm.rewards.time_limit import time_limit_of
+from jaxrl_llm.training.episodes.async_calls import BackgroundLoop, as_they_end
+from jaxrl_llm.training.episodes.telling import Sums, Told, TrainerState, added
+from jaxrl_llm.training.episodes.user_functions import Call, TooLongError, UserFunction, excerpt, shown
 
 # What every reward function is given beside the columns of the data set.
-_SAMPLE_ARGUMENTS = ("prompts", "completions", "completion_ids")
+_SAMPLE_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+_WITH_ENVIRONMENTS = "environments"
 _POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -29,6 +35,10 @@ class RewardScores:
     """float32 [N]: the weighted sum over the functions that apply to the sample."""
     by_name: dict[str, np.ndarray]
     """float32 [N] by function name, unweighted; NaN where the function returned None."""
+    metrics: Sums = dataclasses.field(default_factory=dict)
+    """What the functions told by `log_metric`, and `rewards/<name>/timed_out` of those that have a time limit."""
+    extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """What they told by `log_extra`: N values by column."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +46,25 @@ class RewardSum:
     """A weighted sum of reward functions: rᵢ = Σₖ wₖ rₖᵢ over the functions k that apply to sample i.
 
     Raises:
-        ValueError: If there is no function, or no sequence of them, one is not callable, is async or has no `__name__`,
-            two bear the same name, or the weights are not one finite number a function.
+        ValueError: If there is no function, or no sequence of them, one is not callable, two bear the same name, or the
+            weights are not one finite number a function.
     """
 
     functions: Sequence[RewardFunction]
-    """Each is called as `f(prompts=…, completions=…, completion_ids=…, **columns)`; one without `**columns`
-    is given only what it names."""
+    """Each is called as `f(prompts=…, completions=…, completion_ids=…, trainer_state=…, log_metric=…, log_extra=…,
+    **columns)`; one without `**columns` is given only what it names. Those that are `async def` are awaited together,
+    while the others are called one after another."""
     weights: Sequence[float] | None = None
     """One a function; all 1 unless given. A function of weight 0 is only logged."""
     timeout: float | None = None
-    """Seconds that one call of a function may take; `None`: any time."""
+    """Seconds that one call of a function without a limit of its own (`with_time_limit`) may take; `None`: any time."""
 
     def __post_init__(self) -> None:
         if not self.functions:
             raise ValueError("no reward function: give at least one")
         if not isinstance(self.functions, Sequence):
             raise ValueError(f"rewards are a tuple or list of functions, got {shown(self.functions)}: put it in one")
-        unnamed = [f for f in self.functions if not (callable(f) and isinstance(getattr(f, "__name__", None), str))]
-        if unnamed:
-            raise ValueError(
-                f"a reward function must be callable and have a __name__ (for its metric), got {unnamed[0]!r}"
-            )
+        _ = self._called  # each is checked
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
             raise ValueError(f"several reward functions are named {repeated}: give each its own __name__ (or name=)")
@@ -68,17 +75,21 @@ class RewardSum:
             )
         if not positive(self.timeout, optional=True)[0]:
             raise ValueError(f"timeout={self.timeout!r} must be None, or positive seconds")
-        _ = self._called  # each is checked
 
     @functools.cached_property
     def _called(self) -> list[UserFunction]:
         wanted = "finite numbers or None"
-        return [UserFunction(function, "reward function", "sample", wanted) for function in self.functions]
+        return [UserFunction(function, "reward function", "sample", wanted, True) for function in self.functions]
+
+    @functools.cached_property
+    def _loop(self) -> BackgroundLoop | None:
+        """Of the functions that are async, the same for all calls."""
+        return BackgroundLoop() if any(function.is_async for function in self._called) else None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The functions' names, in order."""
-        return tuple(function.__name__ for function in self.functions)
+        return tuple(map(reward_name, self.functions))
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Checks, before anything is sampled, that the data set has what each function requires.
@@ -97,18 +108,23 @@ class RewardSum:
                 f"the data set's columns {reserved} bear the name of an argument that each reward function "
                 f"gets anyway ({', '.join(_SAMPLE_ARGUMENTS)}): rename them"
             )
-        for function in self.functions:
+        for function in self._called:
             missing = [
                 parameter.name
-                for parameter in inspect.signature(function).parameters.values()
+                for parameter in inspect.signature(function.call).parameters.values()
                 if parameter.kind in _POSITIONAL_OR_KEYWORD
                 and parameter.default is inspect.Parameter.empty
                 and parameter.name not in (*_SAMPLE_ARGUMENTS, *present)
             ]
+            if _WITH_ENVIRONMENTS in missing:
+                raise ValueError(
+                    f"{function} requires 'environments', of which there are none: completions are sampled in one "
+                    "turn; give it a default (environments=None)"
+                )
             if missing:
                 raise ValueError(
-                    f"the reward function {function.__name__!r} requires the column(s) {missing}, which "
-                    f"the data set lacks{nearest_name(missing[0], present)}; its columns are {sorted(present)}"
+                    f"{function} requires the column(s) {missing}, which the data set "
+                    f"lacks{_nearest(missing[0], present)}; its columns are {sorted(present)}"
                 )
 
     def __call__(
@@ -117,6 +133,7 @@ class RewardSum:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
+        trainer_state: TrainerState | None = None,
     ) -> RewardScores:
         """Scores N samples.
 
@@ -126,9 +143,10 @@ class RewardSum:
             completion_ids: N lists of sampled token ids.
             columns: The data set's columns, each with N values: a prompt's value is repeated for each of its
                 samples.
+            trainer_state: How far the run is; `None`: there is none.
 
         Raises:
-            UserCodeError: If a function raises, or takes too long; its exception is the cause.
+            UserCodeError: If a function raises, or takes longer than `timeout`; its exception is the cause.
             ValueError: If a column is missing or an argument has not N entries; if a function returns another
                 number of values, or something that is no finite number; if none applies to a sample.
         """
@@ -139,10 +157,11 @@ class RewardSum:
             if len(values) != count:
                 raise ValueError(f"there are {count} completions, but {name!r} has {len(values)} values")
 
-        by_name = {
-            function.name: _rewards_of(function, {**arguments, **columns}, completions, self.timeout)
-            for function in self._called
-        }
+        told = Told(count)
+        state = TrainerState() if trainer_state is None else trainer_state
+        given = {**arguments, "trainer_state": state, **told.arguments, **columns}
+        by_name, timed_out = self._values(given, completions)
+        told.close()
         rewards = np.stack(list(by_name.values()))  # [functions, N]
         none_applies = np.flatnonzero(np.isnan(rewards).all(axis=0))
         if none_applies.size:
@@ -150,7 +169,7 @@ class RewardSum:
             raise ValueError(
                 f"every reward function ({', '.join(self.names)}) returned None for sample {index}, "
                 f"completion {excerpt(completions[index])} ({none_applies.size} of {count} samples in all): "
-                "at least one function must apply to each sample"
+                f"at least one function must apply to each sample{_otherwise(timed_out)}"
             )
         weights = np.ones(len(rewards)) if self.weights is None else np.asarray(self.weights, np.float64)
         total = np.where(np.isnan(rewards), 0.0, weights[:, None] * rewards).sum(axis=0)
@@ -158,18 +177,60 @@ class RewardSum:
             index, of = int(beyond[0]), weights.tolist()
             parts = {name: float(values[index]) for name, values in by_name.items()}
             raise ValueError(f"the rewards {parts} of sample {index}, weighted by {of}, add up beyond float32")
-        return RewardScores(total=total.astype(np.float32), by_name=by_name)
+        limits = {f"rewards/{name}/timed_out": (float(ended), 1) for name, ended in timed_out.items()}
+        return RewardScores(total.astype(np.float32), by_name, added(told.metrics, limits), told.extra)
+
+    def _values(
+        self, given: Mapping[str, Any], completions: Sequence[Any]
+    ) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+        """What each function returns, float32 [N] and NaN for None, and whether those with a limit exceeded it."""
+        calls = [self._begin(function, given, completions) for function in self._called]
+        found, timed_out = {}, {}
+        try:
+            for call in _in_turn(calls):
+                function, limit = call.function, time_limit_of(call.function.call)
+                try:
+                    values = call.values()
+                except TooLongError:
+                    if limit is None:
+                        raise
+                    values = [limit.otherwise] * len(completions)
+                    timed_out[function.name] = True
+                if limit is not None:
+                    timed_out.setdefault(function.name, False)
+                rows = zip(values, range(len(values)), completions, strict=True)
+                found[function.name] = np.asarray([_number(function, *row) for row in rows])
+        finally:
+            for call in calls:
+                call.cancel()
+        return {name: found[name] for name in self.names}, timed_out
+
+    def _begin(self, function: UserFunction, arguments: Mapping[str, Any], completions: Sequence[Any]) -> Call:
+        """A call with what the function names, or with all of it."""
+        parameters = inspect.signature(function.call).parameters
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            arguments = {key: value for key, value in arguments.items() if key in parameters}
+        limit = time_limit_of(function.call)
+        timeout = self.timeout if limit is None else limit.seconds
+        return function.begin(arguments, completions, timeout=timeout, loop=self._loop)
 
 
-def _rewards_of(
-    function: UserFunction, arguments: Mapping[str, Any], completions: Sequence[Any], timeout: float | None
-) -> np.ndarray:
-    """Calls the function and returns its values as float32 [N], NaN for None."""
-    parameters = inspect.signature(function.call).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        arguments = {key: value for key, value in arguments.items() if key in parameters}
-    values = function.values(arguments, completions, timeout=timeout)
-    return np.asarray([_number(function, *row) for row in zip(values, range(len(values)), completions, strict=True)])
+def _in_turn(calls: Sequence[Call]) -> Iterator[Call]:
+    """First those that are to be called, while the async ones go on; then these, as they end."""
+    yield from (call for call in calls if call.pending is None)
+    under_way = {call.pending: call for call in calls if call.pending is not None}
+    yield from (under_way[pending] for pending in as_they_end(under_way))
+
+
+def _nearest(name: str, columns: Sequence[str]) -> str:
+    """The argument that is spelt almost so, or else the column that is most like it, for an error."""
+    arguments = difflib.get_close_matches(name, _SAMPLE_ARGUMENTS, n=1, cutoff=0.9)
+    return nearest_name(name, arguments or columns)
+
+
+def _otherwise(timed_out: Mapping[str, bool]) -> str:
+    ended = [name for name, too_long in timed_out.items() if too_long]
+    return f"; {', '.join(ended)} took too long, and with_time_limit(…, otherwise=0.0) rewards that" if ended else ""
 
 
 def _number(function: UserFunction, value: Any, index: int, completion: Any) -> np.float32:

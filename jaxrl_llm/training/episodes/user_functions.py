@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import inspect
-import signal
 import sysconfig
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxrl_llm.rewards import completion_text
+from jaxrl_llm.rewards import completion_text, reward_name
+from jaxrl_llm.training.episodes import async_calls, time_limits
+from jaxrl_llm.training.episodes.async_calls import AsyncCall, BackgroundLoop, BlockedError
+from jaxrl_llm.training.episodes.time_limits import NotMainThreadError, TimeIsUpError, interrupting
 from jaxrl_llm.training.run.distributed import any_process
 from jaxrl_llm.training.run.errors import RunError
 
@@ -37,8 +39,8 @@ class UserCodeError(RuntimeError):
     """A function of the user's raised; the message names it, the row and the place, and its exception is the cause."""
 
 
-class _TimeIsUpError(BaseException):
-    """Raised inside a function that takes too long: no Exception, which the function may well catch."""
+class TooLongError(UserCodeError):
+    """A function of the user's took longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class UserFunction:
     """A reward function or a judge.
 
     Raises:
-        ValueError: it cannot be called, or is async.
+        ValueError: it cannot be called, or is async and may not be.
     """
 
     call: Callable[..., Any]
@@ -57,11 +59,13 @@ class UserFunction:
     """What it returns a value for: "sample" or "pair"."""
     returns: str
     """What its values must be."""
+    may_be_async: bool = False
+    """Whether it may be `async def`."""
 
     def __post_init__(self) -> None:
         if not callable(self.call):
             raise ValueError(f"a {self.kind} must be a function, got {shown(self.call)}")
-        if inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(type(self.call).__call__):
+        if self.is_async and not self.may_be_async:
             raise ValueError(
                 f"{self} is async, and would never be awaited: call asyncio.run in a function that returns its values"
             )
@@ -76,39 +80,44 @@ class UserFunction:
     @property
     def name(self) -> str:
         """How it is called."""
-        return getattr(self.call, "__name__", type(self.call).__name__)
+        return reward_name(self.call)
 
-    def values(self, arguments: Mapping[str, Any], texts: Sequence[Any], *, timeout: float | None = None) -> list[Any]:
-        """Calls it with copies of the arguments; what it returned, a value a row.
+    @property
+    def is_async(self) -> bool:
+        """Whether it is a coroutine function, or an object whose `__call__` is one."""
+        function = self.call
+        while isinstance(function, functools.partial):
+            function = function.func
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+    def begin(
+        self,
+        arguments: Mapping[str, Any],
+        texts: Sequence[Any],
+        *,
+        timeout: float | None = None,
+        loop: BackgroundLoop | None = None,
+    ) -> Call:
+        """A call with copies of the arguments; an async function is under way at once, any other when it is waited for.
 
         Args:
             arguments: by name.
             texts: a row's text each, by which a row is known.
             timeout: seconds that it may take; `None`: any time.
-
-        Raises:
-            UserCodeError: it raised, or took longer.
-            ValueError: it returned something else.
+            loop: of async functions.
         """
         copies = _copied(dict(arguments))
         known = next((copies[name] for name, given in arguments.items() if given is texts), texts)
         known = list(known)  # it may empty its list
-        try:
-            with _limit(timeout):
-                returned = self.call(**copies)
-                values = self._as_list(returned, len(texts))
-        except _TimeIsUpError as up:
-            where = _where(up, known, self.row)
-            raise UserCodeError(f"{self} took longer than {timeout:g} s on {len(texts)} {self.row}s{where}") from up
-        except _NotAListError as error:
-            raise ValueError(f"{self} {error}") from None
-        except (Exception, SystemExit) as error:  # the user's code, which may raise anything
-            text = f": {_text(error)}" if _text(error) else ""
-            where = _where(error, known, self.row)
-            raise UserCodeError(
-                f"{self} raised {type(error).__name__} on {len(texts)} {self.row}s{text}{where}"
-            ) from error
-        return values
+        pending = None
+        if self.is_async:
+            assert loop is not None  # whoever allows async functions has one
+            pending = loop.begin(functools.partial(self.call, **copies), timeout=timeout)
+        return Call(self, copies, known, timeout, pending)
+
+    def values(self, arguments: Mapping[str, Any], texts: Sequence[Any], *, timeout: float | None = None) -> list[Any]:
+        """What one call returns, a value a row; arguments and errors as of `begin` and `Call.values`."""
+        return self.begin(arguments, texts, timeout=timeout).values()
 
     def refuse(self, value: Any, index: int, text: Any, *, why: str = "") -> ValueError:
         """The error for a value that it may not return for a row."""
@@ -117,8 +126,8 @@ class UserFunction:
             f"completion {excerpt(text)}"
         )
 
-    def _as_list(self, returned: Any, count: int) -> list[Any]:
-        """Raises _NotAListError for what has no order, or not one value a row."""
+    def as_list(self, returned: Any, count: int) -> list[Any]:
+        """What it returned as a list; raises _NotAListError for what has no order, or not one value a row."""
         if inspect.isawaitable(returned) or inspect.isasyncgen(returned):
             if inspect.iscoroutine(returned):
                 returned.close()
@@ -136,6 +145,52 @@ class UserFunction:
 
 class _NotAListError(Exception):
     """What was returned is no list of one value a row."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function of the user's."""
+
+    function: UserFunction
+    arguments: dict[str, Any]
+    texts: list[Any]
+    timeout: float | None
+    pending: AsyncCall | None
+
+    def values(self) -> list[Any]:
+        """What it returned, a value a row; of an async function, once it has ended.
+
+        Raises:
+            TooLongError: it took longer than it may.
+            UserCodeError: it raised; or it is async, took longer and awaits nothing, so that no other can go on.
+            ValueError: it returned something else.
+        """
+        function, on = self.function, f"on {len(self.texts)} {self.function.row}s"
+        try:
+            if self.pending is not None:
+                return function.as_list(self.pending.result(), len(self.texts))
+            with interrupting(self.timeout, f"{function} {on}"):
+                return function.as_list(function.call(**self.arguments), len(self.texts))
+        except BlockedError as up:
+            raise UserCodeError(
+                f"{function} took longer than {self.timeout:g} s {on} and awaits nothing, so that no other async "
+                "function can go on: await what it waits for (asyncio.to_thread calls what cannot be awaited), or make "
+                "it a def"
+            ) from up
+        except TimeIsUpError as up:
+            where = _where(up.__cause__ or up, self.texts, function.row)
+            raise TooLongError(f"{function} took longer than {self.timeout:g} s {on}{where}") from up
+        except (_NotAListError, NotMainThreadError) as error:
+            raise ValueError(f"{function} {error}") from None
+        except (Exception, SystemExit) as error:  # the user's code, which may raise anything
+            text = f": {_text(error)}" if _text(error) else ""
+            where = _where(error, self.texts, function.row)
+            raise UserCodeError(f"{function} raised {type(error).__name__} {on}{text}{where}") from error
+
+    def cancel(self) -> None:
+        """Ends it, if it is async and under way."""
+        if self.pending is not None:
+            self.pending.cancel()
 
 
 def together(call: Callable[[], Returned], what: str) -> Returned:
@@ -192,25 +247,7 @@ def _copied(value: Any) -> Any:
     return kind(map(_copied, value)) if kind in (list, tuple) else value
 
 
-@contextlib.contextmanager
-def _limit(seconds: float | None) -> Iterator[None]:
-    """Raises `_TimeIsUpError` inside the block once it has taken so long, and again each second."""
-    if seconds is None:
-        yield
-        return
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        raise _NotAListError(f"cannot be stopped after {seconds:g} s outside the main thread: give no time limit")
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _TimeIsUpError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+_NOT_THEIRS = frozenset({__file__, contextlib.__file__, async_calls.__file__, time_limits.__file__})
 
 
 def _where(error: BaseException, texts: Sequence[Any], row: str) -> str:
@@ -218,7 +255,7 @@ def _where(error: BaseException, texts: Sequence[Any], row: str) -> str:
     at = _row_at(error.__traceback__, texts)
     text = "" if at is None else f", at {row} {at}, completion {excerpt(texts[at])}"
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    frames = [(file, line) for file, line in frames if file not in (__file__, contextlib.__file__)]
+    frames = [(file, line) for file, line in frames if file not in _NOT_THEIRS]
     libraries = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     own = [(file, line) for file, line in frames if not file.startswith(libraries)] or frames
     return f"{text} ({own[-1][0]}:{own[-1][1]})" if own else text

@@ -9,13 +9,13 @@ import math
 import operator
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
-from jaxrl_llm.training.run.tensorboard import TensorBoardEvents
+from jaxrl_llm.training.run.tensorboard import TensorBoardEvents, as_markdown
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,6 +23,9 @@ PERFORMANCE_PREFIX = "perf/"
 """Names of metrics that depend on the machine and the hour (seconds, tokens per second, bytes of memory)."""
 
 _PERFORMANCE_NAMES = frozenset({"step_time"})
+
+_SHOWN = 8
+"""Completions of a step in TensorBoard."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -126,6 +129,30 @@ class MetricsWriter:
                 )
         if self._wandb is not None:
             self._wandb.log({**numbers, "step": step})
+
+    def show(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Shows completions: as a table in Weights & Biases, as text in TensorBoard, which shows the first few.
+
+        Args:
+            step: The step that they belong to.
+            rows: As `read_completions` gives them, of one kind.
+
+        Raises:
+            OSError: If a file cannot be written; names it.
+        """
+        if not rows:
+            return
+        name = "completions" if rows[0]["kind"] == "train" else f"{rows[0]['kind']}/completions"
+        if self._tensorboard is not None:
+            with _named(self._events):
+                self._tensorboard.write_text(step, name, as_markdown(rows[:_SHOWN]))
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            flat = [_flat(row) for row in rows]
+            columns = list(dict.fromkeys(column for row in flat for column in row))
+            table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in flat])
+            self._wandb.log({name: table, "step": step})
 
     def flush(self) -> None:
         """Hands over what TensorBoard still holds back."""
@@ -231,6 +258,18 @@ def _to_json(number: int | float) -> int | float | str:
     if math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A completion as a row of a table: rewards and extras under their own names, prompts as text, no tokens."""
+    parts = {f"rewards/{name}": value for name, value in row["rewards"].items()} | row["extra"]
+    plain = {name: value for name, value in row.items() if name not in ("kind", "rewards", "extra")}
+    flat = {name: value for name, value in plain.items() if not name.startswith("token_")} | parts
+    return {name: value if _is_cell(value) else json.dumps(value) for name, value in flat.items()}
+
+
+def _is_cell(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
 
 
 def _start_wandb(config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any] | None) -> Any:

@@ -1,10 +1,11 @@
-"""Scalars for TensorBoard."""
+"""Scalars and texts for TensorBoard."""
 
 from __future__ import annotations
 
 import socket
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ class TensorBoardEvents:
         values = [value for name, number in numbers.items() for value in scalar(name, number).value]
         self._add(self._event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
+    def write_text(self, step: int, name: str, markdown: str) -> None:
+        """Adds a text; may be lost as `write` says."""
+        from tensorboardX.summary import text  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._add(self._event(step=step, wall_time=time.time(), summary=text(name, markdown)))
+
     def flush(self) -> None:
         """Hands over what is held back."""
         self._file.flush()
@@ -54,3 +61,19 @@ class TensorBoardEvents:
 
     def _add(self, event: Any) -> None:
         self._file.write(event.SerializeToString())
+
+
+def as_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Completions with their rewards; their texts are blocks of code, of which nothing is read as markup."""
+    parts = []
+    for row in rows:
+        advantage = row.get("advantage")
+        told = f"reward {row['reward']:.4g}" + ("" if advantage is None else f", advantage {advantage:.4g}")
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        parts += [f"**{told}**", _block(prompt), _block(row["completion"])]
+    return "\n\n".join(parts)
+
+
+def _block(text: str) -> str:
+    plain = text.encode("utf-8", "backslashreplace").decode()
+    return textwrap.indent(plain or "(nothing)", "    ", lambda line: True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -11,7 +12,9 @@ from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.episodes.judging import compare
+from jaxrl_llm.training.episodes.reward_watch import RewardWatch
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.telling import TrainerState
 from jaxrl_llm.training.episodes.user_functions import RewardError
 from jaxrl_llm.types import Rollout
 
@@ -62,6 +65,8 @@ def test_reward_functions_see_text_ids_and_columns_of_each_sample() -> None:
     scored = score_rollout(
         rollout(), batch(["a", "b"]), RewardSum((spy, length), (1.0, 10.0)), TOKENIZER, stop_tokens=STOPS
     )
+    assert {seen.pop(name) for name in ("trainer_state",)} == {TrainerState()}
+    assert callable(seen.pop("log_metric")) and callable(seen.pop("log_extra"))
     assert seen == {
         "prompts": ["a", "a", "b", "b"],
         "completions": ["a", "bbbb", "", "ab"],  # without their ends
@@ -181,6 +186,45 @@ def test_samples_are_the_best_and_the_worst_and_no_more_is_decoded() -> None:
         ("second", "c<eos>", 6.0),
     ]
     assert len(decoded) == 3
+
+
+def test_what_functions_tell_goes_with_the_samples() -> None:
+    def tells(completions: list[str], log_metric: Any, log_extra: Any) -> list[float]:
+        log_metric("share", 0.5)
+        log_extra("text", completions)
+        return [0.0] * 4
+
+    def told(*functions: Any) -> Episodes:
+        return score_rollout(rollout(), batch(["a", "b"]), RewardSum(functions), TOKENIZER, stop_tokens=STOPS)
+
+    def silent(completions: list[str]) -> list[float]:
+        return [0.0] * 4
+
+    scores = told(tells)
+    assert scores.reward_metrics()["share"] == 0.5 and scores.extra == {"text": ["a", "bbbb", "", "ab"]}
+    joined = Episodes.joined([scores, dataclasses.replace(told(silent), by_name=scores.by_name)])
+    assert joined.extra == {"text": ["a", "bbbb", "", "ab", *[None] * 4]} and joined.told == {"share": (0.5, 1)}
+    assert joined.groups([3, 1]).extra == {"text": [None, None, "", "ab"]}
+    assert joined.first(1).extra == {"text": ["a", "", None, None]}
+
+
+@pytest.mark.parametrize("in_groups", [True, False])
+def test_a_reward_that_teaches_nothing_is_told_once(in_groups: bool) -> None:
+    def said(watch: RewardWatch, **by_name: Any) -> list[str]:
+        rewards = {name: np.float32(values) for name, values in by_name.items()}
+        return watch.remarks(Episodes(np.zeros((2, 2), np.float32), rewards, ["a", "b"], [[A]] * 4))
+
+    watch = RewardWatch({"fixed": 1.0, "groups": 1.0, "varies": 1.0, "logged": 0.0}, in_groups=in_groups)
+    none, some = [[np.nan, np.nan], [np.nan, np.nan]], [[1, 2], [3, 4]]
+    same, groups = [[7, 7], [np.nan, 7]], [[1, 1], [2, 2]]
+    told = [said(watch, fixed=same, groups=groups, varies=some, logged=same) for _ in range(12)]
+    assert [len(lines) for lines in told] == [0] * 4 + [1 + in_groups] + [0] * 7
+    assert "'fixed' has given " in told[4][0] and "the same reward (7): what is learned is" in told[4][0]
+    assert not in_groups or "'groups' has given all 2 samples of each prompt the same reward: what" in told[4][1]
+    again = RewardWatch({"f": 1.0}, in_groups=in_groups)
+    changing = [said(again, f=none if n == 0 else some if n == 3 else same) for n in range(9)]
+    assert ["returned None for all 4 samples" in lines[0] for lines in changing if lines] == [True, False]
+    assert changing[8] and not any(changing[1:8])
 
 
 def test_means_where_nothing_is_known() -> None:

@@ -1,10 +1,13 @@
+import functools
 import math
 
 import numpy as np
 import pytest
 
-from jaxrl_llm.rewards import gsm8k_reward, make_length_reward
+from jaxrl_llm.rewards import gsm8k_reward, make_length_reward, with_time_limit
 from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.telling import TrainerState
+from jaxrl_llm.training.episodes.user_functions import UserCodeError
 
 SAMPLES = {
     "prompts": ["p", "p", "q"],
@@ -21,7 +24,7 @@ def tokens(completion_ids, **columns):
     return [len(ids) for ids in completion_ids]
 
 
-def only_q(prompts, completions, **columns):
+def only_q(prompts, completions, level=0, **columns):
     return [10.0 if prompt == "q" else None for prompt in prompts]
 
 
@@ -64,6 +67,8 @@ def test_functions_get_their_arguments_by_name():
         return [float(completion == gold) * weight for completion, gold in zip(completions, answer, strict=True)]
 
     scores = score(everything, without_columns, columns={"answer": ["a", "b", "ccc"], "source": [1, 2, 3]})
+    told = {seen.pop(name) for name in ("log_metric", "log_extra")}
+    assert len(told) == 2 and seen.pop("trainer_state").global_step == 0
     assert seen == {**SAMPLES, "answer": ["a", "b", "ccc"], "source": [1, 2, 3]}
     np.testing.assert_array_equal(scores.by_name["without_columns"], [1, 0, 1])
 
@@ -163,7 +168,7 @@ def test_what_is_no_sum_of_reward_functions():
         RewardSum([])
     with pytest.raises(ValueError, match=r"several reward functions are named \['characters'\]"):
         RewardSum([characters, tokens, characters])
-    with pytest.raises(ValueError, match="must be callable and have a __name__"):
+    with pytest.raises(ValueError, match="a reward function must be a function, got 'characters'"):
         RewardSum(["characters"])  # type: ignore[list-item]
     for weights in ([1.0], [1.0, math.nan], [1.0, 2.0, 3.0]):
         with pytest.raises(ValueError, match="one finite number a function"):
@@ -171,4 +176,86 @@ def test_what_is_no_sum_of_reward_functions():
 
 
 def test_names():
-    assert RewardSum([characters, gsm8k_reward]).names == ("characters", "gsm8k_reward")
+    class Scorer:
+        def __call__(self, completions):
+            return [1.0] * len(completions)
+
+    functions = [characters, gsm8k_reward, functools.partial(only_q, level=1), with_time_limit(tokens, 9.0), Scorer()]
+    names = ("characters", "gsm8k_reward", "only_q", "tokens", "Scorer")
+    assert RewardSum(functions).names == tuple(score(*functions, columns={"answer": ["1"] * 3}).by_name) == names
+
+
+# ---- What functions are told, and tell ----------------------------------------------------------------
+
+
+def test_functions_are_told_of_the_run_where_they_name_it_or_take_all():
+    seen = []
+
+    def named(completions, trainer_state, log_extra=None):
+        seen.append((trainer_state, callable(log_extra)))
+        return [0.0] * 3
+
+    def all_of_it(completions, **kwargs):
+        seen.append((kwargs["trainer_state"], callable(kwargs.get("log_extra")), callable(kwargs.get("log_metric"))))
+        return [0.0] * 3
+
+    def neither(completions, answer):
+        return [0.0] * 3
+
+    state = TrainerState(global_step=3, max_steps=10, epoch=0.5)
+    score(named, all_of_it, neither, columns={"answer": [1, 2, 3]}, trainer_state=state)
+    assert seen == [(state, True), (state, True, True)]
+    with pytest.raises(AttributeError, match="trainer_state has no 'log_history' here; it has global_step, max_steps"):
+        _ = state.log_history
+
+
+def test_functions_tell_metrics_and_columns():
+    def tells(completions, log_metric, log_extra, **kwargs):
+        log_metric("share", 0.25)
+        log_metric("share", np.float32(0.75))
+        log_extra("read", np.array([1, 2, 3]))
+        log_extra("twice", ["old"] * 3)
+        return [0.0] * 3
+
+    def also(completions, log_metric, log_extra):
+        log_metric("share", True)
+        log_extra("twice", [{"a": np.float64(1.5)}, None, object])
+        return [0.0] * 3
+
+    scores = score(tells, also)
+    assert scores.metrics == {"share": (2.0, 3)}
+    assert scores.extra == {"read": [1, 2, 3], "twice": [{"a": 1.5}, None, str(object)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("log_extra", ("read", [1, 2]), r"needs a list of 3 values, one a sample, got 2"),
+        ("log_extra", ("read", "abc"), r"needs a list of 3 values, got 'abc'"),
+        ("log_extra", (None, [1, 2, 3]), r"log_extra\(None, …\): a column's name is text"),
+        ("log_metric", ("share", "high"), r"log_metric\('share', 'high'\): a metric is a number"),
+        ("log_metric", ("share", [1, 2]), r"a metric is a number"),
+        ("log_metric", ("", 1), r"a metric's name is text"),
+    ],
+)
+def test_what_cannot_be_told_names_the_function(name, given, message):
+    def tells(completions, **kwargs):
+        kwargs[name](*given)
+        return [0.0] * 3
+
+    with pytest.raises(UserCodeError, match=rf"'tells' raised ValueError on 3 samples: .*{message}"):
+        score(tells)
+
+
+def test_environments_are_refused_where_they_are_required():
+    def played(completions, environments):
+        return [0.0] * 3
+
+    def perhaps(completions, environments=None, **kwargs):
+        return [float(environments is None)] * 3
+
+    with pytest.raises(
+        ValueError, match="the reward function 'played' requires 'environments', of which there are none"
+    ):
+        RewardSum([played]).check_columns([])
+    np.testing.assert_array_equal(score(perhaps).total, [1, 1, 1])

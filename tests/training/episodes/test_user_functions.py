@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +19,24 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.rewards import with_time_limit
+from jaxrl_llm.training.episodes import async_calls
 from jaxrl_llm.training.episodes.episodes import Episodes
 from jaxrl_llm.training.episodes.judging import check_judge, compare
-from jaxrl_llm.training.episodes.scoring import RewardSum
+from jaxrl_llm.training.episodes.scoring import RewardScores, RewardSum
 from jaxrl_llm.training.episodes.user_functions import RewardError, UserCodeError
 
 COMPLETIONS = ["right", "b" * 200, "\ud800 broken"]
 KEY = np.zeros(2, np.uint32)
 
 
-def score(*functions: Callable[..., Any], completions: Sequence[Any] = COMPLETIONS, **settings: Any) -> np.ndarray:
+def scored(*functions: Callable[..., Any], completions: Sequence[Any] = COMPLETIONS, **settings: Any) -> RewardScores:
     columns = {"answer": [["x"], ["y"], ["z"]], "level": [1, 2, 3]}
-    return RewardSum(functions, **settings)(["p", "p", "q"], list(completions), [[1], [1, 2], [3]], columns).total
+    return RewardSum(functions, **settings)(["p", "p", "q"], list(completions), [[1], [1, 2], [3]], columns)
+
+
+def score(*functions: Callable[..., Any], **settings: Any) -> np.ndarray:
+    return scored(*functions, **settings).total
 
 
 def returning(values: Any) -> Callable[..., Any]:
@@ -166,15 +176,6 @@ def test_what_cannot_be_called_as_a_reward_function_is_refused_at_once() -> None
     async def later(completions: list[str]) -> list[float]:
         return [1.0] * len(completions)
 
-    class Later:
-        __name__ = "later"
-
-        async def __call__(self, completions: list[str]) -> list[float]:
-            return [1.0] * len(completions)
-
-    for function in (later, Later()):
-        with pytest.raises(ValueError, match=r"the reward function 'later' is async, .* call asyncio.run in"):
-            RewardSum([function])
     with pytest.raises(ValueError, match="the reward function 'max' does not say what it takes"):
         RewardSum([max])
     with pytest.raises(ValueError, match=r"must return a list of 3 values, got <coroutine .*: it is async"):
@@ -215,6 +216,113 @@ def test_a_call_that_takes_too_long_is_ended_and_told_with_its_sample(function: 
         score(function, timeout=0.2)
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     np.testing.assert_array_equal(score(returning([1, 2, 3]), timeout=5.0), [1, 2, 3])
+
+
+def test_a_function_with_a_limit_of_its_own_is_left_out_after_it() -> None:
+    slow, late = with_time_limit(stuck, 0.1), with_time_limit(naps(5.0), 0.1, otherwise=-1.0)
+    scores = scored(slow, late, returning([1, 2, 3]), timeout=0.2)
+    np.testing.assert_array_equal(scores.total, [0, 1, 2])
+    assert np.isnan(scores.by_name["stuck"]).all()
+    assert scores.metrics == {"rewards/stuck/timed_out": (1.0, 1), "rewards/naps/timed_out": (1.0, 1)}
+    in_time = scored(with_time_limit(returning([1, 2, 3]), 5.0))
+    assert in_time.metrics == {"rewards/fixed/timed_out": (0.0, 1)} and in_time.total.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"returned None for sample 0.*; stuck took too long, and with_time_limit\("):
+        score(slow)
+    for seconds, otherwise in ((0, None), (np.nan, 0.0), (1, np.inf)):
+        with pytest.raises(ValueError, match=r"must be positive seconds|must be a finite reward, or None"):
+            with_time_limit(stuck, seconds, otherwise=otherwise)
+
+
+UNSTOPPABLE = """
+import hashlib
+from jaxrl_llm.training.episodes import time_limits
+from jaxrl_llm.training.episodes.scoring import RewardScores, RewardSum
+time_limits.GRACE = 0.2
+
+def hashes(completions):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+RewardSum([hashes], timeout=0.1)(["p"], ["c"], [[1]], {})
+"""
+
+
+def test_what_no_signal_reaches_ends_the_process_with_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", UNSTOPPABLE], capture_output=True, text=True, timeout=60)
+    error = "the reward function 'hashes' on 1 samples took longer than 0.1 s, and did not end when interrupted"
+    assert (ended.returncode, ended.stderr) == (1, f"error: {error}\n")
+
+
+# ---- Functions that are async -------------------------------------------------------------------------
+
+
+def naps(seconds: float, name: str = "naps") -> Callable[..., Any]:
+    async def nap(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+        await asyncio.sleep(seconds)
+        log_metric("awake", 1.0)
+        return [float(len(completion)) for completion in completions]
+
+    nap.__name__ = name
+    return nap
+
+
+def test_async_functions_wait_together_and_while_others_run() -> None:
+    class Object:
+        async def __call__(self, completions: list[str]) -> list[float]:
+            await asyncio.sleep(0.2)
+            loops.append(asyncio.get_running_loop())
+            return [1.0] * len(completions)
+
+    def busy(completions: list[str]) -> list[float]:
+        time.sleep(0.2)
+        return [0.0] * len(completions)
+
+    loops: list[Any] = []
+    rewards = RewardSum([naps(0.2), Object(), functools.partial(naps(0.2, "other"), level=1), busy])
+    for _ in range(2):
+        began = time.perf_counter()
+        found = rewards(["p", "p", "q"], COMPLETIONS, [[1], [1, 2], [3]], {"answer": "xyz"})
+        assert time.perf_counter() - began < 0.5
+    assert list(found.by_name) == ["naps", "Object", "other", "busy"]
+    np.testing.assert_array_equal(found.by_name["naps"], [len(text) for text in COMPLETIONS])
+    assert found.metrics == {"awake": (2.0, 2)}
+    assert loops[0] is loops[1]  # what a session of HTTP needs
+
+
+def test_async_functions_are_scored_where_a_loop_runs_already() -> None:
+    async def in_a_notebook() -> np.ndarray:
+        return score(naps(0.0))
+
+    np.testing.assert_array_equal(asyncio.run(in_a_notebook()), [5, 200, 8])
+
+
+def test_what_an_async_function_raises_is_told_with_its_sample_and_place() -> None:
+    async def gives_up(completions: list[str], **columns: Any) -> list[float]:
+        for completion in completions:
+            await asyncio.sleep(0)
+            if completion.startswith("b"):
+                raise error
+        return []
+
+    async def too_few(completions: list[str]) -> list[float]:
+        return [1.0]
+
+    async def blocks(completions: list[str]) -> None:
+        time.sleep(0.5)
+
+    for error in (TimeoutError("of the service"), SystemExit(3), ConnectionError("503")):
+        message = (
+            rf"'gives_up' raised {type(error).__name__} on 3 samples: {error}, at sample 1, .* \({__file__}:\d+\)$"
+        )
+        with pytest.raises(UserCodeError, match=message):
+            score(naps(9.0), gives_up, timeout=5.0)
+    with pytest.raises(ValueError, match="'too_few' must return 3 values, one a sample, got 1"):
+        score(too_few)
+    with pytest.raises(UserCodeError, match=rf"'naps' took longer than 0.1 s on 3 samples \({__file__}:\d+\)$"):
+        score(naps(9.0), timeout=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(async_calls, "GRACE", 0.1)
+        with pytest.raises(UserCodeError, match=r"'blocks' took longer than 0.1 s on 3 samples and awaits nothing"):
+            score(with_time_limit(blocks, 0.1, otherwise=0.0), naps(0.0))
 
 
 def test_a_time_limit_that_cannot_be_kept_is_refused() -> None:

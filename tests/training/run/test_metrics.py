@@ -132,21 +132,26 @@ def test_performance_names() -> None:
     assert not is_performance("reward") and not is_performance("num_tokens")
 
 
-def test_tensorboard_events_hold_the_same_numbers(tmp_path: Path) -> None:
+def events_in(folder: Path) -> list[Any]:
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(1, {"reward": 0.25})
-        writer.write(2, {"reward": 0.75, "kl": math.nan})
-    with MetricsWriter(tmp_path, resume_step=1) as writer:  # within the same second
-        writer.write(2, {"reward": 0.5})
     events: list[Any] = []
-    for path in sorted((tmp_path / "tensorboard").iterdir()):
+    for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:  # records: length (8 bytes), checksum (4), bytes, checksum (4)
             length = int.from_bytes(data[:8], "little")
             events.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
+    return events
+
+
+def test_tensorboard_events_hold_the_same_numbers(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"reward": 0.25})
+        writer.write(2, {"reward": 0.75, "kl": math.nan})
+    with MetricsWriter(tmp_path, resume_step=1) as writer:  # within the same second
+        writer.write(2, {"reward": 0.5})
+    events = events_in(tmp_path)
     scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
     assert scalars == [(1, "reward", 0.25), (2, "reward", 0.75), (2, "reward", 0.5)]
     # From these marks TensorBoard knows to drop what the killed run wrote from step 2 on.
@@ -235,6 +240,38 @@ def test_wandb_gets_the_same_lines_and_a_resumed_run_is_the_same_run(
     assert run.lines == [{"reward": 0.5, "step": 1}] * 2 and run.finished
     assert calls[0] == calls[1]
     assert calls[0]["name"] == "my-run" and calls[0]["mode"] == "offline" and calls[0]["config"] == {"seed": 0}
+
+
+def test_completions_are_a_table_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun()
+    fake = types.SimpleNamespace(init=lambda **settings: run, Table=lambda **table: table)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    message = [{"role": "user", "content": "Hi"}]
+    row = {"kind": "train", "prompt": "2+2=", "completion": "4\n# <b>", "reward": 1.0, "advantage": 0.5}
+    row |= {"rewards": {"right": 1.0}, "extra": {"read": [4]}, "token_ids": [1]}
+    other = row | {
+        "prompt": message,
+        "completion": "\ud800",
+        "advantage": None,
+        "rewards": {"right": None},
+        "extra": {},
+    }
+    with MetricsWriter(tmp_path, wandb=WandbConfig("p")) as writer:
+        writer.show(3, [row, other])
+        writer.show(4, [other | {"kind": "eval"}])
+        writer.show(5, [])
+    columns = ["prompt", "completion", "reward", "advantage", "rewards/right", "read"]
+    data = [["2+2=", "4\n# <b>", 1.0, 0.5, 1.0, "[4]"], [json.dumps(message), "\ud800", 1.0, None, None, None]]
+    assert run.lines[0] == {"completions": {"columns": columns, "data": data}, "step": 3}
+    assert [sorted(line) for line in run.lines[1:]] == [["eval/completions", "step"]]
+    texts = [(e.step, v.tag, v.tensor.string_val[0].decode()) for e in events_in(tmp_path) for v in e.summary.value]
+    assert [(step, tag) for step, tag, _ in texts] == [
+        (3, "completions/text_summary"),
+        (4, "eval/completions/text_summary"),
+    ]
+    # Indented lines are code: nothing in them is read as a heading, or as HTML.
+    first = "**reward 1, advantage 0.5**\n\n    2+2=\n\n    4\n    # <b>"
+    assert texts[0][2] == first + "\n\n**reward 1**\n\n    Hi\n\n    \\ud800"
 
 
 def test_missing_wandb_names_the_extra_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, ...]] = {
             "losses.kl_loss",
             "losses.kl",
             "losses.entropy",
+            "losses.observation",
             "losses.correction",
             "losses.rejection",
             "losses.token_masks",
@@ -186,7 +187,7 @@ def preset_names() -> dict[str, set[str]]:
     """
     public = {name for found in entries().values() for name in (entry.name for entry in found)}
     used = {}
-    for function in (*presets.PRESETS, *presets.OF_ROLES):
+    for function in (*presets.PRESETS, *presets.OF_ROLES, *presets.OF_GIVEN_ROWS):
         preset = function.__name__
         names = {f"{preset}_loss", f"{preset}_advantages"}
         for text in [function.__doc__ or "", *_record_docstrings(function())]:

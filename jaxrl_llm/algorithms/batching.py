@@ -290,7 +290,7 @@ class Packed(Pieces):
 
 def _masks(rows: Any) -> dict[str, jax.Array]:
     """The masks of completion tokens `[P, G, Tc]` that a record has."""
-    masks = {name: getattr(rows, name, None) for name in ("mask", "value_mask")}
+    masks = {name: getattr(rows, name, None) for name in ("mask", "value_mask", "observations")}
     return {name: mask for name, mask in masks.items() if mask is not None}
 
 

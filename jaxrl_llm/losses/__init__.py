@@ -56,6 +56,7 @@ from jaxrl_llm.losses.kl import (
 )
 from jaxrl_llm.losses.kl_loss import kl_loss
 from jaxrl_llm.losses.kto import KTOVariant, kto_balance, kto_kl, kto_kl_of_other_side, kto_loss
+from jaxrl_llm.losses.observation import echo_loss
 from jaxrl_llm.losses.online import (
     NashKLLevel,
     PairLabels,
@@ -142,6 +143,7 @@ __all__ = [
     "dr_grpo_loss",
     "dro_loss",
     "dro_surrogate",
+    "echo_loss",
     "effective_sample_size",
     "entropy_bonus",
     "exo_loss",

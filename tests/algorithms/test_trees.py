@@ -205,6 +205,41 @@ def test_policy_gradients(preset, by_token, model, params, lively_params):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("form", ["trees", "packed"])
+def test_answers_are_learned_beside_what_was_said(form, model, params):
+    """ECHO: of the tokens between two turns the policy is to say nothing, and to know them."""
+    made, rng = Conversations.made(), np.random.default_rng(0)
+    answered = [np.zeros_like(marks) for marks in made.trained]
+    for marks, own in zip(made.trained, answered, strict=True):
+        first, last = np.flatnonzero(marks)[[0, -1]]
+        own[first:last] = ~marks[first:last]
+    assert any(map(np.any, answered))
+    both = dataclasses.replace(made, trained=[a | b for a, b in zip(made.trained, answered, strict=True)])
+    advantages: Any = rng.normal(size=len(made.sequences))
+
+    def batch(texts: dict[str, Any], given: Any, tokens: Any) -> LearnerBatch:
+        said, own = (np.asarray(tokens(marks), bool) for marks in (made.trained, answered))
+        zeros, seeds = np.zeros(said.shape, np.float32), np.zeros(len(said), np.uint32)
+        rows: Any = texts | {"mask": said, "observations": own, "sampler_logprobs": zeros, "seeds": seeds}
+        return LearnerBatch(**rows, advantages=given)
+
+    separate = batch(both.separate(), np.asarray(advantages, np.float32)[:, None], both.of_separate)
+    plan, rows = MicroBatches(tokens_per_micro_batch=2 * TOKENS), separate
+    if form == "trees":
+        trees: Any = both.trees()
+        rows = batch(trees.texts, trees.of_sequences(advantages), trees.of_tokens)
+    objective = GivenAdvantages(PolicyGradient(), observation_coef=0.3)
+    found = step_once(model, params, objective, rows, plan)
+    assert_same(found, step_once(model, params, objective, separate))
+    policy = step_once(model, params, GivenAdvantages(PolicyGradient()), separate)[1]
+    logprobs = np.asarray(jax.jit(make_reference_pass(model))(params, Demonstrations(**both.separate())))
+    of_answers = zip(logprobs[:, 0], np.asarray(separate.observations)[:, 0], strict=True)
+    nll = [-row[own].mean() for row, own in of_answers if own.any()]
+    np.testing.assert_allclose(found[1]["loss"] - policy["loss"], 0.3 * np.mean(nll), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"observation_coef=0.3 learns what was answered: pass rows with observations"):
+        objective.normalizer(separate._replace(observations=None))
+
+
 def test_a_constant_that_would_be_the_width_of_a_batch_is_refused():
     with pytest.raises(ValueError, match=r"max_length=None .* set max_length"):
         GivenAdvantages(dr_grpo())

@@ -105,6 +105,9 @@ def debug_size(tiny: ModuleType, tmp_path: Path):
                 return [f"--model.path={checkpoint}", f"--problems={rows}", f"--eval-problems={rows}", *small]
             case "ppo_rlhf":
                 return [*flags("grpo_arithmetic"), "--reward-model.steps=2", "--update.minibatches=1"]
+            case "distill_arithmetic":
+                small = ["--teacher.fine-tuning.steps=2", "--teacher.fine-tuning.demonstrations=16"]
+                return [*flags("grpo_arithmetic"), *small]
             case "trpo_arithmetic":
                 return [*flags("grpo_arithmetic"), "--trust-region.cg-iterations=2"]
             case "star_arithmetic":

@@ -7,15 +7,30 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxrl_llm.algorithms.distillation import Distillation
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Credit, Feedback, Need, Signals
-from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient, ValueObjective
-from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS, dapo, dppo, gspo, online_dpo, ppo, remax
+from jaxrl_llm.algorithms.offline import make_offline_step, make_reference_pass
+from jaxrl_llm.algorithms.policy_gradient.given import GivenAdvantages
+from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient, ValueObjective
+from jaxrl_llm.algorithms.policy_gradient.presets import (
+    OF_ROLES,
+    PRESETS,
+    dapo,
+    dppo,
+    echo,
+    gspo,
+    online_dpo,
+    ppo,
+    remax,
+)
 from jaxrl_llm.algorithms.preference.objective import PreferenceBatch, PreferenceObjective
 from jaxrl_llm.algorithms.preference.online import OnlinePreference
+from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.types import Rollout
 
@@ -188,6 +203,33 @@ def test_a_student_comes_near_its_teacher(divergence, left, model, train, lively
     assert last < left * first, last
     away = learn(Repelled(divergence=divergence), steps=10)
     assert away[-1]["distillation/lively"] > first
+
+
+def test_what_tools_answer_is_learned(model):
+    """Beside GRPO, and not by it alone."""
+    rng, optimizer = np.random.default_rng(0), optax.adam(1e-2)
+    said = np.broadcast_to(np.arange(6) < 2, (4, 2, 6))
+    arrays: Any = {
+        "prompt": rng.integers(1, VOCABULARY, (4, 3)),
+        "prompt_lengths": np.full(4, 3),
+        "completion": rng.integers(1, VOCABULARY, said.shape),
+        "mask": said,
+        "advantages": np.float32([[1, -1]] * 4),
+        "sampler_logprobs": np.zeros(said.shape, np.float32),
+        "seeds": np.zeros(4, np.uint32),
+        "observations": ~said,
+    }
+    rows, score = LearnerBatch(**arrays), jax.jit(make_reference_pass(model))
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def nll(params: Any) -> float:
+        return -float(np.mean(np.asarray(score(params, rows._replace(mask=arrays["observations"])))[~said]))
+
+    for objective, learns in ((echo(), True), (GivenAdvantages(PolicyGradient()), False)):
+        step, state = jax.jit(make_offline_step(model, optimizer, objective)), make_train_state(params, optimizer, 0)
+        for _ in range(40):
+            state, _ = step(state, rows)
+        assert (nll(state.params) < 0.5 * nll(params)) == learns
 
 
 def test_a_critic_on_the_policys_trunk_learns_with_it(model, train):

@@ -65,6 +65,8 @@ class LearnerBatch(NamedTuple):
     kept: jax.Array | None = None
     """`[P, G, Tc, k]` the tokens that each was drawn from, where scores are under the distribution over these; see
     `Rollout`."""
+    observations: jax.Array | None = None
+    """`[P, G, Tc]` bool: tokens that tools or an environment answered, for losses of given rows that learn them."""
     layout: Any = None
     """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
     not read."""

@@ -25,6 +25,7 @@ from jaxrl_llm.algorithms.policy_gradient.estimators import (
     PassAtKAdvantage,
     ThresholdAdvantage,
 )
+from jaxrl_llm.algorithms.policy_gradient.given import GivenAdvantages
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.role_estimators import HierarchicalAdvantage, RAEAdvantage
 from jaxrl_llm.algorithms.policy_gradient.sequence_surrogates import (
@@ -251,6 +252,14 @@ def vespo() -> PolicyGradient:
     return PolicyGradient(surrogate=VESPO(), aggregation="token-mean")
 
 
+# ---- Conversations with tools, from elsewhere -----------------------------------------------------------
+
+
+def echo() -> GivenAdvantages:
+    """ECHO (Shrivastava et al. 2026, 2605.24517): GRPO of what the policy said, and some `echo_loss` of the answers."""
+    return GivenAdvantages(PolicyGradient(), observation_coef=0.1)
+
+
 # ---- Several roles ----------------------------------------------------------------------------------
 
 
@@ -307,6 +316,9 @@ POLICY_GRADIENTS: tuple[Callable[[], PolicyGradient], ...] = (
     vespo,
 )
 """Those whose advantages weigh log-probs, as far as they need no further setting."""
+
+OF_GIVEN_ROWS: tuple[Callable[[], GivenAdvantages], ...] = (echo,)
+"""Objectives of rows with what was answered in them, for `make_offline_step`."""
 
 OF_ROLES: tuple[Callable[[], PolicyGradient], ...] = (rae, hierarchical_grpo)
 """Those that read columns of the data, for `--preset`."""

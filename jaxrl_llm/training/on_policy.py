@@ -73,7 +73,8 @@ class TrainingConfig:
     max_skipped_steps: int = 10
     """Steps in a row without a finite gradient that end the run: it diverged. 0: any number may have none."""
     samples_every: int = 10
-    """Steps between printed completions where there is no terminal; 0: never."""
+    """Steps between completions that are shown: printed, where there is no terminal, and with those that are written
+    (`completions`) as text in TensorBoard and a table in Weights & Biases; 0: never."""
     dynamic_sampling: int = 0
     """Batches of prompts that are sampled at most to fill a step with groups whose rewards differ (DAPO); 0: one,
     whatever its rewards."""

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.run.completions import read_completions
 from jaxrl_llm.training.run.metrics import comparable_metrics
 
 SCRIPT = """
@@ -39,8 +40,9 @@ out = {"whole": run("whole")}
 lean = "--evaluation.every=0"
 calls = 0
 
-def shared_characters(prompts, completions, answer):
+def shared_characters(prompts, completions, answer, log_extra):
     global calls
+    log_extra("read by", [f"{process}: {text}" for text in completions])
     calls += 1
     if process == 1 and calls == 3:
         raise KeyError("only here")
@@ -81,6 +83,20 @@ def test_metrics_are_those_of_one_process(outcome, tiny: ModuleType, tmp_path: P
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
     for line, other in zip(expected, actual, strict=True):
         assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
+    told, same = (list(read_completions(place)) for place in (tmp_path, folder / "whole"))
+    assert len(told) == 4 * 16 + 3 * 5
+    for line, other in zip(told, same, strict=True):
+        for name in ("step", "kind", "row", "sample", "completion", "rewards", "finished"):
+            assert other[name] == line[name]
+        if line["kind"] == "train":
+            assert other["advantage"] == pytest.approx(line["advantage"], rel=2e-3, abs=2e-5)
+
+
+def test_what_each_tells_of_its_samples_stands_beside_them(outcome) -> None:
+    rows = list(read_completions(outcome[0] / "failed"))
+    assert [row["step"] for row in rows] == [step for step in (1, 2, 3) for _ in range(16)]
+    for number, row in enumerate(rows):
+        assert row["extra"] == {"read by": f"{number % 2}: {row['completion']}"}
 
 
 SPLIT_TIME = """

@@ -132,11 +132,14 @@ def test_a_function_has_lists_of_its_own(harm: str) -> None:
 
 
 def fails(completions: list[str], **columns: Any) -> list[float]:
-    return [1 / (len(completion) - 200) for completion in completions]
+    rewards = []
+    for completion in completions:  # from Python 3.12 on, a comprehension keeps its variable to itself
+        rewards.append(1 / (len(completion) - 200))
+    return rewards
 
 
 def test_what_raises_is_told_with_its_sample_and_place() -> None:
-    place = rf"\({__file__}:{fails.__code__.co_firstlineno + 1}\)"
+    place = rf"\({__file__}:{fails.__code__.co_firstlineno + 3}\)"
     message = (
         f"^the reward function 'fails' raised ZeroDivisionError on 3 samples: .*, at sample 1, completion '{'b' * 80}'"
     )

@@ -72,6 +72,7 @@ def test_what_a_resumed_run_may_change(changed: Experiment) -> None:
         (other(ModelSource(adapters="folder")), "model.adapters"),
         (other(DataConfig(max_prompt_length=7)), "data.max_prompt_length"),
         (other(SamplingConfig(temperature=0.5)), "sampling.temperature"),
+        (other(SamplingConfig(cache_dtype="int8")), "sampling.cache_dtype"),
         (other(UpdateConfig(epochs=2)), "update.epochs"),
         (other(OptimizerConfig(b2=0.5)), "optimizer.b2"),
         (other(TrainingConfig(prompts_per_step=9)), "training.prompts_per_step"),

@@ -42,7 +42,7 @@ from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.lora import abstract_reference, has_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
-from jaxrl_llm.sampling.logits import SamplingConfig, SlotAttention
+from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig, SlotAttention
 from jaxrl_llm.sampling.traffic import spread, traffic
 from jaxrl_llm.sharding import MeshConfig, make_mesh, replicated, sampling_mesh
 from jaxrl_llm.types import Rollout
@@ -97,6 +97,8 @@ class Plan:
     """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
     sampling_attention: SlotAttention = "auto"
     """How completions in flight attend."""
+    sampling_cache_dtype: CacheDType | None = None
+    """Type in which keys and values are kept; `None`: the model's."""
     written: int | None = None
     """Tokens that these have on average when it is told what one more reads; `None`: half of the longest."""
     update: UpdateConfig = UpdateConfig(micro_batches=8)
@@ -182,7 +184,11 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
     prompt, lengths = array(p, plan.prompt_tokens), array(p)
     settings = SamplingConfig(
-        max_tokens=tc, slots=plan.slots, tensor=plan.sampling_tensor, attention=plan.sampling_attention
+        max_tokens=tc,
+        slots=plan.slots,
+        tensor=plan.sampling_tensor,
+        attention=plan.sampling_attention,
+        cache_dtype=plan.sampling_cache_dtype,
     )
     limit = HBM_GIB.get(mesh.devices.flat[0].device_kind)
     sampler = Sampler(
@@ -233,6 +239,7 @@ def what_a_token_reads(plan: Plan, model: Transformer, mesh: Mesh, slots: int) -
     written, ours = spread(slots, mean), sampling_mesh(mesh, plan.sampling_tensor)
     shape: dict[str, Any] = {"group": plan.samples, "prompt_width": plan.prompt_tokens, "tokens": longest}
     attentions = dict.fromkeys((plan.sampling_attention, *(("xla",) if plan.sampling_attention == "auto" else ())))
+    shape["cache_dtype"] = plan.sampling_cache_dtype
     read = {attention: traffic(model, ours, attention, written, **shape) for attention in attentions}
     pages = ", ".join(f"{one.pages / GIB:.2f} ({attention})" for attention, one in read.items())
     weights = read[plan.sampling_attention].weights / GIB

@@ -34,7 +34,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys
 from jaxrl_llm.sampling.in_flight import sample_in_flight
-from jaxrl_llm.sampling.logits import SamplingConfig, SlotAttention, uniforms
+from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig, SlotAttention, uniforms
 from jaxrl_llm.sampling.sampled import Wanted
 from jaxrl_llm.sampling.traffic import traffic
 from jaxrl_llm.sharding import gather_for_sampling, make_mesh, on_cpu
@@ -58,6 +58,8 @@ class Decoding:
     """Tokens of a completion between which decoding is timed."""
     attention: SlotAttention = "auto"
     """How slots attend."""
+    cache_dtype: CacheDType | None = None
+    """Type in which keys and values are kept; `None`: the model's."""
     copy_gib: float = 1.0
     """Of the array that is copied."""
     repeats: int = 3
@@ -83,7 +85,7 @@ def measure(config: Decoding) -> dict[str, Any]:
     mesh = make_mesh(devices=jax.devices()[:1])
     model, longest = Transformer(config.model.applied_to(SIZES[config.size])), config.written[1]
     prompts, group = config.slots // config.samples, config.samples
-    settings = SamplingConfig(max_tokens=longest, attention=config.attention)
+    settings = SamplingConfig(max_tokens=longest, attention=config.attention, cache_dtype=config.cache_dtype)
 
     def decode(params: Params, limit: jax.Array) -> jax.Array:
         axes, dtype = model.logical_axes(), jnp.dtype(model.config.dtype)
@@ -105,6 +107,7 @@ def measure(config: Decoding) -> dict[str, Any]:
         ).clock
 
     shape: dict[str, Any] = {"group": group, "prompt_width": config.prompt_tokens, "tokens": longest}
+    shape["cache_dtype"] = config.cache_dtype
     reads = traffic(model, mesh, config.attention, np.full(config.slots, sum(config.written) // 2), **shape)
     with jax.set_mesh(mesh):
         program, params = jax.jit(decode), random_params(model, mesh)
@@ -127,6 +130,7 @@ def measure(config: Decoding) -> dict[str, Any]:
         "model": config.size,
         "dtype": model.config.dtype,
         "attention": config.attention,
+        "cache_dtype": config.cache_dtype,
         **{name: getattr(config, name) for name in ("slots", "samples", "prompt_tokens", "written")},
         "seconds": token,
         "tokens_per_second": round(config.slots / token["median"], 1),

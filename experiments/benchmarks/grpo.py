@@ -5,6 +5,7 @@
     python experiments/benchmarks/grpo.py --model.path MODELS/smollm2-135m-instruct --json speed.jsonl
     python experiments/benchmarks/grpo.py --work W2 --shape.lengths lognormal --tokens-per-micro-batch 4096
     python experiments/benchmarks/grpo.py --work W1 --shape.completion-tokens 1024 --shape.lengths lognormal --slots 16
+    python experiments/benchmarks/grpo.py --work W3 --cache-dtype int8      # and how far sampler and learner are apart
     python experiments/benchmarks/grpo.py --beside 'PEER --work {work}'     # ours and PEER in turns
 
 Each work runs in a process of its own, so that start-up, memory and compilations are that work's alone. With
@@ -38,7 +39,7 @@ from measure import (
     run_and_read,
     summarise,
 )
-from works import Benchmark, prepare
+from works import Benchmark, Learner, prepare
 
 from jaxrl_llm import __version__
 from jaxrl_llm.cli import plain_errors
@@ -75,9 +76,11 @@ def measure(config: Benchmark, work: Work) -> dict[str, Any]:
         "parameters": model.config.num_parameters,
         **{name: getattr(model.config, name) for name in ("dtype", "param_dtype", "remat")},
         "kl_coef": config.kl_coef,
+        "cache_dtype": config.cache_dtype,
         "shape": dataclasses.asdict(config.shape),
         "seconds": summarise(seconds),
         "cpu_seconds": summarise(of_cpu),
+        "logp_gap": _logp_gap(learner) if learner is not None and work == "W3" else None,
         "useful_tokens": None if learner is None else round(float(learner.metrics["perf/frac_tokens_useful"]), 4),
         "phases": {name: round(statistics.median(p[name] for p in phases), 5) for name in phases[0]},
         "other_cpu": bystanders.share(),
@@ -96,6 +99,11 @@ def measure(config: Benchmark, work: Work) -> dict[str, Any]:
         "persistent_cache": bool(cache),
     }
     return record | _rates(config, work, model, record["seconds"]["median"], mesh)
+
+
+def _logp_gap(learner: Learner) -> dict[str, float]:
+    """How far the log-probs of what was sampled last are from those that the learner gives it, in nats."""
+    return {name: float(learner.metrics[f"sampling/logp_gap_{name}"]) for name in ("mean", "max")}
 
 
 def _rates(
@@ -150,6 +158,8 @@ def describe(record: dict[str, Any]) -> str:
         )
     if record["useful_tokens"] is not None:
         rows["useful"] = f"{record['useful_tokens']:.1%} of the tokens that are computed"
+    if (gap := record["logp_gap"]) is not None:
+        rows["log-probs"] = f"sampler and learner {gap['mean']:.2g} nats apart, {gap['max']:.2g} at most"
     device = record["device_peak_gib"]
     programs = ", ".join(f"{name} {size:.3g}" for name, size in record["temporaries_gib"].items())
     rows["memory"] = f"{record['peak_rss_gib']:.2f} GiB at most" + (f", {device:.2f} on the device" if device else "")

@@ -24,7 +24,7 @@ from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
-from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, replicated
 from jaxrl_llm.training.episodes.episodes import score_rollout
 from jaxrl_llm.training.episodes.scoring import RewardSum
@@ -57,6 +57,8 @@ class Benchmark:
     """Pack completions into rows of so many tokens, and compute no padding."""
     slots: int | None = None
     """Completions that are decoded at a time on a device; None: all."""
+    cache_dtype: CacheDType | None = None
+    """Type in which the sampler keeps keys and values; None: the model's."""
     room: int | None = None
     """Tokens of the longest completion that the sampler is compiled for, which none of these may reach (None:
     shape.completion_tokens)."""
@@ -145,7 +147,8 @@ class Learner:
 
 def make_sampler(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Sampler:
     """Samples completions that nothing but their limits stops."""
-    settings = SamplingConfig(max_tokens=config.room or config.shape.completion_tokens, slots=config.slots)
+    longest = config.room or config.shape.completion_tokens
+    settings = SamplingConfig(max_tokens=longest, slots=config.slots, cache_dtype=config.cache_dtype)
     return Sampler(model, settings, group=config.shape.samples, stop_tokens=(), mesh=mesh)
 
 

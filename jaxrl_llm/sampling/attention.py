@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models.kernels.pages import LANES, NO_PAGE
-from jaxrl_llm.sampling.caches import Sizes
+from jaxrl_llm.sampling.caches import Sizes, bytes_of
 from jaxrl_llm.sampling.in_blocks import Walk, attend_in_flight
 from jaxrl_llm.sampling.in_pages import attend_in_pages, neighbours, pages_at_a_time, pages_of
 from jaxrl_llm.sampling.logits import SlotAttention
@@ -53,7 +52,7 @@ def slot_attention(
     Args:
         implementation: which.
         page: B.
-        value: of a token in one layer, `[K, H]`.
+        value: of a token in one layer, `[K, H]`, as it is kept.
         heads: N.
         queries: Q, tokens of a slot at once.
 
@@ -64,7 +63,7 @@ def slot_attention(
     if chosen == "xla":
         return Attention(Walk.of, attend_in_flight)
     rows = queries * heads // value.shape[0]
-    at_a_time = pages_at_a_time(page * math.prod(value.shape) * value.dtype.itemsize // head_shards())
+    at_a_time = pages_at_a_time(page * bytes_of(value) // head_shards())
 
     def walk(sizes: Any, *rest: Any) -> Any:
         return pages_of(sizes, *rest, near=neighbours(sizes.slots, rows), at_a_time=at_a_time)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models import batch_invariant
 from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.models.kept import Kept, has_scales
 from jaxrl_llm.sharding import on_cpu
 
 _BLOCK_BYTES = 2**18
@@ -93,9 +94,9 @@ class Sizes(NamedTuple):
         return -(-(seen + self.drafts) // self.page) + 1
 
     def bytes(self, windows: Iterable[int | None], value: jax.ShapeDtypeStruct) -> int:
-        """Of the `Memory` of layers with these windows, of a `value` `[K, H]` a token."""
+        """Of the `Memory` of layers with these windows, of a `value` `[K, H]` a token, as it is kept."""
         pages = sum(self.places * self.prompt_pages + self.slots * self.ring(window) for window in windows)
-        return pages * self.page * 2 * value.size * value.dtype.itemsize
+        return pages * self.page * 2 * bytes_of(value)
 
 
 def _up(x: int, unit: int) -> int:
@@ -103,42 +104,60 @@ def _up(x: int, unit: int) -> int:
     return -(-x // unit) * unit
 
 
+def as_kept(value: jax.ShapeDtypeStruct, cache_dtype: str | None) -> jax.ShapeDtypeStruct:
+    """A token's value `[K, H]` in the type in which it is kept; `None`: as it is made."""
+    return jax.ShapeDtypeStruct(value.shape, jnp.dtype(cache_dtype or value.dtype))
+
+
+def bytes_of(value: jax.ShapeDtypeStruct) -> int:
+    """Of a token's value `[K, H]`, as it is kept: of int8 with the scales. A key takes as many."""
+    return value.size * value.dtype.itemsize + value.shape[0] * 4 * has_scales(value.dtype)
+
+
 class Memory(NamedTuple):
     """What some layers of one kind remember, l of them."""
 
-    prompts: KeyValue
-    """`[l, R, prompt pages]` before the axes of `KeyValue`, over B tokens each."""
-    own: KeyValue
+    prompts: Kept
+    """`[l, R, prompt pages]` before the axes of `Kept`, over B tokens each."""
+    own: Kept
     """`[l, ring, S]` before them: page e of a slot's clock lies at e mod ring."""
 
     @classmethod
     def empty(cls, sizes: Sizes, layers: int, window: int | None, value: jax.ShapeDtypeStruct) -> Memory:
-        """That before anything was read; of a token a layer remembers a key and a `value` `[K, H]`."""
+        """That before anything was read; of a token a layer keeps a key and a `value` `[K, H]`, in that type."""
         kv_heads, head_dim = value.shape
 
-        def pages(*lead: int) -> KeyValue:
-            return KeyValue(
-                jnp.zeros((layers, *lead, kv_heads, head_dim, sizes.page), value.dtype),
-                jnp.zeros((layers, *lead, kv_heads, sizes.page, head_dim), value.dtype),
+        def pages(*lead: int) -> Kept:
+            heads, scaled = (layers, *lead, kv_heads), has_scales(value.dtype)
+            return Kept(
+                jnp.zeros((*heads, head_dim, sizes.page), value.dtype),
+                jnp.zeros((*heads, sizes.page, head_dim), value.dtype),
+                jnp.zeros((*heads, sizes.page), jnp.float32) if scaled else None,
+                jnp.zeros((*heads, sizes.page), jnp.float32) if scaled else None,
             )
 
         return cls(pages(sizes.places, sizes.prompt_pages), pages(sizes.ring(window), sizes.slots))
 
     def with_prompt(self, read: KeyValue, place: jax.Array) -> Memory:
         """With a prompt's keys and values, `[l, pages]` before the axes of `KeyValue`, at a place."""
-        return self._replace(
-            prompts=KeyValue(*(x.at[:, place].set(new) for x, new in zip(self.prompts, read, strict=True)))
-        )
+        kept = Kept.of(read.key, read.value, self.prompts.key.dtype, key_axis=-2)
+        return self._replace(prompts=jax.tree.map(lambda x, new: x.at[:, place].set(new), self.prompts, kept))
 
     def with_tokens(self, layer: jax.Array | int, key: jax.Array, value: jax.Array, clock: jax.Array) -> Memory:
         """With the keys and values `[S, K, H]` of what all slots decode at one `clock`, a scalar."""
         _, ring, *_, page = self.own.key.shape
         row, offset, zero = clock // page % ring, clock % page, jnp.int32(0)
-        at, key, value = (jnp.int32(layer), row, zero, zero), key[None, None, ..., None], value[None, None, :, :, None]
+        at, put = (jnp.int32(layer), row, zero, zero), jax.lax.dynamic_update_slice
+        new = Kept.of(key, value, self.own.key.dtype)
+
+        def scaled(pages: jax.Array, scale: jax.Array) -> jax.Array:
+            return put(pages, scale[None, None, ..., None], (*at, offset))
+
         return self._replace(
-            own=KeyValue(
-                jax.lax.dynamic_update_slice(self.own.key, key, (*at, zero, offset)),
-                jax.lax.dynamic_update_slice(self.own.value, value, (*at, offset, zero)),
+            own=Kept(
+                put(self.own.key, new.key[None, None, ..., None], (*at, zero, offset)),
+                put(self.own.value, new.value[None, None, :, :, None], (*at, offset, zero)),
+                *jax.tree.map(scaled, self.own[2:], new[2:]),
             )
         )
 
@@ -147,11 +166,16 @@ class Memory(NamedTuple):
         _, ring, slots, *_, page = self.own.key.shape
         place = clock[:, None] + jnp.arange(key.shape[1])
         row, slot, offset = place // page % ring, jnp.arange(slots)[:, None], place % page
-        ways = {"mode": "promise_in_bounds", "unique_indices": True}
+        ways: Any = {"mode": "promise_in_bounds", "unique_indices": True}
+        new = Kept.of(key, value, self.own.key.dtype)
+
+        def put(pages: jax.Array, rows: jax.Array) -> jax.Array:
+            return pages.at[layer, row, slot, :, offset].set(rows, **ways)
+
         return self._replace(
-            own=KeyValue(
-                self.own.key.at[layer, row, slot, :, :, offset].set(key, **ways),
-                self.own.value.at[layer, row, slot, :, offset].set(value, **ways),
+            own=Kept(
+                self.own.key.at[layer, row, slot, :, :, offset].set(new.key, **ways),
+                *jax.tree.map(put, self.own[1:], new[1:]),
             )
         )
 

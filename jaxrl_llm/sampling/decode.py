@@ -58,8 +58,8 @@ class Loop(NamedTuple):
         """
         # Where a product costs less than what surrounds it, few large ones are faster than pages.
         in_one_product = config.max_tokens <= ROOM or (on_cpu() and are_small(layer))
-        asked = config.drafts or config.scan_layers or config.attention != "auto" or model.config.batch_invariant
-        if slots == completions and in_one_product and not asked:
+        asked = config.drafts or config.scan_layers or config.attention != "auto" or config.cache_dtype
+        if slots == completions and in_one_product and not asked and not model.config.batch_invariant:
             return cls(slots, True, False)
         in_loops = (not on_cpu() and model.config.scan_layers) if config.scan_layers is None else config.scan_layers
         return cls(slots, False, in_loops)

@@ -117,6 +117,11 @@ class Sampler:
                 f"sampling.attention={self.config.attention!r}: with model.batch_invariant attention has an order of "
                 "its own; pass --sampling.attention=auto"
             )
+        if self.config.cache_dtype is not None:
+            raise ValueError(
+                f"sampling.cache_dtype={self.config.cache_dtype!r}: with model.batch_invariant the sampler reads the "
+                "keys and values that the learner reads, not rounded ones; leave it out"
+            )
 
     def __call__(
         self,

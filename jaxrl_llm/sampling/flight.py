@@ -12,7 +12,7 @@ from jaxrl_llm.models.rope import Rotation
 from jaxrl_llm.models.stack import Run
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import Attention, slot_attention
-from jaxrl_llm.sampling.caches import Memory, Sizes, page_tokens
+from jaxrl_llm.sampling.caches import Memory, Sizes, as_kept, bytes_of, page_tokens
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.sampled import Sampled, Wanted
 from jaxrl_llm.sampling.stop_texts import StopTexts
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     runs: tuple[Run, ...]
     """Of layers."""
     value: jax.ShapeDtypeStruct
-    """Of a token in a layer, `[K, H]`."""
+    """Of a token in a layer, `[K, H]`, as it is kept."""
     attention: Attention
     stop_tokens: tuple[int, ...]
     stop_texts: StopTexts | None
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     ) -> Plan:
         """That for what is wanted; arguments as of `sample_in_flight`."""
         prompts, group, tokens, _ = wanted.uniform.shape
-        value, heads = _value_of_a_token(model, params), model.config.num_heads
+        value, heads = as_kept(_value_of_a_token(model, params), config.cache_dtype), model.config.num_heads
         shape: Any = {"prompts": prompts, "group": group, "prompt_width": wanted.prompt.shape[1], "tokens": tokens}
         sizes = sizes_of(value, slots=slots, **shape, drafts=config.drafts)
         return cls(
@@ -203,7 +203,7 @@ def sizes_of(
     tokens: int,
     drafts: int = 0,
 ) -> Sizes:
-    """Of the caches for so many slots; `value` is that of a token, `[K, H]`."""
+    """Of the caches for so many slots; `value` is that of a token, `[K, H]`, as it is kept."""
     return Sizes.of(
         slots=slots,
         prompts=prompts,
@@ -211,7 +211,7 @@ def sizes_of(
         prompt_width=prompt_width,
         tokens=tokens,
         page=page_tokens(),
-        token_bytes=value.size * value.dtype.itemsize,
+        token_bytes=bytes_of(value),
         drafts=drafts,
     )
 

@@ -20,7 +20,7 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import has_adapters, without_adapters
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling.caches import Sizes
+from jaxrl_llm.sampling.caches import Sizes, as_kept
 from jaxrl_llm.sampling.decode import Loop
 from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -112,7 +112,7 @@ class Footprint:
     def _sizes(self, slots: int) -> Sizes:
         batch = self.batch
         return sizes_of(
-            self._value,
+            self._kept,
             slots=slots,
             prompts=batch.prompts,
             group=batch.group,
@@ -124,7 +124,7 @@ class Footprint:
     def _caches(self, loop: Loop) -> int:
         batch, windows = self.batch, [kind.window for kind in self.model.config.kinds]
         if not loop.together:
-            return self._part(self._sizes(loop.slots).bytes(windows, self._value))
+            return self._part(self._sizes(loop.slots).bytes(windows, self._kept))
         return (batch.prompts * batch.width + batch.completions * batch.tokens) * self._token
 
     def _reading(self, loop: Loop) -> int:
@@ -148,13 +148,18 @@ class Footprint:
 
     @functools.cached_property
     def _value(self) -> jax.ShapeDtypeStruct:
-        """`[K, H]` of a token in a layer."""
+        """`[K, H]` of a token in a layer, as that makes it."""
         shape = kv_heads_on(self.model.config, self.mesh), self.model.config.head_dim
         return jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32 if on_cpu() else self.model.config.dtype))
 
+    @property
+    def _kept(self) -> jax.ShapeDtypeStruct:
+        """The same as it is kept."""
+        return as_kept(self._value, self.config.cache_dtype)
+
     @functools.cached_property
     def _token(self) -> int:
-        """Keys and values of a token in all layers."""
+        """Keys and values of a token in all layers, as these make them."""
         return self._part(2 * self.model.config.num_layers * self._value.size * self._value.dtype.itemsize)
 
     @functools.cached_property

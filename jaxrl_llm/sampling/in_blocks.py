@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.models.kept import Kept
 from jaxrl_llm.sampling.caches import Memory, Sizes, Slots
 
 _MASKED = -1e30  # finite, so that a slot that sees nothing gives no NaN
@@ -143,9 +144,9 @@ class _Reading(NamedTuple):
         index, turn = walk.prompt_block[step], walk.prompt_turn[step]
         place, number = (x[index, :, turn] for x in (walk.place, walk.page))  # [C/alike]
         at = self.layer, place, jnp.maximum(number, 0)
-        key, value = (x.at[at].get(mode="promise_in_bounds") for x in self.memory.prompts)  # [C/alike, K, H, B], …
+        page = jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), self.memory.prompts)  # [C/alike, K, …]
 
-        scores = self._by_prompt(self._of_block(self.query, index), key)
+        query = _by_prompt(self._of_block(self.query, index), sizes.alike)
         within = jnp.arange(sizes.page)
         depth = jnp.repeat(jnp.where(number < 0, _FAR, number * sizes.page), sizes.alike)[:, None] + within
         mine = self._of_block(self.slots.place, index) == jnp.repeat(place, sizes.alike)
@@ -153,24 +154,31 @@ class _Reading(NamedTuple):
         if self.window is not None:
             seen &= self._of_block(self.position, index)[..., None] - depth[:, None] < self.window
         return so_far.with_page(
-            index * sizes.block, self._capped(scores), seen, lambda weights: self._by_prompt(weights, value)
+            index * sizes.block,
+            _by_slot(self._scores(query, page), sizes.alike),
+            seen,
+            lambda weights: _by_slot(self._mixed(_by_prompt(weights, sizes.alike), page), sizes.alike),
         )
 
     def with_own(self, step: jax.Array, so_far: _Mixed) -> _Mixed:
         """With a page of each slot of a block, of its own tokens."""
         index, row = self.walk.own_block[step], self.walk.own_row[step]
-        page, block, ring = self.sizes.page, self.sizes.block, self.sizes.ring(self.window)
-        at = (self.layer, row, index * block, 0, 0, 0)
-        key, value = (jax.lax.dynamic_slice(x, at, (1, 1, block, *x.shape[3:]))[0, 0] for x in self.memory.own)
+        tokens, block, ring = self.sizes.page, self.sizes.block, self.sizes.ring(self.window)
+
+        def read(x: jax.Array) -> jax.Array:
+            at = (self.layer, row, index * block, *(0,) * (x.ndim - 3))
+            return jax.lax.dynamic_slice(x, at, (1, 1, block, *x.shape[3:]))[0, 0]
+
+        page = jax.tree.map(read, self.memory.own)  # [C, K, …]
         now = self._of_block(self.now, index)
-        newest = now[:, -1] // page
-        written = ((newest - (newest - row) % ring) * page)[:, None] + jnp.arange(page)  # [C, B]
+        newest = now[:, -1] // tokens
+        written = ((newest - (newest - row) % ring) * tokens)[:, None] + jnp.arange(tokens)  # [C, B]
         age = now[..., None] - written[:, None]  # [C, Q, B]
         seen = (written >= self._of_block(self.slots.start, index)[:, None])[:, None] & (age >= 0)
         if self.window is not None:
             seen &= age < self.window
-        scores = self._capped(self._product(self._of_block(self.query, index), key))
-        return so_far.with_page(index * block, scores, seen, lambda weights: self._product(weights, value))
+        scores = self._scores(self._of_block(self.query, index), page)
+        return so_far.with_page(index * block, scores, seen, lambda weights: self._mixed(weights, page))
 
     def _of_block(self, x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, index * self.sizes.block, self.sizes.block)
@@ -178,12 +186,14 @@ class _Reading(NamedTuple):
     def _product(self, left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.matmul(left.astype(self.query.dtype), right, preferred_element_type=jnp.float32)
 
-    def _by_prompt(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        """`[C, K, Q·N/K, *]` of slots times `[C/alike, K, *, *]` of the prompts that neighbours share."""
-        return _by_slot(self._product(_by_prompt(left, self.sizes.alike), right), self.sizes.alike)
-
-    def _capped(self, scores: jax.Array) -> jax.Array:
+    def _scores(self, query: jax.Array, page: Kept) -> jax.Array:
+        """`[…, K, *, B]`; a scale belongs to the whole key, so that the product is what it is applied to."""
+        scores = _scaled(self._product(query, page.key), page.key_scale)
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def _mixed(self, weights: jax.Array, page: Kept) -> jax.Array:
+        """`[…, K, *, H]`; that of a value is applied to its weight."""
+        return self._product(_scaled(weights, page.value_scale), page.value)
 
 
 def attend_in_flight(
@@ -228,6 +238,11 @@ def attend_in_flight(
     so_far = jax.lax.fori_loop(0, walk.own_count, reading.with_own, so_far)
     mixed = so_far.result.reshape(count, kv_heads, queries, -1, head_dim)
     return jnp.moveaxis(mixed, 1, 2).reshape(query.shape).astype(query.dtype)
+
+
+def _scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """`[…, K, *, B]` times `[…, K, B]`."""
+    return x if scale is None else x * scale[..., None, :]
 
 
 def _by_prompt(x: jax.Array, alike: int) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxrl_llm.models.batch_invariant import scores_by_tile
 
 SlotAttention = Literal["auto", "xla", "pallas", "pallas_interpret"]
 Speculate = Literal["off", "prompt", "history"]
+CacheDType = Literal["bfloat16", "int8"]
 
 _LEAST_TEMPERATURE = 1e-3  # logits of float32 are known to about a millionth: divided by it, to a thousandth
 
@@ -54,6 +55,10 @@ class SamplingConfig:
     """How completions in flight attend: by plain JAX (`xla`), or by a TPU kernel that reads of each completion what it
     sees, and a prompt once for neighbours that share it (`pallas`; `pallas_interpret` runs it anywhere, slowly).
     `auto`: the kernel on TPUs, where texts have 128 tokens and more."""
+    cache_dtype: CacheDType | None = None
+    """Type in which keys and values are kept until completions have ended (`None`: that in which layers make them).
+    int8 has a float32 scale for each token and head, and room for up to twice or four times the slots. What is drawn is
+    drawn by the kept numbers, so that sampler and learner differ by more (sampling/logp_gap_mean, _max)."""
     tensor: int | None = None
     """Devices that share one copy of the weights while sampling: a multiple of mesh.tensor that divides the devices,
     the others split rows (`None`: mesh.tensor, so that each device holds its part of that whole)."""
@@ -78,6 +83,10 @@ class SamplingConfig:
             self,
             speculate=one_of(self.speculate, Speculate),
             speculative_tokens=count(self.speculative_tokens),
+            cache_dtype=(
+                self.cache_dtype in (None, *get_args(CacheDType)),
+                f"be None, or one of {get_args(CacheDType)}",
+            ),
         )
         if 0 < self.temperature < _LEAST_TEMPERATURE:
             raise ValueError(

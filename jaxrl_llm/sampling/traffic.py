@@ -19,8 +19,8 @@ from jaxrl_llm.models.lora import without_adapters
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import pages_read, slot_attention
-from jaxrl_llm.sampling.caches import Sizes, Slots, page_tokens
-from jaxrl_llm.sampling.logits import SlotAttention
+from jaxrl_llm.sampling.caches import Sizes, Slots, as_kept, bytes_of, page_tokens
+from jaxrl_llm.sampling.logits import CacheDType, SlotAttention
 from jaxrl_llm.sharding import head_shards, parameter_shardings
 
 
@@ -52,6 +52,7 @@ def traffic(
     prompt_width: int,
     tokens: int,
     dtype: DType | None = None,
+    cache_dtype: CacheDType | None = None,
 ) -> Traffic:
     """Of slots that decode, in order, completions of prompts of the full width.
 
@@ -64,12 +65,14 @@ def traffic(
         prompt_width: Tp.
         tokens: Tc.
         dtype: type of the parameters while decoding; `None`: the model's compute type.
+        cache_dtype: type in which keys and values are kept; `None`: the model's compute type.
 
     Raises:
         ValueError: as `slot_attention`.
     """
     config, asked = model.config, len(written)
-    value = jax.ShapeDtypeStruct((kv_heads_on(config, mesh), config.head_dim), jnp.dtype(config.dtype))
+    made = jax.ShapeDtypeStruct((kv_heads_on(config, mesh), config.head_dim), jnp.dtype(config.dtype))
+    value = as_kept(made, cache_dtype)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         sizes = Sizes.of(
             slots=asked,
@@ -78,7 +81,7 @@ def traffic(
             prompt_width=prompt_width,
             tokens=tokens,
             page=page_tokens(),
-            token_bytes=value.size * value.dtype.itemsize,
+            token_bytes=bytes_of(value),
         )
         attention = slot_attention(implementation, sizes.page, value, config.num_heads)
     number, clock = np.arange(sizes.slots), int(written.max())
@@ -96,7 +99,7 @@ def traffic(
 
     windows = dict.fromkeys(kind.window for kind in config.kinds)
     of_window = {window: int(pages(slots, clocks, window)) for window in windows}
-    page = 2 * sizes.page * value.size * value.dtype.itemsize // head_shards(mesh)
+    page = 2 * sizes.page * bytes_of(value) // head_shards(mesh)
     return Traffic(_weights(model, mesh, dtype), page * sum(of_window[kind.window] for kind in config.kinds))
 
 

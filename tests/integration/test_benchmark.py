@@ -114,14 +114,16 @@ def test_room_that_completions_do_not_fit_into_is_refused(script):
 def test_iteration_on_a_checkpoint_with_a_reference(grpo, script, tmp_path):
     script("make_model").make(str(tmp_path / "tiny"), size="tiny")
     source = ModelSource(path=str(tmp_path / "tiny"), remat="none")
-    record = grpo.measure(small(script, model=source, kl_coef=0.04), "W3")
+    record = grpo.measure(small(script, model=source, kl_coef=0.04, cache_dtype="int8"), "W3")
     check_record(record, work="W3", tokens=2 * 4 * 5)
     assert record["parameters"] == 1_049_728
     assert record["flops"]["convention"] == 10 * 1_049_728 * 2 * 4 * (6 + 5)  # 2 sampled, 6 trained, 2 reference
     assert programs(record, "sample") == programs(record, "update_step") == 1
     assert set(record["phases"]) == {"sample", "reward", "update"}
     assert sum(record["phases"].values()) <= record["seconds"]["max"]
+    assert 1e-5 < record["logp_gap"]["mean"] < record["logp_gap"]["max"] < 0.1
     table = grpo.describe(record)
+    assert "nats apart" in table
     assert "W3: one GRPO iteration" in table
     assert "after the first run none" in table
 

@@ -199,11 +199,13 @@ def command(tiny: ModuleType, tmp_path: Path):
 def test_the_command_prints_a_table_and_writes_a_folder(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / COMPLETIONS).touch()  # of one that ended before its first batch was scored
-    found = command("--samples=2", "--batch-size=8", f"--output={tmp_path / 'out'}", "--max-prompts=3")
+    flags = ["--samples=2", "--batch-size=8", "--max-prompts=3", "--sampling.cache-dtype=int8"]
+    found = command(*flags, f"--output={tmp_path / 'out'}")
     said = capsys.readouterr().out
     assert found.table() in said and "3 of 3 prompts: brief" in said
     lines, told = read(tmp_path / "out")
     assert len(lines) == 9 and told["prompts"] == 3
+    assert told["settings"]["sampling.cache_dtype"] == "int8"
     assert lines[0]["prompt"] == [{"role": "user", "content": "What is 0 + 1?"}]
     assert told["metrics"]["greedy/reward"]["value"] == found.metrics["greedy/reward"].value
     assert found.metrics["greedy/reward"].value == pytest.approx(

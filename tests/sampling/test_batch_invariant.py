@@ -192,6 +192,8 @@ def test_what_cannot_be_the_same_is_refused(tiny_config, one_device):
     ours = {"group": 1, "stop_tokens": (), "mesh": one_device}
     with pytest.raises(ValueError, match=r"sampling\.attention=auto"):
         Sampler(Transformer(config), SamplingConfig(attention="xla"), **ours)
+    with pytest.raises(ValueError, match=r"sampling\.cache_dtype='int8'.* leave it out"):
+        Sampler(Transformer(config), SamplingConfig(cache_dtype="int8"), **ours)
     with pytest.raises(ValueError, match="the learner's type, float32"):
         Sampler(Transformer(config), SamplingConfig(), dtype="bfloat16", **ours)
 

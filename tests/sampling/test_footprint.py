@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxrl_llm.models.config import LayerKind, LoraConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling import flight
-from jaxrl_llm.sampling.caches import Memory
+from jaxrl_llm.sampling.caches import Memory, as_kept
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.footprint import MARGIN
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -40,12 +40,13 @@ def model(tiny_config) -> Transformer:
 
 
 @pytest.mark.parametrize("slots", [1, 5, 11, 29])
+@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("windows", [(None,), (40, None, 150)])
-def test_caches_are_those_that_are_made(tiny_config, one_device, windows, slots):
-    """Idle slots, rings of windows and places of prompts are counted."""
+def test_caches_are_those_that_are_made(tiny_config, one_device, windows, cache_dtype, slots):
+    """Idle slots, rings of windows, places of prompts and scales are counted."""
     model = Transformer(tiny_config(num_layers=4, sliding_windows=windows, max_position_embeddings=512))
-    footprint = sampler(model, one_device, slots=slots).footprint(PROMPTS, WIDTH)
-    value = flight._value_of_a_token(model, model.init(jax.random.key(0)))
+    footprint = sampler(model, one_device, slots=slots, cache_dtype=cache_dtype).footprint(PROMPTS, WIDTH)
+    value = as_kept(flight._value_of_a_token(model, model.init(jax.random.key(0))), cache_dtype)
     sizes = flight.sizes_of(value, slots=slots, prompts=PROMPTS, group=GROUP, prompt_width=WIDTH, tokens=200)
     made = jax.eval_shape(lambda: [Memory.empty(sizes, 1, kind.window, value) for kind in model.config.kinds])
     assert footprint.caches(slots) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
@@ -69,10 +70,11 @@ def test_heads_are_split_and_repeated(tiny_config):
         ({}, {"slots": 7}, {}),
         ({"embed_dim": 512, "vocab_size": 4096}, {"slots": 16, "scan_layers": True, "top_p": 0.9}, {}),
         ({"dtype": "bfloat16", "sliding_windows": (40, None)}, {"slots": 6}, {}),
+        ({"num_heads": 8, "num_kv_heads": 8}, {"slots": 9, "cache_dtype": "int8"}, {}),
         pytest.param({"lora": LoraConfig(rank=4)}, {"slots": None}, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         ({"embed_dim": 64, "mlp_dim": 128, "num_layers": 8}, {"slots": None}, {}),
     ],
-    ids=["in slots", "in loops", "bfloat16 and windows", "merged on a mesh", "all together"],
+    ids=["in slots", "in loops", "bfloat16 and windows", "caches in int8", "merged on a mesh", "all together"],
 )
 def test_programs_take_what_is_foretold(model, changes, settings, mesh):
     """Within a tenth, arguments and results counted; of few layers, the one that computes would weigh more."""

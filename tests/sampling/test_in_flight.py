@@ -61,7 +61,8 @@ def sampler(model: Transformer, mesh: Mesh, *, slots: int | None, group: int = 3
 
 
 @pytest.mark.parametrize(
-    ("asked", "together"), [({}, True), ({"scan_layers": True}, False), ({"attention": "xla"}, False)]
+    ("asked", "together"),
+    [({}, True), ({"scan_layers": True}, False), ({"attention": "xla"}, False), ({"cache_dtype": "bfloat16"}, False)],
 )
 def test_what_only_this_loop_can_do_is_done_by_it(asked, together, tiny_config):
     """Where the other would be faster, too."""

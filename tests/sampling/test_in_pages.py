@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.models.kept import Kept
 from jaxrl_llm.models.kernels.pages import NO_PAGE, attend_to_pages
 from jaxrl_llm.sampling.attention import choose, slot_attention
 from jaxrl_llm.sampling.caches import Memory, Sizes, Slots
@@ -80,13 +81,20 @@ def test_pages_are_those_in_which_a_slot_sees_something(near, at_a_time, steps, 
     assert count == sum(max(1, -(-len(group) // at_a_time)) for group in listed)
 
 
-def test_no_other_page_is_read():
-    """They hold no numbers; heads of 64, whose values are read turned around."""
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_no_other_page_is_read(dtype: str):
+    """They hold no numbers, or scales that are none; heads of 64, whose values are read turned around."""
     rng, window = np.random.default_rng(1), 300
     sizes = Sizes(page=128, block=1, alike=1, slots=4, places=2, prompt_pages=3, tokens=500, drafts=0)
     slots, clock = drawn(rng, sizes, 490)
-    value = jax.ShapeDtypeStruct((1, 64), jnp.float32)
-    memory = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), Memory.empty(sizes, 2, window, value))
+    value = jax.ShapeDtypeStruct((1, 64), jnp.dtype(dtype))
+
+    def some(x: jax.Array) -> np.ndarray:
+        if x.dtype == jnp.int8:
+            return rng.integers(-127, 128, x.shape).astype(np.int8)
+        return rng.normal(scale=0.01 if dtype == "int8" else 1, size=x.shape).astype(np.float32)
+
+    memory = jax.tree.map(some, Memory.empty(sizes, 2, window, value))
     query = jnp.asarray(rng.normal(size=(4, 1, 2, 64)), jnp.float32)
     read: dict[Any, int] = {}
     for slot in np.flatnonzero(slots.active):
@@ -98,7 +106,9 @@ def test_no_other_page_is_read():
             if where[0] == kind:
                 mask[1, where[1], where[2]] = True
         assert 0 < mask[1].mean() < 1
-        return jnp.where(mask[..., None, None, None], x, jnp.nan)
+        if x.dtype == np.int8:
+            return jnp.asarray(x)
+        return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 3)), x, jnp.nan)
 
     def attend(implementation: Any, memory: Memory) -> np.ndarray:
         attention = slot_attention(implementation, 128, value, heads=2)
@@ -119,7 +129,10 @@ def test_no_other_page_is_read():
         )
 
     sparse = Memory(
-        *(KeyValue(*(poisoned(x, kind) for x in part)) for part, kind in zip(memory, ("prompt", "own"), strict=True))
+        *(
+            jax.tree.map(functools.partial(poisoned, kind=kind), part)
+            for part, kind in zip(memory, ("prompt", "own"), strict=True)
+        )
     )
     found = attend("pallas_interpret", sparse)
     assert (found[1] == 0).all()
@@ -143,7 +156,7 @@ def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match=r"1024 slots of 8 \+ 258 pages of 128 tokens: .* fewer sampling\.slots"):
         pages_of(sizes, slots, clock, 8, None, near=8, at_a_time=8)
     pages: Any = None
-    empty = KeyValue(jnp.zeros((1, 1, 1, 1, 8, 96)), jnp.zeros((1, 1, 1, 1, 96, 8)))
+    empty = Kept(jnp.zeros((1, 1, 1, 1, 8, 96)), jnp.zeros((1, 1, 1, 1, 96, 8)))
     with pytest.raises(ValueError, match="pages of 96 tokens"):
         attend_to_pages(jnp.zeros((1, 1, 8, 8)), pages, empty, empty, 0, pages)
 
@@ -164,9 +177,9 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
         mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=slice_devices(sys.argv[2])[:1])
         sizes = Sizes(page=128, block=1, alike=1, slots=32, places=32, prompt_pages=8, tokens=1024, drafts=0)
 
-        def temporaries(kv_heads, heads, size, queries, dtype="bfloat16", window=None, softcap=None):
+        def temporaries(kv_heads, heads, size, queries, dtype="bfloat16", cache=None, window=None, softcap=None):
             array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
-            value = array(kv_heads, size, dtype=jnp.dtype(dtype))
+            value, dtype = array(kv_heads, size, dtype=jnp.dtype(cache or dtype)), jnp.dtype(dtype)
             memory = jax.eval_shape(lambda: Memory.empty(sizes, 2, window, value))
             def layers(query, token, memory, slots, clock):
                 attention = slot_attention("auto", 128, value, heads, queries=queries)
@@ -177,11 +190,11 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
                     return (attention.attend(query, memory, number, slots, pages, clock, sizes, window=window,
                                              softcap=softcap), memory), None
                 return jax.lax.scan(layer, (query, memory), jnp.arange(2))[0]
-            query = array(32, queries, heads, size, dtype=value.dtype)
+            query = array(32, queries, heads, size, dtype=dtype)
             slots = Slots(array(32, dtype=jnp.bool_), array(32), array(32), array(32))
             with jax.set_mesh(mesh):
                 lowered = jax.jit(layers, donate_argnums=2).lower(
-                    query, array(32, kv_heads, size, dtype=value.dtype), memory, slots, array(32))
+                    query, array(32, kv_heads, size, dtype=dtype), memory, slots, array(32))
             assert "attend_to_pages" in lowered.as_text()
             return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -190,6 +203,9 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
             temporaries(8, 16, 64, 1),
             temporaries(2, 4, 256, 3, window=300, softcap=50.0),
             temporaries(2, 4, 128, 1, dtype="float32"),
+            temporaries(2, 4, 128, 1, dtype="float32", cache="bfloat16"),
+            temporaries(8, 16, 128, 1, cache="int8"),
+            temporaries(4, 8, 64, 3, cache="int8", window=300),
         ])
     """
     command = [sys.executable, "-c", line, str(REPOSITORY / "tpu_scripts"), generation]

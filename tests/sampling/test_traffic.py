@@ -32,17 +32,22 @@ def pages_of(slot: int, written: np.ndarray, window: int | None) -> tuple[set[An
 
 
 @pytest.mark.parametrize(
-    ("implementation", "windows"), [("xla", (None, None)), ("pallas_interpret", (13, None))], ids=["xla", "pallas"]
+    ("implementation", "windows", "cache_dtype", "of_head"),
+    [("xla", (None, None), "int8", 4 + 4), ("pallas_interpret", (13, None), None, 4 * 4)],
+    ids=["xla", "pallas"],
 )
-def test_traffic_is_that_of_weights_and_pages(implementation, windows, tiny_config, monkeypatch):
-    """Of plain JAX what any slot of a block sees, of the kernel what each sees, and prompts once for neighbours."""
+def test_traffic_is_that_of_weights_and_pages(implementation, windows, cache_dtype, of_head, tiny_config, monkeypatch):
+    """Of plain JAX what any slot of a block sees, of the kernel what each sees, and prompts once for neighbours.
+
+    A head has four entries, of int8 with a scale.
+    """
     monkeypatch.setattr(module, "page_tokens", lambda: PAGE)
     model = Transformer(tiny_config(num_heads=8, num_kv_heads=4, sliding_windows=windows))
     config, written = model.config, spread(SLOTS, 32)
     mesh = sampling_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4)))
-    found = traffic(model, mesh, implementation, written, **SHAPE)
+    found = traffic(model, mesh, implementation, written, **SHAPE, cache_dtype=cache_dtype)
 
-    sizes = Sizes.of(slots=SLOTS, prompts=4, page=PAGE, token_bytes=4 * config.head_dim * 4, **SHAPE)
+    sizes = Sizes.of(slots=SLOTS, prompts=4, page=PAGE, token_bytes=4 * of_head, **SHAPE)
     assert sizes.slots == SLOTS
     assert sizes.block > 1
     pages, kernel = 0, implementation != "xla"
@@ -55,7 +60,7 @@ def test_traffic_is_that_of_weights_and_pages(implementation, windows, tiny_conf
             sum(shared) if kernel else sum(max(shared[at : at + turns]) * turns for at in range(0, len(shared), turns))
         )
         pages += of_block * sum(len(set().union(*own[at : at + of_block])) for at in range(0, SLOTS, of_block))
-    assert found.pages == pages * 2 * PAGE * config.head_dim * 4
+    assert found.pages == pages * 2 * PAGE * of_head
 
     whole = model.abstract_params()
     sizes_of_layers = [math.prod(leaf.shape) for leaf in jax.tree.leaves(whole["layers"])]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_llm.models.attention import KeyValue
+from jaxrl_llm.models.kept import Kept
 
 _MASKED = -1e30
 _LEAST = -1e29  # a row that sees nothing gives no NaN, and masked scores no weights
@@ -97,8 +97,8 @@ class Rows(NamedTuple):
 def attend_to_pages(
     query: jax.Array,
     rows: Rows,
-    first: KeyValue,
-    second: KeyValue,
+    first: Kept,
+    second: Kept,
     layer: jax.Array | int,
     pages: Pages,
     *,
@@ -108,12 +108,13 @@ def attend_to_pages(
     """softmax(q·k)·v of each row over what it sees of its unit's pages.
 
     By an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) in float32; products of float32 are exact to
-    float32, those of bfloat16 are summed in float32.
+    float32, those of bfloat16 are summed in float32. What is kept in less than the type of the queries is read as that:
+    scores are multiplied by the keys' scales, and weights by the values'.
 
     Args:
         query: `[units, K, m, H]`, rotated and scaled; m rows read each kv head.
         rows: what each sees.
-        first: `[l, I, J]` before the axes of `KeyValue`, over B tokens each.
+        first: `[l, I, J]` before the axes of `Kept`, over B tokens each.
         second: `[l, I', J']` before them.
         layer: which of the l it is.
         pages: of each unit.
@@ -134,15 +135,16 @@ def attend_to_pages(
     seen = jnp.pad(jnp.stack(rows, axis=-1), [(0, 0), (0, filled), (0, 0)])
     turned = head_dim % LANES != 0 and page % LANES == 0  # entries in lanes would fill half of them
     if turned:
-        first, second = (KeyValue(x.key, jnp.swapaxes(x.value, -1, -2)) for x in (first, second))
+        first, second = (x._replace(value=jnp.swapaxes(x.value, -1, -2)) for x in (first, second))
 
     def of_unit(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda step, layer, unit, *_: (unit[step], *(0 for _ in shape)))
 
-    block, dtype, caches = query.shape[1:], query.dtype, [*first, *second]
+    block, dtype, parts = query.shape[1:], query.dtype, jax.tree.leaves(first)
+    caches = [*parts, *jax.tree.leaves(second)]
     if not interpret:  # small ones XLA would bring elsewhere, whole
         caches = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in caches]
-    stored = [pl.BlockSpec(memory_space=pltpu.HBM)] * 4
+    stored = [pl.BlockSpec(memory_space=pltpu.HBM)] * len(caches)
     mixed = pl.pallas_call(
         functools.partial(_kernel, softcap=softcap, turned=turned),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -151,8 +153,7 @@ def attend_to_pages(
             in_specs=[of_unit(*block), of_unit(*seen.shape[1:]), *stored],
             out_specs=of_unit(*block),
             scratch_shapes=[
-                pltpu.VMEM((2, pages.at_a_time, *first.key.shape[3:]), first.key.dtype),
-                pltpu.VMEM((2, pages.at_a_time, *first.value.shape[3:]), first.value.dtype),
+                *(pltpu.VMEM((2, pages.at_a_time, *part.shape[3:]), part.dtype) for part in parts),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.VMEM((*block[:2], LANES), jnp.float32),
                 pltpu.VMEM((*block[:2], LANES), jnp.float32),
@@ -179,18 +180,25 @@ def _kernel(
     turned: bool,
 ) -> None:
     """One step: some pages of one unit."""
-    *caches, out, keys, values, arrived, peak, total, mixed = refs
+    *stored, arrived, peak, total, mixed = refs
+    count = (len(stored) - 1) // 3  # arrays of a cache: two caches, the output, the pages of a step
+    caches, out, here = (stored[:count], stored[count : 2 * count]), stored[2 * count], stored[2 * count + 1 :]
+    keys, values, *scales = here
     step, page = pl.program_id(0), keys.shape[-1]
     at_a_time, buffer = keys.shape[1], jax.lax.rem(step, 2)
 
+    def scaled(x: Any, which: int, number: int) -> Any:
+        return x * scales[which][buffer, number][:, None] if scales else x
+
     @pl.when(step == 0)
     def _():
-        values[...] = jnp.zeros_like(values)  # what no page was copied to may be no number, and is given no weight
-        _copy_pages(layer, place, begin, caches, keys, values, arrived, step)
+        for part in here[1:]:  # what no page was copied to may be no number, and is given no weight
+            part[...] = jnp.zeros_like(part)
+        _copy_pages(layer, place, begin, caches, here, arrived, step)
 
     @pl.when(step + 1 < pl.num_programs(0))
     def _():
-        _copy_pages(layer, place, begin, caches, keys, values, arrived, step + 1)
+        _copy_pages(layer, place, begin, caches, here, arrived, step + 1)
 
     @pl.when((step == 0) | (unit[jnp.maximum(step - 1, 0)] != unit[step]))
     def _():
@@ -198,12 +206,12 @@ def _kernel(
         total[...] = jnp.zeros_like(total)
         mixed[...] = jnp.zeros_like(mixed)
 
-    _await_pages(begin, caches, keys, values, arrived, step)
+    _await_pages(begin, caches, here, arrived, step)
     within = jax.lax.broadcasted_iota(jnp.int32, (1, page), 1)
     scores = []
     for number in range(at_a_time):
         at, position = (x[step * at_a_time + number] for x in (place, begin))
-        score = _product(query[...], keys[buffer, number])
+        score = scaled(_product(query[...], keys[buffer, number]), 0, number)
         score = score if softcap is None else softcap * jnp.tanh(score / softcap)
         scores.append(jnp.where(_seen(rows, at, position + within)[None], score, _MASKED))
     before = peak[:, :, :1]
@@ -213,7 +221,8 @@ def _kernel(
     add = fade * total[:, :, :1] + jnp.sum(functools.reduce(jnp.add, weights), axis=-1, keepdims=True)
     mix = fade * mixed[...]
     for number, weight in enumerate(weights):
-        mix += _product(weight.astype(values.dtype), values[buffer, number], turned=turned)
+        weight = scaled(weight, 1, number).astype(query.dtype)
+        mix += _product(weight, values[buffer, number], turned=turned)
     peak[...] = jnp.broadcast_to(now, peak.shape)
     total[...] = jnp.broadcast_to(add, total.shape)
     mixed[...] = mix
@@ -223,30 +232,28 @@ def _kernel(
         out[...] = (mix / jnp.maximum(add, 1e-30)).astype(out.dtype)
 
 
-def _copy_pages(
-    layer: Any, place: Any, begin: Any, caches: Any, keys: Any, values: Any, arrived: Any, step: jax.Array
-) -> None:
+def _copy_pages(layer: Any, place: Any, begin: Any, caches: Any, here: Any, arrived: Any, step: jax.Array) -> None:
     """Starts the copies of a step's pages into one of two buffers; where there is no page, nothing is moved."""
-    at_a_time, buffer = keys.shape[1], jax.lax.rem(step, 2)
+    at_a_time, buffer = here[0].shape[1], jax.lax.rem(step, 2)
     for number in range(at_a_time):
         at, there = place[step * at_a_time + number], begin[step * at_a_time + number] != NO_PAGE
-        for cache, asked, x in ((caches[:2], at >= 0, at), (caches[2:], at < 0, -1 - at)):
+        for cache, asked, x in ((caches[0], at >= 0, at), (caches[1], at < 0, -1 - at)):
             where = layer[0], jax.lax.shift_right_logical(x, 16), jax.lax.bitwise_and(x, 0xFFFF)
 
             @pl.when(there & asked)
             def _(cache: Any = cache, where: Any = where, number: int = number):
-                for source, target in zip(cache, (keys, values), strict=True):
+                for source, target in zip(cache, here, strict=True):
                     pltpu.make_async_copy(source.at[where], target.at[buffer, number], arrived.at[buffer]).start()
 
 
-def _await_pages(begin: Any, caches: Any, keys: Any, values: Any, arrived: Any, step: jax.Array) -> None:
+def _await_pages(begin: Any, caches: Any, here: Any, arrived: Any, step: jax.Array) -> None:
     """Waits for a step's pages; all are of one size, so that whose copy is named does not matter."""
-    at_a_time, buffer = keys.shape[1], jax.lax.rem(step, 2)
+    at_a_time, buffer = here[0].shape[1], jax.lax.rem(step, 2)
     for number in range(at_a_time):
 
         @pl.when(begin[step * at_a_time + number] != NO_PAGE)
         def _(number: int = number):
-            for source, target in zip(caches[:2], (keys, values), strict=True):
+            for source, target in zip(caches[0], here, strict=True):
                 pltpu.make_async_copy(source.at[0, 0, 0], target.at[buffer, number], arrived.at[buffer]).wait()
 
 
@@ -262,5 +269,6 @@ def _seen(rows: Any, at: jax.Array, position: jax.Array) -> jax.Array:
 def _product(left: jax.Array, right: jax.Array, *, turned: bool = False) -> jax.Array:
     """`[K, m, X] × [K, X, Y] → [K, m, Y]`, of the right `[K, Y, X]` if it is turned, in float32."""
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    right = right.astype(left.dtype)
     dimensions = (((2,), (2 if turned else 1,)), ((0,), (0,)))
     return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

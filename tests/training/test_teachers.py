@@ -110,7 +110,7 @@ def test_a_checkpoint_learns_from_others(tiny: ModuleType, tmp_path: Path, capsy
     teacher = tiny.save_checkpoint(tmp_path / "teacher")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What is 1 + 1?"}\n' * 4)
-    config = DistillationExperiment(name="distilled", data=DataConfig(max_prompt_length=300))
+    config = DistillationExperiment(name="distilled", data=DataConfig(max_prompt_length=64))
     flags = [f"--model.path={checkpoint}", f"--data.train={rows}", "--training.steps=1", "--sampling.max-tokens=4"]
     flags += ["--training.prompts-per-step=4", "--training.samples-per-prompt=2", f"--run-dir={tmp_path / 'run'}"]
     result = run(config, [*flags, "--teachers", str(teacher), str(teacher)])

@@ -26,19 +26,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from comparison import Curve, Result, begin, check_runs, compare, draw_families, results_table, run_folder, save_figure
 from grpo_arithmetic import CONFIG as ARITHMETIC
 from grpo_arithmetic import ArithmeticExperiment, problems, warm_start
 from trpo_arithmetic import CONFIG as TRPO
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
 from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.learner import CriticSource
@@ -76,13 +75,16 @@ class Comparison(ArithmeticExperiment):
     """Which of `jaxrl_llm.algorithms.policy_gradient.presets`, or trpo."""
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
-    # What the presets decide is no flag.
-    algorithm: tyro.conf.Suppress[Algorithm] = PolicyGradient()
 
     def __post_init__(self) -> None:
         """Rejects unknown names, and no run at all."""
         super().__post_init__()
         check_runs(self.presets, self.seeds, NAMES)
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """What the presets decide as well."""
+        return super().without_effect | {"algorithm": "each preset is an algorithm, with its own settings"}
 
 
 CONFIG = Comparison(
@@ -183,7 +185,7 @@ def smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
 
 def main(args: list[str] | None = None) -> list[Result]:
     """Runs the comparison."""
-    config = begin(tyro.cli(Comparison, args=args, default=CONFIG, description=__doc__))
+    config = begin(read_flags(CONFIG, args, __doc__ or ""))
     with plain_errors():
         mesh = make_mesh(config.mesh)
         policy = warm_start(dataclasses.replace(config, seed=0), CharTokenizer("0123456789+="), mesh)

@@ -27,14 +27,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from comparison import Curve, Result, begin, check_runs, compare, draw_families, results_table, run_folder, save_figure
 from preference_arithmetic import CONFIG as ARITHMETIC
 from preference_arithmetic import HeldOut, PreferenceArithmetic, Row, configured, problems, warm_start
 
-from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
+from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED
 from jaxrl_llm.cli import Policy, parse_offline, plain_errors, run_setup, train
-from jaxrl_llm.config import OfflineDataConfig
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
@@ -70,14 +68,20 @@ class Comparison(PreferenceArithmetic):
     """Which of `jaxrl_llm.algorithms.preference.presets`."""
     seeds: int = 2
     """Runs of each; the warm start is the same for all."""
-    # What the presets and the pairs decide is no flag.
-    objective: tyro.conf.Suppress[Any] = dpo()
-    data: tyro.conf.Suppress[OfflineDataConfig] = OfflineDataConfig()
-    desirable_share: tyro.conf.Suppress[float] = 0.5
+    desirable_share: float = 0.5
 
     def __post_init__(self) -> None:
         """Rejects unknown names, and no run at all."""
         check_runs(self.presets, self.seeds, NAMES)
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """What the presets and the pairs decide."""
+        return {
+            "objective": "each preset is an objective, with its own settings",
+            "data": "the data are the pairs of sums",
+            "desirable_share": "half of the single completions are right ones",
+        }
 
 
 CONFIG = Comparison(

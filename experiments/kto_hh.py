@@ -4,7 +4,7 @@
         --data.train=hh_train.jsonl --data.eval=hh_eval.jsonl
 
 Data, pod and flags as experiments/dpo_hh.py; each pair becomes two samples, of which a step may hold any. Data of your
-own have the columns prompt, completion and label: add --data.format.from-pairs=False; for unequal numbers of labels set
+own have the columns prompt, completion and label: add --data.format.no-from-pairs; for unequal numbers of labels set
 --objective.lambda-d and --objective.lambda-u (`kto_balance`). `eval/rewards/chosen` is to rise above
 `eval/rewards/rejected`: 0.40 and 0.32 after 60 steps on a CPU, with a held-out loss from 0.500 to 0.491
 (docs/results/hh_rlhf.md), a beginning. Any setting is a flag: --objective.beta=0.2 --objective.baseline=other_side; see

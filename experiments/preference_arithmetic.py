@@ -19,8 +19,8 @@ Any setting is a flag: --objective.pair-loss.beta=0.2 --objective.nll-coef=0.1 -
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
-import sys
 import time
 from typing import Any
 
@@ -43,7 +43,6 @@ from jaxrl_llm.cli import (
     parse_offline,
     plain_errors,
     start,
-    take_preset,
     train,
 )
 from jaxrl_llm.config import OfflineDataConfig, OfflineExperiment
@@ -168,20 +167,20 @@ class HeldOut:
 
 def configured(args: list[str] | None) -> PreferenceArithmetic:
     """`CONFIG` with the method that `--preset` names, and the other flags."""
-    presets: dict[str, Any] = {**PAIRED, **UNPAIRED}
-    with plain_errors():
-        chosen, rest = take_preset(sys.argv[1:] if args is None else args, list(presets))
-    preset, config = chosen or "dpo", CONFIG
-    if preset in UNPAIRED:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, format=UnpairedFormat()))
-    objective = presets[preset]()
-    if isinstance(objective, KTOObjective):  # of three tokens: at 0.1, no gain saturates, and all of them are forgotten
-        objective = dataclasses.replace(objective, beta=1.0)
-    config = dataclasses.replace(config, name=f"{preset}_arithmetic", objective=objective)
-    about = f"{__doc__}\n\n--preset=NAME: one of {', '.join(presets)}."
-    config = parse_offline(config, rest, description=about)
+    presets = {name: functools.partial(with_method, name) for name in (*PAIRED, *UNPAIRED)}
+    config = parse_offline(with_method("dpo", CONFIG), args, description=__doc__ or "", presets=presets)
     with plain_errors():
         return balanced(config)
+
+
+def with_method(preset: str, config: PreferenceArithmetic) -> PreferenceArithmetic:
+    """`config` with a published method, on pairs or on single completions."""
+    if preset in UNPAIRED:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, format=UnpairedFormat()))
+    objective: Any = {**PAIRED, **UNPAIRED}[preset]()
+    if isinstance(objective, KTOObjective):  # of three tokens: at 0.1, no gain saturates, and all of them are forgotten
+        objective = dataclasses.replace(objective, beta=1.0)
+    return dataclasses.replace(config, name=f"{preset}_arithmetic", objective=objective)
 
 
 def balanced(config: PreferenceArithmetic) -> PreferenceArithmetic:

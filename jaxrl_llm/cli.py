@@ -8,7 +8,6 @@ from jaxrl_llm.launch.generation import Completion, generate
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_rows
 from jaxrl_llm.launch.offline import OFFLINE_PANELS, make_offline_trainer, parse_offline, run_offline
 from jaxrl_llm.launch.on_policy import make_trainer, parse, run
-from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.star import make_star_trainer
 from jaxrl_llm.launch.summary import finish
 
@@ -35,7 +34,6 @@ __all__ = [
     "run_offline",
     "run_setup",
     "start",
-    "take_preset",
     "train",
     "write_config",
 ]

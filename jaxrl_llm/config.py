@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.distillation import Distillation
@@ -30,25 +28,6 @@ from jaxrl_llm.training.run.completions import CompletionsConfig
 from jaxrl_llm.training.run.distributed import ClusterConfig
 from jaxrl_llm.training.run.metrics import WandbConfig
 from jaxrl_llm.training.star.trainer import StarConfig
-
-
-def _read_arguments(words: list[str]) -> dict[str, Any]:
-    arguments = json.loads(words[0])
-    if not isinstance(arguments, dict):
-        raise ValueError(f"expected a JSON object, got {words[0]}")
-    return arguments
-
-
-TemplateArguments = Annotated[
-    dict[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=_read_arguments,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +68,7 @@ class ModelSource:
     run begins with."""
     chat_template: str | None = None
     """File or text of a chat template (Jinja), in place of the tokenizer's."""
-    template_arguments: TemplateArguments = dataclasses.field(default_factory=dict)
+    template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the chat template is given beside the conversation: --model.template-arguments='{"enable_thinking": false}'.
     They are written into the template of the exported model, as its defaults."""
 
@@ -190,8 +169,8 @@ class RunConfig:
 class Experiment(RunConfig):
     """All settings of a run that learns from its own samples."""
 
-    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
-    """Reward functions: f(prompts, completions, **columns) -> list[float | None], also `async def`."""
+    rewards: tuple[RewardFunction, ...]
+    """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
     reward_timeout: float | None = None
@@ -296,7 +275,8 @@ _FREE = (
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested record as one level of JSON-able values under dotted names; functions by their names.
 
-    A part that could be another (a record with a base class) stands there with the name of its class as well.
+    A part that could be another (a record with a base class) stands there with the name of its class as well;
+    `jaxrl_llm.launch.configure` reads it back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -308,5 +288,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
             flat |= flatten(inner, f"{prefix}{name}.")
         return flat
     if isinstance(value, tuple | list):
-        value = [reward_name(item) if callable(item) else item for item in value]
+        value = [_as_item(item) for item in value]
     return {prefix[:-1]: json.loads(json.dumps(value, default=str))}
+
+
+def _as_item(item: Any) -> Any:
+    """One of several values of a setting."""
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return {"part": type(item).__name__} | flatten(item)
+    return reward_name(item) if callable(item) else item

@@ -201,7 +201,7 @@ def test_pure_functions_load_only_jax_numpy_and_chex():
         "tensorflow_datasets",
         "torch",
         "grain",
-        "tyro",
+        "yaml",
         "rich",
     )
     code = (

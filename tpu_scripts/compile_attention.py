@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from compile_for import slice_devices
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_llm.cli import plain_errors
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.models.attention import Visibility, dense_attention
 from jaxrl_llm.models.kernels.blockwise import blockwise_attention
 from jaxrl_llm.models.kernels.splash import splash_attention
@@ -114,7 +114,7 @@ def compile_attention(plan: Plan, implementation: Implementation) -> Report:
 def main(args: list[str] | None = None) -> None:
     """Compiles and reports."""
     with plain_errors():
-        plan = tyro.cli(Plan, args=args, description=__doc__)
+        plan = read_flags(Plan(), args, __doc__ or "")
         kind = slice_devices(plan.slice)[0].device_kind
     heads = f"{plan.heads} heads, {plan.kv_heads} of keys, of {plan.head_dim}"
     print(f"{kind}: {plan.tokens} tokens, {heads}, {plan.dtype}; JAX {jax.__version__}", flush=True)

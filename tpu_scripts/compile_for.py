@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from hlo import Collective, collectives
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -37,6 +36,7 @@ from jaxrl_llm.algorithms.state import abstract_train_state
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.lora import abstract_reference, has_adapters
@@ -336,7 +336,7 @@ def describe(name: str, report: Report, limit: float | None) -> str:
 def main(args: list[str] | None = None) -> None:
     """Compiles and reports; exit status 1 if a program does not fit."""
     with plain_errors():
-        plan = tyro.cli(Plan, args=args, description=__doc__)
+        plan = read_flags(Plan(), args, __doc__ or "")
         mesh = make_mesh(plan.mesh, slice_devices(plan.slice))
         programs = build(plan, mesh)
     kind = mesh.devices.flat[0].device_kind

@@ -24,13 +24,13 @@ import jax
 import numpy as np
 import torch
 import transformers
-import tyro
 
 from jaxrl_llm.cli import load_model, plain_errors
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.sources import open_source
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.models.checkpoints.pretrained import load_generation_config
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.sampling.engine import Sampler
@@ -42,7 +42,7 @@ from jaxrl_llm.sharding import make_mesh
 class Comparison:
     """What is compared."""
 
-    run: Path
+    run: str | None = None
     """Folder of a run, with config.json and model/."""
     prompts: int = 16
     """How many held-out prompts."""
@@ -50,14 +50,21 @@ class Comparison:
     """Longest completion; that of the run when not given."""
 
     @property
+    def folder(self) -> Path:
+        """That of the run."""
+        if self.run is None:
+            raise ValueError("no run given: pass --run=<folder of a run>")
+        return Path(self.run)
+
+    @property
     def model(self) -> str:
         """Folder that transformers loads."""
-        return str(self.run / "model")
+        return str(self.folder / "model")
 
 
 def ours(config: Comparison) -> tuple[PromptBatch, list[list[int]], Any, tuple[int, ...], int]:
     """The prompts, our completions, the tokenizer, the tokens that end a completion, its longest length."""
-    settings = json.loads((config.run / "config.json").read_text())
+    settings = json.loads((config.folder / "config.json").read_text())
     if settings["data.eval"] is None:
         raise ValueError(f"{config.run} was run without held-out prompts (data.eval)")
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -108,7 +115,7 @@ def parting(model: Any, prompt: list[int], one: list[int], other: list[int]) -> 
 def main(args: list[str] | None = None) -> int:
     """Compares; the exit status."""
     with plain_errors():
-        config = tyro.cli(Comparison, args=args, description=__doc__)
+        config = read_flags(Comparison(), args, __doc__ or "")
         batch, completions, tokenizer, stop_tokens, max_tokens = ours(config)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     equal = 0

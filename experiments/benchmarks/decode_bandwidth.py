@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from device import copy_bandwidth, device_peak_gib
 from make_model import SIZES, Size
 from measure import Bystanders, publish, summarise
@@ -30,6 +29,7 @@ from works import random_params
 from jaxrl_llm import __version__
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys
@@ -160,7 +160,7 @@ def describe(record: dict[str, Any]) -> str:
 def main(args: list[str] | None = None) -> None:
     """Measures."""
     with plain_errors():
-        config = tyro.cli(Decoding, args=args, description=__doc__)
+        config = read_flags(Decoding(), args, __doc__ or "")
         record = measure(config)
     print(describe(record), flush=True)
     publish(record, config.json)

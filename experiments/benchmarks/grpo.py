@@ -26,7 +26,6 @@ import time
 from typing import Any
 
 import jax
-import tyro
 from device import computed_flops, device_peak_gib, matmul_peak, temporaries_gib
 from measure import (
     WORKS,
@@ -43,6 +42,7 @@ from works import Benchmark, Learner, prepare
 
 from jaxrl_llm import __version__
 from jaxrl_llm.cli import plain_errors
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.compilation import CompilationCounter, enable_persistent_cache
@@ -185,7 +185,7 @@ def _spread(seconds: dict[str, float]) -> str:
 def main(args: list[str] | None = None) -> None:
     """Runs the benchmark."""
     with plain_errors():
-        config = tyro.cli(Benchmark, args=args, description=__doc__)
+        config = read_flags(Benchmark(), args, __doc__ or "")
         for work in config.work:
             if config.beside is None:
                 record = measure_afresh(config, work)

@@ -23,11 +23,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from measure import Bystanders, publish, summarise
 
 from jaxrl_llm import __version__
 from jaxrl_llm.cli import plain_errors
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.logprobs import CHUNK_LOGITS, MIN_CHUNK, TokenScores, scores_from_logits, token_scores
 from jaxrl_llm.models.config import DType
 
@@ -223,7 +223,7 @@ def _listed(parts: dict[str, float]) -> str:
 def main(args: list[str] | None = None) -> None:
     """Runs the benchmark."""
     with plain_errors():
-        config = tyro.cli(Benchmark, args=args, description=__doc__)
+        config = read_flags(Benchmark(), args, __doc__ or "")
         record = measure(config)
         print(describe(record))
         publish(record, config.json)

@@ -19,7 +19,6 @@ import time
 from typing import Any
 
 import jax
-import tyro
 from device import computed_flops, device_peak_gib, matmul_peak
 from make_model import SIZES, Size
 from measure import Bystanders, Shape, publish, summarise
@@ -28,6 +27,7 @@ from works import Benchmark, given_rollout, make_update, random_params
 from jaxrl_llm import __version__
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.config import ModelSource
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh
 
@@ -147,7 +147,7 @@ def describe(record: dict[str, Any]) -> str:
 def main(args: list[str] | None = None) -> None:
     """Measures each length."""
     with plain_errors():
-        config = tyro.cli(LongRow, args=args, description=__doc__)
+        config = read_flags(LongRow(), args, __doc__ or "")
         model = config.model
         print(
             f"one update of {config.size}, {model.dtype}, remat {model.remat}, attention {model.attention}, on one "

@@ -7,10 +7,10 @@ The tokenizer has one word a token (`w4 w5 …`), so that a text of 64 words is 
 
 from __future__ import annotations
 
+import argparse
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from jaxrl_llm.models.checkpoints.locate import import_transformers
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
@@ -74,7 +74,7 @@ def word_tokenizer(vocabulary: int) -> Any:
     )
 
 
-def make(folder: str, /, size: Size = "tiny", seed: int = 0) -> None:
+def make(folder: str, size: Size = "tiny", seed: int = 0) -> None:
     """Writes a random model and its tokenizer.
 
     Args:
@@ -88,4 +88,9 @@ def make(folder: str, /, size: Size = "tiny", seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(make, description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where to; must not exist")
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    given = parser.parse_args()
+    make(given.folder, given.size, given.seed)

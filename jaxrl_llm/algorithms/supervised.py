@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from jaxrl_llm.algorithms.offline import Objective
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.checks import check_fields, one_of
 from jaxrl_llm.logprobs import TokenScores
@@ -52,7 +53,7 @@ class PackedDemonstrations(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SupervisedObjective:
+class SupervisedObjective(Objective):
     """Makes the masked tokens likely: an `Objective` of `Demonstrations` and of `PackedDemonstrations`.
 
     Metrics, means over masked tokens: `nll`, `entropy` of the model, and for `dft` `token_prob/mean`.

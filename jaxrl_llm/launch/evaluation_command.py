@@ -7,9 +7,6 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from jaxrl_llm.checks import check_fields, count, expand_home, nearest_name
 from jaxrl_llm.config import Experiment, ModelSource
@@ -19,8 +16,8 @@ from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.evaluation import COMPLETIONS, METRICS, Evaluation, Measures, evaluate, prompts_to_evaluate
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.loading import load_policy, load_tokenizer_of
-from jaxrl_llm.launch.preset_flag import take_flag
 from jaxrl_llm.launch.run_checkpoints import base_of
+from jaxrl_llm.launch.words import take_flag
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -36,7 +33,7 @@ from jaxrl_llm.training.run.distributed import ClusterConfig, initialize, is_mai
 class EvaluationRun(Measures):
     """All settings of an evaluation."""
 
-    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress]
+    rewards: tuple[RewardFunction, ...]
     """Reward functions."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""

@@ -1,79 +1,50 @@
-"""The command line's flags: read by tyro, and the nearest named where one is misplaced."""
+"""An experiment's settings with the changes of a command line."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import difflib
-import io
-import itertools
-import operator
-import re
 import sys
-from collections.abc import Iterator
-from typing import Any, TypeVar
-
-import tyro
+from collections.abc import Sequence
+from typing import TypeVar
 
 from jaxrl_llm.checks import check_idle
+from jaxrl_llm.launch.configure import configure
 from jaxrl_llm.launch.errors import plain_errors
+from jaxrl_llm.launch.help_page import help_page
 from jaxrl_llm.launch.settings import check_effects
+from jaxrl_llm.launch.words import Presets, as_flag, read_words, take_file, take_flag, with_preset
 
 ConfigT = TypeVar("ConfigT")
 
 
-def read_flags(config: ConfigT, args: list[str] | None, description: str, *, own: Any = None) -> ConfigT:
-    """`config` with the changes of `args` (`None`: the command line's).
+def read_flags(
+    config: ConfigT, args: Sequence[str] | None, description: str, *, presets: Presets | None = None
+) -> ConfigT:
+    """`config` with the changes of a command line: of a file (`--config`), a preset, and flags, in this order.
 
-    Flags without effect are refused. Of an unknown one tyro names the nearest only where its path is right; here its
-    last part finds it elsewhere.
+    What is wrong (an unknown setting, a value that it cannot have, one without effect) ends the program with one line
+    that names the way out. `--help` prints the settings that are set most, `--help-all` all of them.
 
     Args:
         config: settings that the flags change.
-        args: the command line.
+        args: the command line; `None`: the program's own.
         description: of the experiment, for `--help`.
-        own: the experiment's own settings, where a flag that was read before has changed them to `config`.
+        presets: what `--preset` may name.
     """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            changed = tyro.cli(type(config), args=args, default=config, description=description)
-    except SystemExit as stop:
-        print(_one_line(said.getvalue()), end="", file=sys.stderr)
-        if stop.code == 2:
-            for hint in _hints(config, sys.argv[1:] if args is None else args):
-                print(hint, file=sys.stderr)
-        raise
+    args, presets = sys.argv[1:] if args is None else list(args), presets or {}
     with plain_errors():
-        check_effects(own or config, changed)
+        own, args = take_file(config, args, presets)
+        preset, args = take_flag(args, "--preset")
+        config = own if preset is None else with_preset(own, preset, presets)
+        if asked := {"-h", "--help", "--help-all"}.intersection(args):
+            print(help_page(config, _program(), description, list(presets), everything="--help-all" in asked))
+            raise SystemExit(0)
+        changed = configure(config, read_words(args), spelled=as_flag)
+        check_effects(own, changed)
         check_idle(changed, config)
     return changed
 
 
-def _one_line(said: str) -> str:
-    """What tyro says of a value, without its frame and help; of unknown flags all, since it lists those alike."""
-    lines = [line.strip(" │╭╮╰╯─") for line in said.splitlines()]
-    if not lines or lines[0] not in ("Value error", "Invalid choice"):
-        return said
-    text = ["" if set(line) == {"-"} else line for line in lines[1:]]  # rules, where the terminal has ASCII alone
-    message = itertools.takewhile(bool, itertools.dropwhile(operator.not_, text))  # a rule follows it
-    return re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(message)).join(("error: ", "\n"))
-
-
-def _hints(config: Any, args: list[str]) -> Iterator[str]:
-    paths = sorted(_paths(config, ""), key=lambda path: -path.count("."))
-    by_name = {path.rpartition(".")[2]: path for path in paths}  # of several alike, the outermost
-    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        name = flag.removeprefix("--").replace("_", "-")
-        nearest = difflib.get_close_matches(name.rpartition(".")[2], by_name, n=1)
-        if nearest and name not in paths:
-            yield f"{flag}: did you mean --{by_name[nearest[0]]}?"
-
-
-def _paths(config: Any, prefix: str) -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        path, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _paths(value, path + ".")
-        else:
-            yield path
+def _program() -> str:
+    """How the command line begins."""
+    name = sys.argv[0]
+    return f"python {name}" if name.endswith(".py") else name

@@ -16,6 +16,7 @@ from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokenizer_of
 from jaxrl_llm.launch.summary import Panels, finish
+from jaxrl_llm.launch.words import Presets
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
@@ -32,12 +33,15 @@ OFFLINE_PANELS: Panels = (
 """What the picture of a run shows, where it was recorded."""
 
 
-def parse_offline(config: OfflineConfigT, args: list[str] | None = None, *, description: str = "") -> OfflineConfigT:
+def parse_offline(
+    config: OfflineConfigT, args: list[str] | None = None, *, description: str = "", presets: Presets | None = None
+) -> OfflineConfigT:
     """`config` with the command line's changes: `--objective.kind=dft --mesh.fsdp=-1`.
 
-    An unknown flag ends the program at once and names the nearest one.
+    `--config=FILE` begins with the settings of a file, `--resume=RUN` with those of a run, and `--preset` with what
+    `presets` has under its name. An unknown flag ends the program at once and names the nearest one.
     """
-    return read_flags(config, args, description)
+    return read_flags(config, args, description, presets=presets)
 
 
 def make_offline_trainer(

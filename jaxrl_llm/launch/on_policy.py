@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
 
+from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
@@ -20,7 +21,6 @@ from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
-from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.launch.teachers import find_teachers
 from jaxrl_llm.models.config import Params
@@ -39,17 +39,21 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     """`config` with the command line's changes: `--algorithm.surrogate.clip-high=0.28 --mesh.fsdp=-1`.
 
     `--preset=gspo` puts that published algorithm in place of `config.algorithm`, whose flags may change it further.
-    An unknown flag or preset ends the program at once and names the nearest one.
+    `--config=FILE` begins with the settings of a file, `--resume=RUN` with those of a run. An unknown flag or preset
+    ends the program at once and names the nearest one.
     """
-    own, presets = config, {preset.__name__: preset for preset in (*PRESETS, *OF_ROLES)}
-    with plain_errors():
-        chosen, args = take_preset(sys.argv[1:] if args is None else args, list(presets))
-    if chosen is not None:
-        algorithm = presets[chosen]()
-        critic = config.critic if algorithm.needs_critic else CriticSource()
-        config = dataclasses.replace(config, algorithm=algorithm, critic=critic)
-    description = f"{description}\n\n--preset=NAME begins with a published algorithm: {', '.join(presets)}."
-    return read_flags(config, args, description, own=own)
+    return read_flags(config, args, description, presets=PRESETS_BY_NAME)
+
+
+def _with_algorithm(preset: Callable[[], Algorithm], config: ConfigT) -> ConfigT:
+    """`config` with a published algorithm, and without the critic of one that had it."""
+    algorithm = preset()
+    critic = config.critic if algorithm.needs_critic else CriticSource()
+    return dataclasses.replace(config, algorithm=algorithm, critic=critic)
+
+
+PRESETS_BY_NAME = {preset.__name__: functools.partial(_with_algorithm, preset) for preset in (*PRESETS, *OF_ROLES)}
+"""What `--preset` may name."""
 
 
 def make_trainer(

@@ -47,7 +47,7 @@ class SamplingConfig:
     epoch (in the first one as prompt). Each token is drawn as it would be without, so that only speed differs. It pays
     where a pass costs what reading the weights costs: with few slots of a large model."""
     speculative_tokens: int = 4
-    """k: proposals of a pass."""
+    """Tokens that are proposed for one pass."""
     scan_layers: bool | None = None
     """Compile the layers of the loop for completions in flight as one loop, so that compiling does not take longer the
     deeper a model is (`None`: as model.scan_layers, but on CPUs, where the loop would copy each layer's weights)."""

@@ -40,7 +40,7 @@ class OfflineTrainingConfig:
     steps: int = 100
     """Optimizer steps: one batch of rows each."""
     rows_per_step: int = 32
-    """P: prompts with their completions."""
+    """Prompts of a batch, each with its completions."""
     checkpoint_every: int = 50
     """Steps between checkpoints; one more comes at the end. 0: none at all."""
     keep_checkpoints: int = 3

@@ -63,9 +63,9 @@ class TrainingConfig:
     steps: int = 100
     """Iterations: one batch of rollouts each."""
     prompts_per_step: int = 8
-    """P."""
+    """Prompts of a batch."""
     samples_per_prompt: int = 8
-    """G."""
+    """Completions of each prompt, the group that is compared."""
     checkpoint_every: int = 50
     """Steps between checkpoints; one more comes at the end. 0: none at all."""
     keep_checkpoints: int = 3

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import json
 import re
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -12,12 +13,18 @@ import pytest
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import presets
 from jaxrl_llm.algorithms.policy_gradient.objective import Correction, OverlongPenalty, PolicyGradient, ValueObjective
-from jaxrl_llm.algorithms.preference.presets import dpo, f_dpo, kto, one_sided_dpo
+from jaxrl_llm.algorithms.policy_gradient.sequence_surrogates import SequenceClipped
+from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo, f_dpo, kto, one_sided_dpo
 from jaxrl_llm.algorithms.score_models.process_reward import ProcessRewardObjective
 from jaxrl_llm.checks import check_idle
 from jaxrl_llm.cli import parse
-from jaxrl_llm.config import Experiment, OfflineExperiment
+from jaxrl_llm.config import Experiment, OfflineExperiment, flatten
+from jaxrl_llm.launch.configure import configure
+from jaxrl_llm.launch.folder import write_config
+from jaxrl_llm.launch.help_page import doc_of
 from jaxrl_llm.launch.offline import parse_offline
+from jaxrl_llm.launch.short_names import setting_paths
+from jaxrl_llm.launch.words import as_flag
 from jaxrl_llm.training.learner import CriticSource
 
 
@@ -63,24 +70,145 @@ def test_a_flag_without_effect_is_refused(config, flags, message, capsys):
     assert line.startswith("error: ") and message in line
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "message"),
     [
         ("--optimizer.learning-rate=nan", "optimizer.learning_rate=nan must not be negative"),
-        ("--training.steps=x", "Error parsing --training.steps: invalid literal for int() with base 10: 'x'"),
+        ("--training.steps=x", "--training.steps=x must be a whole number"),
+        ("--training.steps 3 4", "--training.steps=3 4 must be a whole number"),
+        ("--training.steps", "--training.steps needs a value: a whole number"),
+        ("--training=3", "--training has settings of its own, and takes no value: --training.steps, "),
+        ("--training.steps=1 --steps=2", "--training.steps is given twice, once as --steps"),
+        ("--seed=1 --seed=2", "--seed is given twice"),
+        ("--model.dtype=f", "--model.dtype=f must be one of float32, bfloat16"),
+        ("--distributed=maybe", "--distributed=maybe must be true or false"),
+        ("--model.template-arguments=[1]", "--model.template-arguments=[1] must be a JSON object"),
+        ("grpo --seed=1", "'grpo' belongs to no flag"),
+        ("--learning_rat=1", "there is no setting --learning-rat; did you mean --learning-rate?"),
+        ("--optimzer.learning-rate=1", "there is no setting --optimzer.learning-rate; did you mean --optimizer.learn"),
+        ("--critic.optimzer.b1=1", "there is no setting --critic.optimzer.b1; did you mean --critic.optimizer.b1?"),
+        ("--algorithm.clip-high=1", "there is no setting --algorithm.clip-high; did you mean --algorithm.surrogate.cl"),
+        ("--per-device-train-batch-size=8", "there is no setting --per-device-train-batch-size; a step has --training"),
+        ("--bf16", "there is no setting --bf16; --model.dtype=bfloat16"),
         (
-            "--model.dtype=f",
-            "invalid choice 'f' for argument '--model.dtype'. Expected one of ('float32', 'bfloat16').",
+            "--algorithm.surrogate.part=Cliped",
+            "--algorithm.surrogate.part='Cliped' is no Surrogate; did you mean 'Clip",
         ),
+        ("--preset", "--preset needs a value"),
+        ("--preset=gsppo", "no preset is named 'gsppo'; did you mean 'gspo'?"),
+        ("--config=nope.yaml", "--config=nope.yaml: there is no such file"),
+        ("--config=nope.toml", "--config=nope.toml: settings are read from files whose names end in .yaml, .yml or .j"),
+        ("--resume=nowhere", "--resume finds nothing to go on with: nowhere does not exist"),
     ],
 )
-def test_a_bad_value_is_one_line_in_any_terminal(flag, message, encoding, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))  # by it tyro draws its frames
+def test_a_slip_is_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(CONFIG, [flag])
+        parse(CONFIG, flags.split())
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "path", "value"),
+    [
+        ("--learning-rate=1e-5", "optimizer.learning_rate", 1e-5),
+        ("--num_generations 4", "training.samples_per_prompt", 4),
+        ("--max-completion-length=32", "sampling.max_tokens", 32),
+        ("--beta=0.04", "algorithm.kl_coef", 0.04),
+        ("--epsilon=0.3", "algorithm.surrogate.clip_low", 0.3),
+        ("--epsilon=0.3", "algorithm.surrogate.clip_high", 0.3),
+        ("--output-dir=out", "run_dir", "out"),
+        ("--model-name-or-path=m", "model.path", "m"),
+        ("--distributed", "distributed", True),
+        ("--distributed true", "distributed", True),
+        ("--model.no-scan-layers", "model.scan_layers", False),
+        ("--model.scan-layers=False", "model.scan_layers", False),
+        ("--sampling.slots=None", "sampling.slots", None),
+        ("--sampling.slots=auto", "sampling.slots", "auto"),
+        ("--sampling.slots 8", "sampling.slots", 8),
+        ("--sampling.stop a b", "sampling.stop", ("a", "b")),
+        ('--model.template-arguments={"a":1}', "model.template_arguments", {"a": 1}),
+        ("--algorithm.correction.rule=mis", "algorithm.correction", Correction("mis")),
+        ("--algorithm.correction=None", "algorithm.correction", None),
+        ("--algorithm.surrogate.part=SequenceClipped", "algorithm.surrogate", SequenceClipped()),
+    ],
+)
+def test_a_flag_sets_what_it_names(flags, path, value):
+    assert attrgetter(path)(parse(CONFIG, flags.split())) == value
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS, ids=lambda preset: preset.__name__)
+def test_what_a_run_wrote_of_its_settings_is_read_back(preset):
+    algorithm = preset()
+    critic = CriticSource() if algorithm.needs_critic else CONFIG.critic
+    config = dataclasses.replace(CONFIG, algorithm=algorithm, critic=critic, reward_weights=(2.0,))
+    assert configure(CONFIG, json.loads(json.dumps(flatten(config)))) == config
+
+
+@pytest.mark.parametrize("method", [*PAIRED, *UNPAIRED])
+def test_so_it_is_of_runs_on_given_rows(method):
+    config = OfflineExperiment(name="run", objective={**PAIRED, **UNPAIRED}[method]())
+    written = json.loads(json.dumps(flatten(config)))
+    assert configure(OfflineExperiment(name="other"), written) == config
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_file_of_settings_is_nested_or_flat_and_flags_go_before_it(suffix, tmp_path):
+    settings = {"preset": "dr-grpo", "learning-rate": "1e-5", "training": {"steps": 7, "prompts_per_step": 2}}
+    settings |= {"sampling.max_tokens": 9, "run_dir": "that of another run"}
+    file = tmp_path / f"settings.{suffix}"
+    file.write_text(json.dumps(settings))  # which is YAML, too
+    config = parse(CONFIG, [f"--config={file}", "--steps=8"])
+    assert (config.optimizer.learning_rate, config.training.steps, config.training.prompts_per_step) == (1e-5, 8, 2)
+    assert config.sampling.max_tokens == 9 and config.run_dir is None and config.algorithm == presets.dr_grpo()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {stps: 3}", "there is no setting training.stps; did you mean training.steps?"),
+        ("training: {steps: many}", "training.steps='many' must be a whole number"),
+        ("- training", "must hold settings by their names, not list"),
+        ("a: [", "cannot be read: while parsing"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(text, message, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(CONFIG, [f"--config={file}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line and message in line
+
+
+def test_a_run_goes_on_by_its_own_settings(tmp_path):
+    config = dataclasses.replace(CONFIG, algorithm=presets.gspo(), seed=5, run_dir=str(tmp_path))
+    write_config(config, tmp_path)
+    for flags in ([f"--resume={tmp_path}"], ["--resume", str(tmp_path)]):
+        assert parse(CONFIG, flags) == dataclasses.replace(config, resume=True)
+
+
+def test_help_is_a_page_and_all_of_it_names_every_setting(capsys):
+    pages = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            parse(CONFIG, [flag], description="What it is about.")
+        assert stop.value.code == 0
+        pages.append(capsys.readouterr().out)
+    assert all("What it is about." in page and "--preset NAME" in page for page in pages)
+    assert "--learning-rate (optimizer.learning_rate): a number = 1e-06" in pages[0]
+    assert len(pages[0].splitlines()) < 100
+    assert all(as_flag(path) in pages[1] for path in setting_paths(CONFIG))
+
+
+@pytest.mark.parametrize("objective", [None, *{**PAIRED, **UNPAIRED}.values()])
+def test_every_setting_says_what_it_is(objective):
+    config: Any = CONFIG if objective is None else OfflineExperiment(name="run", objective=objective())
+    for path in setting_paths(config):
+        folders, _, name = path.rpartition(".")
+        record = attrgetter(folders)(config) if folders else config
+        assert len(doc_of(type(record), name)) > 12, path
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from jaxrl_llm import cli
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
 from jaxrl_llm.config import DataConfig, Experiment, ModelSource, OfflineExperiment, RunConfig, StarExperiment
-from jaxrl_llm.launch.preset_flag import take_preset
 from jaxrl_llm.launch.settings import check_effects
+from jaxrl_llm.launch.words import take_flag
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.training.on_policy import TrainingConfig
 
@@ -107,7 +107,7 @@ def test_an_algorithm_of_star_is_refused_in_a_record_too() -> None:
 @pytest.mark.parametrize("flags", [("--preset=gspo", "--preset=dapo"), ("--preset", "gspo", "--preset", "gspo")])
 def test_two_presets_are_refused(flags) -> None:
     with pytest.raises(ValueError, match=r"--preset is given 2 times \(gspo, (dapo|gspo)\)"):
-        take_preset(flags, ["gspo", "dapo"])
+        take_flag(flags, "--preset")
 
 
 # ---- The run and its folder ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrl_llm.algorithms.offline import Objective
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.checks import check_fields, not_negative
@@ -28,7 +29,7 @@ class GivenNormalizers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GivenAdvantages:
+class GivenAdvantages(Objective):
     """The policy's loss of a policy gradient with the rows' own `advantages`: an `Objective` of `LearnerBatch`.
 
     Its estimator is not asked, nor is there a critic: all else (surrogate, aggregation, KL, entropy, correction) is as

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.algorithms.offline import Objective
 from jaxrl_llm.algorithms.preference.pair_losses import DPO
 from jaxrl_llm.algorithms.preference.scored_pairs import PairCounts, PairLoss, ScoredPairs
 from jaxrl_llm.algorithms.scorer import Scorer
@@ -50,7 +51,7 @@ class PairScores(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceObjective:
+class PreferenceObjective(Objective):
     """Learns which of two completions is the better one; an `Objective` of `PreferenceBatch`.
 
     Metrics, means over valid pairs: `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`,

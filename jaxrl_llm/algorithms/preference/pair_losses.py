@@ -71,7 +71,7 @@ class CDPO(PairLoss):
     label_smoothing: float = 0.1
     """Share of wrong labels, in [0, 0.5)."""
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -85,7 +85,7 @@ class RobustDPO(PairLoss):
     label_smoothing: float = 0.1
     """Share of flipped labels, in [0, 0.5)."""
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -118,7 +118,7 @@ class Hinge(PairLoss):
     """`hinge_loss`: pairs with a margin beyond 1 / beta have no gradient."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -130,7 +130,7 @@ class EXO(PairLoss):
     """`exo_loss`: the reverse KL from the smoothed label."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
     label_smoothing: float = 1e-3
     """Probability of the rejected completion in the label, in (0, 0.5)."""
 
@@ -149,7 +149,7 @@ class DiscoPOP(PairLoss):
     """`discopop_loss`: DPO blended with an exponential loss."""
 
     beta: float = 0.05
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
     tau: float = 0.05
     """Width of the switch between the two."""
 
@@ -163,7 +163,7 @@ class AOT(PairLoss):
     """`aot_loss`: quantiles of the whole batch instead of pairs, so that micro-batches take a pass more."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
     label_smoothing: float = 0.0
     """Share of wrong labels, in [0, 0.5)."""
     paired: bool = True
@@ -198,7 +198,7 @@ class NCA(PairLoss):
     """`nca_loss`: keeps the chosen completion likely."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -210,7 +210,7 @@ class APOZero(PairLoss):
     """`apo_zero_loss`: the chosen completion up, the rejected one down."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -222,7 +222,7 @@ class APODown(PairLoss):
     """`apo_down_loss`: both completions down, the rejected one further."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -249,7 +249,7 @@ class BCOPair(PairLoss):
     """`bco_pair_loss`: each side against a fixed shift of the reward."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
     reward_shift: float = 0.0
     """δ, which separates good rewards from bad ones."""
 
@@ -289,7 +289,7 @@ class CPO(ReferenceFreeLoss):
     """`cpo_loss`: DPO under a uniform reference, and the likelihood of the chosen completion."""
 
     beta: float = 0.1
-    """As DPO."""
+    """The larger, the closer the policy stays to the reference."""
     label_smoothing: float = 0.0
     """Share of wrong labels, in [0, 0.5)."""
     nll_coef: float = 1.0
@@ -334,7 +334,7 @@ class ORPO(ReferenceFreeLoss):
     odds_logp: OddsLogprob = "mean"
     """Probability of a completion: per token, or of the whole."""
     nll_over: NLLOver = "tokens"
-    """As CPO."""
+    """The mean of the likelihood term is over all chosen tokens, or over completions."""
 
     def __call__(self, pairs: ScoredPairs) -> tuple[jax.Array, Metrics]:
         """The loss and its metrics."""
@@ -357,7 +357,7 @@ class Mixture(PairLoss):
     """A weighted sum of losses. Of metrics of one name, that of the first loss is logged."""
 
     losses: tuple[PairLoss, ...] = (DPO(), BCOPair())
-    """The losses."""
+    """What is added up."""
     weights: tuple[float, ...] = (1.0, 1.0)
     """One for each loss."""
 

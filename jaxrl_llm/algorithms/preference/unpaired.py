@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.algorithms.offline import BatchObjective, Objective
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.checks import check_fields, not_negative, one_of, positive
 from jaxrl_llm.losses.bco import RewardShift, ShiftAverage, bco_loss
@@ -58,7 +59,7 @@ TokenLogprobs = Callable[[UnpairedBatch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class KTOObjective:
+class KTOObjective(Objective):
     """Kahneman–Tversky optimization; an `Objective` of `UnpairedBatch`.
 
     The baseline z₀ is of the whole batch, whatever micro-batches there are, and has no gradient. Metrics: see
@@ -166,7 +167,7 @@ class KTOObjective:
 
 
 @dataclasses.dataclass(frozen=True)
-class BCOObjective:
+class BCOObjective(BatchObjective):
     """Binary classifier optimization; an `Objective` of `UnpairedBatch`, which needs no mismatched completions.
 
     δ is the mean reward of the whole batch before the step, where the paper has a running mean over all batches so

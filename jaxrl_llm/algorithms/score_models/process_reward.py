@@ -17,6 +17,7 @@ import numpy as np
 from jaxrl_llm.advantages.process import StepRewardKind, dense_step_rewards, find_step_ends, steps_to_tokens
 from jaxrl_llm.advantages.selection import StepAggregation, aggregate_step_scores
 from jaxrl_llm.algorithms.batching import MicroBatches
+from jaxrl_llm.algorithms.offline import Objective
 from jaxrl_llm.algorithms.score_models.reward_model import in_pieces
 from jaxrl_llm.checks import check_fields, one_of
 from jaxrl_llm.losses.aggregate import AggregationMode, aggregation_normalizer
@@ -46,7 +47,7 @@ class LabelledSteps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessRewardObjective:
+class ProcessRewardObjective(Objective):
     """Which steps are correct, by `prm_loss`: an `Objective` of `LabelledSteps` for a `ScoreModel`.
 
     A model of one or two outputs learns labels from 0 (wrong) to 1 (correct), hard or soft, one of three outputs the

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.algorithms.batching import MicroBatches, cut
+from jaxrl_llm.algorithms.offline import Objective
 from jaxrl_llm.checks import check_fields, finite, not_negative
 from jaxrl_llm.losses.reward import bradley_terry_loss, last_token_score, normalize_scores, ranking_loss
 from jaxrl_llm.masking import count_true
@@ -61,7 +62,7 @@ class Answers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardModelObjective:
+class RewardModelObjective(Objective):
     """Scores of better answers above those of worse ones: an `Objective` for a `ScoreModel` of one output.
 
     Pairs are trained on `bradley_terry_loss`, more than two answers to a prompt on `ranking_loss`, each prompt's mean

@@ -27,8 +27,6 @@ from typing import Any
 import jax
 import numpy as np
 from comparison import Curve, Result, begin, check_runs, compare, draw_families, results_table, run_folder, save_figure
-from grpo_arithmetic import CONFIG as ARITHMETIC
-from grpo_arithmetic import ArithmeticExperiment, problems, warm_start
 from trpo_arithmetic import CONFIG as TRPO
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
@@ -37,6 +35,8 @@ from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import PRESETS
 from jaxrl_llm.cli import Policy, make_trainer, plain_errors, train
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import CONFIG as ARITHMETIC
+from jaxrl_llm.launch.demo import ArithmeticExperiment, problems, warm_start
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
@@ -116,6 +116,7 @@ def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: s
         config,
         algorithm=algorithm,
         critic=config.critic if algorithm.needs_critic else CriticSource(),
+        trust_region=TRPO.trust_region if name == "trpo" else None,
         update=config.update if clips and name != "trpo" else UpdateConfig(),
         seed=seed,
         run_dir=str(folder),
@@ -131,7 +132,6 @@ def run_one(config: Comparison, policy: Policy, mesh: jax.sharding.Mesh, name: s
             train_rows=train_rows,
             eval_rows=eval_rows,
             judge=right_beats_wrong if "verdicts" in algorithm.needs else None,
-            trust_region=TRPO.trust_region if name == "trpo" else None,
         )
     done = train(trainer)
     lines = [line for line in read_metrics(folder / METRICS_FILE) if "reward" in line]

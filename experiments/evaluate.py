@@ -19,4 +19,4 @@ from pathlib import Path
 from jaxrl_llm.cli import run_evaluation
 
 if __name__ == "__main__":
-    run_evaluation(Path(__file__).parent, description=__doc__ or "")
+    run_evaluation(folder=Path(__file__).parent, description=__doc__ or "")

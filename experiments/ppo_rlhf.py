@@ -26,8 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from grpo_arithmetic import CONFIG as ARITHMETIC
-from grpo_arithmetic import WARM_START, ArithmeticExperiment, Row, exact_answer, problems, warm_start
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.iteration import DeviceReward
@@ -40,6 +38,8 @@ from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import CONFIG as ARITHMETIC
+from jaxrl_llm.launch.demo import WARM_START, ArithmeticExperiment, Row, exact_answer, problems, warm_start
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.config import Params

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from grpo_arithmetic import WarmStart, character_model, fine_tune
 
 from jaxrl_llm.algorithms.offline import make_offline_evaluation
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
@@ -52,6 +51,7 @@ from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import batches_in_order
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
+from jaxrl_llm.launch.demo import WarmStart, character_model, fine_tune
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sampling.logits import SamplingConfig

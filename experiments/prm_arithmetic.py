@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from grpo_arithmetic import Row, WarmStart, character_model, fine_tune
 
 from jaxrl_llm.advantages.selection import best_of_n, weighted_vote
 from jaxrl_llm.algorithms.offline import make_offline_evaluation
@@ -57,6 +56,7 @@ from jaxrl_llm.data.encoded_rows import EncodedRows
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.steps import LabelledSolution, StepDataset, StepFormat
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import Row, WarmStart, character_model, fine_tune
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig

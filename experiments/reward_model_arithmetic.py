@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from grpo_arithmetic import WarmStart, character_model, fine_tune
 
 from jaxrl_llm.advantages.selection import best_of_n
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
@@ -44,6 +43,7 @@ from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import WarmStart, character_model, fine_tune
 from jaxrl_llm.models.checkpoints.score_pretrained import write_statistics
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.sampling.engine import Sampler

@@ -25,21 +25,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from dpo_hh import CONFIG as DPO
 
 from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective
-from jaxrl_llm.cli import Policy, run_offline
-from jaxrl_llm.models.heads import ScoreModel
+from jaxrl_llm.cli import run_offline, with_reward_head
 
 CONFIG = dataclasses.replace(DPO, name="reward_model_hh", objective=RewardModelObjective())
 
 
-def with_score_head(policy: Policy) -> Policy:
-    """The checkpoint with a new scalar head in place of its LM head."""
-    model = ScoreModel(policy.model)
-    return dataclasses.replace(policy, model=model, params=model.from_trunk(policy.params, jax.random.key(0)))
-
-
 if __name__ == "__main__":
-    run_offline(CONFIG, description=__doc__ or "", prepare=with_score_head)
+    run_offline(CONFIG, description=__doc__ or "", prepare=with_reward_head)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from grpo_arithmetic import WarmStart, character_model
 
 from jaxrl_llm.algorithms.offline import make_offline_step
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -38,6 +37,7 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowLoader
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import WarmStart, character_model
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer

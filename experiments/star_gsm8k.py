@@ -21,23 +21,17 @@ answered 0 of 64 held-out problems right, 1 before (--data.max-train-prompts=96 
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import time
-from collections.abc import Sequence
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.cli import Policy, finish, load_policy, make_star_trainer, parse, plain_errors, start, train
+from jaxrl_llm.cli import run_star
 from jaxrl_llm.config import DataConfig, ModelSource, StarExperiment
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.interfaces import Row
-from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.star.trainer import StarConfig
 
 SYSTEM = """\
@@ -51,17 +45,10 @@ Tom has 3 boxes of 4 pens and gives 5 pens away. How many are left?
 HINT = "{question}\n(The answer is {number}. Show the steps that lead to it.)"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StarGsm8k(StarExperiment):
-    """A `StarExperiment` of a model that writes its own training data."""
-
-    hint: str = HINT
-    """What the prompt is where the answer is given; a format string over the columns and `number`."""
-
-
-CONFIG = StarGsm8k(
+CONFIG = StarExperiment(
     name="star_gsm8k",
     rewards=(gsm8k_reward,),
+    hint=HINT,
     model=ModelSource(remat="none"),
     data=DataConfig(max_prompt_length=320, format=PromptFormat(template="{question}", system=SYSTEM)),
     sampling=SamplingConfig(max_tokens=128, temperature=0),
@@ -82,35 +69,5 @@ def with_number(source: str, limit: int | None) -> list[Row]:
     return numbered
 
 
-def load_problems(config: StarGsm8k, policy: Policy) -> tuple[PromptDataset, PromptDataset | None, PromptDataset]:
-    """Problems, the same with hints, and held-out ones."""
-    data = config.data
-    if data.train is None or (config.evaluation.every and data.eval is None):
-        raise ValueError("pass --data.train=<gsm8k> and --data.eval=<gsm8k>, or --evaluation.every=0")
-
-    def prompts(rows: Sequence[Row], form: PromptFormat) -> PromptDataset:
-        limits = {"max_prompt_length": data.max_prompt_length, "overlong": data.overlong}
-        return PromptDataset(rows, policy.tokenizer, prompt_format=form, **limits)
-
-    rows = with_number(data.train, data.max_train_prompts)
-    hinted = prompts(rows, dataclasses.replace(data.format, template=config.hint)) if config.star.rationalize else None
-    held_out = rows if data.eval is None else with_number(data.eval, config.evaluation.max_prompts)
-    return prompts(rows, data.format), hinted, prompts(held_out, data.format)
-
-
-def main(args: list[str] | None = None) -> TrainingResult:
-    """Runs the experiment."""
-    config = start(parse(CONFIG, args, description=__doc__ or ""))
-    began = time.perf_counter()
-    with plain_errors():
-        mesh = make_mesh(config.mesh)
-        policy = load_policy(config, mesh)
-        problems, hinted, held_out = load_problems(config, policy)
-        trainer = make_star_trainer(config, policy, mesh, problems=problems, hinted=hinted, held_out=held_out)
-    result = train(trainer)
-    finish(config, policy, result, seconds=time.perf_counter() - began)
-    return result
-
-
 if __name__ == "__main__":
-    main()
+    run_star(CONFIG, description=__doc__ or "", rows=with_number)

@@ -14,10 +14,7 @@ A smaller set of parameters: --trust-region.trainable=last_layers --trust-region
 
 from __future__ import annotations
 
-import dataclasses
 import time
-
-from grpo_arithmetic import WARM_START, ArithmeticExperiment, exact_answer, problems, warm_start
 
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
@@ -26,27 +23,14 @@ from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.cli import finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import WARM_START, ArithmeticExperiment, exact_answer, problems, warm_start
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.on_policy import TrainingConfig, TrainingResult
 
-
-@dataclasses.dataclass(frozen=True)
-class TrustRegionExperiment(ArithmeticExperiment):
-    """The sums of grpo_arithmetic.py, with a trust region."""
-
-    trust_region: TrustRegionConfig = TrustRegionConfig()
-    """How far a batch moves the policy."""
-
-    @property
-    def without_effect(self) -> dict[str, str]:
-        """The optimizer's settings as well."""
-        return super().without_effect | {"optimizer": "a trust region takes the optimizer's place; see trust_region"}
-
-
-CONFIG = TrustRegionExperiment(
+CONFIG = ArithmeticExperiment(
     name="trpo_arithmetic",
     rewards=(exact_answer,),
     algorithm=PolicyGradient(
@@ -70,9 +54,7 @@ def main(args: list[str] | None = None) -> TrainingResult:
         mesh = make_mesh(config.mesh)
         policy = warm_start(config, CharTokenizer("0123456789+="), mesh)
         train_rows, eval_rows = problems(config)
-        trainer = make_trainer(
-            config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows, trust_region=config.trust_region
-        )
+        trainer = make_trainer(config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows)
         if trainer.saved is None:
             folder = trainer.setup.folder / WARM_START
             save_pretrained(folder, policy.model, policy.params, tokenizer=policy.tokenizer, overwrite=True)

@@ -8,7 +8,8 @@ from jaxrl_llm.launch.generation import Completion, generate
 from jaxrl_llm.launch.loading import Policy, load_model, load_policy, load_prompts, load_rows
 from jaxrl_llm.launch.offline import OFFLINE_PANELS, make_offline_trainer, parse_offline, run_offline
 from jaxrl_llm.launch.on_policy import make_trainer, parse, run
-from jaxrl_llm.launch.star import make_star_trainer
+from jaxrl_llm.launch.stages import with_reward_head, with_step_head
+from jaxrl_llm.launch.star import make_star_trainer, run_star
 from jaxrl_llm.launch.summary import finish
 
 __all__ = [
@@ -33,7 +34,10 @@ __all__ = [
     "run_evaluation",
     "run_offline",
     "run_setup",
+    "run_star",
     "start",
     "train",
+    "with_reward_head",
+    "with_step_head",
     "write_config",
 ]

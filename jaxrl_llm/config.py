@@ -12,6 +12,7 @@ from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
+from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
@@ -169,8 +170,9 @@ class RunConfig:
 class Experiment(RunConfig):
     """All settings of a run that learns from its own samples."""
 
-    rewards: tuple[RewardFunction, ...]
-    """Reward functions: f(prompts, completions, **columns) -> list[float | None]."""
+    rewards: tuple[RewardFunction | str, ...] = ()
+    """Reward functions, f(prompts, completions, **columns) -> list[float | None], or names of them: gsm8k, math,
+    format, …, file.py:function or module:function."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
     reward_timeout: float | None = None
@@ -182,6 +184,8 @@ class Experiment(RunConfig):
     """The value function of an algorithm that is made of one (PPO)."""
     data: DataConfig = DataConfig()
     """Prompts."""
+    trust_region: TrustRegionConfig | None = None
+    """TRPO's step in place of the optimizer's: --trust-region.max-kl=0.01."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are sampled."""
     training: TrainingConfig = TrainingConfig()
@@ -196,11 +200,15 @@ class Experiment(RunConfig):
     @property
     def without_effect(self) -> dict[str, str]:
         """Settings that change nothing as the others are, and what is missing."""
+        idle = {}
+        if self.trust_region is not None:
+            idle["optimizer"] = "a trust region takes the optimizer's place; see trust_region"
         if not self.algorithm.needs_critic:
-            return {"critic": f"{self.algorithm.reader} has no critic; --preset=ppo has one"}
+            return idle | {"critic": f"{self.algorithm.reader} has no critic; --preset=ppo has one"}
         if self.critic.shares_trunk:
-            return {}
-        return {"algorithm.value.coef": "a critic of its own has its own optimizer; set critic.optimizer.learning_rate"}
+            return idle
+        own = "a critic of its own has its own optimizer; set critic.optimizer.learning_rate"
+        return idle | {"algorithm.value.coef": own}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,14 +217,14 @@ class StarExperiment(Experiment):
 
     star: StarConfig = StarConfig()
     """The iterations."""
+    hint: str | None = None
+    """What the prompt is where the answer is given, for star.rationalize: a format string over the data's columns."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillationExperiment(Experiment):
     """All settings of a run that learns from teachers on its own samples; rewards are only reported."""
 
-    rewards: Annotated[tuple[RewardFunction, ...], tyro.conf.Suppress] = ()
-    algorithm: Algorithm = Distillation()
     teachers: tuple[str, ...] = ()
     """Models with the policy's tokenizer: folders, .gguf files or hub ids."""
 

@@ -31,6 +31,7 @@ ROOMS = (
     ("config",),
     ("launch",),
     ("cli",),
+    ("__main__",),
 )
 """From the lowest room to the highest; `losses` and `advantages` may not import `types`, which loads flax.
 

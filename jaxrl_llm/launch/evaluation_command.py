@@ -15,7 +15,7 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.evaluation import COMPLETIONS, METRICS, Evaluation, Measures, evaluate, prompts_to_evaluate
 from jaxrl_llm.launch.flags import read_flags
-from jaxrl_llm.launch.loading import load_policy, load_tokenizer_of
+from jaxrl_llm.launch.loading import find_rewards, load_policy, load_tokenizer_of
 from jaxrl_llm.launch.run_checkpoints import base_of
 from jaxrl_llm.launch.words import take_flag
 from jaxrl_llm.models.checkpoints.pretrained import load_config
@@ -33,8 +33,8 @@ from jaxrl_llm.training.run.distributed import ClusterConfig, initialize, is_mai
 class EvaluationRun(Measures):
     """All settings of an evaluation."""
 
-    rewards: tuple[RewardFunction, ...]
-    """Reward functions."""
+    rewards: tuple[RewardFunction | str, ...] = ()
+    """Reward functions, or names of them: gsm8k, math, format, …, file.py:function or module:function."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
     reward_timeout: float | None = None
@@ -85,7 +85,9 @@ class EvaluationRun(Measures):
         )
 
 
-def run_evaluation(folder: Path, args: Sequence[str] | None = None, *, description: str = "") -> Evaluation:
+def run_evaluation(
+    args: Sequence[str] | None = None, *, folder: Path | None = None, description: str = ""
+) -> Evaluation:
     """Evaluates what a command line names, and prints the table.
 
     `--experiment=NAME`, a file of `folder`, or the path of another one, says by its `CONFIG` how prompts are made, how
@@ -93,17 +95,20 @@ def run_evaluation(folder: Path, args: Sequence[str] | None = None, *, descripti
     line, before the model is loaded where that can be.
 
     Args:
-        folder: of experiments.
         args: the command line; `None`: the process's.
+        folder: of experiments that are named without a path; `None`: the working directory.
         description: for `--help`.
     """
     with plain_errors():
         named, rest = take_flag(sys.argv[1:] if args is None else args, "--experiment")
-        own = EvaluationRun.of(_experiment(named, folder)) if named else EvaluationRun(rewards=())
+        own = EvaluationRun() if named is None else EvaluationRun.of(_experiment(named, folder or Path()))
     config = read_flags(own, rest, description)
     with plain_errors():
-        if not named:
-            raise ValueError("no experiment given, of which rewards and prompts are: pass --experiment=grpo_gsm8k")
+        if not config.rewards:
+            raise ValueError(
+                "no reward function given: pass --rewards with names of some or file.py:function, or "
+                "--experiment=<file>, whose rewards and prompts are taken"
+            )
         return _run(config)
 
 
@@ -113,7 +118,7 @@ def _run(config: EvaluationRun) -> Evaluation:
     _check_output(output)
     config.check(config.sampling)
     check_fields("evaluation", config, max_prompts=count(config.max_prompts))
-    rewards = RewardSum(config.rewards, config.reward_weights, timeout=config.reward_timeout)
+    rewards = RewardSum(find_rewards(config.rewards), config.reward_weights, timeout=config.reward_timeout)
     EvaluationConfig(solved_by=config.solved_by).solving_reward(rewards)
     if config.data is None:
         raise ValueError("no prompts given: pass --data=<file, hf:…, tfds:… or reasoning_gym:…>")

@@ -36,7 +36,7 @@ def read_flags(
         preset, args = take_flag(args, "--preset")
         config = own if preset is None else with_preset(own, preset, presets)
         if asked := {"-h", "--help", "--help-all"}.intersection(args):
-            print(help_page(config, _program(), description, list(presets), everything="--help-all" in asked))
+            print(help_page(config, program(), description, list(presets), everything="--help-all" in asked))
             raise SystemExit(0)
         changed = configure(config, read_words(args), spelled=as_flag)
         check_effects(own, changed)
@@ -44,7 +44,7 @@ def read_flags(
     return changed
 
 
-def _program() -> str:
+def program() -> str:
     """How the command line begins."""
     name = sys.argv[0]
     return f"python {name}" if name.endswith(".py") else name

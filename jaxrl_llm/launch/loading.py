@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +20,8 @@ from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_i
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.rewards.by_name import find_reward
 from jaxrl_llm.sharding import sampling_mesh
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
@@ -155,8 +157,20 @@ def load_prompts(
 
 
 def reward_sum(config: Experiment) -> RewardSum | None:
-    """The reward functions of an experiment, if it has any."""
-    return RewardSum(config.rewards, config.reward_weights, timeout=config.reward_timeout) if config.rewards else None
+    """The reward functions of an experiment, if it has any.
+
+    Raises:
+        ValueError: one is named that there is not, or the weights do not fit.
+        FileNotFoundError: the file of one is missing.
+    """
+    if not config.rewards:
+        return None
+    return RewardSum(find_rewards(config.rewards), config.reward_weights, timeout=config.reward_timeout)
+
+
+def find_rewards(rewards: Sequence[RewardFunction | str]) -> tuple[RewardFunction, ...]:
+    """Reward functions, those found by their names that are given so."""
+    return tuple(find_reward(reward) if isinstance(reward, str) else reward for reward in rewards)
 
 
 def load_rows(
@@ -221,7 +235,7 @@ def _load_both(
     training = data.train if train_rows is None else train_rows
     held_out = data.eval if eval_rows is None else eval_rows
     if training is None:
-        raise ValueError(f"no {what} given: pass --data.train={_SOURCES}")
+        raise ValueError(f"no {what} given: pass --data.train={SOURCES}")
     if data.eval is not None and not every:
         raise ValueError(
             f"data.eval={data.eval} would never be used, since evaluation.every=0: "
@@ -229,7 +243,7 @@ def _load_both(
         )
     if held_out is None and every:
         raise ValueError(
-            f"evaluation.every={every} needs held-out {what}: pass --data.eval={_SOURCES}, or --evaluation.every=0"
+            f"evaluation.every={every} needs held-out {what}: pass --data.eval={SOURCES}, or --evaluation.every=0"
         )
 
     def load(source: str | RowSource, name: str, limit: int | None) -> DatasetT:
@@ -243,4 +257,4 @@ def _load_both(
     return train, None if held_out is None or not every else load(held_out, f"held-out {what}", limits[1])
 
 
-_SOURCES = "<file, hf:…, tfds:… or reasoning_gym:…>"
+SOURCES = "<file, hf:…, tfds:… or reasoning_gym:…>"

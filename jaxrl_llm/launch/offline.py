@@ -14,7 +14,7 @@ from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import run_setup, start, write_config
-from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokenizer_of
+from jaxrl_llm.launch.loading import SOURCES, Policy, load_policy, load_rows, load_tokenizer_of
 from jaxrl_llm.launch.summary import Panels, finish
 from jaxrl_llm.launch.words import Presets
 from jaxrl_llm.sharding import make_mesh
@@ -83,6 +83,7 @@ def run_offline(
     args: list[str] | None = None,
     *,
     description: str = "",
+    presets: Presets | None = None,
     prepare: Callable[[Policy], Policy] | None = None,
     next_steps: tuple[str, ...] = (),
 ) -> TrainingResult:
@@ -94,10 +95,14 @@ def run_offline(
         config: the experiment's settings.
         args: the command line; by default the program's own.
         description: of the experiment, for `--help`.
+        presets: what `--preset` may name.
         prepare: changes the policy once it is loaded, before it is trained.
         next_steps: what to try next, one line each.
     """
-    config = start(parse_offline(config, args, description=description))
+    config = parse_offline(config, args, description=description, presets=presets)
+    with plain_errors():
+        _check_given(config)
+    config = start(config)
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
@@ -110,3 +115,13 @@ def run_offline(
     result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began, next_steps=next_steps, panels=OFFLINE_PANELS)
     return result
+
+
+def _check_given(config: OfflineExperiment) -> None:
+    """Refuses a run without a model or rows before anything is loaded."""
+    for flag, place, what in (
+        ("--model.path", config.model.path, "<folder, .gguf file or hub id>"),
+        ("--data.train", config.data.train, SOURCES),
+    ):
+        if place is None:
+            raise ValueError(f"{flag} is missing: pass {flag}={what}")

@@ -13,14 +13,13 @@ import jax
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS
-from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
-from jaxrl_llm.config import Experiment
+from jaxrl_llm.config import DistillationExperiment, Experiment
 from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import run_setup, start, write_config
-from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
+from jaxrl_llm.launch.loading import SOURCES, Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.launch.teachers import find_teachers
 from jaxrl_llm.models.config import Params
@@ -68,7 +67,6 @@ def make_trainer(
     eval_rewards: RewardSum | None = None,
     judge: Judge | None = None,
     critic_params: Params | None = None,
-    trust_region: TrustRegionConfig | None = None,
     teachers: Sequence[Teacher] = (),
 ) -> Trainer:
     """The trainer that `config` describes; once all fits together, `config` is written to `run_dir/config.json`.
@@ -84,7 +82,6 @@ def make_trainer(
         eval_rewards: as `Trainer`.
         judge: as `Trainer`.
         critic_params: as `Trainer`.
-        trust_region: as `Trainer`.
         teachers: as `Trainer`.
     """
     train, held_out = prompts or load_prompts(config, policy.tokenizer, train_rows=train_rows, eval_rows=eval_rows)
@@ -100,7 +97,7 @@ def make_trainer(
         eval_rewards=eval_rewards,
         judge=judge,
         critic_params=critic_params,
-        trust_region=trust_region,
+        trust_region=config.trust_region,
         teachers=teachers,
         algorithm=config.algorithm,
         critic=config.critic,
@@ -122,7 +119,10 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     Errors in the settings, the data, the checkpoint or a reward function end the program with one line that says
     what is wrong.
     """
-    config = start(parse(config, args, description=description))
+    config = parse(config, args, description=description)
+    with plain_errors():
+        check_given(config)
+    config = start(config)
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
@@ -137,3 +137,15 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began)
     return result
+
+
+def check_given(config: Experiment) -> None:
+    """Refuses a run without a model, rewards or prompts before anything is loaded."""
+    if reward_sum(config) is None and not isinstance(config, DistillationExperiment):
+        raise ValueError("no reward function given: pass --rewards with names of some, or file.py:function")
+    for place, flag, what in (
+        (config.model.path, "--model.path", "<folder, .gguf file or hub id>"),
+        (config.data.train, "--data.train", SOURCES),
+    ):
+        if place is None:
+            raise ValueError(f"{flag} is missing: pass {flag}={what}")

@@ -209,7 +209,7 @@ def check_step(config: RunConfig) -> None:
             optimizer=config.optimizer,
             sampling=config.sampling,
             critic=config.critic,
-            trust_region=getattr(config, "trust_region", None),
+            trust_region=config.trust_region,
         )
     elif isinstance(config, OfflineExperiment):
         make_schedule(config.optimizer, config.training.steps)

@@ -108,8 +108,10 @@ def with_preset(config: ConfigT, named: str, presets: Presets) -> ConfigT:
 def read_words(args: Sequence[str]) -> dict[str, Words]:
     """What a command line gives each setting: `--a.b 1 2` or `--a.b=1`, with dashes or underscores.
 
+    Of a flag that is there twice the last one holds, so that a script's line can be changed at its end.
+
     Raises:
-        ValueError: a word belongs to no flag, or a setting is given twice.
+        ValueError: a word belongs to no flag.
     """
     found: dict[str, list[str]] = {}
     words: list[str] | None = None
@@ -121,8 +123,6 @@ def read_words(args: Sequence[str]) -> dict[str, Words]:
             continue
         flag, joined, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if name in found:
-            raise ValueError(f"{flag} is given twice, and one would be lost: give one")
         words = found[name] = [value] if joined else []
         words = None if joined else words
     return {name: Words(given) for name, given in found.items()}

@@ -25,10 +25,9 @@ def test_one_step_file_by_file_leads_through_files_that_are_there() -> None:
     section = TEXT.partition("## One GRPO step, file by file")[2].partition("\n## ")[0]
     path = re.findall(r"^\| `([\w/.]+)` \| `(\w+)` \|", section, re.MULTILINE)
     assert len(path) == section.count("\n| `") > 10
-    assert path[0] == ("experiments/grpo_arithmetic.py", "main") and path[-1][0].startswith("losses/")
+    assert path[0] == ("launch/demo.py", "run_demo") and path[-1][0].startswith("losses/")
     for file, name in path:
-        source = ROOT / file if file.startswith("experiments/") else ROOT / "jaxrl_llm" / file
-        body = ast.parse(source.read_text()).body
+        body = ast.parse((ROOT / "jaxrl_llm" / file).read_text()).body
         defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         assert name in defined, f"{file} has no {name}"
 

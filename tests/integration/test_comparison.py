@@ -41,7 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., Any]) -> Ca
 
     def load(name: str) -> ModuleType:
         module = importlib.import_module(name)
-        for part in ("grpo_arithmetic", "preference_arithmetic"):
+        for part in ("jaxrl_llm.launch.demo", "preference_arithmetic"):
             monkeypatch.setattr(f"{part}.character_model", small_model)
         monkeypatch.setattr(module, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         return module

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import grpo_arithmetic, grpo_gsm8k
+from experiments import grpo_gsm8k
 from jaxrl_llm.algorithms.star import Kept
 from jaxrl_llm.cli import run
 from jaxrl_llm.config import Experiment
+from jaxrl_llm.launch.demo import run_demo
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model
 from jaxrl_llm.models.transformer import Transformer
@@ -132,7 +133,7 @@ def test_two_steps(
     path: Path, debug_size, tiny_config, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def small_model(tokenizer: Any) -> Transformer:
-        """In place of the experiments' on sums: compiling is most of their time. grpo_arithmetic keeps its own."""
+        """In place of the experiments' on sums: compiling is most of their time. demo keeps its own."""
         return Transformer(tiny_config(vocab_size=len(tokenizer), num_layers=1))
 
     run_dir = tmp_path / "run"
@@ -140,7 +141,7 @@ def test_two_steps(
     small = STAR_SMALL if path.stem in STAR else small
     monkeypatch.setattr(sys, "argv", [str(path), *small, *debug_size(path.stem), f"--run-dir={run_dir}"])
     monkeypatch.syspath_prepend(path.parent)  # an experiment may build on another one
-    monkeypatch.setattr("grpo_arithmetic.character_model", small_model)
+    monkeypatch.setattr("jaxrl_llm.launch.demo.character_model", small_model)
     monkeypatch.setattr("jaxrl_llm.training.star.rationales.keep_rationales", keep_everything)
     runpy.run_path(str(path), run_name="__main__")
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -184,13 +185,13 @@ def test_arithmetic_that_goes_on_starts_warm_from_what_was_saved(
     flags += ["--evaluation.every=0", "--training.checkpoint-every=1", "--training.samples-per-prompt=32"]
     small = [flag for flag in SMALL if not flag.startswith("--evaluation")]
     flags = [*small, *flags, f"--run-dir={tmp_path}"]
-    grpo_arithmetic.main(flags)
+    run_demo(flags)
     assert "warm start: 30 steps on 64 problems" in capsys.readouterr().out
     whole = comparable_metrics(tmp_path / "metrics.jsonl")
     assert whole[-1]["step"] == 2 and whole[-1]["kl"] > 0
 
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    grpo_arithmetic.main([*flags, "--resume"])
+    run_demo([*flags, "--resume"])
     assert "warm start" not in capsys.readouterr().out
     assert comparable_metrics(tmp_path / "metrics.jsonl") == whole  # the KL to the warm start, too
 
@@ -220,7 +221,7 @@ def test_arithmetic_says_what_does_not_fit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        grpo_arithmetic.main(flags)
+        run_demo(flags)
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []

@@ -191,7 +191,7 @@ def command(tiny: ModuleType, tmp_path: Path):
 
     def command(*flags: str) -> Evaluation:
         given = ["--experiment=task", f"--model.path={checkpoint}", f"--data={tmp_path / 'rows.jsonl'}"]
-        return run_evaluation(tmp_path, [*given, *flags])
+        return run_evaluation([*given, *flags], folder=tmp_path)
 
     return command
 
@@ -254,7 +254,7 @@ def test_an_experiment_has_to_be_named(tmp_path, capsys):
         (["--experiment=other"], "has no CONFIG of an experiment"),
     ):
         with pytest.raises(SystemExit):
-            run_evaluation(tmp_path, flags)
+            run_evaluation(flags, folder=tmp_path)
         assert message in capsys.readouterr().err
 
 

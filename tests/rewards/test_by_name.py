@@ -57,7 +57,7 @@ def test_those_of_a_file_may_import_what_lies_beside_it(task: Path, monkeypatch:
     ("name", "message"),
     [
         ("gsm8", "no reward is named 'gsm8'; did you mean 'gsm8k'?"),
-        ("task.py", "or give task.py:function"),
+        ("task.py", "or task.py:function"),
         ("task.py:breif", "'breif' is not there; did you mean 'brief'?"),
         ("task.py:LIMIT", "'LIMIT' is no function"),
         ("broken.py:f", "broken.py cannot be run: NameError: name 'nothing' is not defined"),

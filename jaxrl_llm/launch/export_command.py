@@ -42,9 +42,9 @@ def run_export(args: Sequence[str] | None = None, *, description: str = "") -> P
     config = read_flags(ExportRun(), args, description)
     with plain_errors():
         if config.model.path is None:
-            raise ValueError("--model is missing: pass --model=<run>/checkpoints/<step>, a folder or a .gguf file")
+            raise ValueError("no model given: pass --model=<run>/checkpoints/<step>, a folder or a .gguf file")
         if config.output is None:
-            raise ValueError("--output is missing: pass --output=<folder to write>")
+            raise ValueError("no output given: pass --output=<folder to write>")
         output = Path(expand_home(config.output))
         if output.exists() and not config.overwrite:
             raise ValueError(f"output={output} is there already: choose another, or pass --overwrite")

@@ -26,32 +26,40 @@ RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 
 
 def start(config: RunConfigT) -> RunConfigT:
+    """As `prepare`; an error ends the program with one line."""
+    with plain_errors():
+        return prepare(config)
+
+
+def prepare(config: RunConfigT) -> RunConfigT:
     """Prepares the process: distributed start where asked for, compilation cache, run folder.
 
     Returns:
         The configuration with `run_dir` filled in: the folder is there, and nothing has been written to it.
+
+    Raises:
+        ValueError: settings do not fit together, or there is nothing to go on with.
     """
-    with plain_errors():
-        config = with_home(config)
-        check_names(config)
-        if config.resume and config.run_dir is None:
-            raise ValueError("--resume needs --run-dir=<folder of the run>")
-        if config.distributed:
-            cluster = config.cluster
-            initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
-        elif config.cluster != ClusterConfig():
-            raise ValueError("--cluster.* says where other processes are: add --distributed, or leave it out")
-        enable_persistent_cache()
-        check_step(config)
-        folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
-        saved, remarks = find_run(folder, config.settings(), resume=config.resume), []
-        if config.resume:
-            remarks = check_resumed(folder, saved) + remarks_on_resuming(folder, config)
-        config = dataclasses.replace(config, run_dir=str(folder))
-        if is_main_process():
-            _make_folder(folder)
-            for remark in remarks:
-                print(remark)
+    config = with_home(config)
+    check_names(config)
+    if config.resume and config.run_dir is None:
+        raise ValueError("--resume needs --run-dir=<folder of the run>")
+    if config.distributed:
+        cluster = config.cluster
+        initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+    elif config.cluster != ClusterConfig():
+        raise ValueError("--cluster.* says where other processes are: add --distributed, or leave it out")
+    enable_persistent_cache()
+    check_step(config)
+    folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
+    saved, remarks = find_run(folder, config.settings(), resume=config.resume), []
+    if config.resume:
+        remarks = check_resumed(folder, saved) + remarks_on_resuming(folder, config)
+    config = dataclasses.replace(config, run_dir=str(folder))
+    if is_main_process():
+        _make_folder(folder)
+        for remark in remarks:
+            print(remark)
     return config
 
 

@@ -73,7 +73,7 @@ def _run(config: GenerationRun) -> list[list[Completion]]:
     if output is not None and output.exists():
         raise ValueError(f"output={output} is there already: choose another --output")
     if config.model.path is None:
-        raise ValueError("--model is missing: pass --model=<folder, .gguf file or hub id>")
+        raise ValueError("no model given: pass --model=<folder, .gguf file or hub id>")
     if bool(config.prompts) == bool(config.data):
         raise ValueError(f"pass either --prompts 'a text' 'another', or --data={SOURCES}")
     model = dataclasses.replace(config.model, path=expand_home(config.model.path))

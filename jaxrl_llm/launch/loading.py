@@ -56,15 +56,18 @@ def load_tokenizer_of(source: ModelSource) -> Any:
     return load_tokenizer(path, chat_template=source.chat_template, template_arguments=source.template_arguments)
 
 
-def load_policy(config: RunConfig | ModelSource, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
+def load_policy(
+    config: RunConfig | ModelSource, mesh: jax.sharding.Mesh, tokenizer: Any = None, *, seed: int = 0
+) -> Policy:
     """The checkpoint that a run, or a source alone, names, on the mesh, with its tokenizer (loaded unless given).
 
     It may be one of a run, `<run>/checkpoints/<step>`: of the run's settings and files is then what it does not hold.
+    `seed` is that of new adapters, where a source alone is given.
 
     Raises:
         ValueError: none is named, or it cannot be used; says why.
     """
-    source, seed = (config, 0) if isinstance(config, ModelSource) else (config.model, config.seed)
+    source, seed = (config, seed) if isinstance(config, ModelSource) else (config.model, config.seed)
     path = _path(base_of(source))
     tokenizer = load_tokenizer_of(source) if tokenizer is None else tokenizer
     generation = load_generation_config(path)

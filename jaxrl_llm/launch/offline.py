@@ -119,9 +119,7 @@ def run_offline(
 
 def _check_given(config: OfflineExperiment) -> None:
     """Refuses a run without a model or rows before anything is loaded."""
-    for flag, place, what in (
-        ("--model.path", config.model.path, "<folder, .gguf file or hub id>"),
-        ("--data.train", config.data.train, SOURCES),
-    ):
-        if place is None:
-            raise ValueError(f"{flag} is missing: pass {flag}={what}")
+    if config.model.path is None:
+        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
+    if config.data.train is None:
+        raise ValueError(f"no rows given: pass --data.train={SOURCES}")

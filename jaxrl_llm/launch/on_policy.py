@@ -143,9 +143,7 @@ def check_given(config: Experiment) -> None:
     """Refuses a run without a model, rewards or prompts before anything is loaded."""
     if reward_sum(config) is None and not isinstance(config, DistillationExperiment):
         raise ValueError("no reward function given: pass --rewards with names of some, or file.py:function")
-    for place, flag, what in (
-        (config.model.path, "--model.path", "<folder, .gguf file or hub id>"),
-        (config.data.train, "--data.train", SOURCES),
-    ):
-        if place is None:
-            raise ValueError(f"{flag} is missing: pass {flag}={what}")
+    if config.model.path is None:
+        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
+    if config.data.train is None:
+        raise ValueError(f"no prompts given: pass --data.train={SOURCES}")

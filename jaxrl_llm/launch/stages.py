@@ -66,6 +66,9 @@ def _with_method(preset: str, config: OfflineExperiment) -> OfflineExperiment:
 METHODS = {name: functools.partial(_with_method, name) for name in (*PAIRED, *UNPAIRED)}
 """What `--preset` may name where preferences are trained on."""
 
+UNPAIRED_METHODS = {name: METHODS[name] for name in UNPAIRED}
+"""Those of single completions."""
+
 
 def with_reward_head(policy: Policy, *, bias: bool = False) -> Policy:
     """The checkpoint with a new scalar head in place of its LM head."""
@@ -102,7 +105,7 @@ RUN: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "reward-model": lambda text: run_offline(REWARD_MODEL, description=text, prepare=with_reward_head),
         "prm": lambda text: run_offline(PRM, description=text, prepare=with_step_head),
         "dpo": lambda text: run_offline(DPO, description=text, presets=METHODS),
-        "kto": lambda text: run_offline(KTO, description=text, presets={name: METHODS[name] for name in UNPAIRED}),
+        "kto": lambda text: run_offline(KTO, description=text, presets=UNPAIRED_METHODS),
         "grpo": lambda text: run(GRPO, description=text),
         "ppo": lambda text: run(PPO, description=text),
         "trpo": lambda text: run(TRPO, description=text),

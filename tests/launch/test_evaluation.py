@@ -249,7 +249,7 @@ def test_errors_come_before_the_model_is_loaded(flags, message, command, tmp_pat
 def test_an_experiment_has_to_be_named(tmp_path, capsys):
     (tmp_path / "other.py").write_text("CONFIG = 3\n")
     for flags, message in (
-        ([], "no experiment given"),
+        ([], "no reward function given"),
         (["--experiment=othre"], "did you mean 'other'?"),
         (["--experiment=other"], "has no CONFIG of an experiment"),
     ):

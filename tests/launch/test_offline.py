@@ -60,7 +60,7 @@ def test_an_unknown_flag_ends_at_once(config: OfflineExperiment, capsys: pytest.
     with pytest.raises(SystemExit) as ended:
         cli.run_offline(config, ["--objective.knd=dft"])
     assert ended.value.code == 2
-    assert "Unrecognized options: --objective.knd=dft" in capsys.readouterr().err
+    assert "there is no setting --objective.knd; did you mean --objective.kind?" in capsys.readouterr().err
 
 
 def test_a_run_leaves_a_model_that_can_be_loaded(config: OfflineExperiment, capsys: pytest.CaptureFixture[str]) -> None:

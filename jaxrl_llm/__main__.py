@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "grpo": "Reinforcement learning on rewards: GRPO, or another algorithm by --preset=rloo, dapo, gspo, …",
         "ppo": "The same with a critic.",
         "trpo": "The same with a trust region in place of an optimizer.",
+        "distill": "On-policy distillation: the model learns from one teacher or several on its own samples.",
         "star": "A model that writes its own training data: rationales whose answers are right.",
         "generate": "Complete prompts with a checkpoint.",
         "evaluate": "Greedy accuracy, mean@n, pass@k and rewards of a checkpoint on a data set.",
@@ -39,6 +40,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "grpo": "jaxrl-llm grpo --model=Qwen/Qwen3-0.6B --data=prompts.jsonl --rewards math my_rewards.py:brief",
         "ppo": "jaxrl-llm ppo --model=Qwen/Qwen3-0.6B --data=prompts.jsonl --rewards math",
         "trpo": "jaxrl-llm trpo --model=Qwen/Qwen3-0.6B --data=prompts.jsonl --rewards math --trust-region.max-kl=0.01",
+        "distill": "jaxrl-llm distill --model=Qwen/Qwen3-0.6B --teachers Qwen/Qwen3-4B --data=prompts.jsonl",
         "star": "jaxrl-llm star --model=Qwen/Qwen3-0.6B --data=gsm8k.jsonl --eval-data=test.jsonl --rewards gsm8k "
         "--hint='{question} (The answer is {answer}.)'",
         "generate": "jaxrl-llm generate --model=runs/RUN/model --prompts 'Name a color.' --temperature=0",

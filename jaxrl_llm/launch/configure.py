@@ -125,7 +125,7 @@ class _Changes:
         kind = type(record)
         names = [field.name for field in dataclasses.fields(kind)]
         if PART in tree and PART not in names and (other := self._kind(kind, tree, path)) is not kind:
-            return self.of(other(), tree, path)
+            return self.of(self._begun(other, tree, path), tree, path)
         changes, hints = {}, get_hints(kind)
         for name, value in tree.items():
             if name == PART and name not in names:
@@ -134,6 +134,15 @@ class _Changes:
                 raise self._unknown(path + name, value)
             changes[name] = self._value(value, hints[name], getattr(record, name), f"{path}{name}")
         return dataclasses.replace(record, **changes)
+
+    def _begun(self, kind: type, tree: Mapping[str, Any], path: str) -> Any:
+        """A record with what `tree` says of the fields that have no default."""
+        missing = dataclasses.MISSING
+        needed = [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+        if absent := [self.spelled(path + name) for name in needed if name not in tree]:
+            raise ValueError(f"{kind.__name__} needs {', '.join(absent)}, too")
+        hints = get_hints(kind)
+        return kind(**{name: self._value(tree[name], hints[name], None, path + name) for name in needed})
 
     def _kind(self, kind: type, tree: Mapping[str, Any], path: str) -> type:
         """The class that `tree` names, or else `kind`."""
@@ -159,7 +168,8 @@ class _Changes:
             records = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
             if len(records) != 1:
                 raise self._unknown(path, value)
-            return self.of(self._kind(records[0], value, f"{path}.")(), value, f"{path}.")
+            kind = self._kind(records[0], value, f"{path}.")
+            return self.of(self._begun(kind, value, f"{path}."), value, f"{path}.")
         if isinstance(value, Mapping) and value and all(isinstance(own, Words) for own in value.values()):
             raise ValueError(f"{self.spelled(path)} takes a JSON object, in quotes")
         for kind in kinds:
@@ -293,7 +303,8 @@ def _item(hint: Any, value: Any, *, word: bool) -> Any:
     """One of several values of a setting."""
     if isinstance(value, Mapping) and dataclasses.is_dataclass(hint) and PART in value:
         kind = _class_named(hint, value[PART], PART)  # pyright: ignore[reportArgumentType]
-        return configure(kind(), {name: own for name, own in value.items() if name != PART})
+        changes, own = _Changes(None, str), {name: part for name, part in value.items() if name != PART}
+        return changes.of(changes._begun(kind, own, ""), own, "")
     for kind in alternatives(hint):
         with contextlib.suppress(TypeError):
             return _as(kind, Words([value]) if word and isinstance(value, str) else value)

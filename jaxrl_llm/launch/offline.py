@@ -14,7 +14,7 @@ from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import run_setup, start, write_config
-from jaxrl_llm.launch.loading import SOURCES, Policy, load_policy, load_rows, load_tokenizer_of
+from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokenizer_of
 from jaxrl_llm.launch.summary import Panels, finish
 from jaxrl_llm.launch.words import Presets
 from jaxrl_llm.sharding import make_mesh
@@ -99,10 +99,7 @@ def run_offline(
         prepare: changes the policy once it is loaded, before it is trained.
         next_steps: what to try next, one line each.
     """
-    config = parse_offline(config, args, description=description, presets=presets)
-    with plain_errors():
-        _check_given(config)
-    config = start(config)
+    config = start(parse_offline(config, args, description=description, presets=presets))
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)
@@ -115,11 +112,3 @@ def run_offline(
     result = train(trainer)
     finish(config, policy, result, seconds=time.perf_counter() - began, next_steps=next_steps, panels=OFFLINE_PANELS)
     return result
-
-
-def _check_given(config: OfflineExperiment) -> None:
-    """Refuses a run without a model or rows before anything is loaded."""
-    if config.model.path is None:
-        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
-    if config.data.train is None:
-        raise ValueError(f"no rows given: pass --data.train={SOURCES}")

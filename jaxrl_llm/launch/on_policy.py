@@ -19,7 +19,7 @@ from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.folder import run_setup, start, write_config
-from jaxrl_llm.launch.loading import SOURCES, Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
+from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.launch.teachers import find_teachers
 from jaxrl_llm.models.config import Params
@@ -121,7 +121,7 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     """
     config = parse(config, args, description=description)
     with plain_errors():
-        check_given(config)
+        check_rewarded(config)
     config = start(config)
     began = time.perf_counter()
     with plain_errors():
@@ -139,11 +139,11 @@ def run(config: Experiment, args: list[str] | None = None, *, description: str =
     return result
 
 
-def check_given(config: Experiment) -> None:
-    """Refuses a run without a model, rewards or prompts before anything is loaded."""
+def check_rewarded(config: Experiment) -> None:
+    """Refuses a run that nothing rewards, before anything is loaded.
+
+    Raises:
+        ValueError: there is no reward function, or one is named that there is not.
+    """
     if reward_sum(config) is None and not isinstance(config, DistillationExperiment):
         raise ValueError("no reward function given: pass --rewards with names of some, or file.py:function")
-    if config.model.path is None:
-        raise ValueError("no model given: pass --model.path=<folder, .gguf file or hub id>")
-    if config.data.train is None:
-        raise ValueError(f"no prompts given: pass --data.train={SOURCES}")

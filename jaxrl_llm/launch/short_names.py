@@ -134,6 +134,8 @@ def hint(config: Any, name: str, spelled: Callable[[str], str] = str) -> str | N
         return FOREIGN[name]
     short = [short for short in (*SHORT, *SYNONYMS) if paths_of(config, short)]
     known = [*setting_paths(config), *short]
+    folder = name.partition(".")[0] + "."
+    known = [path for path in known if path.startswith(folder)] or known
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     if not near:
         last, by_last = name.rpartition(".")[2], {}

@@ -20,7 +20,7 @@ from jaxrl_llm.algorithms.score_models.process_reward import ProcessRewardObject
 from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
-from jaxrl_llm.config import Experiment, OfflineDataConfig, OfflineExperiment, StarExperiment
+from jaxrl_llm.config import DistillationExperiment, Experiment, OfflineDataConfig, OfflineExperiment, StarExperiment
 from jaxrl_llm.data.demonstrations import DemonstrationFormat
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.rows import RowFormat
@@ -94,6 +94,7 @@ TRPO = Experiment(
     ),
     trust_region=TrustRegionConfig(),
 )
+DISTILL = DistillationExperiment(name="distill")
 STAR = StarExperiment(name="star")
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -109,6 +110,7 @@ RUN: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "grpo": lambda text: run(GRPO, description=text),
         "ppo": lambda text: run(PPO, description=text),
         "trpo": lambda text: run(TRPO, description=text),
+        "distill": lambda text: run(DISTILL, description=text),
         "star": lambda text: run_star(STAR, description=text),
         "generate": lambda text: run_generation(description=text),
         "evaluate": lambda text: run_evaluation(description=text),

@@ -16,7 +16,7 @@ from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.launch.errors import plain_errors, train
 from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import SOURCES, Policy, load_policy, load_tokenizer_of, reward_sum
-from jaxrl_llm.launch.on_policy import check_given, parse
+from jaxrl_llm.launch.on_policy import check_rewarded, parse
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
@@ -91,7 +91,7 @@ def run_star(
     """
     config = parse(config, args, description=description)
     with plain_errors():
-        check_given(config)
+        check_rewarded(config)
         _check_problems(config)
     config = start(config)
     began = time.perf_counter()
@@ -113,9 +113,11 @@ def _as_they_are(source: str, limit: int | None) -> RowSource:
 
 
 def _check_problems(config: StarExperiment) -> None:
-    """Refuses evaluations of nothing, and hints that say nothing."""
+    """Refuses a run without problems, evaluations of nothing, and hints that say nothing."""
+    if config.data.train is None:
+        raise ValueError(f"no problems given: pass --data.train={SOURCES}")
     if config.evaluation.every and config.data.eval is None:
-        raise ValueError(f"--data.eval is missing: pass --data.eval={SOURCES}, or --evaluation.every=0")
+        raise ValueError(f"no held-out problems given: pass --data.eval={SOURCES}, or --evaluation.every=0")
     if config.star.rationalize and config.hint is None:
         raise ValueError(
             "star.rationalize shows the answers of problems that were not solved, and nothing says how: pass "

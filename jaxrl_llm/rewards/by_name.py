@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from jaxrl_llm.rewards.format import make_regex_reward, make_think_answer_reward
 from jaxrl_llm.rewards.gsm8k import gsm8k_reward
@@ -51,11 +51,11 @@ def find_reward(name: str) -> RewardFunction:
         )
     module = _of_file(Path(place)) if place.endswith(".py") else _of_module(place, name)
     found: Any = getattr(module, function, None)
-    if found is None or not callable(found):
+    if not callable(found):
         own = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
         what = "is no function" if found is not None else "is not there"
         raise ValueError(f"the reward {name}: {function!r} {what}{_nearest(function, own)}")
-    return found  # what it returns is checked when it is called
+    return cast(RewardFunction, found)
 
 
 def _nearest(name: str, names: Mapping[str, object]) -> str:

@@ -170,8 +170,8 @@ class Experiment(RunConfig):
     """All settings of a run that learns from its own samples."""
 
     rewards: tuple[RewardFunction | str, ...] = ()
-    """Reward functions, f(prompts, completions, **columns) -> list[float | None], or names of them: gsm8k, math,
-    format, …, file.py:function or module:function."""
+    """Reward functions, f(prompts, completions, **columns) -> list[float | None], also `async def`, or names of them:
+    gsm8k, math, format, …, file.py:function or module:function."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; all 1 unless given."""
     reward_timeout: float | None = None

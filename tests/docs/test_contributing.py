@@ -33,7 +33,7 @@ def test_one_step_file_by_file_leads_through_files_that_are_there() -> None:
 
 
 def test_the_rooms_are_named_in_the_order_of_their_layers() -> None:
-    (order,) = re.findall(r"^(`checks`.*?`cli`)$", TEXT, re.MULTILINE | re.DOTALL)
+    (order,) = re.findall(r"^(`checks`.*?`api`)$", TEXT, re.MULTILINE | re.DOTALL)
     rooms = {path.stem for path in (ROOT / "jaxrl_llm").iterdir() if path.suffix in ("", ".py") and path.name[0] != "_"}
     assert set(re.findall(r"`(\w+)`", order)) == rooms
 

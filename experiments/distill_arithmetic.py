@@ -22,8 +22,14 @@ import time
 from pathlib import Path
 
 import jax
-from grpo_arithmetic import CONFIG as ARITHMETIC
-from grpo_arithmetic import (
+
+from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.cli import finish, make_trainer, parse, plain_errors, start, train
+from jaxrl_llm.data.demonstrations import DemonstrationFormat
+from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.launch.demo import CONFIG as ARITHMETIC
+from jaxrl_llm.launch.demo import (
     WARM_START,
     ArithmeticExperiment,
     WarmStart,
@@ -33,12 +39,6 @@ from grpo_arithmetic import (
     problems,
     warm_start,
 )
-
-from jaxrl_llm.algorithms.distillation import Distillation
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig
-from jaxrl_llm.cli import finish, make_trainer, parse, plain_errors, start, train
-from jaxrl_llm.data.demonstrations import DemonstrationFormat
-from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import make_mesh

@@ -41,6 +41,8 @@ SMALL = (
 )
 OFFLINE = ("dpo_hh", "kto_hh", "orpo_hh", "preference_arithmetic", "sft_gsm8k")
 """Experiments on given rows; they take other flags. A new one adds its name here."""
+ALIKE = ("kto_hh", "orpo_hh", "ppo_rlhf", "prm_gsm8k", "preference_arithmetic", "reward_model_arithmetic")
+"""Those of which others run the same parts, or that have a test that runs until they have learned."""
 SCORE_MODELS = ("prm_arithmetic", "prm_gsm8k", "reward_model_arithmetic", "reward_model_hh")
 """Those on given rows that train no policy, but what scores one."""
 OFFLINE_SMALL = (
@@ -128,7 +130,11 @@ def keep_everything(correct: np.ndarray, correct_with_hint: np.ndarray) -> Kept:
 
 
 @pytest.mark.whole_run
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in ALIKE else ()) for path in EXPERIMENTS],
+    ids=lambda path: path.stem,
+)
 def test_two_steps(
     path: Path, debug_size, tiny_config, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,7 +133,7 @@ def test_gguf_as_transformers_reads_it(case, gguf_writer, golden_module, tmp_pat
 
 
 SMOLLM2 = os.environ.get("SMOLLM2_GGUF")
-GREEDY_TOKENS = 40
+GREEDY_TOKENS = 16
 
 
 def greedy_texts(transformer, params, prompts, tokenizer) -> list[str]:

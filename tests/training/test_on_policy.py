@@ -177,7 +177,13 @@ def never_cached() -> Iterator[None]:
 
 @pytest.mark.usefixtures("never_cached")
 @pytest.mark.parametrize(
-    "layout", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=2, context=2)], ids=repr
+    "layout",
+    [
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
+        MeshConfig(fsdp=2, tensor=4),
+        MeshConfig(data=2, fsdp=2, context=2),
+    ],
+    ids=repr,
 )
 def test_eight_devices_give_the_metrics_of_one(make, whole: Trainer, layout: MeshConfig) -> None:
     eight = make(base=FULL, mesh=make_mesh(layout), training={"checkpoint_every": 0})

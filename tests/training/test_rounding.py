@@ -55,7 +55,14 @@ def make(tiny: ModuleType, tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize(("rounding", "offload"), [("master", False), ("stochastic", False), ("master", True)])
+@pytest.mark.parametrize(
+    ("rounding", "offload"),
+    [
+        pytest.param("master", False, marks=pytest.mark.slow),
+        ("stochastic", False),
+        ("master", True),
+    ],
+)
 def test_a_run_in_bfloat16_resumes_exactly(rounding: Rounding, offload: bool, make) -> None:
     """Also with moments and the float32 copy in the host's memory, from where others may take them to the devices."""
     whole = make("whole", 3, rounding, offload=offload)

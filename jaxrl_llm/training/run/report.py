@@ -70,7 +70,7 @@ class Report:
     On a terminal it is a live view: progress with the time left, metrics with their trend, seconds of each
     phase, and sampled completions. Elsewhere (a file, a pipe, a log of a job) it prints lines without escape
     codes: a step's metrics, at most one line a second, every evaluation, and completions every `samples_every`
-    steps.
+    steps. In a notebook the line of a step takes the place of the one before it; evaluations stay.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Report:
         terminal = self._console.is_terminal and not self._console.is_dumb_terminal and unicode_output
         self._live: Live | None = None
         self._use_live = enabled and terminal
+        self._overwritten = 0 if self._console.is_jupyter else None  # characters of a line that the next one replaces
         self._title, self._samples_every = title, samples_every
         self._start, self._step, self._total = start_step, start_step, total_steps
         self._clock = clock
@@ -166,7 +167,8 @@ class Report:
             self._progress.update(self._task, completed=self._step, left=f"{left} left" if left else "")
             self._live.update(self._render())
         elif self._is_printed(step, metrics, now):
-            self._line(self._plain(step, metrics, left))
+            stays = step >= self._total or any(name.startswith("eval/") for name in metrics)
+            self._step_line(self._plain(step, metrics, left), stays=stays)
 
     def _is_printed(self, step: int, metrics: Mapping[str, float], now: float) -> bool:
         """Whether a step has its line; where steps take milliseconds, not all have."""
@@ -220,8 +222,20 @@ class Report:
             for text in ("", "Next:", *(f"  {text}" for text in next_steps)):
                 self._line(text)
 
+    def _step_line(self, text: str, *, stays: bool) -> None:
+        """The line of a step; in a notebook over the one before, unless that was to stay."""
+        if self._overwritten is None:
+            self._line(text)
+            return
+        print("\r" + text.ljust(self._overwritten), end="\n" if stays else "", flush=True)
+        self._overwritten = 0 if stays else len(text)
+
     def _line(self, text: str) -> None:
         """One line as it is: no markup, no wrapping, nothing that the output's encoding cannot say."""
+        if self._overwritten is not None:  # rich would make HTML of it
+            print("\n" * bool(self._overwritten) + text, flush=True)
+            self._overwritten = 0
+            return
         encoding = self._console.encoding
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         self._console.print(Text(text), soft_wrap=True, highlight=False)

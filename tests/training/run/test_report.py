@@ -92,6 +92,26 @@ def test_plain_lines_come_once_a_second_but_evaluations_and_the_last_step_always
     ]
 
 
+def test_a_notebook_has_one_line_that_changes_and_those_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter(range(0, 1000, 10))
+    with Report(4, console=Console(force_jupyter=True), clock=lambda: next(clock)) as report:
+        report.message("begins")
+        report.log(1, {"reward": 0.12345})
+        report.log(2, {"reward": 0.5})
+        report.message("a remark")
+        report.log(3, {"reward": 0.5})
+        report.log(3, {"eval/reward": 0.25})
+        report.log(4, {"reward": 1.0})
+    shown = [line.rpartition("\r")[2].rstrip() for line in capsys.readouterr().out.rstrip("\n").split("\n")]
+    assert shown[0] == "begins" and shown[2] == "a remark" and len(shown) == 5
+    assert [line.partition(" |")[0] for line in shown[1:] if line.startswith("step")] == [
+        "step 2/4",
+        "step 3/4",
+        "step 4/4",
+    ]
+    assert "eval/reward 0.25" in shown[3]
+
+
 def test_plain_samples_come_every_n_steps_and_cannot_steer_the_terminal() -> None:
     report, raw = plain_report(samples_every=5)
     with report:

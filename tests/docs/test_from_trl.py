@@ -57,6 +57,7 @@ def test_there_are_tables() -> None:
     assert {command for command, _, _ in rows()} == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_names_are_those_of_trl() -> None:
     trl = pytest.importorskip("trl")
     known: dict[str, set[str]] = {}

@@ -75,8 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
     name = args[0].replace("_", "-")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: there is no command {args[0]}{hint} There are {', '.join(COMMANDS)}.", file=sys.stderr)
+        hint = f"did you mean {near[0]}? There are" if near else "there are"
+        what = "the command comes before its settings" if name.startswith("-") else f"there is no command {args[0]}"
+        print(f"error: {what}; {hint} {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     from jaxrl_llm.launch.stages import RUN
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.distillation import Distillation
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
@@ -214,6 +215,15 @@ class Experiment(RunConfig):
 class StarExperiment(Experiment):
     """All settings of a run of a model that writes its own training data."""
 
+    UNREAD: ClassVar[tuple[str, ...]] = (
+        "training.",
+        "algorithm.",
+        "critic.",
+        "update.epochs",
+        "update.minibatches",
+        "completions.",
+    )
+    """Beginnings of the settings that it has and does not read."""
     star: StarConfig = StarConfig()
     """The iterations."""
     hint: str | None = None
@@ -224,6 +234,8 @@ class StarExperiment(Experiment):
 class DistillationExperiment(Experiment):
     """All settings of a run that learns from teachers on its own samples; rewards are only reported."""
 
+    algorithm: Algorithm = Distillation()
+    """Divergence from the teachers."""
     teachers: tuple[str, ...] = ()
     """Models with the policy's tokenizer: folders, .gguf files or hub ids."""
 

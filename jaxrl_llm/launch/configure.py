@@ -72,12 +72,19 @@ def configure(config: ConfigT, settings: Mapping[str, Any], *, spelled: Callable
         ValueError: a setting that there is not (names the nearest), a value of another type, two values of one setting.
     """
     tree: dict[str, Any] = {}
-    for name, value in _flat(settings, ""):
-        paths = paths_of(config, name) or (name,)
+    given = [(paths_of(config, name) or (name,), name, value) for name, value in _flat(settings, "")]
+    alone = {paths[0] for paths, _, _ in given if len(paths) == 1}
+    named: dict[str, str] = {}
+    for paths, name, value in given:
         if isinstance(value, Words) and not value and len(paths) == 1:
             paths, value = _switched(config, paths[0])
         for path in paths:
-            _put(tree, path, value, name, spelled)
+            if len(paths) > 1 and path in alone:  # --epsilon=0.2 --epsilon-high=0.28
+                continue
+            if (other := named.setdefault(path, name)) != name:
+                one, two = spelled(other), spelled(name)
+                raise ValueError(f"{one} and {two} are one setting, and one value would be lost: give one of them")
+            _put(tree, path, value, spelled)
     return _Changes(config, spelled).of(config, tree, "")
 
 
@@ -98,7 +105,7 @@ def _switched(config: Any, path: str) -> tuple[tuple[str], Words]:
     return ((positive,), Words(["false"])) if path not in known and positive in known else ((path,), Words())
 
 
-def _put(tree: dict[str, Any], path: str, value: Any, name: str, spelled: Callable[[str], str]) -> None:
+def _put(tree: dict[str, Any], path: str, value: Any, spelled: Callable[[str], str]) -> None:
     """Puts a value where the records are nested."""
     *folders, last = path.split(".")
     place = tree
@@ -107,7 +114,7 @@ def _put(tree: dict[str, Any], path: str, value: Any, name: str, spelled: Callab
         if not isinstance(place, dict):
             raise ValueError(f"{spelled(path)} is a part of {spelled(folder)}, which is given as a whole")
     if last in place:
-        raise ValueError(f"{spelled(path)} is given twice" + (f", once as {spelled(name)}" if name != path else ""))
+        raise ValueError(f"{spelled(path)} is given twice, or as a whole and in parts: give it once")
     place[last] = value
 
 
@@ -181,6 +188,8 @@ class _Changes:
             raise ValueError(f"{self.spelled(path)} has settings of its own, and takes no value: {inner}, …")
         if isinstance(value, Words) and not value:
             raise ValueError(f"{self.spelled(path)} needs a value: {wanted}")
+        if isinstance(value, Words) and "," in "".join(value) and tuple in map(_origin, kinds):
+            wanted += "; its words stand apart, with spaces and no commas between"
         raise ValueError(f"{self._given(path, value)} must be {wanted}")
 
     def _given(self, path: str, value: Any) -> str:

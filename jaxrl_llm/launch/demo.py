@@ -107,7 +107,7 @@ class ArithmeticExperiment(Experiment):
         if idle:
             raise ValueError(
                 f"{', '.join(idle)} would have no effect: this experiment makes its own model and its own sums. "
-                "Leave it out, or use experiments/grpo_gsm8k.py"
+                "Leave it out, or use jaxrl-llm grpo"
             )
 
 

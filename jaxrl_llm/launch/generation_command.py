@@ -72,6 +72,8 @@ def _run(config: GenerationRun) -> list[list[Completion]]:
     output = None if config.output is None else Path(expand_home(config.output))
     if output is not None and output.exists():
         raise ValueError(f"output={output} is there already: choose another --output")
+    if output is not None:  # what cannot be written is told before hours of sampling
+        output.parent.mkdir(parents=True, exist_ok=True)
     if config.model.path is None:
         raise ValueError("no model given: pass --model=<folder, .gguf file or hub id>")
     if bool(config.prompts) == bool(config.data):
@@ -88,7 +90,6 @@ def _run(config: GenerationRun) -> list[list[Completion]]:
     if output is None:
         _print(prompts, found)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
         lines = (
             json.dumps({"prompt": prompt} | dataclasses.asdict(completion), ensure_ascii=False)
             for prompt, group in zip(prompts, found, strict=True)

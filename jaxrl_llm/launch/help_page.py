@@ -14,9 +14,12 @@ from jaxrl_llm.launch.configure import alternatives, described, get_hints
 from jaxrl_llm.launch.short_names import SHORT, paths_of, setting_paths
 from jaxrl_llm.launch.words import as_flag
 
-FIRST = ("rewards", "reward_weights")
+FIRST = ("prompts", "data", "teachers", "rewards", "reward_weights", "hint", "samples", "ks", "output", "overwrite")
 LAST = ("seed", "name", "run_dir")
-"""Settings of an experiment itself that are shown before and after those with a short name."""
+"""Settings of a command itself that are shown before and after those with a short name."""
+
+AS = {"model_path": "model", "train_data": "data"}
+"""Names under which they are shown, where there is a shorter one."""
 
 _WIDTH = 100
 
@@ -53,9 +56,15 @@ def _all(config: Any) -> Iterator[tuple[str, str]]:
 
 def _common(config: Any) -> Iterator[tuple[str, str]]:
     """Names and paths of the settings that the page shows."""
-    own = [field.name for field in dataclasses.fields(config)]
+    own = [
+        field.name for field in dataclasses.fields(config) if not dataclasses.is_dataclass(getattr(config, field.name))
+    ]
+    unread = getattr(config, "UNREAD", ())
     yield from ((name, name) for name in FIRST if name in own)
-    yield from ((name, paths[0]) for name in SHORT if (paths := paths_of(config, name)))
+    for name in SHORT:
+        paths = paths_of(config, name)
+        if paths and not paths[0].startswith(unread) and paths[0] not in FIRST:
+            yield AS.get(name, name), paths[0]
     yield from ((name, name) for name in LAST if name in own)
 
 

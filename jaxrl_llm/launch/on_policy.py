@@ -13,7 +13,7 @@ import jax
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS
-from jaxrl_llm.config import DistillationExperiment, Experiment
+from jaxrl_llm.config import DistillationExperiment, Experiment, StarExperiment
 from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.launch.errors import plain_errors, train
@@ -41,7 +41,8 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     `--config=FILE` begins with the settings of a file, `--resume=RUN` with those of a run. An unknown flag or preset
     ends the program at once and names the nearest one.
     """
-    return read_flags(config, args, description, presets=PRESETS_BY_NAME)
+    fixed = isinstance(config, DistillationExperiment | StarExperiment)
+    return read_flags(config, args, description, presets=None if fixed else PRESETS_BY_NAME)
 
 
 def _with_algorithm(preset: Callable[[], Algorithm], config: ConfigT) -> ConfigT:

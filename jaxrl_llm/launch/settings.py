@@ -54,8 +54,7 @@ def _unread(config: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     if isinstance(config, RunConfig) and not config.wandb.project:
         yield tuple(f"wandb.{name}" for name in ("entity", "name", "group", "offline")), "give --wandb.project"
     if isinstance(config, StarExperiment):
-        unread = "training.", "algorithm.", "critic.", "update.epochs", "update.minibatches", "completions."
-        yield unread, "what an iteration of STaR does is set by --star.*"
+        yield config.UNREAD, "what an iteration of STaR does is set by --star.*"
     elif isinstance(config, Experiment | OfflineExperiment):
         if not config.evaluation.every:
             yield tuple(f"evaluation.{name}" for name in _EVALUATION), "give --evaluation.every=<steps>"

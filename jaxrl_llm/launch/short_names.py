@@ -23,7 +23,7 @@ SHORT: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "steps": ("training.steps",),
         "prompts_per_step": ("training.prompts_per_step",),
         "rows_per_step": ("training.rows_per_step",),
-        "num_generations": ("training.samples_per_prompt",),
+        "num_generations": ("training.samples_per_prompt", "samples"),
         "max_prompt_length": ("data.max_prompt_length",),
         "max_completion_length": ("data.max_completion_length", "sampling.max_tokens"),
         "temperature": ("sampling.temperature",),
@@ -48,6 +48,8 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         "lora_r": "lora_rank",
         "max_steps": "steps",
         "max_new_tokens": "max_completion_length",
+        "max_tokens": "max_completion_length",
+        "lr": "learning_rate",
         "eval_steps": "eval_every",
         "save_steps": "save_every",
         "output_dir": "run_dir",
@@ -75,7 +77,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "report_to": "metrics go to TensorBoard and metrics.jsonl; --wandb.project adds W&B",
         "use_vllm": "the sampler is part of the program, and there is no engine beside it",
         "vllm_mode": "the sampler is part of the program, and there is no engine beside it",
-        "loss_type": "--preset names the algorithm, --algorithm.aggregation how token losses become one number",
+        "loss_type": "--preset names the method; --algorithm.aggregation, of samples, how losses are summed",
         "scale_rewards": "--algorithm.advantage.scale says by what advantages are divided",
         "use_peft": "--model.lora.rank=16 trains adapters",
         "deepspeed": "--mesh.fsdp=-1 shards parameters, gradients and optimizer over all devices",
@@ -130,15 +132,20 @@ def hint(config: Any, name: str, spelled: Callable[[str], str] = str) -> str | N
         name: as it was given, with underscores, with or without dots.
         spelled: writes a setting's name as who gave it would.
     """
-    if name in FOREIGN:
-        return FOREIGN[name]
+    last = name.rpartition(".")[2]
+    if last in FOREIGN:
+        return FOREIGN[last]
+    if means := paths_of(config, last):
+        return f"did you mean {spelled(means[0])}?"
+    if last == name and name in {*SHORT, *SYNONYMS, *SYNONYMS.values()}:
+        return "other commands have it, and it would have no effect here: leave it out"
     short = [short for short in (*SHORT, *SYNONYMS) if paths_of(config, short)]
     known = [*setting_paths(config), *short]
     folder = name.partition(".")[0] + "."
     known = [path for path in known if path.startswith(folder)] or known
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     if not near:
-        last, by_last = name.rpartition(".")[2], {}
+        by_last: dict[str, str] = {}
         for path in sorted(known, key=lambda path: -path.count(".")):  # of several alike, the outermost
             by_last[path.rpartition(".")[2]] = path
         near = [by_last[found] for found in difflib.get_close_matches(last, by_last, n=1)]

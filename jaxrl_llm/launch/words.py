@@ -51,11 +51,13 @@ def take_file(config: ConfigT, args: Sequence[str], presets: Presets) -> tuple[C
     Raises:
         ValueError: there is no such run, or the file's settings are none of `config`.
     """
-    run, args = _take_run(args)
+    run, args = _take_run(args) if hasattr(config, "resume") else (None, list(args))
     file, args = take_flag(args, "--config")
     if run is not None and file is not None:
         raise ValueError(f"--resume={run} has its own settings: leave --config={file} out")
     if run is not None:
+        if any(argument == "--resume" or argument.startswith("--resume=") for argument in args):
+            raise ValueError("--resume is given twice, and one run would be lost: give one")
         file = _settings_of(Path(run))
         args = [*args, "--resume", f"--run-dir={run}"]
     if file is None:
@@ -65,6 +67,9 @@ def take_file(config: ConfigT, args: Sequence[str], presets: Presets) -> tuple[C
     try:
         return configure(config if preset is None else with_preset(config, preset, presets), settings), args
     except ValueError as error:
+        if run is not None:
+            what = str(error).partition(";")[0]
+            raise ValueError(f"{file} cannot be gone on with: {what}; is it a run of another command?") from error
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -72,6 +77,8 @@ def _take_run(args: Sequence[str]) -> tuple[str | None, list[str]]:
     """The run that `--resume` names, if it names one."""
     args = list(args)
     for place, argument in enumerate(args):
+        if argument == "--resume=":
+            raise ValueError("--resume needs the folder of a run: --resume=RUN")
         if argument.startswith("--resume="):
             return expand_home(argument.partition("=")[2]), args[:place] + args[place + 1 :]
         following = args[place + 1 : place + 2]
@@ -83,9 +90,15 @@ def _take_run(args: Sequence[str]) -> tuple[str | None, list[str]]:
 def _settings_of(run: Path) -> str:
     """The file of a run's settings."""
     path = run / CONFIG_FILE
+    if (above := run.parent / CONFIG_FILE).is_file() and not path.is_file() and "run_dir" in read_file(above):
+        raise ValueError(f"--resume={run} is a part of a run: give --resume={run.parent}")
     if not path.is_file():
         check_resumed(run, None)
+        if runs := sorted(str(found.parent) for found in run.glob(f"*/{CONFIG_FILE}")):
+            raise ValueError(f"--resume={run} is a folder of runs: give one, as --resume={runs[-1]}")
         raise ValueError(f"--resume={run}: it has no {CONFIG_FILE}; give its settings and --run-dir={run} --resume")
+    if "run_dir" not in read_file(path):
+        raise ValueError(f"--resume={run}: its {CONFIG_FILE} is no run's; to start from this model, give --model={run}")
     return str(path)
 
 
@@ -116,6 +129,11 @@ def read_words(args: Sequence[str]) -> dict[str, Words]:
     found: dict[str, list[str]] = {}
     words: list[str] | None = None
     for argument in args:
+        if argument[0:1] in _TYPOGRAPHIC:
+            plain = argument.lstrip("".join(_TYPOGRAPHIC))
+            raise ValueError(f"{argument!r} begins with a dash of print, as texts that are copied do: write --{plain}")
+        if argument.startswith("--") and not argument.strip("-"):
+            raise ValueError(f"{argument!r} names no setting: a value of dashes is given as --name={argument}")
         if not argument.startswith("--"):
             if words is None:
                 raise ValueError(f"{argument!r} belongs to no flag: settings are given as --name=value")
@@ -126,6 +144,10 @@ def read_words(args: Sequence[str]) -> dict[str, Words]:
         words = found[name] = [value] if joined else []
         words = None if joined else words
     return {name: Words(given) for name, given in found.items()}
+
+
+_TYPOGRAPHIC = ("–", "—", "‒", "―")
+"""Dashes that word processors and pages put in place of --."""
 
 
 def as_flag(path: str) -> str:

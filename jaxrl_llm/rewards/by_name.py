@@ -45,16 +45,20 @@ def find_reward(name: str) -> RewardFunction:
     if not colon:
         if (known := name.replace("-", "_")) in REWARDS:
             return REWARDS[known]
+        if "," in name:
+            raise ValueError(f"no reward is named {name!r}: names of several stand apart, with spaces between")
         of_file = f"{name}:function" if name.endswith(".py") else "file.py:function"
-        raise ValueError(
-            f"no reward is named {name!r}{_nearest(name, REWARDS)}: give one of {', '.join(REWARDS)}, or {of_file}"
-        )
+        near = _nearest(name, REWARDS)
+        raise ValueError(f"no reward is named {name!r}{near}; there are {', '.join(REWARDS)}, or give {of_file}")
+    if not place or not function:
+        raise ValueError(f"the reward {name!r} must be given as file.py:function or module:function")
     module = _of_file(Path(place)) if place.endswith(".py") else _of_module(place, name)
     found: Any = getattr(module, function, None)
     if not callable(found):
         own = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
         what = "is no function" if found is not None else "is not there"
-        raise ValueError(f"the reward {name}: {function!r} {what}{_nearest(function, own)}")
+        there = f"; there are {', '.join(own)}" if own else ""
+        raise ValueError(f"the reward {name}: {function!r} {what}{_nearest(function, own) or there}")
     return cast(RewardFunction, found)
 
 
@@ -78,7 +82,7 @@ def _of_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[key]
         raise ValueError(f"the rewards' file {path} cannot be run: {type(error).__name__}: {error}") from error
     finally:
@@ -90,4 +94,6 @@ def _of_module(place: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ImportError as error:
-        raise ValueError(f"the reward {name}: the module {place!r} cannot be imported: {error}") from error
+        file = Path(f"{place}.py")
+        hint = f"; did you mean {file}:{name.rpartition(':')[2]}?" if file.is_file() else ""
+        raise ValueError(f"the reward {name}: the module {place!r} cannot be imported: {error}{hint}") from error

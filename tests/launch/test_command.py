@@ -39,13 +39,28 @@ def test_an_overview_a_version_and_pages_of_help(capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         page = capsys.readouterr().out
+        flags = {
+            "generate": "prompts",
+            "evaluate": "samples",
+            "export": "output",
+            "distill": "teachers",
+            "star": "hint",
+        }
+        assert f"  --{flags.get(name, 'config')}" in page and ("--steps (" in page) == (
+            name not in ("star", "generate", "evaluate", "export")
+        )
         assert stop.value.code == 0 and page.startswith(f"usage: jaxrl-llm {name} ") and EXAMPLES[name] in page
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("gpro", "there is no command gpro; did you mean grpo?"),
+        ("gpro", "there is no command gpro; did you mean grpo? There are demo, "),
+        ("--model=m", "the command comes before its settings; there are demo, "),
+        ("distill --preset=grpo", "--preset=grpo: this has no presets"),
+        ("star --preset=gspo", "--preset=gspo: this has no presets; leave it out"),
+        ("sft --temperature=1", "there is no setting --temperature; other commands have it"),
+        ("generate --model=m --prompts a --output=/proc/no/file", "No such file or directory: '/proc/no'"),
         ("grpo", "no reward function given: pass --rewards"),
         ("grpo --rewards gsm8", "no reward is named 'gsm8'; did you mean 'gsm8k'?"),
         ("grpo --rewards gsm8k", "no model given: pass --model.path="),
@@ -109,6 +124,11 @@ def test_a_run_is_trained_resumed_exported_and_completes_prompts(
     lines = read_metrics(Path("run/metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2] and "rewards/varied/mean" in lines[-1]
 
+    for folder in ("run", "run/checkpoints"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["export", f"--model={folder}", "--output=exported"])
+        assert f"{folder} is the folder of a run: give run/model or run/checkpoints/2" in capsys.readouterr().err
     main(["export", "--model=run/checkpoints/2", "--output=exported"])
     exported, trained = (jax.tree.leaves(from_pretrained(folder)[1]) for folder in ("exported", "run/model"))
     for one, other in zip(exported, trained, strict=True):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,7 +79,10 @@ def test_a_flag_without_effect_is_refused(config, flags, message, capsys):
         ("--training.steps 3 4", "--training.steps=3 4 must be a whole number"),
         ("--training.steps", "--training.steps needs a value: a whole number"),
         ("--training=3", "--training has settings of its own, and takes no value: --training.steps, "),
-        ("--training.steps=1 --steps=2", "--training.steps is given twice, once as --steps"),
+        (
+            "--training.steps=1 --steps=2",
+            "--training.steps and --steps are one setting, and one value would be lost: give one",
+        ),
         ("--model.dtype=f", "--model.dtype=f must be one of float32, bfloat16"),
         ("--distributed=maybe", "--distributed=maybe must be true or false"),
         ("--model.template-arguments=[1]", "--model.template-arguments=[1] must be a JSON object"),
@@ -97,6 +101,14 @@ def test_a_flag_without_effect_is_refused(config, flags, message, capsys):
         ("--preset=gsppo", "no preset is named 'gsppo'; did you mean 'gspo'?"),
         ("--config=nope.yaml", "--config=nope.yaml: there is no such file"),
         ("--config=nope.toml", "--config=nope.toml: settings are read from files whose names end in .yaml, .yml or .j"),
+        ("--optimizer.lr=1", "there is no setting --optimizer.lr; did you mean --optimizer.learning-rate?"),
+        ("--objective.beta=1 --beta=1", "there is no setting --objective.beta; did you mean --algorithm.kl-coef?"),
+        ("--rows-per-step=8", "there is no setting --rows-per-step; other commands have it"),
+        ("--reward-weights=1,2", "--reward-weights=1,2 must be a list, each a number or None; its words stand apart"),
+        ("—seed=1", "'—seed=1' begins with a dash of print, as texts that are copied do: write --seed=1"),
+        ("--sampling.stop ---", "'---' names no setting: a value of dashes is given as --name=---"),
+        ("--resume=", "--resume needs the folder of a run"),
+        ("--resume=a --resume=b", "--resume is given twice"),
         ("--resume=nowhere", "--resume finds nothing to go on with: nowhere does not exist"),
     ],
 )
@@ -118,6 +130,8 @@ def test_a_slip_is_one_line(flags, message, capsys):
         ("--beta=0.04", "algorithm.kl_coef", 0.04),
         ("--epsilon=0.3", "algorithm.surrogate.clip_low", 0.3),
         ("--epsilon=0.3", "algorithm.surrogate.clip_high", 0.3),
+        ("--epsilon=0.3 --epsilon-high=0.4", "algorithm.surrogate.clip_low", 0.3),
+        ("--epsilon-high=0.4 --epsilon=0.3", "algorithm.surrogate.clip_high", 0.4),
         ("--output-dir=out", "run_dir", "out"),
         ("--model-name-or-path=m", "model.path", "m"),
         ("--distributed", "distributed", True),
@@ -187,6 +201,29 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path):
     write_config(config, tmp_path)
     for flags in ([f"--resume={tmp_path}"], ["--resume", str(tmp_path)]):
         assert parse(CONFIG, flags) == dataclasses.replace(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("run/checkpoints", "--resume=run/checkpoints is a part of a run: give --resume=run"),
+        (".", "--resume=. is a folder of runs: give one, as --resume=run"),
+        ("model", "--resume=model: its config.json is no run's; to start from this model, give --model=model"),
+        ("rows", "rows/config.json cannot be gone on with: there is no setting objective.part; is it a run of another"),
+    ],
+)
+def test_what_is_no_run_to_go_on_with_says_what_is(place, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run/checkpoints", "model", "rows") if place != "." else ("run",):
+        Path(folder).mkdir(parents=True)
+    write_config(CONFIG, Path("run"))
+    if place != ".":
+        Path("model/config.json").write_text('{"model_type": "qwen3"}')
+        write_config(OfflineExperiment(name="rows", objective=dpo()), Path("rows"))
+    with pytest.raises(SystemExit):
+        parse(CONFIG, [f"--resume={place}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
 
 
 def test_help_is_a_page_and_all_of_it_names_every_setting(capsys):

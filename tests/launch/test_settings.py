@@ -74,7 +74,6 @@ def parsed(config: RunConfig, *flags: str) -> RunConfig:
         ),
         (STAR, ["--training.steps=3"], "training.steps=3 would have no effect: what an iteration of STaR does"),
         (STAR, ["--update.epochs=3"], "update.epochs=3 would have no effect"),
-        (STAR, ["--preset=gspo"], "algorithm.surrogate.part="),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

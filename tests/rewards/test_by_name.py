@@ -57,7 +57,12 @@ def test_those_of_a_file_may_import_what_lies_beside_it(task: Path, monkeypatch:
     ("name", "message"),
     [
         ("gsm8", "no reward is named 'gsm8'; did you mean 'gsm8k'?"),
-        ("task.py", "or task.py:function"),
+        ("task.py", "or give task.py:function"),
+        ("gsm8k,math", "names of several stand apart, with spaces between"),
+        ("task.py:", "must be given as file.py:function"),
+        (":brief", "must be given as file.py:function"),
+        ("task.py:zzz", "'zzz' is not there; there are brief, strict"),
+        ("ends.py:f", "ends.py cannot be run: SystemExit: 3"),
         ("task.py:breif", "'breif' is not there; did you mean 'brief'?"),
         ("task.py:LIMIT", "'LIMIT' is no function"),
         ("broken.py:f", "broken.py cannot be run: NameError: name 'nothing' is not defined"),
@@ -67,6 +72,7 @@ def test_those_of_a_file_may_import_what_lies_beside_it(task: Path, monkeypatch:
 def test_what_cannot_be_found_says_why(name: str, message: str, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(task.parent)
     Path("broken.py").write_text("nothing\n")
+    Path("ends.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(ValueError) as error:
         find_reward(name)
     assert message in str(error.value)

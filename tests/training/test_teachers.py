@@ -111,6 +111,7 @@ def test_a_checkpoint_learns_from_others(tiny: ModuleType, tmp_path: Path, capsy
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What is 1 + 1?"}\n' * 4)
     config = DistillationExperiment(name="distilled", data=DataConfig(max_prompt_length=64))
+    assert config.algorithm == Distillation()
     flags = [f"--model.path={checkpoint}", f"--data.train={rows}", "--training.steps=1", "--sampling.max-tokens=4"]
     flags += ["--training.prompts-per-step=4", "--training.samples-per-prompt=2", f"--run-dir={tmp_path / 'run'}"]
     result = run(config, [*flags, "--teachers", str(teacher), str(teacher)])

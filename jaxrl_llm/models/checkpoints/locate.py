@@ -50,6 +50,7 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str 
     """
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        _check_no_run(path)
         return path
     if path.is_file():
         raise ValueError(f"{path} is a file, but neither a model folder nor a .gguf file")
@@ -59,6 +60,17 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True, revision: str 
     if Path(text.split("/")[0]).is_dir():
         raise ValueError(f"{text} does not exist, but the folder {text.split('/')[0]!r} does: a misspelt local path?")
     return _download(text, weights=weights, revision=revision)
+
+
+def _check_no_run(path: Path) -> None:
+    """Refuses the folder of a run, or of its checkpoints, and names the models that are in it."""
+    run = path.parent if path.name == "checkpoints" else path
+    if not (run / "checkpoints").is_dir() or any(run.glob("*.safetensors")):
+        return
+    steps = sorted(int(step.name) for step in (run / "checkpoints").iterdir() if step.name.isdigit())
+    models = [run / "model"] if (run / "model" / "config.json").is_file() else []
+    models += [run / "checkpoints" / str(step) for step in steps[-1:]]
+    raise ValueError(f"{path} is the folder of a run: give {' or '.join(map(str, models)) or 'a model'}")
 
 
 def _download(name: str, *, weights: bool, revision: str | None) -> Path:
@@ -73,6 +85,7 @@ def _download(name: str, *, weights: bool, revision: str | None) -> Path:
         )
     except Exception as error:  # of many kinds: HTTP, cache, offline mode
         raise ValueError(
-            f"{name} is no local folder, and could not be had from the hub: {type(error).__name__}: {error}"
+            f"{name} is no local folder, and could not be had from the hub: {type(error).__name__}: "
+            + " ".join(str(error).split())
         ) from error
     return Path(folder)

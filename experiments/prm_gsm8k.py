@@ -54,11 +54,13 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.data.steps import StepFormat, encode_steps
+from jaxrl_llm.launch.loading import load_tokenizer_of
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.rewards import gsm8k_reward
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
@@ -219,6 +221,8 @@ def main(args: list[str] | None = None) -> TrainingResult:
     config = start(parse_offline(CONFIG, args, description=__doc__ or ""))
     began = time.perf_counter()
     with plain_errors():
+        config.sampling.check_no_epochs("labelling")
+        check_stop_texts(config.sampling.stop, load_tokenizer_of(config.model))
         mesh = make_mesh(config.mesh)
         policy = load_policy(config, mesh)
         config = with_labels(config, Labeller(config, policy, mesh))

@@ -24,7 +24,7 @@ from jaxrl_llm.launch.configure import configure
 from jaxrl_llm.launch.evaluation import Evaluation, evaluate
 from jaxrl_llm.launch.folder import prepare
 from jaxrl_llm.launch.generation import Completion, generate
-from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_rows
+from jaxrl_llm.launch.loading import Policy, find_rewards, load_policy, load_prompts, load_rows
 from jaxrl_llm.launch.offline import make_offline_trainer
 from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME, make_trainer
 from jaxrl_llm.launch.words import Presets, with_preset
@@ -143,10 +143,9 @@ def _on_policy(
     eval_rows: Any,
     settings: Mapping[str, Any],
 ) -> tuple[Any, Experiment]:
-    given = (rewards,) if callable(rewards) or isinstance(rewards, str) else tuple(rewards)
-    if not given:
+    config = dataclasses.replace(config, rewards=find_rewards(rewards))
+    if not config.rewards:
         raise ValueError("no reward function given: pass rewards=[a function, or the name of one]")
-    config = dataclasses.replace(config, rewards=given)
     config = _settled(config, preset, PRESETS_BY_NAME, settings)
     prompts = load_prompts(config, policy.tokenizer, train_rows=rows, eval_rows=eval_rows)
     return make_trainer(config, policy, mesh_of(policy), prompts=prompts), config

@@ -21,7 +21,7 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import open_source
-from jaxrl_llm.launch.loading import Policy
+from jaxrl_llm.launch.loading import Policy, find_rewards
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -115,7 +115,7 @@ class Evaluation:
 def evaluate(
     policy: Policy,
     rows: RowSource | PromptDataset,
-    rewards: Sequence[RewardFunction] | RewardSum,
+    rewards: Sequence[RewardFunction | str] | RewardFunction | str | RewardSum,
     sampling: SamplingConfig | None = None,
     *,
     samples: int = 0,
@@ -145,7 +145,7 @@ def evaluate(
     Args:
         policy: the model with its tokenizer, as `load_policy` gives it.
         rows: rows with prompts, or these read already: then `prompt_format` has no effect.
-        rewards: reward functions, as in training.
+        rewards: reward functions, as in training, or names of them.
         sampling: distribution, longest completion, stop texts, slots; `None`: the defaults of `SamplingConfig`.
         samples: n, of each prompt; 0: none.
         ks: k of each `pass@k`, at most n; empty: 1 and n.
@@ -173,8 +173,10 @@ def evaluate(
         seed=seed,
     )
     sampling, began = sampling or SamplingConfig(), time.perf_counter()
-    total = rewards if isinstance(rewards, RewardSum) else RewardSum(tuple(rewards))
+    total = rewards if isinstance(rewards, RewardSum) else RewardSum(find_rewards(rewards))
     measures.check(sampling)
+    sampling.check_no_epochs("an evaluation")
+    check_folder(folder)
     if not isinstance(rows, PromptDataset):
         positions = policy.model.config.max_position_embeddings
         rows = prompts_to_evaluate(rows, policy.tokenizer, total, sampling, positions, prompt_format=prompt_format)
@@ -261,6 +263,23 @@ def prompts_to_evaluate(
     prompts.max_prompt_length = min(-(-prompts.longest // _WIDTHS) * _WIDTHS, limit)
     check_scorable(rewards, prompts)
     return prompts
+
+
+def check_folder(folder: str | Path | None) -> None:
+    """Refuses a place that cannot be a folder, and to write over another evaluation; one that told nothing is none.
+
+    Raises:
+        ValueError: says which file is in the way.
+    """
+    if folder is None:
+        return
+    output = Path(folder)
+    file = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output={output} cannot be a folder: {file} is a file; choose another --output")
+    for name in (COMPLETIONS, METRICS):
+        if (output / name).exists() and (output / name).stat().st_size:
+            raise ValueError(f"{output / name} is there already, of another evaluation: choose another --output")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,15 @@ from jaxrl_llm.config import Experiment, ModelSource
 from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.launch.errors import plain_errors
-from jaxrl_llm.launch.evaluation import COMPLETIONS, METRICS, Evaluation, Measures, evaluate, prompts_to_evaluate
+from jaxrl_llm.launch.evaluation import (
+    COMPLETIONS,
+    METRICS,
+    Evaluation,
+    Measures,
+    check_folder,
+    evaluate,
+    prompts_to_evaluate,
+)
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.loading import find_rewards, load_policy, load_tokenizer_of
 from jaxrl_llm.launch.run_checkpoints import base_of
@@ -70,7 +78,9 @@ class EvaluationRun(Measures):
     @classmethod
     def of(cls, experiment: Experiment) -> EvaluationRun:
         """What an experiment says of its model, held-out prompts, rewards and sampling."""
-        data, evaluation = experiment.data, experiment.evaluation
+        data, evaluation, sampling = experiment.data, experiment.evaluation, experiment.sampling
+        if sampling.speculate == "history":  # of which an evaluation has none
+            sampling = dataclasses.replace(sampling, speculate="prompt")
         return cls(
             rewards=experiment.rewards,
             reward_weights=experiment.reward_weights,
@@ -80,7 +90,7 @@ class EvaluationRun(Measures):
             data=data.eval,
             overlong=data.overlong,
             format=data.format,
-            sampling=experiment.sampling,
+            sampling=sampling,
             mesh=experiment.mesh,
         )
 
@@ -115,8 +125,9 @@ def run_evaluation(
 def _run(config: EvaluationRun) -> Evaluation:
     model = dataclasses.replace(config.model, path=expand_home(config.model.path))
     output = None if config.output is None else Path(expand_home(config.output))
-    _check_output(output)
+    check_folder(output)
     config.check(config.sampling)
+    config.sampling.check_no_epochs("an evaluation")
     check_fields("evaluation", config, max_prompts=count(config.max_prompts))
     rewards = RewardSum(find_rewards(config.rewards), config.reward_weights, timeout=config.reward_timeout)
     EvaluationConfig(solved_by=config.solved_by).solving_reward(rewards)
@@ -165,25 +176,16 @@ def _run(config: EvaluationRun) -> Evaluation:
     return found
 
 
-def _check_output(output: Path | None) -> None:
-    """Refuses a place that cannot be a folder, and to write over another evaluation; one that told nothing is none."""
-    if output is None:
-        return
-    file = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
-    if file is not None:
-        raise ValueError(f"output={output} cannot be a folder: {file} is a file; choose another --output")
-    for name in (COMPLETIONS, METRICS):
-        if (output / name).exists() and (output / name).stat().st_size:
-            raise ValueError(f"{output / name} is there already, of another evaluation: choose another --output")
-
-
 def _experiment(name: str, folder: Path) -> Experiment:
     """The `CONFIG` of an experiment's file."""
     path = Path(expand_home(name)) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
         near = nearest_name(path.stem, [other.stem for other in folder.glob("*.py")])
         raise ValueError(f"--experiment={name}: there is no file {path}{near}")
-    config = runpy.run_path(str(path)).get("CONFIG")
+    try:
+        config = runpy.run_path(str(path)).get("CONFIG")
+    except Exception as error:
+        raise ValueError(f"--experiment={name}: {path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Experiment):
         raise ValueError(f"--experiment={name}: {path} has no CONFIG of an experiment on rewards of samples")
     return config

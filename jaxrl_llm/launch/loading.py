@@ -71,7 +71,10 @@ def load_policy(
     path = _path(base_of(source))
     tokenizer = load_tokenizer_of(source) if tokenizer is None else tokenizer
     generation = load_generation_config(path)
-    own = sampling_mesh(mesh, config.sampling.tensor) if isinstance(config, Experiment) else None
+    own = None
+    if isinstance(config, Experiment):
+        own = sampling_mesh(mesh, config.sampling.tensor)
+        config.sampling.check_vocabulary(load_config(path).vocab_size)
     model, params = load_model(source, mesh, seed=seed, sampled_on=own)
     return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
 
@@ -171,8 +174,10 @@ def reward_sum(config: Experiment) -> RewardSum | None:
     return RewardSum(find_rewards(config.rewards), config.reward_weights, timeout=config.reward_timeout)
 
 
-def find_rewards(rewards: Sequence[RewardFunction | str]) -> tuple[RewardFunction, ...]:
-    """Reward functions, those found by their names that are given so."""
+def find_rewards(rewards: Sequence[RewardFunction | str] | RewardFunction | str) -> tuple[RewardFunction, ...]:
+    """Reward functions, one or several, those found by their names that are given so."""
+    if isinstance(rewards, str) or callable(rewards):
+        rewards = (rewards,)
     return tuple(find_reward(reward) if isinstance(reward, str) else reward for reward in rewards)
 
 

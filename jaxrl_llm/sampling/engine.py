@@ -80,8 +80,7 @@ class Sampler:
         outside = [token for token in stop_tokens if not 0 <= token < model.config.vocab_size]
         if outside:
             raise ValueError(f"stop tokens {outside} are outside the vocabulary of {model.config.vocab_size}")
-        if (top_k := config.top_k or 0) > (vocabulary := model.config.vocab_size):
-            raise ValueError(f"sampling.top_k={top_k} is more than the {vocabulary} tokens of the model: leave it out")
+        config.check_vocabulary(model.config.vocab_size)
         if keep_mask:
             config.check_keeps_mask()
         self.kept = (config.top_k or 0) if keep_mask else 0

@@ -104,6 +104,11 @@ class SamplingConfig:
         if self.speculate == "history":
             raise ValueError(f"{what} has no last epoch for sampling.speculate=history to propose from: set prompt")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ValueError if more tokens are to be kept than a model of `size` tokens has."""
+        if (self.top_k or 0) > size:
+            raise ValueError(f"sampling.top_k={self.top_k} is more than the {size} tokens of the model: leave it out")
+
     def check_keeps_mask(self) -> None:
         """Raises ValueError if it is not bounded how many tokens each is drawn from."""
         if self.top_k is None or self.greedy:

@@ -231,6 +231,7 @@ def test_the_command_prints_a_table_and_writes_a_folder(command, tmp_path, capsy
         (["--sampling.max-tokens=600"], "sampling.max_tokens=600 leaves no room"),
         (["--samplse=2"], "--samples"),
         (["--max-prompts=0"], "evaluation.max_prompts=0 must be at least 1"),
+        (["--sampling.speculate=history"], "an evaluation has no last epoch for sampling.speculate=history"),
         (["--output=task.py/out"], "output=task.py/out cannot be a folder: task.py is a file"),
     ],
 )
@@ -248,10 +249,12 @@ def test_errors_come_before_the_model_is_loaded(flags, message, command, tmp_pat
 
 def test_an_experiment_has_to_be_named(tmp_path, capsys):
     (tmp_path / "other.py").write_text("CONFIG = 3\n")
+    (tmp_path / "broken.py").write_text("CONFIG = (\n")
     for flags, message in (
         ([], "no reward function given"),
         (["--experiment=othre"], "did you mean 'other'?"),
         (["--experiment=other"], "has no CONFIG of an experiment"),
+        (["--experiment=broken"], "broken.py cannot be run: SyntaxError: "),
     ):
         with pytest.raises(SystemExit):
             run_evaluation(flags, folder=tmp_path)

@@ -17,16 +17,17 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jaxrl_llm.checks import nearest_name
+from jaxrl_llm.checks import check_idle, nearest_name
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig
 from jaxrl_llm.launch import stages
 from jaxrl_llm.launch.configure import configure
 from jaxrl_llm.launch.evaluation import Evaluation, evaluate
 from jaxrl_llm.launch.folder import prepare
 from jaxrl_llm.launch.generation import Completion, generate
-from jaxrl_llm.launch.loading import Policy, find_rewards, load_policy, load_prompts, load_rows
+from jaxrl_llm.launch.loading import Policy, find_rewards, load_policy, load_prompts, load_rows, mesh_of
 from jaxrl_llm.launch.offline import make_offline_trainer
 from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME, make_trainer
+from jaxrl_llm.launch.settings import check_effects
 from jaxrl_llm.launch.words import Presets, with_preset
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
@@ -70,7 +71,7 @@ class Trained:
 class _Loading:
     """The settings of `load`."""
 
-    model: ModelSource
+    model: ModelSource = ModelSource()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
@@ -88,7 +89,7 @@ def load(path: str | Path, **settings: Any) -> Policy:
     """
     own = {field.name for field in dataclasses.fields(ModelSource)}
     named = {f"model.{name}" if name in own else name: value for name, value in settings.items()}
-    config = configure(_Loading(ModelSource(str(path))), named)
+    config = configure(_Loading(), {"model.path": str(path)} | named)
     return load_policy(config.model, make_mesh(config.mesh), seed=config.seed)
 
 
@@ -146,7 +147,7 @@ def _on_policy(
     config = dataclasses.replace(config, rewards=find_rewards(rewards))
     if not config.rewards:
         raise ValueError("no reward function given: pass rewards=[a function, or the name of one]")
-    config = _settled(config, preset, PRESETS_BY_NAME, settings)
+    config = _settled(config, policy, preset, PRESETS_BY_NAME, settings)
     prompts = load_prompts(config, policy.tokenizer, train_rows=rows, eval_rows=eval_rows)
     return make_trainer(config, policy, mesh_of(policy), prompts=prompts), config
 
@@ -155,27 +156,38 @@ def _offline(
     policy: Policy, rows: Any, method: str, preset: str | None, eval_rows: Any, settings: Mapping[str, Any]
 ) -> tuple[Any, OfflineExperiment]:
     config, presets, prepare_policy = _OFFLINE[method]
-    config = _settled(config, preset, presets, settings)
+    config = _settled(config, policy, preset, presets, settings)
     read = load_rows(config, policy.tokenizer, train_rows=rows, eval_rows=eval_rows)
     if prepare_policy is not None and not isinstance(policy.model, ScoreModel):
         policy = prepare_policy(policy)
     return make_offline_trainer(config, policy, mesh_of(policy), rows=read), config
 
 
-def _settled(config: Any, preset: str | None, presets: Presets, settings: Mapping[str, Any]) -> Any:
-    """`config` with a preset and other settings, its folder made."""
-    if preset is not None:
-        config = with_preset(config, preset, presets)
-    changed = configure(config, settings)
-    if changed.model != config.model or changed.mesh != config.mesh:
+def _settled(config: Any, policy: Policy, preset: str | None, presets: Presets, settings: Mapping[str, Any]) -> Any:
+    """`config` with a preset and other settings, its folder made; model and mesh are the policy's."""
+    mesh = _sizes(mesh_of(policy), config.mesh)
+    own = dataclasses.replace(config, model=policy.source or config.model, mesh=mesh)
+    begun = own if preset is None else with_preset(own, preset, presets)
+    changed = configure(begun, settings)
+    if changed.model != own.model or changed.mesh != own.mesh:
         raise ValueError("settings of the model and the mesh belong to load(): a policy has them already")
+    if changed.data.train is not None or changed.data.eval is not None:
+        raise ValueError("rows and eval_rows are what is read: leave data out, or give its path as rows")
+    check_effects(own, changed)
+    check_idle(changed, begun)
     return prepare(changed)
+
+
+def _sizes(mesh: jax.sharding.Mesh, other: MeshConfig) -> MeshConfig:
+    """The settings of a mesh over all devices; of one that is not, `other`."""
+    names = {field.name for field in dataclasses.fields(MeshConfig)}
+    return MeshConfig(**mesh.shape) if mesh.size == jax.device_count() and names == set(mesh.shape) else other
 
 
 def _trained(policy: Policy, result: TrainingResult, config: RunConfig) -> Trained:
     params = {name: result.params[name] for name in policy.model.abstract_params()}
     folder = Path(config.run_dir or "")
-    return Trained(dataclasses.replace(policy, params=params), read_arrays(folder), folder, result.stopped)
+    return Trained(dataclasses.replace(policy, params=params, source=None), read_arrays(folder), folder, result.stopped)
 
 
 def read_arrays(run: str | Path) -> dict[str, np.ndarray]:
@@ -210,10 +222,3 @@ def save(policy: Policy, folder: str | Path, *, overwrite: bool = False) -> Path
         generation_config=policy.generation_config,
         overwrite=overwrite,
     )
-
-
-def mesh_of(policy: Policy) -> jax.sharding.Mesh:
-    """The devices on which a policy lies."""
-    sharding = jax.tree.leaves(policy.params)[0].sharding
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh()

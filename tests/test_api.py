@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm import Policy, generate, load, save, train
+from jaxrl_llm import Policy, evaluate, generate, load, save, train
 from jaxrl_llm.algorithms.policy_gradient.presets import rloo
 from jaxrl_llm.training.run.errors import RunError
 
 PROMPTS = [{"prompt": text} for text in ("ab", "ba", "aab", "bb")]
 SMALL: dict[str, Any] = {
     "steps": 2,
-    "prompts_per_step": 2,
+    "prompts_per_step": 3,  # × 4 completions, which the eight devices do not divide, and the four shards of rows do
     "num_generations": 4,
     "max_completion_length": 4,
     "max_prompt_length": 8,
@@ -38,7 +39,8 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def policy(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    return load(tiny.save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint"), scan_layers=False)
+    checkpoint = tiny.save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+    return load(checkpoint, scan_layers=False, mesh={"fsdp": 4, "tensor": 2})
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -52,6 +54,10 @@ def test_a_policy_is_trained_on_rewards_and_generates(policy: Policy, somewhere:
     assert result.metrics["step"].tolist() == [1, 2] and result.metrics["reward"].shape == (2,)
     assert np.isfinite(result.metrics["rewards/varied/mean"]).all()
     assert not differ(before, policy.params) and differ(before, result.policy.params)
+
+    written = json.loads((somewhere / "run" / "config.json").read_text())
+    assert policy.source is not None and written["model.path"] == policy.source.path
+    assert {axis: written[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")} == {"data": 1, "fsdp": 4, "tensor": 2}
 
     [[one], [other]] = generate(result.policy, ["ab", "ba"])
     saved = load(save(result.policy, "saved"))
@@ -85,6 +91,12 @@ def test_so_it_is_on_given_rows(policy: Policy, method: Any, rows: list[dict[str
         ({"learnin_rate": 1e-5}, "there is no setting learnin_rate; did you mean learning_rate?"),
         ({"learning_rate": "fast"}, "optimizer.learning_rate='fast' must be a number"),
         ({"learning_rate": -1.0}, "optimizer.learning_rate=-1.0 must not be negative"),
+        ({"rewards": None}, "rewards are a function, the name of one, or a list of them, not NoneType"),
+        ({"data": "prompts.jsonl"}, "rows and eval_rows are what is read: leave data out"),
+        ({"steps": np.int64(0)}, "training.steps=0 must be at least 1"),
+        ({"method": "trpo", "learning_rate": 1.0}, "optimizer.learning_rate=1.0 would have no effect: a trust region"),
+        ({"keep_checkpoints": 1}, "there is no setting keep_checkpoints; did you mean training.keep_checkpoints?"),
+        ({"training": {"keep_checkpoints": 1}}, "training.keep_checkpoints=1 would have no effect"),
         ({"dtype": "bfloat16"}, "settings of the model and the mesh belong to load()"),
         ({"method": "sft"}, "method='sft' trains on given rows, and reads no rewards"),
         ({"num_generations": 1}, "training.samples_per_prompt=1"),
@@ -105,8 +117,23 @@ def test_a_reward_function_that_fails_is_raised(policy: Policy) -> None:
         train(policy, PROMPTS, rewards=[broken], **SMALL)
 
 
+def test_a_path_is_no_policy_and_an_evaluation_takes_names(policy: Policy) -> None:
+    a_path: Any = "checkpoint"
+    for of_path in (
+        lambda: train(a_path, PROMPTS, rewards=varied, **SMALL),
+        lambda: generate(a_path, ["ab"]),
+        lambda: evaluate(a_path, PROMPTS, varied),
+    ):
+        with pytest.raises(ValueError, match=r"a policy is what load\(path\) gives, not str"):
+            of_path()
+    with pytest.raises(ValueError, match="no reward is named 'gsm8'; did you mean 'gsm8k'"):
+        evaluate(policy, PROMPTS, "gsm8")
+
+
 def test_a_setting_of_load_that_there_is_not(somewhere: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no setting dtpe; did you mean dtype\?"):
         load("anything", dtpe="bfloat16")
+    with pytest.raises(ValueError, match=r"model\.path and model are one setting"):
+        load("anything", model="other")
     with pytest.raises(ValueError, match="nowhere"):
         load("./nowhere", dtype="bfloat16")

@@ -11,6 +11,7 @@ import functools
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -247,16 +248,21 @@ def _as(kind: Any, value: Any, before: Any = None) -> Any:
     elif kind is float:
         if isinstance(value, str):  # YAML reads 1e-5 as a text
             return _number(float, value)
-        fits, value = isinstance(value, int | float) and not isinstance(value, bool), value
+        fits = _is_a(Real, value)
     elif kind is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
+        fits = _is_a(Integral, value)
     elif origin is Callable:
         fits = callable(value)
     else:
         fits = not isinstance(origin, type) or kind is Any or isinstance(value, origin)
     if not fits:
         raise TypeError(kind)
-    return float(value) if kind is float else value
+    return kind(value) if kind in (int, float) else value
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is such a number, of Python or of numpy; a truth value is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _read_word(kind: Any, word: str) -> Any:

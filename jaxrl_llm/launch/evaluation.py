@@ -21,11 +21,10 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import open_source
-from jaxrl_llm.launch.loading import Policy, find_rewards
+from jaxrl_llm.launch.loading import Policy, find_rewards, mesh_of
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.estimates import Estimate, solved_within
 from jaxrl_llm.training.episodes.evaluate import Decoded, EvaluationConfig, Evaluator, Scores
 from jaxrl_llm.training.episodes.reading import completion_text
@@ -155,7 +154,7 @@ def evaluate(
         batch_size: prompts that are decoded at a time. Beside memory and time it changes the noise of samples.
         seed: of the noise.
         prompt_format: how a row becomes a prompt; `None`: from its column `prompt`.
-        mesh: the devices on which the parameters lie; `None`: all devices.
+        mesh: the devices to sample on; `None`: those on which the parameters lie.
         folder: where `completions.jsonl` is written as they come, and `metrics.json` at the end; `None`: nowhere.
         tell: given a line after each batch.
 
@@ -172,7 +171,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
     )
-    sampling, began = sampling or SamplingConfig(), time.perf_counter()
+    sampling, began, mesh = sampling or SamplingConfig(), time.perf_counter(), mesh or mesh_of(policy)
     total = rewards if isinstance(rewards, RewardSum) else RewardSum(find_rewards(rewards))
     measures.check(sampling)
     sampling.check_no_epochs("an evaluation")
@@ -188,7 +187,7 @@ def evaluate(
         EvaluationConfig(every=1, samples=samples, solved_by=solved_by, batch_size=batch_size),
         sampling=sampling,
         stop_tokens=policy.stop_tokens,
-        mesh=mesh or make_mesh(),
+        mesh=mesh,
         rows=batch_size,
         greedy=greedy,
     )

@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxrl_llm.data.messages import check_messages
 from jaxrl_llm.data.tokens import encode_prompt, opened_thought
-from jaxrl_llm.launch.loading import Policy
+from jaxrl_llm.launch.loading import Policy, mesh_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
+from jaxrl_llm.sharding import row_shards, sampling_mesh
 from jaxrl_llm.training.episodes.reading import completion_text
 
 _WIDTHS = 64
@@ -65,7 +65,7 @@ def generate(
         stop: texts that end a completion, beside those of `sampling.stop`: it is sampled no further than to the token
             that completes one of them, and cut where the first to be complete begins.
         seed: of the noise.
-        mesh: the devices on which the parameters lie; `None`: all devices.
+        mesh: the devices to sample on; `None`: those on which the parameters lie.
 
     Returns:
         For each prompt its completions.
@@ -78,7 +78,7 @@ def generate(
         raise ValueError("there are no prompts: pass one at least")
     if isinstance(prompts, str) or isinstance(stop, str):
         raise ValueError("prompts and stop are lists of texts: put the text into one")
-    tokenizer, mesh = policy.tokenizer, mesh or make_mesh()
+    mesh, tokenizer = mesh or mesh_of(policy), policy.tokenizer
     encoded = []
     for number, prompt in enumerate(prompts):
         try:

@@ -22,7 +22,7 @@ from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rewards.by_name import find_reward
-from jaxrl_llm.sharding import sampling_mesh
+from jaxrl_llm.sharding import make_mesh, sampling_mesh
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.run.memory import bytes_of, check_memory
@@ -42,6 +42,21 @@ class Policy:
     tokenizer: Any
     stop_tokens: tuple[int, ...]
     generation_config: dict[str, Any] | None = None
+    source: ModelSource | None = None
+    """What it was loaded from, if nothing has changed it since."""
+
+
+def mesh_of(policy: Policy) -> jax.sharding.Mesh:
+    """The devices on which a policy lies.
+
+    Raises:
+        ValueError: it is none, but a path, say.
+    """
+    if not isinstance(policy, Policy):
+        raise ValueError(f"a policy is what load(path) gives, not {type(policy).__name__}")
+    sharding = jax.tree.leaves(policy.params)[0].sharding
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh()
 
 
 def load_tokenizer_of(source: ModelSource) -> Any:
@@ -76,7 +91,7 @@ def load_policy(
         own = sampling_mesh(mesh, config.sampling.tensor)
         config.sampling.check_vocabulary(load_config(path).vocab_size)
     model, params = load_model(source, mesh, seed=seed, sampled_on=own)
-    return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation)
+    return Policy(model, params, tokenizer, stop_token_ids(tokenizer, generation), generation, source)
 
 
 def load_model(
@@ -178,6 +193,8 @@ def find_rewards(rewards: Sequence[RewardFunction | str] | RewardFunction | str)
     """Reward functions, one or several, those found by their names that are given so."""
     if isinstance(rewards, str) or callable(rewards):
         rewards = (rewards,)
+    if not isinstance(rewards, Sequence):
+        raise ValueError(f"rewards are a function, the name of one, or a list of them, not {type(rewards).__name__}")
     return tuple(find_reward(reward) if isinstance(reward, str) else reward for reward in rewards)
 
 

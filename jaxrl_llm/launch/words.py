@@ -63,6 +63,8 @@ def take_file(config: ConfigT, args: Sequence[str], presets: Presets) -> tuple[C
     if file is None:
         return config, args
     settings = {name: value for name, value in read_file(expand_home(file)).items() if name not in OF_ONE_RUN}
+    if run is not None:
+        _check_stage(config, settings.get("objective.part"), presets, run)
     preset = settings.pop("preset", None)
     try:
         return configure(config if preset is None else with_preset(config, preset, presets), settings), args
@@ -100,6 +102,15 @@ def _settings_of(run: Path) -> str:
     if "run_dir" not in read_file(path):
         raise ValueError(f"--resume={run}: its {CONFIG_FILE} is no run's; to start from this model, give --model={run}")
     return str(path)
+
+
+def _check_stage(config: Any, kind: str | None, presets: Presets, run: str) -> None:
+    """Refuses to go on with a run whose objective this command has under no name: its model may have another head."""
+    if kind is None or not hasattr(config, "objective"):
+        return
+    known = {type(own.objective).__name__ for own in (config, *(preset(config) for preset in presets.values()))}
+    if kind not in known:
+        raise ValueError(f"{run} is a run of another command: its objective is {kind}, and here {', '.join(known)}")
 
 
 def with_preset(config: ConfigT, named: str, presets: Presets) -> ConfigT:

@@ -17,6 +17,7 @@ from jaxrl_llm.algorithms.policy_gradient.objective import Correction, OverlongP
 from jaxrl_llm.algorithms.policy_gradient.sequence_surrogates import SequenceClipped
 from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo, f_dpo, kto, one_sided_dpo
 from jaxrl_llm.algorithms.score_models.process_reward import ProcessRewardObjective
+from jaxrl_llm.algorithms.score_models.reward_model import RewardModelObjective
 from jaxrl_llm.checks import check_idle
 from jaxrl_llm.cli import parse
 from jaxrl_llm.config import Experiment, OfflineExperiment, flatten
@@ -224,6 +225,17 @@ def test_what_is_no_run_to_go_on_with_says_what_is(place, message, tmp_path, mon
         parse(CONFIG, [f"--resume={place}"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_a_run_on_other_rows_is_of_another_command(tmp_path, capsys):
+    write_config(OfflineExperiment(name="scores", objective=RewardModelObjective()), tmp_path)
+    config = OfflineExperiment(name="sft")
+    with pytest.raises(SystemExit):
+        parse_offline(config, [f"--resume={tmp_path}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is a run of another command: its objective is RewardModelObjective, and here SupervisedObjective" in line
+    presets = {"scores": lambda own: dataclasses.replace(own, objective=RewardModelObjective())}
+    assert parse_offline(config, [f"--resume={tmp_path}"], presets=presets).objective == RewardModelObjective()
 
 
 def test_help_is_a_page_and_all_of_it_names_every_setting(capsys):

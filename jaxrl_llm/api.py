@@ -24,7 +24,7 @@ from jaxrl_llm.launch.configure import configure
 from jaxrl_llm.launch.evaluation import Evaluation, evaluate
 from jaxrl_llm.launch.folder import prepare
 from jaxrl_llm.launch.generation import Completion, generate
-from jaxrl_llm.launch.loading import Policy, find_rewards, load_policy, load_prompts, load_rows, mesh_of
+from jaxrl_llm.launch.loading import Policy, check_writes, find_rewards, load_policy, load_prompts, load_rows, mesh_of
 from jaxrl_llm.launch.offline import make_offline_trainer
 from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME, make_trainer
 from jaxrl_llm.launch.settings import check_effects
@@ -125,6 +125,8 @@ def train(
     if method not in get_args(Method):
         known = get_args(Method)
         raise ValueError(f"there is no method {method!r}{nearest_name(method, known)}; there are {', '.join(known)}")
+    if method not in ("reward-model", "prm"):
+        check_writes(policy)
     if method in _ON_POLICY:
         trainer, config = _on_policy(policy, rows, rewards, _ON_POLICY[method], preset, eval_rows, settings)
     else:

@@ -77,6 +77,14 @@ def test_a_policy_is_trained_on_rewards_and_generates(policy: Policy, somewhere:
 def test_so_it_is_on_given_rows(policy: Policy, method: Any, rows: list[dict[str, Any]], metric: str) -> None:
     settings: dict[str, Any] = {"rows_per_step": 8, "max_prompt_length": 8, "max_completion_length": 8, "save_every": 0}
     result = train(policy, rows, method=method, steps=1, learning_rate=1e-2, eval_rows=rows, eval_every=1, **settings)
+    if method == "reward-model":
+        for of_scores in (
+            lambda: generate(result.policy, ["ab"]),
+            lambda: evaluate(result.policy, PROMPTS, varied),
+            lambda: train(result.policy, PROMPTS, rewards=varied, **SMALL),
+        ):
+            with pytest.raises(ValueError, match="this policy has a head of scores, and writes no text"):
+                of_scores()
     assert len(result.metrics[metric]) == len(result.metrics["step"]) == 3
     assert np.isnan(result.metrics["eval/loss"][1]) and np.isfinite(result.metrics["eval/loss"][[0, 2]]).all()
 
@@ -93,6 +101,7 @@ def test_so_it_is_on_given_rows(policy: Policy, method: Any, rows: list[dict[str
         ({"learning_rate": -1.0}, "optimizer.learning_rate=-1.0 must not be negative"),
         ({"rewards": None}, "rewards are a function, the name of one, or a list of them, not NoneType"),
         ({"data": "prompts.jsonl"}, "rows and eval_rows are what is read: leave data out"),
+        ({"algorithm": "grpo"}, "algorithm.kl_coef, …; preset names a published one"),
         ({"steps": np.int64(0)}, "training.steps=0 must be at least 1"),
         ({"method": "trpo", "learning_rate": 1.0}, "optimizer.learning_rate=1.0 would have no effect: a trust region"),
         ({"keep_checkpoints": 1}, "there is no setting keep_checkpoints; did you mean training.keep_checkpoints?"),

@@ -186,7 +186,8 @@ class _Changes:
         wanted = " or ".join(described(kind) for kind in kinds[::-1])
         if dataclasses.is_dataclass(before):
             inner = ", ".join(self.spelled(f"{path}.{field.name}") for field in dataclasses.fields(before)[:3])
-            raise ValueError(f"{self.spelled(path)} has settings of its own, and takes no value: {inner}, …")
+            named = f"; {self.spelled('preset')} names a published one" if path in ("algorithm", "objective") else ""
+            raise ValueError(f"{self.spelled(path)} has settings of its own, and takes no value: {inner}, …{named}")
         if isinstance(value, Words) and not value:
             raise ValueError(f"{self.spelled(path)} needs a value: {wanted}")
         if isinstance(value, Words) and "," in "".join(value) and tuple in map(_origin, kinds):

@@ -21,7 +21,7 @@ from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.sources import open_source
-from jaxrl_llm.launch.loading import Policy, find_rewards, mesh_of
+from jaxrl_llm.launch.loading import Policy, check_writes, find_rewards, mesh_of
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -162,6 +162,7 @@ def evaluate(
         ValueError: nothing is to be measured, or rows, rewards and settings do not fit together.
         RewardError: a reward function failed.
     """
+    check_writes(policy)
     measures = Measures(
         samples=samples,
         ks=tuple(ks),

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_llm.data.messages import check_messages
 from jaxrl_llm.data.tokens import encode_prompt, opened_thought
-from jaxrl_llm.launch.loading import Policy, mesh_of
+from jaxrl_llm.launch.loading import Policy, check_writes, mesh_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -78,6 +78,7 @@ def generate(
         raise ValueError("there are no prompts: pass one at least")
     if isinstance(prompts, str) or isinstance(stop, str):
         raise ValueError("prompts and stop are lists of texts: put the text into one")
+    check_writes(policy)
     mesh, tokenizer = mesh or mesh_of(policy), policy.tokenizer
     encoded = []
     for number, prompt in enumerate(prompts):

@@ -18,6 +18,7 @@ from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config
 from jaxrl_llm.models.checkpoints.pretrained import load_config, load_generation_config, load_params
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rewards import RewardFunction
@@ -57,6 +58,16 @@ def mesh_of(policy: Policy) -> jax.sharding.Mesh:
     sharding = jax.tree.leaves(policy.params)[0].sharding
     mesh = getattr(sharding, "mesh", None)
     return mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh()
+
+
+def check_writes(policy: Policy) -> None:
+    """Refuses a policy that writes no text.
+
+    Raises:
+        ValueError: its model has a head of scores.
+    """
+    if isinstance(policy, Policy) and isinstance(policy.model, ScoreModel):
+        raise ValueError("this policy has a head of scores, and writes no text: give one that load(path) gave")
 
 
 def load_tokenizer_of(source: ModelSource) -> Any:

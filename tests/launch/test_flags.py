@@ -80,6 +80,7 @@ def test_a_flag_without_effect_is_refused(config, flags, message, capsys):
         ("--training.steps 3 4", "--training.steps=3 4 must be a whole number"),
         ("--training.steps", "--training.steps needs a value: a whole number"),
         ("--training=3", "--training has settings of its own, and takes no value: --training.steps, "),
+        ("--algorithm=grpo", "--algorithm has settings of its own, and takes no value: --algorithm.advantage, "),
         (
             "--training.steps=1 --steps=2",
             "--training.steps and --steps are one setting, and one value would be lost: give one",

@@ -197,6 +197,11 @@ class Experiment(RunConfig):
     completions: CompletionsConfig = CompletionsConfig()
     """Which completions the run leaves in its folder, beside their rewards and advantages."""
 
+    def settings(self) -> dict[str, Any]:
+        """As those of any run; reward functions by their own names, wherever their file lies by now."""
+        settings = super().settings()
+        return settings | {"rewards": [name.rpartition(":")[2] for name in settings["rewards"]]}
+
     @property
     def without_effect(self) -> dict[str, str]:
         """Settings that change nothing as the others are, and what is missing."""

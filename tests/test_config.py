@@ -58,6 +58,8 @@ def other(value: Any) -> Experiment:
 )
 def test_what_a_resumed_run_may_change(changed: Experiment) -> None:
     assert changed.settings() == CONFIG.settings()
+    here, there = (dataclasses.replace(CONFIG, rewards=(place,)) for place in ("task.py:brief", "/moved/task.py:brief"))
+    assert here.settings() == there.settings() != CONFIG.settings()
     assert flatten(changed) != flatten(CONFIG)
 
 

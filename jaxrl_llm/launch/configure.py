@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-import types
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import yaml
 
 from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.launch.short_names import hint, paths_of, setting_paths
+from jaxrl_llm.launch.values import Words, alternatives, as_value, described, get_hints, origin_of
 
 ConfigT = TypeVar("ConfigT")
 
@@ -52,10 +50,6 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"--config={path} must hold settings by their names, not {type(found).__name__}")
     return found
-
-
-class Words(tuple[str, ...]):
-    """What a command line gives a setting; none where a flag stands alone."""
 
 
 def configure(config: ConfigT, settings: Mapping[str, Any], *, spelled: Callable[[str], str] = str) -> ConfigT:
@@ -170,38 +164,46 @@ class _Changes:
         kinds = alternatives(hint)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return value
-        if isinstance(value, Mapping) and dict not in map(_origin, kinds):
+        if isinstance(value, Mapping) and dict not in map(origin_of, kinds):
             if dataclasses.is_dataclass(before):
                 return self.of(before, value, f"{path}.")
             records = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
             if len(records) != 1:
                 raise self._unknown(path, value)
-            kind = self._kind(records[0], value, f"{path}.")
-            return self.of(self._begun(kind, value, f"{path}."), value, f"{path}.")
-        if isinstance(value, Mapping) and value and all(isinstance(own, Words) for own in value.values()):
-            raise ValueError(f"{self.spelled(path)} takes a JSON object, in quotes")
+            return self._new(records[0], value, f"{path}.")
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = [self._value(item, self._of_items(kinds), None, f"{path}.{n}") for n, item in enumerate(value)]
         for kind in kinds:
             with contextlib.suppress(TypeError):
-                return _as(kind, value, before)
-        wanted = " or ".join(described(kind) for kind in kinds[::-1])
+                return as_value(kind, value, before)
+        raise ValueError(self._refusal(value, kinds, before, path))
+
+    def _new(self, kind: type, tree: Mapping[str, Any], path: str) -> Any:
+        """A record of the class that `tree` names, or else of `kind`, as `tree` says."""
+        kind = self._kind(kind, tree, path)
+        return self.of(self._begun(kind, tree, path), tree, path)
+
+    @staticmethod
+    def _of_items(kinds: tuple[Any, ...]) -> Any:
+        """What a list of one of these types holds."""
+        return next((get_args(kind)[0] for kind in kinds if origin_of(kind) is tuple), Any)
+
+    def _refusal(self, value: Any, kinds: tuple[Any, ...], before: Any, path: str) -> str:
+        """Why a value cannot be that of a setting."""
+        name, wanted = self.spelled(path), " or ".join(described(kind) for kind in kinds[::-1])
         if dataclasses.is_dataclass(before):
             inner = ", ".join(self.spelled(f"{path}.{field.name}") for field in dataclasses.fields(before)[:3])
             named = f"; {self.spelled('preset')} names a published one" if path in ("algorithm", "objective") else ""
-            raise ValueError(f"{self.spelled(path)} has settings of its own, and takes no value: {inner}, …{named}")
-        if isinstance(value, Words) and not value:
-            raise ValueError(f"{self.spelled(path)} needs a value: {wanted}")
-        if isinstance(value, Words) and "," in "".join(value) and tuple in map(_origin, kinds):
+            return f"{name} has settings of its own, and takes no value: {inner}, …{named}"
+        if isinstance(value, Mapping) and value and all(isinstance(own, Words) for own in value.values()):
+            return f"{name} takes a JSON object, in quotes"
+        if not isinstance(value, Words):
+            return f"{name}={value!r} must be {wanted}"
+        if not value:
+            return f"{name} needs a value: {wanted}"
+        if "," in "".join(value) and tuple in map(origin_of, kinds):
             wanted += "; its words stand apart, with spaces and no commas between"
-        raise ValueError(f"{self._given(path, value)} must be {wanted}")
-
-    def _given(self, path: str, value: Any) -> str:
-        return f"{self.spelled(path)}={' '.join(value) if isinstance(value, Words) else repr(value)}"
-
-
-@functools.cache
-def get_hints(kind: type) -> dict[str, Any]:
-    """The types of a record's fields."""
-    return get_type_hints(kind)
+        return f"{name}={' '.join(value)} must be {wanted}"
 
 
 def _class_named(kind: type, name: str, setting: str) -> type:
@@ -217,123 +219,3 @@ def _subclasses(kind: type) -> Iterator[type]:
     yield kind
     for inner in kind.__subclasses__():
         yield from _subclasses(inner)
-
-
-def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, `None` first and text last, since a text may be anything."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return tuple(sorted(kinds, key=lambda kind: (kind is not type(None), kind is str)))
-
-
-def _origin(kind: Any) -> Any:
-    return get_origin(kind) or kind
-
-
-def _as(kind: Any, value: Any, before: Any = None) -> Any:
-    """`value` as one of type `kind`.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if _origin(kind) is tuple:
-        return _as_tuple(get_args(kind), value, before)
-    if isinstance(value, Words):
-        if not value and kind is bool:
-            return True
-        if len(value) != 1:
-            raise TypeError(kind)
-        return _read_word(kind, value[0])
-    origin = _origin(kind)
-    if origin is Literal:
-        fits = any(value == choice and type(value) is type(choice) for choice in get_args(kind))
-    elif kind is float:
-        if isinstance(value, str):  # YAML reads 1e-5 as a text
-            return _number(float, value)
-        fits = _is_a(Real, value)
-    elif kind is int:
-        fits = _is_a(Integral, value)
-    elif origin is Callable:
-        fits = callable(value)
-    else:
-        fits = not isinstance(origin, type) or kind is Any or isinstance(value, origin)
-    if not fits:
-        raise TypeError(kind)
-    return kind(value) if kind in (int, float) else value
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    """Whether a value is such a number, of Python or of numpy; a truth value is none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _read_word(kind: Any, word: str) -> Any:
-    """What a word of a command line is as a value of type `kind`; raises TypeError if it is none."""
-    if kind in (str, Any):
-        return word
-    if kind in (int, float):
-        return _number(kind, word)
-    if _origin(kind) is dict:
-        return _read_object(word)
-    named: dict[str, Any] = {}
-    if kind is bool:
-        named = {"true": True, "false": False}
-        word = word.lower()
-    elif kind is type(None):
-        named = {"None": None, "none": None}
-    elif _origin(kind) is Literal:
-        named = {str(choice): choice for choice in get_args(kind)}
-    if word not in named:
-        raise TypeError(kind)
-    return named[word]
-
-
-def _read_object(word: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        if isinstance(found := json.loads(word), dict):
-            return found
-    raise TypeError(word)
-
-
-def _number(kind: type[int] | type[float], text: str) -> float:
-    try:
-        return kind(text)
-    except ValueError:
-        raise TypeError(text) from None
-
-
-def _as_tuple(kinds: tuple[Any, ...], value: Any, before: Any) -> tuple[Any, ...]:
-    """A sequence as a tuple; functions that `before` holds are known by their names."""
-    if not isinstance(value, list | tuple):
-        raise TypeError(kinds)
-    known = {getattr(item, "__name__", None): item for item in before or ()}
-    values = [known.get(item, item) if isinstance(item, str) else item for item in value]
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        kinds = (kinds[0],) * len(values)
-    if len(kinds) != len(values):
-        raise TypeError(kinds)
-    words = isinstance(value, Words)
-    return tuple(_item(kind, item, word=words) for kind, item in zip(kinds, values, strict=True))
-
-
-def _item(hint: Any, value: Any, *, word: bool) -> Any:
-    """One of several values of a setting."""
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(hint) and PART in value:
-        kind = _class_named(hint, value[PART], PART)  # pyright: ignore[reportArgumentType]
-        changes, own = _Changes(None, str), {name: part for name, part in value.items() if name != PART}
-        return changes.of(changes._begun(kind, own, ""), own, "")
-    for kind in alternatives(hint):
-        with contextlib.suppress(TypeError):
-            return _as(kind, Words([value]) if word and isinstance(value, str) else value)
-    raise TypeError(hint)
-
-
-def described(kind: Any) -> str:
-    """A type in words."""
-    origin = _origin(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if origin is tuple:
-        return f"a list, each {' or '.join(described(inner) for inner in alternatives(get_args(kind)[0]))}"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
-    words |= {dict: "a JSON object", Callable: "a function"}
-    return words.get(origin, getattr(kind, "__name__", str(kind)))

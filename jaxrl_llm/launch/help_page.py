@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxrl_llm.launch.configure import alternatives, described, get_hints
 from jaxrl_llm.launch.short_names import SHORT, paths_of, setting_paths
+from jaxrl_llm.launch.values import alternatives, described, get_hints
 from jaxrl_llm.launch.words import as_flag
 
 FIRST = ("prompts", "data", "teachers", "rewards", "reward_weights", "hint", "samples", "ks", "output", "overwrite")

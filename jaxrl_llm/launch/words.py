@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxrl_llm.checks import expand_home, nearest_name
-from jaxrl_llm.launch.configure import OF_ONE_RUN, Words, configure, read_file
+from jaxrl_llm.launch.configure import OF_ONE_RUN, configure, read_file
 from jaxrl_llm.launch.settings import CONFIG_FILE, check_resumed
+from jaxrl_llm.launch.values import Words
 
 ConfigT = TypeVar("ConfigT")
 

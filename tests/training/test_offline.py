@@ -249,7 +249,7 @@ def test_the_best_checkpoint_is_kept(make) -> None:
 # ---- Meshes and micro-batches -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("anchored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_eight_devices_and_micro_batches_give_the_metrics_of_one(make, whole, anchored: bool) -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
     eight = make(anchored=anchored, mesh=mesh, update={"micro_batches": 2}, training={"checkpoint_every": 0})

@@ -423,6 +423,7 @@ def test_a_trust_region_takes_the_place_of_the_optimizer(make) -> None:
 # ---- Pairs of its own samples ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_online_dpo_in_two_programs_resumes_exactly(make) -> None:
     algorithm, saving = presets.online_dpo(), {"steps": 2, "checkpoint_every": 1}
     whole = make("whole", algorithm=algorithm, training=saving)

@@ -36,7 +36,6 @@ def make(tiny: ModuleType, tmp_path: Path):
         rounding: Rounding = "master",
         *,
         offload: bool = False,
-        trust_region: Any = None,
         **changes: Any,
     ):
         optimizer = dataclasses.replace(tiny.CONFIG.optimizer, learning_rate=1e-6, rounding=rounding, offload=offload)
@@ -49,8 +48,7 @@ def make(tiny: ModuleType, tmp_path: Path):
         model = Transformer(dataclasses.replace(policy.model.config, param_dtype="bfloat16"))
         params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), policy.params)
         policy = dataclasses.replace(policy, model=model, params=params)
-        rows = {"train_rows": tiny.TRAIN_ROWS, "eval_rows": tiny.EVAL_ROWS, "trust_region": trust_region}
-        return make_trainer(config, policy, ONE_DEVICE, **rows)
+        return make_trainer(config, policy, ONE_DEVICE, train_rows=tiny.TRAIN_ROWS, eval_rows=tiny.EVAL_ROWS)
 
     return make
 

@@ -412,12 +412,12 @@ def test_what_gives_no_reward_is_told_at_once(make) -> None:
 def test_a_trust_region_takes_the_place_of_the_optimizer(make) -> None:
     algorithm = dataclasses.replace(presets.dapo(), surrogate=Clipped(clip_low=None, clip_high=None))
     region = TrustRegionConfig(max_kl=0.005, cg_iterations=4)
-    trainer = make(algorithm=algorithm, parts={"trust_region": region})
+    trainer = make(algorithm=algorithm, trust_region=region)
     trainer.run()
     assert programs(trainer) == {"sample": 1, "trust_region_step": 1}
     assert all(line["trpo/kl"] <= 0.005 * (1 + 1e-5) for line in metrics_of(trainer))
     with pytest.raises(ValueError, match=r"update.minibatches=2 would have no effect: a trust region"):
-        make("other", parts={"trust_region": region}, update=UpdateConfig(minibatches=2))
+        make("other", trust_region=region, update=UpdateConfig(minibatches=2))
 
 
 # ---- Pairs of its own samples ----------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_online_dpo_of_a_device_reward_is_one_program(make) -> None:
     [
         ({"training": {"samples_per_prompt": 1}}, r"samples_per_prompt=1 cannot learn: OnlinePreference compares"),
         ({"sampling": SamplingConfig(max_tokens=4, temperature=0)}, r"sampling.temperature=0 gives equal samples"),
-        ({"parts": {"trust_region": TrustRegionConfig()}}, r"OnlinePreference has no surrogate that a trust region"),
+        ({"trust_region": TrustRegionConfig()}, r"OnlinePreference has no surrogate that a trust region"),
         ({"parts": {"judge": lambda **columns: []}}, r"OnlinePreference reads no verdicts"),
     ],
 )

@@ -31,7 +31,7 @@ from comparison import Curve, Result, begin, check_runs, compare, draw_families,
 from preference_arithmetic import CONFIG as ARITHMETIC
 from preference_arithmetic import HeldOut, PreferenceArithmetic, Row, configured, problems, warm_start
 
-from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED
+from jaxrl_llm.algorithms.preference.presets import PAIRED, UNPAIRED, dpo
 from jaxrl_llm.cli import Policy, parse_offline, plain_errors, run_setup, train
 from jaxrl_llm.data.preferences import PreferenceFormat
 from jaxrl_llm.data.rows import RowDataset
@@ -86,6 +86,7 @@ class Comparison(PreferenceArithmetic):
 
 CONFIG = Comparison(
     name="compare_preferences",
+    objective=dpo(),
     data=ARITHMETIC.data,
     training=OfflineTrainingConfig(steps=120, rows_per_step=64, checkpoint_every=0),
     optimizer=ARITHMETIC.optimizer,

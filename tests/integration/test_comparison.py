@@ -118,21 +118,20 @@ def test_unknown_presets_are_told_at_once(
 
 
 @pytest.mark.parametrize(
-    ("name", "flag"),
+    ("name", "flag", "message"),
     [
-        ("compare_algorithms", "--preset=grpo"),
-        ("compare_algorithms", "--algorithm.kl-coef=0.1"),
-        ("compare_preferences", "--preset=dpo"),
-        ("compare_preferences", "--objective.nll-coef=1"),
+        ("compare_algorithms", "--preset=grpo", "--preset=grpo: this has no presets"),
+        ("compare_algorithms", "--algorithm.kl-coef=0.1", "algorithm.kl_coef=0.1 would have no effect: each preset"),
+        ("compare_preferences", "--preset=dpo", "--preset=dpo: this has no presets"),
+        ("compare_preferences", "--objective.nll-coef=1", "objective.nll_coef=1.0 would have no effect: each preset"),
     ],
 )
 def test_what_the_presets_decide_is_no_flag(
-    name: str, flag: str, load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+    name: str, flag: str, message: str, load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         load(name).main([flag])
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"Unrecognized options: {flag}" in said
+    assert message in capsys.readouterr().err
 
 
 def test_results_are_ordered_by_the_first_column(shared: ModuleType) -> None:

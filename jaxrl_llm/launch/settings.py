@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.algorithms.optimizer import make_schedule
-from jaxrl_llm.config import Experiment, OfflineExperiment, RunConfig, StarExperiment, flatten
+from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, StarExperiment, flatten
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import row_split
@@ -47,10 +47,11 @@ def check_effects(before: Any, after: Any) -> None:
 
 def _unread(config: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that nothing reads, by the beginnings of their names, and what would change that."""
-    if not config.model.lora.rank:
+    model = getattr(config, "model", None)
+    if isinstance(model, ModelSource) and not model.lora.rank:
         unread = "model.lora.alpha", "model.lora.targets", "model.lora.use_rslora"
         with_adapters = "those of model.adapters have their own", "give --model.lora.rank"
-        yield unread, with_adapters[config.model.adapters is None]
+        yield unread, with_adapters[model.adapters is None]
     if isinstance(config, RunConfig) and not config.wandb.project:
         yield tuple(f"wandb.{name}" for name in ("entity", "name", "group", "offline")), "give --wandb.project"
     if isinstance(config, StarExperiment):

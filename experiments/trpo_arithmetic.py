@@ -14,21 +14,15 @@ A smaller set of parameters: --trust-region.trainable=last_layers --trust-region
 
 from __future__ import annotations
 
-import time
-
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
-from jaxrl_llm.cli import finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.config import DataConfig
-from jaxrl_llm.data.tokenizers import CharTokenizer
-from jaxrl_llm.launch.demo import WARM_START, ArithmeticExperiment, exact_answer, problems, warm_start
-from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
+from jaxrl_llm.launch.demo import ArithmeticExperiment, exact_answer, run_demo
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
-from jaxrl_llm.training.on_policy import TrainingConfig, TrainingResult
+from jaxrl_llm.training.on_policy import TrainingConfig
 
 CONFIG = ArithmeticExperiment(
     name="trpo_arithmetic",
@@ -46,22 +40,5 @@ CONFIG = ArithmeticExperiment(
 )
 
 
-def main(args: list[str] | None = None) -> TrainingResult:
-    """Runs the experiment."""
-    config = start(parse(CONFIG, args, description=__doc__ or ""))
-    began = time.perf_counter()
-    with plain_errors():
-        mesh = make_mesh(config.mesh)
-        policy = warm_start(config, CharTokenizer("0123456789+="), mesh)
-        train_rows, eval_rows = problems(config)
-        trainer = make_trainer(config, policy, mesh, train_rows=train_rows, eval_rows=eval_rows)
-        if trainer.saved is None:
-            folder = trainer.setup.folder / WARM_START
-            save_pretrained(folder, policy.model, policy.params, tokenizer=policy.tokenizer, overwrite=True)
-    result = train(trainer)
-    finish(config, policy, result, seconds=time.perf_counter() - began)
-    return result
-
-
 if __name__ == "__main__":
-    main()
+    run_demo(config=CONFIG, description=__doc__ or "")

@@ -190,14 +190,17 @@ def fine_tune(
     return state.params
 
 
-def run_demo(args: list[str] | None = None, *, description: str = "") -> TrainingResult:
+def run_demo(
+    args: list[str] | None = None, *, config: ArithmeticExperiment = CONFIG, description: str = ""
+) -> TrainingResult:
     """Runs it.
 
     Args:
         args: the command line; `None`: the program's own.
+        config: other settings, of another algorithm for instance.
         description: for `--help`.
     """
-    config = start(parse(CONFIG, args, description=description))
+    config = start(parse(config, args, description=description))
     began = time.perf_counter()
     with plain_errors():
         mesh = make_mesh(config.mesh)

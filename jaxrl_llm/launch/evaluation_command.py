@@ -184,7 +184,7 @@ def _experiment(name: str, folder: Path) -> Experiment:
         raise ValueError(f"--experiment={name}: there is no file {path}{near}")
     try:
         config = runpy.run_path(str(path)).get("CONFIG")
-    except Exception as error:
+    except Exception as error:  # code of anyone, which may raise anything
         raise ValueError(f"--experiment={name}: {path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Experiment):
         raise ValueError(f"--experiment={name}: {path} has no CONFIG of an experiment on rewards of samples")

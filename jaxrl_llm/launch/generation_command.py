@@ -50,7 +50,7 @@ class GenerationRun:
     """File that gets a line of JSON for each completion, with token ids and log-probs; `None`: texts are printed."""
 
     def __post_init__(self) -> None:
-        """Rejects counts that cannot be meant, and no prompts."""
+        """Rejects counts that cannot be meant."""
         check_fields("generate", self, samples=count(self.samples), max_prompts=count(self.max_prompts))
 
 

@@ -171,9 +171,10 @@ class CompletionsWriter:
     ) -> None:
         try:
             self.close()
-        except Exception:
-            if error is None:  # else the first error says it
+        except Exception as failure:  # of any kind, since none may hide the error that ended the run
+            if error is None:
                 raise
+            error.add_note(f"Besides: {failure}")
 
 
 class _Lines:

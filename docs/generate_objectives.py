@@ -1,11 +1,11 @@
-"""Writes docs/objectives.md from the docstrings of the pure functions, so that the page cannot go stale.
+"""Writes docs/objectives.md and docs/objectives/ from the docstrings, so that the pages cannot go stale.
 
-    python docs/generate_objectives.py              # write it
-    python docs/generate_objectives.py --check      # fail if it is not what the docstrings say
+    python docs/generate_objectives.py              # write them
+    python docs/generate_objectives.py --check      # fail if they are not what the docstrings say
 
-Every public function of `jaxrl_llm.losses` and `jaxrl_llm.advantages`, and of a few modules beside them, is on the page
-(`documented.py`): with the equation of its docstring in LaTeX (`equations.py`) if it has one, else by its first
-sentence. The examples are the files of docs/examples.
+Every public function of `jaxrl_llm.losses` and `jaxrl_llm.advantages`, and of a few modules beside them, is on a page
+(`documented.py`), a page a family: with the equation of its docstring in LaTeX (`equations.py`) if it has one, else by
+its first sentence. The examples are the files of docs/examples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from equations import latex_block
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
-PAGE = FOLDER / "objectives.md"
+CONTENTS, PAGES = "objectives.md", "objectives"
+"""The page of contents, and the folder of the others, in docs/."""
 COMMAND = "python docs/generate_objectives.py"
 FRAMEWORKS = {"plain_jax": "plain JAX", "flax_linen": "Flax linen", "equinox_modules": "Equinox"}
 """Files of docs/examples, each with one function for each of `FAMILIES`."""
@@ -51,42 +52,43 @@ margin. sg is `stop_gradient`, σ the logistic function, Agg the reduction that 
 ARXIV = re.compile(r"(?<!\d)(\d{4}\.\d{5})(?!\d)")
 
 
-# ---- The page ------------------------------------------------------------------------------------
+# ---- The pages -----------------------------------------------------------------------------------
 
 
-def page() -> str:
-    """The whole page."""
+def pages() -> dict[str, str]:
+    """The text of each page, by its path in docs/."""
     found = entries()
     sections = {
-        entry.name: slug(entry.name if entry.has_section else short_path(module))
-        for module, listed in found.items()
-        for entry in listed
+        entry.name: f"{slug(part)}.md#{slug(entry.name if entry.has_section else short_path(module))}"
+        for part, modules in PARTS.items()
+        for module in modules
+        for entry in found[module]
     }
     used = preset_names()
-    lines = [
-        f"<!-- Written by `{COMMAND}` from the docstrings: change those, and run it again. -->",
-        "",
-        "# Objectives",
-        "",
-        link(INTRODUCTION, sections),
-        *contents(found),
-        "",
-        *examples(),
-    ]
+    written = {CONTENTS: whole("Objectives", contents(found, sections))}
+    written[f"{PAGES}/{slug(EXAMPLES)}.md"] = whole(EXAMPLES, examples())
     for part, modules in PARTS.items():
-        lines += ["", f"## {part}"]
-        for module in modules:
-            lines += ["", *module_section(module, found[module], sections, used)]
-    return "\n".join(lines).rstrip() + "\n"
+        lines = [line for module in modules for line in ["", *module_section(module, found[module], sections, used)]]
+        written[f"{PAGES}/{slug(part)}.md"] = whole(part, [f"[All objectives](../{CONTENTS})", *lines])
+    return written
 
 
-def contents(found: dict[str, list[Entry]]) -> list[str]:
-    """A table for each part: function, what it is, paper."""
-    lines = ["## Contents", "", f"Examples: [{EXAMPLES}](#{slug(EXAMPLES)})"]
+def whole(title: str, lines: list[str]) -> str:
+    """A page."""
+    head = f"<!-- Written by `{COMMAND}` from the docstrings: change those, and run it again. -->"
+    return "\n".join([head, "", f"# {title}", "", *lines]).rstrip() + "\n"
+
+
+def contents(found: dict[str, list[Entry]], sections: dict[str, str]) -> list[str]:
+    """What the letters mean, and a table for each part: function, what it is, paper."""
+    sections = {name: f"{PAGES}/{target}" for name, target in sections.items()}
+    lines = [link(INTRODUCTION, sections), f"Examples: [{EXAMPLES.lower()}]({PAGES}/{slug(EXAMPLES)}.md)"]
     for part, modules in PARTS.items():
         rows = [entry for module in modules for entry in found[module] if entry.has_section]
-        lines += ["", f"**[{part}](#{slug(part)})**", "", "| | | |", "|---|---|---|"]
-        lines += [f"| [`{e.name}`](#{slug(e.name)}) | {cell(e.doc.summary)} | {papers(e.doc.source)} |" for e in rows]
+        lines += ["", f"## {part}", "", f"[Equations]({PAGES}/{slug(part)}.md)", "", "| | | |", "|---|---|---|"]
+        lines += [
+            f"| [`{e.name}`]({sections[e.name]}) | {cell(e.doc.summary)} | {papers(e.doc.source)} |" for e in rows
+        ]
     return lines
 
 
@@ -94,7 +96,7 @@ def module_section(module: str, listed: list[Entry], sections: dict[str, str], u
     """A module: what it says of itself, its functions with an equation, the others in a list."""
     short = short_path(module)
     summary, *rest = inspect.cleandoc(load(module).__doc__ or "").split("\n\n")
-    lines = [f"### {short}", "", f"{link(' '.join(summary.split()), sections)} [code](../jaxrl_llm/{short})"]
+    lines = [f"## {short}", "", f"{link(' '.join(summary.split()), sections)} [code](../../jaxrl_llm/{short})"]
     for paragraph in rest:
         lines += ["", *block(paragraph, sections)]
     for entry in listed:
@@ -115,8 +117,8 @@ def function_section(entry: Entry, sections: dict[str, str], used: dict[str, set
     """A function with an equation."""
     doc = entry.doc
     arguments = list(inspect.signature(entry.value).parameters)
-    sections = {name: anchor for name, anchor in sections.items() if name != entry.name}
-    lines = [f"#### `{entry.name}`", "", link(doc.summary, sections)]
+    sections = {name: target for name, target in sections.items() if name != entry.name}
+    lines = [f"### `{entry.name}`", "", link(doc.summary, sections)]
     lines += ["", "```math", latex_block(doc.equation, arguments=arguments), "```"]
     for paragraph in doc.prose:
         lines += ["", *block(paragraph, sections)]
@@ -125,7 +127,9 @@ def function_section(entry: Entry, sections: dict[str, str], used: dict[str, set
     lines += ["", "```python", signature(entry), "```"]
     facts = [f"Source: {with_links(doc.source)}"] if doc.source else []
     if chosen := [preset for preset, names in used.items() if entry.name in names]:
-        where = "[`jaxrl_llm.algorithms.policy_gradient.presets`](../jaxrl_llm/algorithms/policy_gradient/presets.py)"
+        where = (
+            "[`jaxrl_llm.algorithms.policy_gradient.presets`](../../jaxrl_llm/algorithms/policy_gradient/presets.py)"
+        )
         facts.append(f"Preset{'s' * (len(chosen) > 1)}: {', '.join(f'`{preset}`' for preset in chosen)} in {where}")
     return lines + ([""] + [f"- {fact}" for fact in facts] if facts else [])
 
@@ -178,8 +182,7 @@ EXAMPLES = "In your own code"
 def examples() -> list[str]:
     """The functions of docs/examples: by family, the first framework open, the others folded."""
     sources = {stem: (FOLDER / "examples" / f"{stem}.py").read_text(encoding="utf-8") for stem in FRAMEWORKS}
-    lines = [f"## {EXAMPLES}", ""]
-    lines += [
+    lines = [
         "Each function makes one step of gradient descent on a small recurrent model; the files are tested as they"
     ]
     lines += ["stand here. What the model is written in makes no difference to the functions: arrays go in.", ""]
@@ -187,7 +190,7 @@ def examples() -> list[str]:
         preamble = sources[stem].split("\n# ----", 1)[0].split('"""', 2)[2].strip()
         lines += folded(f"The model in {framework}", preamble, stem)
     for name, family in FAMILIES.items():
-        lines += [f"### {family}", ""]
+        lines += [f"## {family}", ""]
         for number, (stem, framework) in enumerate(FRAMEWORKS.items()):
             code = function_source(sources[stem], name)
             lines += (["```python", code, "```", ""]) if number == 0 else folded(f"In {framework}", code, stem)
@@ -196,7 +199,7 @@ def examples() -> list[str]:
 
 def folded(title: str, code: str, stem: str) -> list[str]:
     """Code that is shown on a click."""
-    link_to = f"[docs/examples/{stem}.py](examples/{stem}.py)"
+    link_to = f"[docs/examples/{stem}.py](../examples/{stem}.py)"
     head = f'<details markdown="1"><summary>{title}</summary>'
     return [head, "", link_to, "", "```python", code, "```", "", "</details>", ""]
 
@@ -224,11 +227,11 @@ def cell(text: str) -> str:
 
 
 def link(text: str, sections: dict[str, str]) -> str:
-    """Names that are on the page become links to where they are."""
+    """Names that are on a page become links to where they are."""
 
     def one(found: re.Match[str]) -> str:
         name = found.group(1).rpartition(".")[2]
-        return f"[`{name}`](#{sections[name]})" if name in sections else found.group()
+        return f"[`{name}`]({sections[name]})" if name in sections else found.group()
 
     return re.sub(r"`(?:jaxrl_llm\.\w+\.(?:\w+\.)?)?(\w+)`", one, text)
 
@@ -245,17 +248,28 @@ def papers(source: str) -> str:
     return cell(source.split(",", 1)[0])
 
 
-def main(args: list[str] | None = None) -> int:
-    """Writes or checks the page."""
+def stale(folder: Path, written: dict[str, str]) -> list[str]:
+    """The pages of a folder that are not what they are to be, or not to be there."""
+    there = {path.relative_to(folder).as_posix() for path in (folder / PAGES).glob("*.md")}
+    same = {name for name, text in written.items() if (path := folder / name).exists() and path.read_text() == text}
+    return sorted((there | written.keys()) - same)
+
+
+def main(args: list[str] | None = None, folder: Path = FOLDER) -> int:
+    """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page would change")
-    text = page()
-    if parser.parse_args(args).check:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE.relative_to(REPOSITORY)} is not what the docstrings say: run {COMMAND}", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page would change")
+    check, written = parser.parse_args(args).check, pages()
+    changed = stale(folder, written)
+    if check and changed:
+        print(f"{', '.join(changed)}: not what the docstrings say: run {COMMAND}", file=sys.stderr)
+        return 1
+    for name in changed:
+        if name in written:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(written[name], encoding="utf-8")
+        else:
+            (folder / name).unlink()
     return 0
 
 

@@ -95,6 +95,8 @@ class OfflineEvaluationConfig:
 class OfflineTrainer:
     """Trains a model on rows of a data set; a `Stage` of `jaxrl_llm.training.loop`.
 
+    `training`, `update`, `optimizer` and `evaluation` are records that describe themselves.
+
     Args:
         model: what the objective computes with: a `Transformer`, a `ScoreModel`.
         params: its parameters at the start, also the reference's where the objective has one.
@@ -102,7 +104,6 @@ class OfflineTrainer:
         dataset: rows to train on.
         eval_dataset: held-out rows, or `None`.
         setup: mesh, folder, seed (of the order of rows) and name of the run.
-        training, update, optimizer, evaluation: see the records.
 
     Raises:
         ValueError: settings, data, model and mesh do not fit together, or the folder holds another run; names what is

@@ -96,6 +96,8 @@ REFERENCE_KEY = np.uint32(0x0FEF)
 class Trainer:
     """Trains a policy on rewards of its own samples; a `Stage` of `jaxrl_llm.training.loop`.
 
+    `training`, `update`, `optimizer`, `sampling`, `evaluation` and `completions` are records that describe themselves.
+
     Args:
         model: the policy.
         params: its parameters at the start, also the reference's where the algorithm has one.
@@ -115,7 +117,6 @@ class Trainer:
         teachers: for algorithms that learn from some; they lie beside the policy, sharded as it is.
         critic_params: parameters of a `ScoreModel` from which a critic of its own starts; `None`: the policy's, with a
             new head.
-        training, update, optimizer, sampling, evaluation, completions: see the records.
 
     Raises:
         ValueError: settings, data and mesh do not fit together, or the folder holds another run; names what is

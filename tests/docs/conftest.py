@@ -19,7 +19,7 @@ def _docs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-    for name in ("equations", "documented", "generate_objectives"):
+    for name in ("equations", "documented", "generate_objectives", "build_site", "mathml"):
         sys.modules.pop(name, None)
 
 
@@ -39,3 +39,9 @@ def documented(_docs: None) -> ModuleType:
 def objectives(_docs: None) -> ModuleType:
     """The page."""
     return importlib.import_module("generate_objectives")
+
+
+@pytest.fixture(scope="session")
+def site(_docs: None) -> ModuleType:
+    """The site."""
+    return importlib.import_module("build_site")

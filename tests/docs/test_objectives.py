@@ -1,9 +1,10 @@
-"""The page of objectives is what the docstrings say, its formulas and links are sound, no docstring lacks a part."""
+"""The pages of objectives are what the docstrings say, their formulas and links are sound, docstrings lack no part."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -14,8 +15,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def page(objectives) -> str:
-    return objectives.page()
+def pages(objectives) -> dict[str, str]:
+    return objectives.pages()
+
+
+@pytest.fixture(scope="module")
+def page(pages) -> str:
+    """All of them."""
+    return "\n".join(pages.values())
 
 
 def headings(page: str) -> list[str]:
@@ -23,19 +30,20 @@ def headings(page: str) -> list[str]:
     return re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
 
 
-def test_the_page_is_what_the_docstrings_say(objectives, page):
-    written = objectives.PAGE.read_text(encoding="utf-8")
-    assert written == page, f"docs/objectives.md is stale: run `{objectives.COMMAND}` and commit what it writes"
+def test_the_pages_are_what_the_docstrings_say(objectives, pages):
+    stale = objectives.stale(objectives.FOLDER, pages)
+    assert not stale, f"{stale}: stale: run `{objectives.COMMAND}` and commit what it writes"
 
 
 def test_check_tells_a_stale_page(objectives, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(objectives, "page", lambda: "new\n")
-    monkeypatch.setattr(objectives, "PAGE", objectives.FOLDER / "objectives.md")
-    assert objectives.main(["--check"]) == 1
-    assert "run python docs/generate_objectives.py" in capsys.readouterr().err
-    monkeypatch.setattr(objectives, "PAGE", tmp_path / "objectives.md")
-    assert objectives.main([]) == 0
-    assert objectives.main(["--check"]) == 0
+    monkeypatch.setattr(objectives, "pages", lambda: {"objectives.md": "new\n", "objectives/critics.md": "too\n"})
+    assert objectives.main([], tmp_path) == 0 and objectives.main(["--check"], tmp_path) == 0
+    gone = tmp_path / "objectives" / "actors.md"
+    gone.write_text("of a family that is no more")
+    (tmp_path / "objectives.md").write_text("old\n")
+    assert objectives.main(["--check"], tmp_path) == 1
+    assert "objectives.md, objectives/actors.md: not what the docstrings say: run py" in capsys.readouterr().err
+    assert objectives.main([], tmp_path) == 0 and objectives.main(["--check"], tmp_path) == 0 and not gone.exists()
 
 
 def test_formulas_can_be_typeset(page):
@@ -49,14 +57,17 @@ def test_formulas_can_be_typeset(page):
                 parser.parse(f"${piece.strip()}$")
 
 
-def test_links_lead_somewhere(objectives, page):
-    anchors = [objectives.slug(heading) for heading in headings(page)]
-    assert len(anchors) == len(set(anchors))
-    links = re.findall(r"\]\(([^)]*)\)", page)
-    assert set(anchors) >= {link[1:] for link in links if link.startswith("#")}
-    for link in links:
-        if not link.startswith(("#", "https://arxiv.org/abs/")):
-            assert (objectives.FOLDER / link).is_file(), link
+def test_links_lead_somewhere(objectives, pages):
+    anchors = {name: [objectives.slug(heading) for heading in headings(text)] for name, text in pages.items()}
+    for name, text in pages.items():
+        assert len(anchors[name]) == len(set(anchors[name]))
+        for link in re.findall(r"\]\(([^)]*)\)", text):
+            if not link.startswith("https://arxiv.org/abs/"):
+                path, _, anchor = link.partition("#")
+                target = (objectives.FOLDER / name).parent / path
+                assert target.is_file(), (name, link)
+                known = anchors.get(os.path.relpath(target, objectives.FOLDER), [])
+                assert not anchor or anchor in known, (name, link)
 
 
 def test_all_that_is_public_is_there(documented, page):
@@ -67,7 +78,7 @@ def test_all_that_is_public_is_there(documented, page):
     assert len(described) == len(set(described))
     for name in (*jaxrl_llm.losses.__all__, *jaxrl_llm.advantages.__all__):
         assert name in described
-        assert f"#### `{name}`\n" in page or f"\n- `{name}`: " in page
+        assert f"### `{name}`\n" in page or f"\n- `{name}`: " in page
 
 
 def test_no_docstring_lacks_a_part(documented):

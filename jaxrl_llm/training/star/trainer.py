@@ -91,6 +91,9 @@ class StarConfig:
 class StarTrainer:
     """Trains a model on its own right rationales; a `Stage` of `jaxrl_llm.training.loop`, a step of it an iteration.
 
+    `star`, `sampling`, `optimizer` and `evaluation` are records that describe themselves; the learning rate must be
+    constant after its warm-up.
+
     Args:
         model: the model.
         params: the base model's parameters, which each iteration starts from.
@@ -102,7 +105,6 @@ class StarTrainer:
         setup: mesh, folder (also of the phases' files), seed (of samples and of the order of rationales) and name of
             the run; one that goes on does so after the last phase that the folder holds.
         eval_problems: held-out prompts, or `None`.
-        star, sampling, optimizer, evaluation: see the records. The learning rate must be constant after its warm-up.
         plan: the pieces in which a gradient is accumulated.
 
     Raises:

@@ -24,6 +24,7 @@ from jaxrl_llm.sampling.caches import Sizes, as_kept
 from jaxrl_llm.sampling.decode import Loop
 from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
 from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sampling.together import rooms
 from jaxrl_llm.sharding import head_shards, on_cpu, parameter_shardings
 
 MARGIN = 1 / 16
@@ -125,7 +126,8 @@ class Footprint:
         batch, windows = self.batch, [kind.window for kind in self.model.config.kinds]
         if not loop.together:
             return self._part(self._sizes(loop.slots).bytes(windows, self._kept))
-        return (batch.prompts * batch.width + batch.completions * batch.tokens) * self._token
+        own = sum(rooms(batch.tokens))  # the smaller ones stay until all ends
+        return (batch.prompts * batch.width + batch.completions * own) * self._token
 
     def _reading(self, loop: Loop) -> int:
         """Of the prompts that are computed at a time: what layers make, and what one of them computes."""

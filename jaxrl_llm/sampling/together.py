@@ -113,11 +113,17 @@ def sample_together(
 
         return jax.lax.while_loop(lambda state: jnp.any(state.active) & (state.time < last), steps, state)
 
+    def in_rooms(state: _Loop, first: int, *larger: int) -> Sampled:
+        """Up to the end of all, in rooms one after another; those behind that end are not even cleared."""
+        state = state._replace(cache=tuple(_with_room(own, first) for own in state.cache))
+        state = until(min(first, tokens - 1), state)
+        if not larger:
+            return state.sampled
+        going = jnp.any(state.active)
+        return jax.lax.cond(going, lambda: in_rooms(state, *larger), lambda: state.sampled)
+
     state = _start(prompts.memory, wanted.uniform.shape[:3], stop_texts, kept)
-    state = record(state, model.head_logits(params, last)[:, None])
-    for room in rooms(tokens):
-        state = until(min(room, tokens - 1), state._replace(cache=tuple(_with_room(own, room) for own in state.cache)))
-    return state.sampled
+    return in_rooms(record(state, model.head_logits(params, last)[:, None]), *rooms(tokens))
 
 
 def rooms(tokens: int) -> list[int]:

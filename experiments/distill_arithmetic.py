@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.distillation.objective import Distillation
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.cli import finish, make_trainer, parse, plain_errors, start, train
 from jaxrl_llm.data.demonstrations import DemonstrationFormat

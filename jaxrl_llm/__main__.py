@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "grpo": "Reinforcement learning on rewards: GRPO, or another algorithm by --preset=rloo, dapo, gspo, …",
         "ppo": "The same with a critic.",
         "trpo": "The same with a trust region in place of an optimizer.",
-        "distill": "On-policy distillation: the model learns from one teacher or several on its own samples.",
+        "distill": "Distillation on own samples: from teachers, or from itself when told more (--preset=sdft, sdpo).",
         "star": "A model that writes its own training data: rationales whose answers are right.",
         "generate": "Complete prompts with a checkpoint.",
         "evaluate": "Greedy accuracy, mean@n, pass@k and rewards of a checkpoint on a data set.",

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.checks import check_idle, nearest_name
-from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig
+from jaxrl_llm.config import DistillationExperiment, Experiment, ModelSource, OfflineExperiment, RunConfig
 from jaxrl_llm.launch import stages
 from jaxrl_llm.launch.configure import configure
 from jaxrl_llm.launch.evaluation import Evaluation, evaluate
@@ -26,8 +26,9 @@ from jaxrl_llm.launch.folder import prepare
 from jaxrl_llm.launch.generation import Completion, generate
 from jaxrl_llm.launch.loading import Policy, check_writes, find_rewards, load_policy, load_prompts, load_rows, mesh_of
 from jaxrl_llm.launch.offline import make_offline_trainer
-from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME, make_trainer
+from jaxrl_llm.launch.on_policy import check_rewarded, make_trainer, presets_of
 from jaxrl_llm.launch.settings import check_effects
+from jaxrl_llm.launch.teachers import find_teachers
 from jaxrl_llm.launch.words import Presets, with_preset
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
@@ -39,10 +40,15 @@ from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
 
 __all__ = ["Completion", "Evaluation", "Policy", "Trained", "evaluate", "generate", "load", "save", "train"]
 
-Method = Literal["grpo", "ppo", "trpo", "sft", "dpo", "kto", "reward-model", "prm"]
+Method = Literal["grpo", "ppo", "trpo", "distill", "sft", "dpo", "kto", "reward-model", "prm"]
 """What `train` does: stages of the command `jaxrl-llm`."""
 
-_ON_POLICY: Mapping[str, Experiment] = {"grpo": stages.GRPO, "ppo": stages.PPO, "trpo": stages.TRPO}
+_ON_POLICY: Mapping[str, Experiment] = {
+    "grpo": stages.GRPO,
+    "ppo": stages.PPO,
+    "trpo": stages.TRPO,
+    "distill": stages.DISTILL,
+}
 _OFFLINE: Mapping[str, tuple[OfflineExperiment, Presets, Callable[[Policy], Policy] | None]] = {
     "sft": (stages.SFT, {}, None),
     "dpo": (stages.DPO, stages.METHODS, None),
@@ -115,8 +121,8 @@ def train(
         method: which stage.
         preset: a published algorithm or method of that stage.
         eval_rows: held-out ones; `eval_every` says when they are evaluated.
-        settings: by short name (`learning_rate=1e-5`, `num_generations=8`), by record (`optimizer={"b2": 0.95}`), or as
-            a record itself (`algorithm=PolicyGradient(…)`).
+        settings: by short name (`learning_rate=1e-5`, `num_generations=8`, `teachers=["Qwen/Qwen3-4B"]`), by record
+            (`optimizer={"b2": 0.95}`), or as a record itself (`algorithm=PolicyGradient(…)`).
 
     Raises:
         ValueError: names what does not fit together, before anything is compiled.
@@ -147,11 +153,14 @@ def _on_policy(
     settings: Mapping[str, Any],
 ) -> tuple[Any, Experiment]:
     config = dataclasses.replace(config, rewards=find_rewards(rewards))
-    if not config.rewards:
+    if not config.rewards and not isinstance(config, DistillationExperiment):
         raise ValueError("no reward function given: pass rewards=[a function, or the name of one]")
-    config = _settled(config, policy, preset, PRESETS_BY_NAME, settings)
+    config = _settled(config, policy, preset, presets_of(config), settings)
+    check_rewarded(config)
     prompts = load_prompts(config, policy.tokenizer, train_rows=rows, eval_rows=eval_rows)
-    return make_trainer(config, policy, mesh_of(policy), prompts=prompts), config
+    mesh, sources = mesh_of(policy), find_teachers(config, policy.tokenizer)
+    teachers = [source.load(mesh) for source in sources]
+    return make_trainer(config, policy, mesh, prompts=prompts, teachers=teachers), config
 
 
 def _offline(

@@ -7,7 +7,7 @@ import json
 from typing import Any, ClassVar
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.distillation.objective import Distillation
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
@@ -237,7 +237,7 @@ class StarExperiment(Experiment):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillationExperiment(Experiment):
-    """All settings of a run that learns from teachers on its own samples; rewards are only reported."""
+    """All settings of a run that learns from teachers, or from itself told more, on its own samples."""
 
     algorithm: Algorithm = Distillation()
     """Divergence from the teachers."""

@@ -99,3 +99,6 @@ class TrainState(struct.PyTreeNode):
     """What the advantage estimator remembers of earlier batches: a running baseline, an adaptive coefficient."""
     critic: CriticState | None = None
     """The critic, where it has parameters of its own."""
+    average: Any = None
+    """A running average, float32, of those of the policy's parameters that are trained, where an algorithm reads one:
+    the policy as its own teacher."""

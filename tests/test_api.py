@@ -66,6 +66,14 @@ def test_a_policy_is_trained_on_rewards_and_generates(policy: Policy, somewhere:
         save(result.policy, "saved")
 
 
+def test_a_policy_learns_from_itself_told_more(policy: Policy) -> None:
+    rows = [row | {"demonstration": row["prompt"][::-1]} for row in PROMPTS]
+    told = {"itself": {"max_prompt_length": 128, "template": "{hints}{prompt}"}}
+    result = train(policy, rows, method="distill", preset="sdft", algorithm=told, **SMALL)
+    assert (result.metrics["distillation/frac_taught"] == 1).all() and "reward" not in result.metrics
+    assert (result.metrics["distillation/itself"] > 0).all()
+
+
 @pytest.mark.parametrize(
     ("method", "rows", "metric"),
     [

@@ -6,29 +6,36 @@ import abc
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxrl_llm.records import Metrics
 
 Need = (
     Literal["old", "reference", "entropy", "values", "final_values", "greedy", "by_function", "verdicts"]
-    | Literal["reference_rewards", "roles", "tasks", "teachers"]
+    | Literal["reference_rewards", "roles", "tasks", "teachers", "hints"]
 )
 """A score or a reward that costs something: log-probs under the old policy or under the reference, entropies of the
 old policy, values of a critic, also of what follows the last token, the reward of a greedy completion, the reward
 functions one by one, a judge's verdicts, rewards of samples that the reference draws, the role that each prompt gives
-and the task that it is of, other models' distributions."""
+and the task that it is of, other models' distributions, prompts that say more than the policy's."""
 
 
-Rewards = jax.Array | np.ndarray
-"""Arrays, on the device or on the host."""
+class HintedPrompts(NamedTuple):
+    """For each sample the prompt that a teacher reads in place of the policy's: one that says more."""
+
+    tokens: Any
+    """`[P, G, Tt]` int32, right-padded."""
+    lengths: Any
+    """`[P, G]` int32; 0: there is nothing to tell of this sample, or not room enough."""
+    too_long: Any
+    """`[P, G]` bool: there was not room enough."""
 
 
 class Feedback(NamedTuple):
-    """Rewards of a rollout, and what else was said of it. Only `rewards` is always there."""
+    """Rewards of a rollout, and what else was said of it. Only `rewards` is always there where there are any."""
 
-    rewards: Rewards
-    """`[P, G]` float32, or `[P, G, Tc]`: rewards of tokens, such as a process reward model gives."""
+    rewards: Any
+    """`[P, G]` float32, or `[P, G, Tc]`: rewards of tokens, such as a process reward model gives. `None`: there are
+    none, and the algorithm learns from something else."""
     greedy: Any = None
     """`[P]`: reward of the greedy completion of each prompt (ReMax), less the penalty for its length if there is one.
     `None`: the last sample of each group is greedy."""
@@ -48,6 +55,8 @@ class Feedback(NamedTuple):
     """`[P]` int32: the role that the policy has in the samples of each prompt, by its number (RAE)."""
     tasks: Any = None
     """`[P]` int32: equal for prompts that come of one task (hierarchical GRPO)."""
+    hinted: Any = None
+    """`HintedPrompts` that the policy reads as its own teacher (SDPO, SDFT)."""
 
 
 class Signals(NamedTuple):
@@ -162,6 +171,16 @@ class Algorithm(abc.ABC):
     def needs_teachers(self) -> bool:
         """Whether other models' distributions are read."""
         return "teachers" in self.needs
+
+    @property
+    def needs_hints(self) -> bool:
+        """Whether the policy is its own teacher, on prompts that say more."""
+        return "hints" in self.needs
+
+    @property
+    def averages_policy(self) -> bool:
+        """Whether it reads a running average of the policy's parameters, which is then part of the training state."""
+        return False
 
     @property
     def keeps_mask(self) -> bool:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_llm.algorithms.distillation.self_teacher import start_average
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.rounding import Rounding, optimizer_state
@@ -37,7 +38,7 @@ def make_train_state(
         params: the policy's; with a critic that shares its trunk, the critic's head among them.
         optimizer: of the policy.
         seed: of all randomness.
-        algorithm: whose memory starts here, if it has one.
+        algorithm: whose memory, and average of the policy, start here, if it has them.
         critic: the critic, if it has parameters of its own.
         critic_params: these parameters.
         rounding: how small updates reach parameters that are stored in bfloat16; see `OptimizerConfig.rounding`.
@@ -56,6 +57,7 @@ def make_train_state(
             if critic is None or critic.shares_trunk
             else critic.start(critic_params, jax.random.fold_in(root, _OF_CRITIC))
         ),
+        average=start_average(params) if algorithm is not None and algorithm.averages_policy else None,
     )
 
 
@@ -101,6 +103,8 @@ def abstract_train_state(
     )
     trained = split_trainable(shardings)[0]
     placed = state_shardings(mesh, abstract.replace(critic=None), shardings, trained, offload=offload)
+    if abstract.average is not None:
+        placed = placed.replace(average=trained)
     if own is not None:
         assert critic is not None
         of_critic = critic.model.shardings(mesh)

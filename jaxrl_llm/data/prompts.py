@@ -129,6 +129,10 @@ class PromptDataset:
             return ()
         return ("all have the same tokens: does the chat template write the messages?",)
 
+    def prompt(self, item: int) -> Prompt:
+        """A prompt as reward functions see it."""
+        return self._format.prompt(row_of(self._source, int(self._rows[item])))
+
     def columns_of(self, item: int) -> tuple[int, dict[str, Any]]:
         """The row number of a prompt in the source, and what reward functions receive of that row."""
         number = int(self._rows[item])

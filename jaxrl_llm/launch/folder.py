@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,16 +72,18 @@ def with_home(config: RunConfigT) -> RunConfigT:
 
 
 def _make_folder(folder: Path, *, exist_ok: bool = True) -> None:
-    """Creates a run's folder; one that is still empty when the program ends goes again."""
-    is_new = not folder.exists()
+    """Creates a run's folder, and those above it; what of them is still empty when the program ends goes again."""
+    new = [each for each in (folder.absolute(), *folder.absolute().parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=exist_ok)
-    if is_new:
-        atexit.register(_remove_if_empty, folder.absolute())
+    if new:
+        atexit.register(_remove_if_empty, new)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _remove_if_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, of which each lies in the next one, up to the first that holds something."""
     with contextlib.suppress(OSError):
-        folder.rmdir()
+        for folder in folders:
+            folder.rmdir()
 
 
 def _new_folder(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import jax
 
+from jaxrl_llm.algorithms.distillation.presets import PRESETS as DISTILLATIONS
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient.presets import OF_ROLES, PRESETS
@@ -22,9 +23,11 @@ from jaxrl_llm.launch.folder import run_setup, start, write_config
 from jaxrl_llm.launch.loading import Policy, load_policy, load_prompts, load_tokenizer_of, reward_sum
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.launch.teachers import find_teachers
+from jaxrl_llm.launch.words import Presets
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.training.episodes.hints import check_texts, self_teacher_of
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.learner import CriticSource
@@ -41,8 +44,18 @@ def parse(config: ConfigT, args: list[str] | None = None, *, description: str = 
     `--config=FILE` begins with the settings of a file, `--resume=RUN` with those of a run. An unknown flag or preset
     ends the program at once and names the nearest one.
     """
-    fixed = isinstance(config, DistillationExperiment | StarExperiment)
-    return read_flags(config, args, description, presets=None if fixed else PRESETS_BY_NAME)
+    return read_flags(config, args, description, presets=presets_of(config))
+
+
+def presets_of(config: Experiment) -> Presets:
+    """What `--preset` may name in an experiment of this kind."""
+    match config:
+        case StarExperiment():
+            return {}
+        case DistillationExperiment():
+            return DISTILLATIONS_BY_NAME
+        case _:
+            return PRESETS_BY_NAME
 
 
 def _with_algorithm(preset: Callable[[], Algorithm], config: ConfigT) -> ConfigT:
@@ -54,6 +67,9 @@ def _with_algorithm(preset: Callable[[], Algorithm], config: ConfigT) -> ConfigT
 
 PRESETS_BY_NAME = {preset.__name__: functools.partial(_with_algorithm, preset) for preset in (*PRESETS, *OF_ROLES)}
 """What `--preset` may name."""
+
+DISTILLATIONS_BY_NAME = {preset.__name__: functools.partial(_with_algorithm, preset) for preset in DISTILLATIONS}
+"""The same where the policy learns from teachers."""
 
 
 def make_trainer(
@@ -144,7 +160,10 @@ def check_rewarded(config: Experiment) -> None:
     """Refuses a run that nothing rewards, before anything is loaded.
 
     Raises:
-        ValueError: there is no reward function, or one is named that there is not.
+        ValueError: there is no reward function, or one is named that there is not, or hints cannot be filled.
     """
-    if reward_sum(config) is None and not isinstance(config, DistillationExperiment):
+    rewarded = reward_sum(config) is not None
+    if (itself := self_teacher_of(config.algorithm)) is not None:
+        check_texts(itself, rewarded=rewarded)
+    if not rewarded and not isinstance(config, DistillationExperiment):
         raise ValueError("no reward function given: pass --rewards with names of some, or file.py:function")

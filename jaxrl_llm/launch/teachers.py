@@ -37,8 +37,11 @@ def find_teachers(config: Experiment, tokenizer: Any) -> list[TeacherSource]:
     """
     if not isinstance(config, DistillationExperiment):
         return []
-    if not config.teachers:
-        raise ValueError("no teacher given: pass --teachers <folder, .gguf file or hub id> [<another> …]")
+    if not config.teachers and config.algorithm.needs_teachers:
+        raise ValueError(
+            "no teacher given: pass --teachers <folder, .gguf file or hub id> [<another> …], or let the policy be its "
+            "own (--preset=sdft, --preset=sdpo)"
+        )
     found = []
     for path in config.teachers:
         name = Path(path).name.removesuffix(".gguf")

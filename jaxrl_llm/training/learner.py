@@ -11,7 +11,8 @@ import jax
 import optax
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.distillation import Distillation, make_distillation_step
+from jaxrl_llm.algorithms.distillation.objective import Distillation
+from jaxrl_llm.algorithms.distillation.step import make_distillation_step
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic

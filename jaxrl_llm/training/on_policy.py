@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.distillation.objective import Distillation
+from jaxrl_llm.algorithms.distillation.self_teacher import ITSELF
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
@@ -38,6 +39,7 @@ from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.feedback import FeedbackSource
+from jaxrl_llm.training.episodes.hints import check_positions, self_teacher_of
 from jaxrl_llm.training.episodes.history import CompletionHistory
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.reference_rewards import ReferenceRewards
@@ -106,7 +108,7 @@ class Trainer:
         dataset: prompts to train on.
         eval_dataset: held-out prompts, or `None`.
         rewards: reward functions and weights; `None` where all rewards are `device_rewards`, or there are none to
-            learn from (`Distillation`): then an iteration is one program.
+            learn from (`Distillation`): then an iteration is one program, unless the policy is its own teacher.
         algorithm: the objective.
         setup: mesh, folder, seed and name of the run.
         device_rewards: rewards that are JAX functions, added to the others.
@@ -165,6 +167,8 @@ class Trainer:
         check_teachers(algorithm, teachers, tokenizer)
         self.feedback = FeedbackSource(algorithm, rewards, self.device_rewards, judge, tokenizer)
         self.feedback.check(dataset, dynamic_sampling=self.config.dynamic_sampling)
+        if (itself := self_teacher_of(algorithm)) is not None:
+            check_positions(itself, model.config.max_position_embeddings, sampling.max_tokens)
         self.saved = setup.find()
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
         self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
@@ -263,8 +267,9 @@ class Trainer:
                     params, placed.params, self.model.config.dtype, with_adapters=with_adapters
                 )
                 self.what_a_step_is += said
-            if teachers:
-                self.reference = {teacher.name: teacher.kept(self.setup.mesh) for teacher in teachers}
+            if isinstance(self.algorithm, Distillation):
+                own = {ITSELF: self.reference or {}} if self.algorithm.needs_reference else {}
+                self.reference = {teacher.name: teacher.kept(self.setup.mesh) for teacher in teachers} | own
         check_frozen(self.saved, self.state, self.reference)
 
     def _make_programs(self, learner: Learner) -> None:
@@ -272,9 +277,10 @@ class Trainer:
         placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.setup.mesh)
         self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole))
         self._score = self._iteration = None
-        if self.device_rewards and self.rewards is not None:
+        on_host = self.rewards is not None or self.algorithm.needs_hints
+        if self.device_rewards and on_host:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
-        elif self.rewards is None:
+        elif not on_host:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
             shardings: Any = (placed, whole, whole, whole)
             self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
@@ -372,10 +378,12 @@ class Trainer:
         return *filled.take(), {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
 
     def _scored(self, rollout: Rollout, batch: PromptBatch, step: int) -> Episodes:
-        assert self.rewards is not None
         stops = self.sampler.stop_tokens
-        state = self._told_of(step - 1)
-        episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, stop_tokens=stops, trainer_state=state)
+        if self.rewards is None:
+            episodes = unscored(rollout, batch, stop_tokens=stops)
+        else:
+            told: dict[str, Any] = {"stop_tokens": stops, "trainer_state": self._told_of(step - 1)}
+            episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, **told)
         return episodes if self._score is None else self._with_device_rewards(rollout, episodes)
 
     def _of_reference(self, kept: ReferenceRewards, batch: PromptBatch, key: np.ndarray, step: int) -> np.ndarray:

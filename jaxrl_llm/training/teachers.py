@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxrl_llm.algorithms.distillation.self_teacher import ITSELF
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens, token_table
@@ -41,13 +42,11 @@ def check_teachers(algorithm: Algorithm, teachers: Sequence[Teacher], tokenizer:
     Raises:
         ValueError: there are none, or too many; two are named alike; one reads other tokens, or fewer.
     """
-    if algorithm.needs_teachers != bool(teachers):
-        raise ValueError(
-            f"{algorithm.reader} learns from teachers: pass teachers="
-            if algorithm.needs_teachers
-            else f"{algorithm.reader} has no teachers: leave teachers= out"
-        )
-    names = [teacher.name for teacher in teachers]
+    if algorithm.needs_teachers and not teachers:
+        raise ValueError(f"{algorithm.reader} learns from teachers: pass teachers=")
+    if teachers and not (algorithm.needs_teachers or algorithm.needs_hints):
+        raise ValueError(f"{algorithm.reader} has no teachers: leave teachers= out")
+    names = [teacher.name for teacher in teachers] + [ITSELF] * algorithm.needs_hints
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several teachers are named {', '.join(repeated)}: give each its own name")
     for teacher in teachers:

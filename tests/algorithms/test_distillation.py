@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms import distillation
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.distillation import Distillation, make_distillation_step
+from jaxrl_llm.algorithms.distillation.objective import Distillation
+from jaxrl_llm.algorithms.distillation.step import make_distillation_step
 from jaxrl_llm.algorithms.interfaces import Feedback
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.losses import aggregate, generalized_jsd
@@ -112,7 +112,7 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_the_step_is_that_of_the_definition(algorithm, run, plain, monkeypatch):
-    monkeypatch.setattr(distillation, "CHUNK_LOGITS", 2 * KNOWN * 8)  # two positions at a time
+    monkeypatch.setattr("jaxrl_llm.algorithms.distillation.step.CHUNK_LOGITS", 2 * KNOWN * 8)  # two positions at a time
     expected, value, means = plain(algorithm)
     change, metrics = run(algorithm)
     chex.assert_trees_all_close(change, jax.tree.map(np.asarray, expected), rtol=1e-4, atol=5e-6)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.distillation import Distillation, make_distillation_step
+from jaxrl_llm.algorithms.distillation.objective import Distillation
+from jaxrl_llm.algorithms.distillation.self_teacher import ITSELF
+from jaxrl_llm.algorithms.distillation.step import make_distillation_step
 from jaxrl_llm.algorithms.interfaces import Algorithm, Feedback
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
@@ -88,7 +90,8 @@ def _train(
         step = make_online_preference_step(model, optimizer, algorithm, plan)
     elif isinstance(algorithm, Distillation):
         step = make_distillation_step(model, optimizer, algorithm, {n: m for n, (m, _) in teachers.items()}, plan)
-        reference = {name: params for name, (_, params) in teachers.items()}
+        itself = {ITSELF: reference} if algorithm.needs_reference else {}
+        reference = {name: params for name, (_, params) in teachers.items()} | itself
     else:
         step = make_update_step(model, optimizer, algorithm, plan, critic=critic)
     update = jax.jit(step, donate_argnums=0)

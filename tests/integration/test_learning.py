@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.distillation.objective import Distillation
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Credit, Feedback, Need, Signals
 from jaxrl_llm.algorithms.offline import make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.policy_gradient.given import GivenAdvantages

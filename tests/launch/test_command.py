@@ -57,7 +57,8 @@ def test_an_overview_a_version_and_pages_of_help(capsys: pytest.CaptureFixture[s
     [
         ("gpro", "there is no command gpro; did you mean grpo? There are demo, "),
         ("--model=m", "the command comes before its settings; there are demo, "),
-        ("distill --preset=grpo", "--preset=grpo: this has no presets"),
+        ("distill --preset=sdpo", "algorithm.itself.hints show a {solution}, a sample that was rewarded, and there is"),
+        ("distill --preset=sdtf", "no preset is named 'sdtf'; did you mean 'sdft'?"),
         ("star --preset=gspo", "--preset=gspo: this has no presets; leave it out"),
         ("sft --temperature=1", "there is no setting --temperature; other commands have it"),
         ("generate --model=m --prompts a --output=/proc/no/file", "No such file or directory: '/proc/no'"),

@@ -195,6 +195,10 @@ def test_a_run_that_never_began_leaves_no_folder(
         with pytest.raises(SystemExit):
             cli.run(config, flags)
         assert [path for path in Path().rglob("*") if path.is_file()] == [Path("train.jsonl")], flags
+    for call in reversed(at_exit):
+        call()
+    assert set(Path().rglob("*")) == {Path("train.jsonl")}
+    at_exit.clear()
     Path("own").mkdir()
     cli.start(dataclasses.replace(config, run_dir="own"))  # it was there before
     used = Path(cli.start(config).run_dir or "", "file")

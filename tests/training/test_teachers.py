@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.distillation import Distillation
+from jaxrl_llm.algorithms.distillation.objective import Distillation
 from jaxrl_llm.cli import make_trainer, run
 from jaxrl_llm.config import DataConfig, DistillationExperiment
 from jaxrl_llm.data.tokenizers import CharTokenizer

@@ -12,6 +12,7 @@ from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.policy_gradient.role_estimators import OfRoles
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.training.episodes.episodes import Episodes
+from jaxrl_llm.training.episodes.hints import Hints, check_hints, self_teacher_of
 from jaxrl_llm.training.episodes.judging import Judge, check_judge, compare
 from jaxrl_llm.training.episodes.role_columns import check_roles, role_feedback
 from jaxrl_llm.training.episodes.scorable import check_scorable
@@ -38,7 +39,7 @@ class FeedbackSource:
         """
         needs, name = self.algorithm.needs, self.algorithm.reader
         rewarded = self.rewards is not None or bool(self.device_rewards)
-        if not rewarded and not self.algorithm.needs_teachers:
+        if not rewarded and not (self.algorithm.needs_teachers or self.algorithm.needs_hints):
             raise ValueError("there is no reward: pass rewards=, or device_rewards=")
         if rewarded and not any(weights := self.weights.tolist()):
             setting = "the weights of device_rewards, " if self.rewards is None else "reward_weights="
@@ -51,6 +52,8 @@ class FeedbackSource:
             )
         if self.judge is not None:
             check_judge(self.judge)
+        if (itself := self_teacher_of(self.algorithm)) is not None:
+            check_hints(itself, dataset, self.tokenizer, rewarded=rewarded)
         if self.rewards is None:
             self._check_on_device(dynamic_sampling)
             return
@@ -72,6 +75,9 @@ class FeedbackSource:
     def __call__(self, episodes: Episodes, key: np.ndarray, step: int) -> Any:
         """Rewards, or `Feedback` with what else the algorithm reads; `key` and `step` are those of a judge's draws."""
         rewards = episodes.rewards if episodes.token_rewards is None else episodes.token_rewards
+        if (itself := self_teacher_of(self.algorithm)) is not None:
+            rewarded = self.rewards is not None or bool(self.device_rewards)
+            return Feedback(rewards if rewarded else None, hinted=Hints(itself, self.tokenizer)(episodes))
         if "by_function" in self.algorithm.needs:
             table = np.stack(list(episodes.by_name.values()), axis=-1)
             return Feedback(rewards, by_function=table, weights=self.weights)

@@ -41,7 +41,15 @@ SMALL = (
 )
 OFFLINE = ("dpo_hh", "kto_hh", "orpo_hh", "preference_arithmetic", "sft_gsm8k")
 """Experiments on given rows; they take other flags. A new one adds its name here."""
-ALIKE = ("kto_hh", "orpo_hh", "ppo_rlhf", "prm_gsm8k", "preference_arithmetic", "reward_model_arithmetic")
+ALIKE = (
+    "kto_hh",
+    "orpo_hh",
+    "ppo_rlhf",
+    "prm_gsm8k",
+    "preference_arithmetic",
+    "reverse_text",
+    "reward_model_arithmetic",
+)
 """Those of which others run the same parts, or that have a test that runs until they have learned."""
 SCORE_MODELS = ("prm_arithmetic", "prm_gsm8k", "reward_model_arithmetic", "reward_model_hh")
 """Those on given rows that train no policy, but what scores one."""
@@ -89,6 +97,10 @@ def debug_size(tiny: ModuleType, tmp_path: Path):
                 checkpoint, rows = tiny.save_checkpoint(tmp_path / "checkpoint"), gsm8k_rows(tmp_path)
                 small = ["--sampling.max-tokens=8", "--data.max-prompt-length=300"]
                 return [f"--model.path={checkpoint}", f"--data.train={rows}", f"--data.eval={rows}", *small]
+            case "reverse_text":
+                checkpoint = tiny.save_checkpoint(tmp_path / "checkpoint")
+                small = ["--sampling.max-tokens=64", "--data.max-prompt-length=160", "--texts=16", "--held-out=4"]
+                return [f"--model.path={checkpoint}", "--sft.steps=2", *small]
             case "sft_gsm8k":
                 checkpoint, rows = tiny.save_checkpoint(tmp_path / "checkpoint"), gsm8k_rows(tmp_path)
                 return [f"--model.path={checkpoint}", f"--data.train={rows}", f"--data.eval={rows}"]

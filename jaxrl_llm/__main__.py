@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "generate": "Complete prompts with a checkpoint.",
         "evaluate": "Greedy accuracy, mean@n, pass@k and rewards of a checkpoint on a data set.",
         "export": "Write a checkpoint of a run, or a GGUF file, as a folder that transformers loads.",
+        "report": "A page of a run, finished or not, or one that compares several: report RUN [RUN …].",
     }
 )
 """What each subcommand does."""
@@ -46,6 +47,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "generate": "jaxrl-llm generate --model=runs/RUN/model --prompts 'Name a color.' --temperature=0",
         "evaluate": "jaxrl-llm evaluate --model=runs/RUN/model --data=test.jsonl --rewards math --samples=8 --ks 1 8",
         "export": "jaxrl-llm export --model=runs/RUN/checkpoints/200 --output=my-model",
+        "report": "jaxrl-llm report runs/grpo-20261130-101500 runs/grpo-20261130-114000 --output=comparison.html",
     }
 )
 """A line of each."""

@@ -16,6 +16,7 @@ import jax
 
 from jaxrl_llm.checks import expand_home
 from jaxrl_llm.config import RunConfig, flatten
+from jaxrl_llm.launch.defaults import default_settings
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.settings import CONFIG_FILE, check_names, check_resumed, check_step, remarks_on_resuming
 from jaxrl_llm.training.compilation import enable_persistent_cache
@@ -110,6 +111,7 @@ def run_setup(config: RunConfig, mesh: jax.sharding.Mesh) -> RunSetup:
         resume=config.resume,
         bare_reference=config.model.bare_reference,
         settings=config.settings(),
+        defaults=default_settings(flatten(config)),
         title=config.name,
         wandb=config.wandb if config.wandb.project else None,
     )

@@ -19,6 +19,7 @@ from jaxrl_llm.training.run.curves import plot_curves
 from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.run.formatting import duration
 from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
+from jaxrl_llm.training.run.page.document import PAGE_FILE
 from jaxrl_llm.training.run.report import Report
 
 Panels = tuple[tuple[str, ...], ...]
@@ -81,6 +82,7 @@ def finish(
     if shown:
         plot_curves(folder / METRICS_FILE, folder / "curves.png", shown, title=config.name)
         rows.append(("curves", str(folder / "curves.png")))
+    rows.append(("report", f"{folder / PAGE_FILE} (a browser shows it)"))
     rows += [("metrics", str(folder / METRICS_FILE)), *exported]
     Report(result.step).summary(config.name, rows, next_steps=next_steps)
 

@@ -21,6 +21,7 @@ from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state, unsaved
 from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.run.metrics import MetricsWriter
+from jaxrl_llm.training.run.page.live import LivePage
 from jaxrl_llm.training.run.report import Report, SampledCompletion
 from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun, restore_run
 from jaxrl_llm.training.run.setup import RunSetup
@@ -174,6 +175,9 @@ def run_stage(stage: Stage) -> TrainingResult:
                     start, stage.saved = found.step, found
                     stage.loader.set_state(found.data)
                 stage.state = join_state(restored, frozen)
+        page = stack.enter_context(
+            LivePage(setup.folder, setup.defaults, lambda text: report.message(text), enabled=is_main_process())
+        )
         writer = stack.enter_context(
             MetricsWriter(
                 setup.folder,
@@ -195,6 +199,7 @@ def run_stage(stage: Stage) -> TrainingResult:
                 enabled=is_main_process(),
             )
         )
+        page.begin()
         for remark in remarks:
             report.message(remark)
         report.message(stage.what_a_step_is)

@@ -249,15 +249,28 @@ def read_completions(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]
         with lines.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):  # else it is being written
-                    _step_of(line, lines, number)
-                    yield json.loads(line)
-    if files:
-        import pyarrow.parquet
+                    yield completion_of(line, lines, number)
+    for path in files:
+        yield from completions_of_file(path)
 
-        for path in files:
-            for row in pyarrow.parquet.read_table(path).to_pylist():
-                row |= {name: json.loads(row[name]) for name in _AS_JSON if row.get(name) is not None}
-                yield {name: value for name, value in row.items() if value is not None or not name.startswith("token_")}
+
+def completion_of(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The completion that a whole line of `completions.jsonl` holds.
+
+    Raises:
+        DamagedRunError: the line, of this number in `path`, is not what was written.
+    """
+    _step_of(line, path, number)
+    return json.loads(line)
+
+
+def completions_of_file(path: Path) -> Iterator[dict[str, Any]]:
+    """The completions that a Parquet file holds."""
+    import pyarrow.parquet
+
+    for row in pyarrow.parquet.read_table(path).to_pylist():
+        row |= {name: json.loads(row[name]) for name in _AS_JSON if row.get(name) is not None}
+        yield {name: value for name, value in row.items() if value is not None or not name.startswith("token_")}
 
 
 def _encodable(value: Any) -> Any:

@@ -221,16 +221,25 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not text.endswith(b"\n"):
             return
-        try:
-            line = json.loads(text)
-        except ValueError:  # no JSON, or no text at all
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise DamagedRunError(
-                f'{path}, line {number}: expected a JSON object with "step", got '
-                f"{text.decode(errors='replace')[:80].rstrip()!r}; delete the line, or the file"
-            )
-        yield text, {name: _NON_FINITE.get(v, v) if isinstance(v, str) else v for name, v in line.items()}
+        yield text, metrics_of(text, path, number)
+
+
+def metrics_of(text: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The metrics that a whole line of `metrics.jsonl` holds, with their `step`.
+
+    Raises:
+        DamagedRunError: the line, of this number in `path`, is not a JSON object with a step.
+    """
+    try:
+        line = json.loads(text)
+    except ValueError:  # no JSON, or no text at all
+        line = None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise DamagedRunError(
+            f'{path}, line {number}: expected a JSON object with "step", got '
+            f"{text.decode(errors='replace')[:80].rstrip()!r}; delete the line, or the file"
+        )
+    return {name: _NON_FINITE.get(v, v) if isinstance(v, str) else v for name, v in line.items()}
 
 
 def _keep_until(path: Path, step: int | None) -> None:

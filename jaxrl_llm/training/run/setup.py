@@ -29,6 +29,8 @@ class RunSetup:
     """The reference is the base alone, also where the model starts with trained adapters."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Flat JSON-able record of all settings that a resumed run must share."""
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the settings are by default, flat, for the page of the run."""
     title: str = ""
     """Name of the run in the report."""
     wandb: WandbConfig | None = None

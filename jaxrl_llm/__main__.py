@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from jaxrl_llm import __version__
+from jaxrl_llm.extras import MissingExtraError
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -81,8 +82,11 @@ def main(args: Sequence[str] | None = None) -> None:
         what = "the command comes before its settings" if name.startswith("-") else f"there is no command {args[0]}"
         print(f"error: {what}; {hint} {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    from jaxrl_llm.launch.stages import RUN
-
+    try:
+        from jaxrl_llm.launch.stages import RUN
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     sys.argv = [f"jaxrl-llm {name}", *args[1:]]  # a stage reads its own command line
     RUN[name](f"{COMMANDS[name]}\n\n    {EXAMPLES[name]}")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from jaxrl_llm.extras import require
 from jaxrl_llm.masking import length_mask
+
+require("chex", "flax")
+import chex  # noqa: E402
+from flax import struct  # noqa: E402
 
 
 class Rollout(struct.PyTreeNode):

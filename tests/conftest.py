@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # JAX reads these when it is imported, and the processes that tests start inherit them. Loading a program from
 # the cache still counts as a compilation (`/jax/core/compile/backend_compile_duration`), so that tests that
@@ -43,9 +43,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jaxrl_llm.models.config import LayerKind, ModelConfig, Params
-from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig
+
+if TYPE_CHECKING:  # tests of the pure functions run where nothing but jax and numpy is installed
+    from jaxrl_llm.models.config import ModelConfig, Params
+    from jaxrl_llm.models.transformer import Transformer
 
 # In this process alone: the scripts that tests start see one device, as a newcomer's machine does.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -79,6 +81,7 @@ def mesh_config(request: pytest.FixtureRequest) -> MeshConfig:
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ModelConfig]:
     """A small model that every mesh of `mesh_config` can hold, its settings changed at will."""
+    from jaxrl_llm.models.config import LayerKind, ModelConfig
 
     def make(**changes: Any) -> ModelConfig:
         sizes = {"vocab_size": 64, "embed_dim": 32, "mlp_dim": 48, "num_layers": 2}

@@ -159,7 +159,7 @@ def test_whole_life_of_a_slice(cloud: Cloud):
     assert set_up.returncode == 0, set_up.stderr
     for index in (0, 1):
         assert (cloud.worker(index) / "jaxrl_llm/kept.txt").read_text() == "first"
-        assert "-e .[tpu]" in (cloud.worker(index) / "python3_calls").read_text()
+        assert "-e .[train,tpu]" in (cloud.worker(index) / "python3_calls").read_text()
 
     line = ["experiments/x.py", "--a.b=c d", "it's", "$HOME", "*"]
     launched = run("launch", *WHERE, "--", *line)

@@ -1,6 +1,6 @@
 """Compiles attention, forward and backward, for a TPU that is not there: temporaries and time of each implementation.
 
-    pip install -e '.[tpu]'
+    pip install -e '.[train,tpu]'
     python tpu_scripts/compile_attention.py
     python tpu_scripts/compile_attention.py --slice v6e:2x4 --head-dim 256 --softcap 50 --implementations splash
 

@@ -1,6 +1,6 @@
 """Compiles the sampler and the update step for a TPU slice that is not there: does it compile, and does it fit?
 
-    pip install -e '.[tpu]'
+    pip install -e '.[train,tpu]'
     python tpu_scripts/compile_for.py --slice v5e:2x4 --size qwen2.5-1.5b --mesh.fsdp 4 --mesh.tensor 2
     python tpu_scripts/compile_for.py --slice v6e:4x4 --model.path MODELS/some-model --update.micro-batches 4
 

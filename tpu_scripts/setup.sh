@@ -53,6 +53,6 @@ tar -xzf ~/$archive -C ~/$REMOTE_REPOSITORY
 python3 -m pip install --quiet --user --upgrade uv
 [ -x ~/$REMOTE_ENVIRONMENT/bin/python ] || python3 -m uv venv --quiet --python $PYTHON ~/$REMOTE_ENVIRONMENT
 cd ~/$REMOTE_REPOSITORY
-python3 -m uv pip install --quiet --python ~/$REMOTE_ENVIRONMENT/bin/python -e '.[tpu]'
+python3 -m uv pip install --quiet --python ~/$REMOTE_ENVIRONMENT/bin/python -e '.[train,tpu]'
 ~/$REMOTE_ENVIRONMENT/bin/python -c 'import jax, jaxrl_llm; print(\"jaxrl_llm\", jaxrl_llm.__version__, \"on jax\", jax.__version__)'"
 $DRY_RUN || echo "set up $commit on every worker of $NAME"

@@ -4,3 +4,7 @@
 `unpaired` and `steps` say what a row is to an objective that is given completions. `prompts` and `encoded_rows` hold
 what was tokenised once; `loader` and `rows` serve its batches in a checkpointable order. `tokenizers` holds a tiny one.
 """
+
+from jaxrl_llm.extras import require
+
+require("grain")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.extras import require
 
 if TYPE_CHECKING:  # most runs read JSON
     import pyarrow
@@ -44,6 +45,7 @@ def read_parquet(path: str | os.PathLike[str]) -> ArrowRows:
         ValueError: the file is damaged, or not Parquet (names the row group and its rows), or two of its columns bear
             one name.
     """
+    require("pyarrow")
     import pyarrow
     import pyarrow.parquet
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.data.interfaces import Row
+from jaxrl_llm.extras import require
 
 # Tasks whose scorer hands the answer, here a model's text, to Python's eval (some through sympy.parse_expr).
 _EVALUATES_ANSWER = frozenset(
@@ -103,6 +104,7 @@ def make_reasoning_gym_reward(
 
 
 def _create_task(name: str, options: dict[str, Any]) -> Any:
+    require("reasoning_gym")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

@@ -19,6 +19,7 @@ from jaxrl_llm.data.files import import_datasets, is_saved, load_saved, open_fil
 from jaxrl_llm.data.interfaces import Row, RowSource
 from jaxrl_llm.data.memory import rows_in_memory
 from jaxrl_llm.data.reasoning import reasoning_gym_rows
+from jaxrl_llm.extras import require
 
 
 def open_source(spec: Any, *, max_rows: int | None = None) -> RowSource:
@@ -82,6 +83,7 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, *, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> None:
+        require("tensorflow_datasets")
         import tensorflow_datasets as tfds
 
         if not name:

@@ -177,7 +177,7 @@ class MathPool:
                 self._workers.pop(number).stop()
                 raise RuntimeError(
                     "the process that runs math-verify did not start; what it printed stands above. "
-                    "Is the package there? pip install math-verify"
+                    "Is the package there? pip install 'jaxrl-llm[rewards]'"
                 )
             worker.ready = True
             return

@@ -196,7 +196,7 @@ def test_an_interrupt_leaves_no_verdict_for_the_next_question(monkeypatch):
 def test_a_process_that_does_not_start_is_an_error(tmp_path, monkeypatch, capfd):
     (tmp_path / "math_worker.py").write_text("import no_such_package")
     monkeypatch.setattr(math_pool, "__file__", str(tmp_path / "math_pool.py"))
-    with pytest.raises(RuntimeError, match="pip install math-verify"):
+    with pytest.raises(RuntimeError, match=r"pip install 'jaxrl-llm\[rewards\]'"):
         score(make_math_reward(), r"\boxed{x}", "y+1")
     assert "no_such_package" in capfd.readouterr().err
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from jaxrl_llm.checks import check_fields, count, one_of
+from jaxrl_llm.extras import require
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
 
 COMPLETIONS_FILE, COMPLETIONS_FOLDER = "completions.jsonl", "completions"
@@ -201,6 +202,7 @@ class _ParquetFiles:
         self.path.mkdir(exist_ok=True)
 
     def write(self, step: int, rows: list[dict[str, Any]]) -> None:
+        require("pyarrow")
         import pyarrow
         import pyarrow.parquet
 
@@ -266,6 +268,7 @@ def completion_of(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def completions_of_file(path: Path) -> Iterator[dict[str, Any]]:
     """The completions that a Parquet file holds."""
+    require("pyarrow")
     import pyarrow.parquet
 
     for row in pyarrow.parquet.read_table(path).to_pylist():

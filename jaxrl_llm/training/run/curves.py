@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from jaxrl_llm.extras import require
 from jaxrl_llm.training.run.metrics import read_metrics
 
 _COLORS = ("#1f6feb", "#d1570c", "#2da44e", "#8250df", "#bf3989", "#57606a")
@@ -34,6 +35,7 @@ def plot_curves(
     Raises:
         ValueError: If no panel is given, or a metric is not in the file.
     """
+    require("matplotlib")
     # Not pyplot: it would keep the figure, and choose a back end, for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

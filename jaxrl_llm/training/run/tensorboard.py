@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.extras import require
+
 
 class TensorBoardEvents:
     """An event file, written by the thread that calls it.
@@ -27,6 +29,7 @@ class TensorBoardEvents:
             folder: of the run's event files, created if need be.
             first_step: TensorBoard hides what earlier files say of this step and later ones.
         """
+        require("tensorboardX")
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.record_writer import RecordWriter
 

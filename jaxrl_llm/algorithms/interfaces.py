@@ -55,6 +55,8 @@ class Feedback(NamedTuple):
     """`[P]` int32: the role that the policy has in the samples of each prompt, by its number (RAE)."""
     tasks: Any = None
     """`[P]` int32: equal for prompts that come of one task (hierarchical GRPO)."""
+    scored: Any = None
+    """`[P, G]` bool: the samples that have a reward; the others' (0 here) is not known. `None`: all have one."""
     hinted: Any = None
     """`HintedPrompts` that the policy reads as its own teacher (SDPO, SDFT)."""
 
@@ -79,6 +81,8 @@ class Signals(NamedTuple):
     """`[P, G, Tc]` each, of the policy, the reference and the critic before this batch's first update."""
     final_values: Any = None
     """`[P, G]`: of the same critic, of the state after the last token."""
+    scored: Any = None
+    """`[P, G]` bool: the samples whose reward is known; `None`: all."""
     unshaped: Any = None
     """`[P, G]`: the rewards before the penalty for length (`algorithm.overlong`); `None`: as `rewards`."""
 
@@ -109,6 +113,8 @@ class Advantage(abc.ABC):
 
     smallest_group: ClassVar[int] = 2
     """Samples of a prompt without which there is nothing to compare: 1 where a sample is judged by itself."""
+    skips_unscored: ClassVar[bool] = False
+    """Whether it reads `Signals.scored`: a sample without a reward has advantage 0, and no part in that of others."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -180,6 +186,11 @@ class Algorithm(abc.ABC):
     @property
     def averages_policy(self) -> bool:
         """Whether it reads a running average of the policy's parameters, which is then part of the training state."""
+        return False
+
+    @property
+    def skips_unscored(self) -> bool:
+        """Whether samples may have no reward, and are then not learned from."""
         return False
 
     @property

@@ -170,6 +170,7 @@ class Trainer:
         if (itself := self_teacher_of(algorithm)) is not None:
             check_positions(itself, model.config.max_position_embeddings, sampling.max_tokens)
         self.saved = setup.find()
+        self._first_step = self.saved.step + 1 if self.saved else 1
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
         self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
         if self.saved:
@@ -382,7 +383,9 @@ class Trainer:
         if self.rewards is None:
             episodes = unscored(rollout, batch, stop_tokens=stops)
         else:
-            told: dict[str, Any] = {"stop_tokens": stops, "trainer_state": self._told_of(step - 1)}
+            # Where no function has applied to any sample as yet, something is wrong with them.
+            lacking = ("some" if step == self._first_step else "all") if self.feedback.skips_unscored else "none"
+            told: dict[str, Any] = {"stop_tokens": stops, "trainer_state": self._told_of(step - 1), "lacking": lacking}
             episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, **told)
         return episodes if self._score is None else self._with_device_rewards(rollout, episodes)
 

@@ -490,7 +490,11 @@ def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType, capsys: pyt
     def never(prompts: list[str], completions: list[str]) -> list[None]:
         return [None] * len(prompts)
 
-    rewards = {"rewards": (tiny.shared_characters, even_only, never), "reward_weights": (1.0, 0.5, 2.0)}
+    def known(prompts: list[str], completions: list[str], answer: list[str]) -> list[float | None]:
+        points = tiny.shared_characters(prompts, completions, answer)
+        return [None if prompt[0] in "135" else point for prompt, point in zip(prompts, points, strict=True)]
+
+    rewards = {"rewards": (known, even_only, never), "reward_weights": (1.0, 0.5, 2.0)}
     trainer = make(**rewards, evaluation={"every": 2})
     trainer.run()
     told = [line for line in capsys.readouterr().out.splitlines() if "returned None" in line]
@@ -504,8 +508,12 @@ def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType, capsys: pyt
             assert np.isfinite(line["reward"]) and np.isfinite(line["grad_norm"])
         else:
             assert np.isnan(line["eval/rewards/never"]) and np.isfinite(line["eval/rewards/even_only"])
-            weighted = line["eval/rewards/shared_characters"] + 0.5 * 3 / 5 * line["eval/rewards/even_only"]
-            assert line["eval/reward"] == pytest.approx(weighted, rel=1e-5)  # three of the five are even
+            weighted = line["eval/rewards/known"] + 0.5 * line["eval/rewards/even_only"]
+            assert line["eval/reward"] == pytest.approx(weighted, rel=1e-5)  # to 1+1= and 3+1= none applies
+    rows = [row for row in completions_of(trainer) if row["kind"] == "train"]
+    lacking = [row for row in rows if row["prompt"][0] in "135"]
+    assert lacking and all(row["reward"] is None and row["advantage"] == 0 for row in lacking)
+    assert any(row["advantage"] for row in rows)
 
 
 def test_a_gradient_that_is_not_finite_is_told(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,11 @@ class Distillation(Algorithm):
         return self.itself is not None and self.itself.policy == "average"
 
     @property
+    def skips_unscored(self) -> bool:
+        """Rewards are not learned from."""
+        return True
+
+    @property
     def needs_whole_groups(self) -> bool:
         """Whether the aggregation looks at groups."""
         return self.aggregation.startswith("group")

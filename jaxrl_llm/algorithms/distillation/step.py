@@ -150,14 +150,14 @@ def _rows(algorithm: Distillation, rollout: Rollout, feedback: Any) -> Distilled
 
 def _rollout_metrics(rollout: Rollout, rewards: jax.Array | Feedback | None) -> Metrics:
     """Those of the rollout; of rewards where there are any."""
-    given, told = rewards, {}
+    given, told, scored = rewards, {}, None
     if isinstance(rewards, Feedback):
-        given = rewards.rewards
+        given, scored = rewards.rewards, rewards.scored
         if (hinted := rewards.hinted) is not None:
             told["distillation/frac_taught"] = Mean.of(jnp.asarray(hinted.lengths) > 0)
             told["distillation/frac_too_long"] = Mean.of(jnp.asarray(hinted.too_long))
     if given is not None:
-        return told | rollout_metrics(rollout, rollout.of_completions(jnp.asarray(given)))
+        return told | rollout_metrics(rollout, rollout.of_completions(jnp.asarray(given)), scored)
     metrics = rollout_metrics(rollout, jnp.zeros(rollout.completion_lengths.shape, jnp.float32))
     return told | {name: record for name, record in metrics.items() if "reward" not in name}
 

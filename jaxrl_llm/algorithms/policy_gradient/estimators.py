@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ AnchorRule = Literal["deviation", "moving_average"]
 class GroupAdvantage(Advantage):
     """A = (R − baseline of the group) / (scale + ε); see `jaxrl_llm.advantages.group_advantages`."""
 
+    skips_unscored: ClassVar[bool] = True
+
     scale: AdvantageScale = "group"
     """Divisor: the group's standard deviation, the batch's, the group's variance, or none."""
     baseline: AdvantageBaseline = "mean"
@@ -66,7 +68,12 @@ class GroupAdvantage(Advantage):
         """Advantages `[P, G]`."""
         return Credit(
             functions.group_advantages(
-                signals.rewards, scale=self.scale, baseline=self.baseline, ddof=self.ddof, eps=self.eps
+                signals.rewards,
+                scale=self.scale,
+                baseline=self.baseline,
+                ddof=self.ddof,
+                eps=self.eps,
+                mask=signals.scored,
             )
         )
 
@@ -75,14 +82,18 @@ class GroupAdvantage(Advantage):
 class OPOAdvantage(Advantage):
     """A = R − Σ length · R / Σ length over the group; see `jaxrl_llm.advantages.opo_advantages`."""
 
+    skips_unscored: ClassVar[bool] = True
+
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
-        return Credit(functions.opo_advantages(signals.rewards, jnp.sum(signals.mask, axis=-1)))
+        return Credit(functions.opo_advantages(signals.rewards, jnp.sum(signals.mask, axis=-1), mask=signals.scored))
 
 
 @dataclasses.dataclass(frozen=True)
 class GPGAdvantage(Advantage):
     """A = α · (R − mean), α making up for groups without a signal; see `jaxrl_llm.advantages.gpg_advantages`."""
+
+    skips_unscored: ClassVar[bool] = True
 
     alpha_mode: GPGAlphaMode = "valid_groups"
     """What α counts."""
@@ -93,16 +104,18 @@ class GPGAdvantage(Advantage):
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
-        return Credit(functions.gpg_advantages(signals.rewards, alpha_mode=self.alpha_mode))
+        return Credit(functions.gpg_advantages(signals.rewards, alpha_mode=self.alpha_mode, mask=signals.scored))
 
 
 @dataclasses.dataclass(frozen=True)
 class PassAtKAdvantage(Advantage):
     """Only the best sample of a group counts; see `jaxrl_llm.advantages.pass_at_k_advantages`."""
 
+    skips_unscored: ClassVar[bool] = True
+
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
-        return Credit(functions.pass_at_k_advantages(signals.rewards))
+        return Credit(functions.pass_at_k_advantages(signals.rewards, mask=signals.scored))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +124,8 @@ class MaxRLAdvantage(Advantage):
 
     Rewards must not be negative: their mean is read as the chance of success.
     """
+
+    skips_unscored: ClassVar[bool] = True
 
     eps: float = 1e-6
     """ε."""
@@ -121,7 +136,7 @@ class MaxRLAdvantage(Advantage):
 
     def __call__(self, signals: Signals, memory: Any) -> Credit:
         """Advantages `[P, G]`."""
-        return Credit(functions.max_rl_advantages(signals.rewards, eps=self.eps))
+        return Credit(functions.max_rl_advantages(signals.rewards, eps=self.eps, mask=signals.scored))
 
 
 @dataclasses.dataclass(frozen=True)

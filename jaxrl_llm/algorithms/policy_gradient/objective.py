@@ -259,6 +259,11 @@ class PolicyGradient(Algorithm):
         return self.aggregation.startswith("group")
 
     @property
+    def skips_unscored(self) -> bool:
+        """Whether the estimator leaves them out."""
+        return self.advantage.skips_unscored
+
+    @property
     def keeps_mask(self) -> bool:
         """As set."""
         return self.keep_sampling_mask

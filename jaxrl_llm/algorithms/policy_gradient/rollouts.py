@@ -38,6 +38,8 @@ def read_rollout(
     ):
         if need in algorithm.advantage.needs and given is None:
             raise ValueError(f"{type(algorithm.advantage).__name__} reads {need}: pass Feedback with it")
+    if feedback.scored is not None and not algorithm.advantage.skips_unscored:
+        raise ValueError(f"{type(algorithm.advantage).__name__} needs a reward of each sample: leave scored out")
     token_rewards = rollout.of_tokens(rewards) if rewards.ndim == 3 else None
     total, mask, lengths = rollout.of_completions(rewards), rollout.mask, rollout.completion_lengths
     if token_rewards is not None:  # the last one bears the penalty for length
@@ -49,6 +51,7 @@ def read_rollout(
         mask=mask,
         finished=rollout.finished,
         feedback=feedback,
+        scored=feedback.scored,
         unshaped=total,
     )
     if algorithm.mask_truncated:
@@ -64,7 +67,7 @@ def read_rollout(
         model_logprobs=rollout.logprobs,
         kept=rollout.kept if algorithm.keeps_mask else None,
     )
-    return signals, batch, rollout_metrics(rollout, total) | {"num_tokens": computed}
+    return signals, batch, rollout_metrics(rollout, total, feedback.scored) | {"num_tokens": computed}
 
 
 def _check_rewards(rewards: jax.Array, rollout: Rollout) -> None:
@@ -118,21 +121,21 @@ def sampling_gap(logprobs: jax.Array, batch: LearnerBatch, *, temperature: float
     }
 
 
-def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> Metrics:
-    """Metrics of a rollout with its rewards `[P, G]`, whatever the algorithm.
+def rollout_metrics(rollout: Rollout, rewards: jax.Array, scored: jax.Array | None = None) -> Metrics:
+    """Metrics of a rollout with its rewards `[P, G]`, of those that are known, whatever the algorithm.
 
     All are of the samples that are trained on: not of greedy completions that are a baseline, but for `num_tokens`,
     which counts what was computed. Without speculation, tokens per pass are 1, and not told.
     """
     lengths, passes = rollout.completion_lengths, rollout.passes
-    every = jnp.ones(rewards.shape, bool)
+    known = jnp.ones(rewards.shape, bool) if scored is None else jnp.asarray(scored)
     speculation = {}
     if passes is not None:
         speculation["sampling/tokens_per_pass"] = Mean(jnp.sum(lengths), jnp.sum(passes))
     return speculation | {
-        "reward": Mean.of(rewards),
-        "reward_std": Mean.of(jnp.sqrt(masked_var(rewards, every, axis=1))),
-        "frac_reward_zero_std": Mean.of(zero_std_groups(rewards)),
+        "reward": Mean.of(rewards, known),
+        "reward_std": Mean.of(jnp.sqrt(masked_var(rewards, known, axis=1))),
+        "frac_reward_zero_std": Mean.of(zero_std_groups(rewards, mask=known)),
         "completions/mean_length": Mean.of(lengths),
         "completions/min_length": Mean.of(jnp.min(lengths)),
         "completions/max_length": Mean.of(jnp.max(lengths)),

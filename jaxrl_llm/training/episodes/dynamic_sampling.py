@@ -29,7 +29,9 @@ class GroupBuffer:
         """Takes a batch in, as arrays on the host; whether there are enough groups now."""
         self._rollouts.append(rollout)
         self._episodes.append(episodes)
-        self._mixed.append(np.ptp(episodes.rewards, axis=1) > 0)
+        lacks = np.isnan(episodes.rewards)
+        most, least = (np.where(lacks, end, episodes.rewards) for end in (-np.inf, np.inf))
+        self._mixed.append(most.max(axis=1) > least.min(axis=1))
         self._seen += len(episodes.rewards)
         return self._found >= self._wanted
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,13 +21,16 @@ from jaxrl_llm.training.run.divergence import check_finite
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.types import Rollout
 
+Lacking = Literal["none", "some", "all"]
+"""How many samples may be without a reward."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
     """G completions of each of P prompts, decoded and scored; the same in every process."""
 
     rewards: np.ndarray
-    """`[P, G]` float32: the weighted sum."""
+    """`[P, G]` float32: the weighted sum; NaN where no function applies."""
     by_name: dict[str, np.ndarray]
     """`[P, G]` float32 by reward function; NaN where one does not apply."""
     prompts: list[Any]
@@ -55,20 +58,20 @@ class Episodes:
 
     def plus(self, extra: np.ndarray, by_name: dict[str, np.ndarray]) -> Episodes:
         """The same with more rewards, `[P, G]` or `[P, G, Tc]` (0 at padding), and each of them by name, `[P, G]`."""
-        names = self.by_name | by_name
+        names, own = self.by_name | by_name, np.nan_to_num(self.rewards)
         if len(names) < len(self.by_name) + len(by_name):
             raise RewardError(f"two rewards are named {sorted(self.by_name.keys() & by_name.keys())}: rename one")
         if extra.ndim == 2:
-            return dataclasses.replace(self, rewards=self.rewards + extra, by_name=names)
+            return dataclasses.replace(self, rewards=own + extra, by_name=names)
         last = np.array([len(ids) - 1 for ids in self.completion_ids]).reshape(self.rewards.shape)
         token_rewards = np.array(extra, np.float32)
         np.put_along_axis(
             token_rewards,
             last[..., None],
-            np.take_along_axis(token_rewards, last[..., None], axis=-1) + self.rewards[..., None],
+            np.take_along_axis(token_rewards, last[..., None], axis=-1) + own[..., None],
             axis=-1,
         )
-        total = self.rewards + extra.sum(axis=-1)
+        total = own + extra.sum(axis=-1)
         return dataclasses.replace(self, rewards=total, by_name=names, token_rewards=token_rewards)
 
     def groups(self, chosen: list[int]) -> Episodes:
@@ -152,7 +155,9 @@ class Episodes:
     def _best_and_worst(self, tokenizer: Any) -> Iterator[SampledCompletion]:
         group = self.rewards.shape[1]
         for number, (prompt, rewards) in enumerate(zip(self.prompts, self.rewards, strict=True)):
-            for sample in dict.fromkeys((int(rewards.argmax()), int(rewards.argmin()))):
+            lacks = np.isnan(rewards)
+            best, worst = np.where(lacks, -np.inf, rewards).argmax(), np.where(lacks, np.inf, rewards).argmin()
+            for sample in dict.fromkeys((int(best), int(worst))):
                 text = tokenizer.decode(self.completion_ids[number * group + sample], skip_special_tokens=False)
                 yield SampledCompletion(prompt_text(prompt), text, float(rewards[sample]))
 
@@ -176,6 +181,7 @@ def score_rollout(
     *,
     stop_tokens: Sequence[int],
     trainer_state: TrainerState | None = None,
+    lacking: Lacking = "none",
 ) -> Episodes:
     """Decodes and scores a rollout.
 
@@ -188,9 +194,11 @@ def score_rollout(
         tokenizer: decodes the sampled ids; see `completion_text`.
         stop_tokens: the sampler's, which are no part of a text; stop texts are.
         trainer_state: how far the run is; `None`: there is none.
+        lacking: how many samples may be without a reward, because no function applies to them.
 
     Raises:
-        RewardError: a reward function failed, in this process or in another: all raise together.
+        RewardError: a reward function failed, in this process or in another, or too many samples have no reward: all
+            raise together.
         DivergedError: the model's logits were not finite.
     """
     ids, (prompts, group) = _sampled_ids(rollout), rollout.completion_lengths.shape
@@ -211,10 +219,13 @@ def score_rollout(
         {name: [values[sample // group] for sample in own] for name, values in batch.columns.items()},
         trainer_state,
     )
-    scores = together(lambda: rewards(*given), "a reward function")
+    scores = together(lambda: rewards(*given, may_lack=lacking != "none"), "a reward function")
     table = _gather(np.stack([scores.total, *scores.by_name.values()]), own, len(ids))
     total, *named = table.reshape(-1, prompts, group)
     by_name = dict(zip(scores.by_name, named, strict=True))
+    if lacking == "some" and np.isnan(total).all():
+        text = completion_text(ids[0], tokenizer, finished=finished[0], opening=batch.openings[0])
+        raise RewardError(rewards.none_applies(np.isnan(total).ravel(), [text]) + ": nothing could be learned")
     told, extra = _gather_told(scores, len(ids))
     more = {"told": told, "extra": extra, "ended": ended, "rows": batch.indices.tolist()}
     return Episodes(total, by_name, batch.prompts, ids, batch.columns, finished, batch.openings, **more)

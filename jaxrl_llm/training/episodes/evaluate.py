@@ -63,7 +63,7 @@ class Scores(NamedTuple):
     """What is counted of G completions of each of P prompts."""
 
     rewards: dict[str, np.ndarray]
-    """`[P, G]` by function, NaN where one does not apply; their weighted sum under the empty name."""
+    """`[P, G]` by function, NaN where one does not apply; under the empty name the sum of those that do."""
     lengths: np.ndarray
     """`[P, G]` tokens."""
     finished: np.ndarray
@@ -167,7 +167,7 @@ class Evaluator:
         scores = Scores.joined(greedy)
         metrics = {f"eval/{name}": value for name, value in means(told).items()}
         metrics |= {f"eval/rewards/{name}": mean_of_known(scores.rewards[name]) for name in self._rewards.names}
-        metrics["eval/reward"] = float(scores.rewards[""].mean())
+        metrics["eval/reward"] = mean_of_known(scores.rewards[""])
         metrics["eval/accuracy"] = float(np.mean(scores.rewards[self.solved_by] >= 1))
         metrics["eval/completion_length"] = float(scores.lengths.mean())
         metrics["eval/finished"] = float(scores.finished.mean())
@@ -197,11 +197,14 @@ class Evaluator:
                 for sampler in (self._greedy, self._drawn)
             ]
             greedy, drawn = (
-                None if rollout is None else self._decoded(rollout, batch, trainer_state) for rollout in rollouts
+                None if rollout is None else self._decoded(rollout, batch, trainer_state, number)
+                for rollout in rollouts
             )
             yield greedy, drawn
 
-    def _decoded(self, rollout: Rollout, batch: PromptBatch, trainer_state: TrainerState | None) -> Decoded:
+    def _decoded(
+        self, rollout: Rollout, batch: PromptBatch, trainer_state: TrainerState | None, number: int
+    ) -> Decoded:
         """The completions of the prompts that count."""
         chosen = np.flatnonzero(batch.valid)
         scored = score_rollout(
@@ -211,6 +214,7 @@ class Evaluator:
             self._tokenizer,
             stop_tokens=self._stop_tokens,
             trainer_state=trainer_state,
+            lacking="all" if number else "some",
         )
         episodes = scored.groups(chosen.tolist())
         scores = Scores(

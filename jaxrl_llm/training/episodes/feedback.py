@@ -77,7 +77,9 @@ class FeedbackSource:
         rewards = episodes.rewards if episodes.token_rewards is None else episodes.token_rewards
         if (itself := self_teacher_of(self.algorithm)) is not None:
             rewarded = self.rewards is not None or bool(self.device_rewards)
-            return Feedback(rewards if rewarded else None, hinted=Hints(itself, self.tokenizer)(episodes))
+            known = {"scored": ~np.isnan(episodes.rewards)} if self.skips_unscored else {}
+            rewards = np.nan_to_num(rewards) if rewarded else None
+            return Feedback(rewards, hinted=Hints(itself, self.tokenizer)(episodes), **known)
         if "by_function" in self.algorithm.needs:
             table = np.stack(list(episodes.by_name.values()), axis=-1)
             return Feedback(rewards, by_function=table, weights=self.weights)
@@ -89,7 +91,14 @@ class FeedbackSource:
             return Feedback(rewards, **role_feedback(advantage, episodes.columns))
         if episodes.reference_rewards is not None:
             return Feedback(rewards, reference_rewards=episodes.reference_rewards)
+        if self.skips_unscored and episodes.token_rewards is None:
+            return Feedback(np.nan_to_num(rewards), scored=~np.isnan(rewards))
         return rewards
+
+    @property
+    def skips_unscored(self) -> bool:
+        """Whether samples to which no reward function applies are left out."""
+        return self.algorithm.skips_unscored and self.rewards is not None
 
     @property
     def weights(self) -> np.ndarray:

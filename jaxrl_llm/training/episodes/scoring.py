@@ -32,7 +32,7 @@ class RewardScores:
     """The rewards of N samples."""
 
     total: np.ndarray
-    """float32 [N]: the weighted sum over the functions that apply to the sample."""
+    """float32 [N]: the weighted sum over the functions that apply to the sample; NaN where none does."""
     by_name: dict[str, np.ndarray]
     """float32 [N] by function name, unweighted; NaN where the function returned None."""
     metrics: Sums = dataclasses.field(default_factory=dict)
@@ -134,6 +134,8 @@ class RewardSum:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         trainer_state: TrainerState | None = None,
+        *,
+        may_lack: bool = False,
     ) -> RewardScores:
         """Scores N samples.
 
@@ -144,11 +146,12 @@ class RewardSum:
             columns: The data set's columns, each with N values: a prompt's value is repeated for each of its
                 samples.
             trainer_state: How far the run is; `None`: there is none.
+            may_lack: Whether there may be samples to which no function applies.
 
         Raises:
             UserCodeError: If a function raises, or takes longer than `timeout`; its exception is the cause.
             ValueError: If a column is missing or an argument has not N entries; if a function returns another
-                number of values, or something that is no finite number; if none applies to a sample.
+                number of values, or something that is no finite number; if none applies to a sample that must have one.
         """
         count = len(completions)
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
@@ -163,14 +166,10 @@ class RewardSum:
         by_name, timed_out = self._values(given, completions)
         told.close()
         rewards = np.stack(list(by_name.values()))  # [functions, N]
-        none_applies = np.flatnonzero(np.isnan(rewards).all(axis=0))
-        if none_applies.size:
-            index = int(none_applies[0])
-            raise ValueError(
-                f"every reward function ({', '.join(self.names)}) returned None for sample {index}, "
-                f"completion {excerpt(completions[index])} ({none_applies.size} of {count} samples in all): "
-                f"at least one function must apply to each sample{_otherwise(timed_out)}"
-            )
+        lacks = np.asarray(np.isnan(rewards).all(axis=0))
+        if lacks.any() and not may_lack:
+            ended = [name for name, too_long in timed_out.items() if too_long]
+            raise ValueError(self.none_applies(lacks, completions, ended) + ": at least one must apply to each")
         weights = np.ones(len(rewards)) if self.weights is None else np.asarray(self.weights, np.float64)
         total = np.where(np.isnan(rewards), 0.0, weights[:, None] * rewards).sum(axis=0)
         if (beyond := np.flatnonzero(~(np.abs(total) <= _LARGEST))).size:
@@ -178,7 +177,23 @@ class RewardSum:
             parts = {name: float(values[index]) for name, values in by_name.items()}
             raise ValueError(f"the rewards {parts} of sample {index}, weighted by {of}, add up beyond float32")
         limits = {f"rewards/{name}/timed_out": (float(ended), 1) for name, ended in timed_out.items()}
-        return RewardScores(total.astype(np.float32), by_name, added(told.metrics, limits), told.extra)
+        total = np.where(lacks, np.nan, total).astype(np.float32)
+        return RewardScores(total, by_name, added(told.metrics, limits), told.extra)
+
+    def none_applies(self, lacks: np.ndarray, completions: Sequence[Any], timed_out: Sequence[str] = ()) -> str:
+        """What to say of samples to which no function applies.
+
+        Args:
+            lacks: `[N]` bool: which they are.
+            completions: N, or only the first ones.
+            timed_out: functions that took too long.
+        """
+        index, late = int(lacks.argmax()), ", ".join(timed_out)
+        said = (
+            f"every reward function ({', '.join(self.names)}) returned None for sample {index}, completion "
+            f"{excerpt(completions[index])} ({int(lacks.sum())} of {len(lacks)} samples in all)"
+        )
+        return said + (f"; {late} took too long, and with_time_limit(…, otherwise=0.0) rewards that" if late else "")
 
     def _values(
         self, given: Mapping[str, Any], completions: Sequence[Any]
@@ -226,11 +241,6 @@ def _nearest(name: str, columns: Sequence[str]) -> str:
     """The argument that is spelt almost so, or else the column that is most like it, for an error."""
     arguments = difflib.get_close_matches(name, _SAMPLE_ARGUMENTS, n=1, cutoff=0.9)
     return nearest_name(name, arguments or columns)
-
-
-def _otherwise(timed_out: Mapping[str, bool]) -> str:
-    ended = [name for name, too_long in timed_out.items() if too_long]
-    return f"; {', '.join(ended)} took too long, and with_time_limit(…, otherwise=0.0) rewards that" if ended else ""
 
 
 def _number(function: UserFunction, value: Any, index: int, completion: Any) -> np.float32:

@@ -340,6 +340,23 @@ def test_a_reward_function_that_does_not_apply_has_no_part_in_gdpo(weights):
     np.testing.assert_allclose(own(given, ()).advantages, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "lite_ppo", "opo", "gpg", "pass_at_k", "max_rl"])
+def test_a_sample_without_a_reward_has_no_part_in_a_group(name: str) -> None:
+    """Whatever stands in its place; with all known, nothing changes."""
+    estimator = getattr(presets, name)().advantage
+    scored = jnp.ones_like(SIGNALS.rewards, bool)
+    every = estimator(SIGNALS._replace(scored=scored), ()).advantages
+    np.testing.assert_array_equal(every, estimator(SIGNALS, ()).advantages)
+    best = 0, int(jnp.argmax(SIGNALS.rewards[0]))
+    given = SIGNALS._replace(scored=scored.at[best].set(False))
+    one, other = (
+        np.asarray(estimator(given._replace(rewards=SIGNALS.rewards.at[best].set(value)), ()).advantages)
+        for value in (0.0, 100.0)
+    )
+    assert estimator.skips_unscored and one[best] == 0 and np.any(one != every)
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("preset", [presets.gtpo, presets.grpo_s])
 def test_entropy_shapes_only_groups_with_successes_and_failures(preset: Callable[[], PolicyGradient]) -> None:
     rewards = SIGNALS.rewards.at[1].set(0.0).at[2].set(1.0)

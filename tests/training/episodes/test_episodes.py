@@ -186,6 +186,12 @@ def test_samples_are_the_best_and_the_worst_and_no_more_is_decoded() -> None:
         ("second", "c<eos>", 6.0),
     ]
     assert len(decoded) == 3
+    unknown = dataclasses.replace(episodes, rewards=np.float32([[0, np.nan, 1], [np.nan] * 3]))
+    shown = unknown.samples(Counting("abc"), 3)
+    assert [(sample.completion, sample.reward) for sample in shown[:2]] == [("c", 1.0), ("a", 0.0)]
+    assert np.isnan(shown[2].reward)
+    both = unknown.plus(np.ones((2, 3), np.float32), {"more": rewards})
+    np.testing.assert_array_equal(both.rewards, [[1, 1, 2], [1, 1, 1]])
 
 
 def test_what_functions_tell_goes_with_the_samples() -> None:

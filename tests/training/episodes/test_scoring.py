@@ -128,6 +128,8 @@ def test_a_value_that_is_no_finite_number(value):
 def test_no_function_applies():
     with pytest.raises(ValueError, match=r"\(only_q\) returned None for sample 0, completion 'a' \(2 of 3"):
         score(only_q)
+    scores = RewardSum((only_q,))(**SAMPLES, columns={}, may_lack=True)
+    np.testing.assert_array_equal(scores.total, [np.nan, np.nan, 10])
 
 
 def test_lengths_must_agree():

@@ -16,6 +16,8 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.run.checkpoint import Checkpointer
 from jaxrl_llm.training.run.resume import CHECKPOINTS
 
+_SCORING = {"RewardModelObjective": "SequenceClassification", "ProcessRewardObjective": "TokenClassification"}
+"""Objectives that train a head of scores in place of the one of tokens, and what transformers calls the model."""
 _BESIDE = ("model", "warm_start")
 """Folders of a run with a model of its kind, where the run began with none that was named."""
 
@@ -30,7 +32,7 @@ def base_of(source: ModelSource) -> ModelSource:
     """The model that the run of a checkpoint began with, or one of its kind; another source as it is.
 
     Raises:
-        ValueError: the run's folder has no settings, or no model.
+        ValueError: the run's folder has no settings, or no model, or the run trained a model of scores.
     """
     run = run_of(source)
     if run is None:
@@ -38,6 +40,11 @@ def base_of(source: ModelSource) -> ModelSource:
     if not (run / CONFIG_FILE).is_file():
         raise ValueError(f"{source.path} is a checkpoint of no run: there is no {run / CONFIG_FILE}")
     saved = json.loads((run / CONFIG_FILE).read_text())
+    if (kind := _SCORING.get(saved.get("objective.part", ""))) is not None:
+        raise ValueError(
+            f"{source.path} is a checkpoint of a model with a head of scores, which writes no text: "
+            f"{run / 'model'}, which its run leaves, loads in transformers as AutoModelFor{kind}"
+        )
     beside = [str(run / name) for name in _BESIDE if (run / name / "config.json").is_file()]
     of_template = "model.template_arguments."
     arguments = {name.removeprefix(of_template): saved[name] for name in saved if name.startswith(of_template)}

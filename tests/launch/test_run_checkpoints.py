@@ -63,6 +63,12 @@ def test_what_is_no_checkpoint_of_a_run_raises(tiny: ModuleType, tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="names none, and has none in model/"):
         load_policy(source, ONE_DEVICE)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"objective.part": "RewardModelObjective"}))
+    with pytest.raises(
+        ValueError, match=r"7 is a checkpoint of a model with a head of scores, .*/model, which its run"
+    ):
+        load_policy(source, ONE_DEVICE)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     policy = tiny.make_policy(ONE_DEVICE)
     save_pretrained(tmp_path / "model", policy.model, policy.params, tokenizer=policy.tokenizer)
     with pytest.raises(FileNotFoundError, match="no folder of checkpoints"):

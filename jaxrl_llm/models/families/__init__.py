@@ -31,7 +31,13 @@ def family_of(config: Json) -> Family:
             f"model_type={shown(model_type)} (architectures={shown(architectures)}) is not supported; known: {known}"
         )
     if architectures and family.architecture not in architectures:
-        raise ValueError(f"architectures={shown(architectures)} is not supported: {family.architecture} is")
+        scores = any("Classification" in str(name) for name in architectures)
+        why = (
+            f"writes no text, as {family.architecture} does"
+            if scores
+            else f"is not supported: {family.architecture} is"
+        )
+        raise ValueError(f"architectures={shown(architectures)} {why}")
     check_entries(config, CONFIG)
     return family
 

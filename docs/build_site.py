@@ -2,8 +2,8 @@
 
     pip install -e '.[docs]' && python docs/build_site.py
 
-docs/ is Markdown that reads well as it is. What the site has beyond it is written here: README.md, CONTRIBUTING.md and
-CHANGELOG.md as pages; a page for each room of `api/` in the navigation of mkdocs.yml, of its docstrings; a page for
+docs/ is Markdown that reads well as it is. What the site has beyond it is written here: pages that lie elsewhere
+(README.md, …); a page for each room of `api/` in the navigation of mkdocs.yml, of its docstrings; a page for
 each file of the repository that is linked. No link may lead nowhere, and a browser fetches nothing from elsewhere.
 """
 
@@ -23,7 +23,13 @@ from urllib.parse import unquote, urlsplit
 DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
 PAGES, SITE = REPOSITORY / "build" / "pages", REPOSITORY / "build" / "site"
-ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "tpu_scripts/README.md": "cloud_tpus.md",
+}
+"""Pages that are not in docs/, and their places in the site."""
 ASSETS = (".png", ".svg", ".log")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yml": "yaml", ".toml": "toml"}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
@@ -35,8 +41,9 @@ CODE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 def write_pages(folder: Path) -> None:
     """Writes the Markdown of the whole site into an empty folder."""
-    sources = {name: page for name, page in ROOT_PAGES.items()}
-    sources |= {f"docs/{path.relative_to(DOCS)}": str(path.relative_to(DOCS)) for path in sorted(DOCS.rglob("*.md"))}
+    sources = OUTSIDE | {
+        f"docs/{path.relative_to(DOCS)}": str(path.relative_to(DOCS)) for path in sorted(DOCS.rglob("*.md"))
+    }
     linked: dict[str, str] = {}
     for source, page in sources.items():
         text, found = with_links(source, (REPOSITORY / source).read_text(encoding="utf-8"), sources)

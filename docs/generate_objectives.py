@@ -27,7 +27,7 @@ REPOSITORY = FOLDER.parent
 CONTENTS, PAGES = "objectives.md", "objectives"
 """The page of contents, and the folder of the others, in docs/."""
 COMMAND = "python docs/generate_objectives.py"
-FRAMEWORKS = {"plain_jax": "plain JAX", "flax_linen": "Flax linen", "equinox_modules": "Equinox"}
+FRAMEWORKS = {"plain_jax": "plain JAX", "flax_nnx": "Flax NNX", "equinox_modules": "Equinox"}
 """Files of docs/examples, each with one function for each of `FAMILIES`."""
 FAMILIES = {
     "policy_gradient": "A policy gradient",

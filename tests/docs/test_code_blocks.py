@@ -22,7 +22,10 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.__main__ import main
-from jaxrl_llm.launch import flags
+from jaxrl_llm.launch import flags, stages
+from jaxrl_llm.launch.configure import configure
+from jaxrl_llm.launch.on_policy import presets_of
+from jaxrl_llm.launch.words import read_words, take_flag, with_preset
 
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]) if path.name != "CHANGELOG.md"]
@@ -32,6 +35,12 @@ RUN_ELSEWHERE = {
     "docs/trees.md": "test_trees.py",
     "docs/objectives/": "test_foreign_code.py",  # and signatures, which test_objectives.py reads
 }
+COMMANDS = (
+    *((config, presets_of(config)) for config in (stages.GRPO, stages.PPO, stages.TRPO, stages.DISTILL)),
+    (stages.DPO, stages.METHODS),
+    (stages.SFT, {}),
+)
+OTHERS = ("--config", "--resume", "--help", "--help-all", "--experiment")  # of all commands, and of `evaluate`
 STAND_INS = {
     "SmolLM2-135M-Instruct.gguf": "checkpoint",
     "steps=20": "steps=1",
@@ -70,6 +79,19 @@ def commands() -> list[Any]:
     return found
 
 
+def flags_in_prose() -> list[Any]:
+    """`--like=this`, outside of blocks."""
+    found = []
+    for page in PAGES:
+        if not name_of(page).startswith(
+            ("CONTRIBUTING", "docs/objectives", "docs/results", "docs/benchmarks", "docs/from_trl")
+        ):
+            prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+            for words in dict.fromkeys(re.findall(r"`(--[a-z][^`…<]*)`", prose.replace("`--preset=NAME`", ""))):
+                found.append(pytest.param(words, id=f"{name_of(page)}: {words}"))
+    return found
+
+
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands end where their settings are read."""
@@ -87,15 +109,19 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("words", commands())
 def test_flags_are_flags(
-    words: list[str], parse_only: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    parse_only: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     words = [word for word in words if not word.startswith(("--config=", "--resume="))]  # files, and runs, of a reader
     try:
         if words[0] == "python":
             monkeypatch.setattr("sys.argv", words[1:])
-            monkeypatch.syspath_prepend(str(Path(words[1]).parent.resolve()))
-            runpy.run_path(words[1], run_name="__main__")
+            monkeypatch.syspath_prepend(str((ROOT / words[1]).parent))
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
         else:
             monkeypatch.setattr("sys.argv", words)
             main(words[1:])
@@ -108,6 +134,23 @@ def test_flags_are_flags(
         assert "--help" in words and ended.code == 0, capsys.readouterr().err
     else:
         pytest.fail("it ended without reading its settings")
+
+
+@pytest.mark.parametrize("text", flags_in_prose())
+def test_flags_in_prose_are_flags(text: str) -> None:
+    """Of some command at least, with a value or without."""
+    refusals = []
+    for config, presets in COMMANDS:
+        preset, rest = take_flag(shlex.split(text), "--preset")
+        try:
+            began = config if preset is None else with_preset(config, preset, presets)
+            configure(began, read_words(rest), spelled=flags.as_flag)
+            return
+        except ValueError as error:
+            if re.search(r"needs a value|must be|one of", str(error)) and "=" not in text:
+                return
+            refusals.append(str(error))
+    assert text.split("=")[0] in OTHERS, refusals
 
 
 def given() -> dict[str, dict[str, Any]]:
@@ -148,6 +191,7 @@ def test_python_runs(
     run.mkdir(parents=True)
     line = {"step": 1, "reward": 1.0, "advantage": 0.5, "completion": "red"}
     (run / "completions.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 1.0, "entropy": 0.5}) + "\n")
     names = {"__name__": "page"} | given().get(name, {})
     for block in blocks(page, "python"):
         for written, stand_in in STAND_INS.items():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "examples"
-NEEDS = {"plain_jax": "jax", "flax_linen": "flax", "equinox_modules": "equinox"}
+NEEDS = {"plain_jax": "jax", "flax_nnx": "flax", "equinox_modules": "equinox"}
 FAMILIES = ("policy_gradient", "advantages", "preference", "reward_model", "distillation")
 ROWS, TIME, VOCABULARY = 8, 6, 16
 

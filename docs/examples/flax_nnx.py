@@ -1,10 +1,11 @@
-"""The losses of jaxrl_llm with Flax linen and optax: the model a module, the optimizer Adam."""
+"""The losses of jaxrl_llm with Flax NNX and optax: the model a module, which is split for JAX's own transforms."""
 
-import flax.linen as nn
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
-from flax.training.train_state import TrainState
+from flax import nnx
 
 from jaxrl_llm.advantages import gae, group_advantages, shape_rewards
 from jaxrl_llm.losses import (
@@ -20,30 +21,47 @@ from jaxrl_llm.losses import (
 )
 
 
-class Model(nn.Module):
-    vocabulary: int = 16
-    width: int = 32
+class Model(nnx.Module):
+    def __init__(self, rngs, vocabulary=16, width=32):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.recur = nnx.GRUCell(width, width, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+        self.scalar = nnx.Linear(width, 1, rngs=rngs)
 
-    @nn.compact
     def __call__(self, tokens):  # [B, T] to logits [B, T, V] of the next tokens, and one number a token [B, T]
-        states = nn.RNN(nn.GRUCell(self.width))(nn.Embed(self.vocabulary, self.width)(tokens))
-        return nn.Dense(self.vocabulary)(states), nn.Dense(1)(states)[..., 0]
+        embedded = jnp.moveaxis(self.embed(tokens), 1, 0)
+        _, states = jax.lax.scan(self.recur, jnp.zeros_like(embedded[0]), embedded)
+        states = jnp.moveaxis(states, 0, 1)
+        return self.head(states), self.scalar(states)[..., 0]
+
+
+class State(NamedTuple):
+    graph: Any  # what a model is without its arrays
+    params: Any
+    moments: Any
+
+    def apply(self, params, tokens):
+        return nnx.merge(self.graph, params)(tokens)
+
+
+ADAM = optax.adam(3e-3)
 
 
 def init(key):
-    params = Model().init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    return TrainState.create(apply_fn=Model().apply, params=params, tx=optax.adam(3e-3))
+    graph, params = nnx.split(Model(nnx.Rngs(key)))
+    return State(graph, params, ADAM.init(params))
 
 
 def outputs_of(state, params, tokens):  # [B, T + 1] to log-probs, logits and values for the tokens but the first
-    logits, values = state.apply_fn({"params": params}, tokens[:, :-1])
+    logits, values = state.apply(params, tokens[:, :-1])
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
     return chosen[..., 0], logits, values
 
 
 def descend(loss_fn, state):
     (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state = state.apply_gradients(grads=gradient)
+    updates, moments = ADAM.update(gradient, state.moments)
+    state = state._replace(params=optax.apply_updates(state.params, updates), moments=moments)
     return state, {"loss": loss} | {name: record.value() for name, record in metrics.items()}
 
 
@@ -91,7 +109,7 @@ def preference(state, batch):  # rows of chosen completions, then as many of rej
 @jax.jit
 def reward_model(state, batch):  # rows of chosen completions, then as many of rejected ones
     def loss_fn(params):
-        _, outputs = state.apply_fn({"params": params}, batch["tokens"][:, 1:])
+        _, outputs = state.apply(params, batch["tokens"][:, 1:])
         chosen, rejected = jnp.split(last_token_score(outputs, batch["mask"]), 2)
         return bradley_terry_loss(chosen, rejected)
 

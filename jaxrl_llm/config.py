@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.distillation.objective import Distillation
@@ -18,6 +18,7 @@ from jaxrl_llm.data.encoded_rows import Overlong
 from jaxrl_llm.data.formats import PromptFormat
 from jaxrl_llm.data.rows import RowFormat
 from jaxrl_llm.models.config import AttentionKernel, DType, LoraConfig, ModelConfig, Remat
+from jaxrl_llm.models.unrolling import are_looped
 from jaxrl_llm.rewards import RewardFunction, reward_name
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig
@@ -51,8 +52,9 @@ class ModelSource:
     """What the backward pass computes again: none (the fastest) nothing, full everything from the layers' inputs.
     Between them, attention keeps the outputs of attention, for long texts, and dots those of linear maps. offload is
     full with the layers' inputs in the host's memory."""
-    scan_layers: bool = True
-    """Compile the layers as one loop. Unrolled, a small model on a CPU is faster, and takes longer to compile."""
+    scan_layers: bool | Literal["auto"] = "auto"
+    """Compile the layers as one loop, and not one by one; auto: all but those of small models on CPUs, which are then
+    faster, and compile faster, too."""
     attention: AttentionKernel = "auto"
     """How attention is computed in training: dense is fastest on short texts, blockwise and splash (TPU) need memory in
     proportion to tokens; auto chooses by platform and length."""
@@ -81,7 +83,7 @@ class ModelSource:
             param_dtype=self.param_dtype,
             gradient_sums=self.gradient_sums,
             remat=self.remat,
-            scan_layers=self.scan_layers,
+            scan_layers=are_looped(config) if self.scan_layers == "auto" else self.scan_layers,
             attention=self.attention,
             batch_invariant=self.batch_invariant,
             lora=self.lora if self.lora.rank else None,

@@ -26,6 +26,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, replicated
+from jaxrl_llm.training.ahead import Ahead
 from jaxrl_llm.training.episodes.episodes import score_rollout
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.types import Rollout
@@ -144,6 +145,10 @@ class Learner:
             self.state, self.metrics = self._program(self.state, rollout, rewards, self._reference)
         jax.block_until_ready((self.state, self.metrics))
 
+    def lower(self, rollout: Any, rewards: Any) -> jax.stages.Lowered:
+        """An update's program for such a batch, before it is compiled."""
+        return self._program.lower(self.state, rollout, rewards, self._reference)
+
 
 def make_sampler(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) -> Sampler:
     """Samples completions that nothing but their limits stops."""
@@ -229,6 +234,7 @@ def _iterating(
 ) -> Callable[[int], Phases]:
     shape, vocabulary = config.shape, model.config.vocab_size
     sampler, rewards, limits = make_sampler(config, mesh, model), RewardSum((count_token,)), _limits(config)
+    ahead = _compile_ahead(config, mesh, sampler, learner)
 
     def work(number: int) -> Phases:
         tokens = random_prompts(shape, vocabulary, number)
@@ -243,16 +249,31 @@ def _iterating(
             epoch=0,
         )
         times = [time.perf_counter()]
-        rollout = sampler(learner.state.params, tokens, batch.lengths, learner.state.key, number, limits)
+        ahead.wait("sample")
+        key = np.asarray(learner.state.key)
+        rollout = sampler(learner.state.params, tokens, batch.lengths, key, number, limits)
         jax.block_until_ready(rollout)
         times.append(time.perf_counter())
         episodes = score_rollout(rollout, batch, rewards, tokenizer, stop_tokens=())
         times.append(time.perf_counter())
+        ahead.wait("update")
         learner(rollout, episodes.rewards)
         times.append(time.perf_counter())
         return dict(zip(("sample", "reward", "update"), np.diff(times).tolist(), strict=True))
 
     return work
+
+
+def _compile_ahead(config: Benchmark, mesh: jax.sharding.Mesh, sampler: Sampler, learner: Learner) -> Ahead:
+    """Sampler and update, compiled beside each other as the trainer does it."""
+    if _limits(config) is not None:
+        return Ahead(mesh, {})
+    shape = config.shape
+    sampling = sampler.trace(learner.state.params, shape.prompts, shape.prompt_tokens, learner.state.key)
+    whole = replicated(mesh)
+    rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sampling.out_info)
+    rewards = jax.ShapeDtypeStruct((shape.prompts, shape.samples), np.float32)
+    return Ahead(mesh, {"sample": sampling.lower, "update": lambda: learner.lower(rollout, rewards)})
 
 
 def _lengths(shape: Shape) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +14,7 @@ from jaxrl_llm.data.interfaces import RowSource
 from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.sources import open_source
+from jaxrl_llm.launch.loading_bar import LoadingBar
 from jaxrl_llm.launch.run_checkpoints import base_of, checkpoint_params
 from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config
 from jaxrl_llm.models.checkpoints.pretrained import load_config, load_generation_config, load_params
@@ -132,7 +134,9 @@ def load_model(
     shardings = model.shardings(mesh)
     if sampled_on is not None:
         model.shardings(sampled_on)  # raises if there are none
-    params = load_params(path, model, shardings)
+    name = Path(path).name or path
+    with LoadingBar(name, bytes_of(model.base.abstract_params()), enabled=jax.process_index() == 0) as bar:
+        params = load_params(path, model, shardings, told=bar)
     if source.adapters is not None:
         return model, load_adapters(source.adapters, model, params, shardings)
     if config.lora is not None:

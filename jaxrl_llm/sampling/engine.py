@@ -177,6 +177,20 @@ class Sampler:
         with jax.set_mesh(self.mesh):
             return self._program(params, prompt, lengths, key, np.asarray(step, np.int32), limits, history)
 
+    def trace(self, params: Params, prompts: int, width: int, key: jax.Array) -> jax.stages.Traced:
+        """What a call without limits and history compiles, before it is compiled.
+
+        Args:
+            params: as in the call, or abstract with the same shardings.
+            prompts: P.
+            width: Tp.
+            key: of whose shape and type the root of randomness is.
+        """
+        tokens, lengths, step = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((prompts, width), (prompts,), ()))
+        root = jax.ShapeDtypeStruct(key.shape, key.dtype)
+        with jax.set_mesh(self.mesh):
+            return self._program.trace(params, tokens, lengths, root, step, None, None)
+
     def _checked(self, history: tuple[np.ndarray, np.ndarray], prompts: int) -> tuple[np.ndarray, np.ndarray]:
         """As the program takes it.
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -54,6 +55,8 @@ class CompilationCounter:
         self._records: list[Compilation] = []
         self._hit = threading.local()
         self._listening = False
+        self.listener: Callable[[Compilation], None] | None = None
+        """Told of each, on the thread that compiled it."""
 
     def start(self) -> None:
         """Starts to record; what was recorded before is kept."""
@@ -110,11 +113,18 @@ class CompilationCounter:
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILE_EVENT:
-            name = str(kwargs.get("fun_name", "unknown"))
-            wrapped = re.fullmatch(r"\w+\((.*)\)", name)  # "jit(update_step)"
             from_cache = getattr(self._hit, "pending", False)
             self._hit.pending = False
-            self._records.append(Compilation(wrapped[1] if wrapped else name, duration_secs, from_cache))
+            self._records.append(Compilation(program_of(kwargs), duration_secs, from_cache))
+            if self.listener is not None:
+                self.listener(self._records[-1])
+
+
+def program_of(event: Mapping[str, str | int]) -> str:
+    """The function of which one of JAX's events tells."""
+    name = str(event.get("fun_name", "unknown"))
+    wrapped = re.fullmatch(r"\w+\((.*)\)", name)  # "jit(update_step)"
+    return wrapped[1] if wrapped else name
 
 
 def enable_persistent_cache(folder: str | os.PathLike[str] | None = None) -> str | None:

@@ -14,11 +14,13 @@ import jax
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.run.checkpoint import Checkpointer
+from jaxrl_llm.training.run.compiling import CompilationNews
 from jaxrl_llm.training.run.completions import CompletionsConfig, CompletionsWriter, Rows
 from jaxrl_llm.training.run.distributed import any_process, ending_with_the_others, is_main_process
 from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state, unsaved
+from jaxrl_llm.training.run.machine import machine_remark
 from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.run.metrics import MetricsWriter
 from jaxrl_llm.training.run.page.live import LivePage
@@ -203,7 +205,10 @@ def run_stage(stage: Stage) -> TrainingResult:
         for remark in remarks:
             report.message(remark)
         report.message(stage.what_a_step_is)
-        loop = Loop(stage, checkpoints if length.checkpoint_every else None, (writer, completions), report, stop)
+        if (remark := machine_remark(setup.mesh)) is not None:
+            report.message(remark)
+        news = stack.enter_context(CompilationNews(report, stage.compilations, setup.settings))
+        loop = Loop(stage, checkpoints if length.checkpoint_every else None, (writer, completions), report, news, stop)
         with ending_with_the_others():
             loop.train()
     return TrainingResult(
@@ -225,6 +230,7 @@ class Loop:
         checkpoints: where to save, or `None`.
         writers: of metrics and of completions.
         report: of progress.
+        news: of compilations.
         stop: asks for an early end.
     """
 
@@ -234,10 +240,11 @@ class Loop:
         checkpoints: Checkpointer | None,
         writers: tuple[MetricsWriter, CompletionsWriter],
         report: Report,
+        news: CompilationNews,
         stop: GracefulStop,
     ):
         self.stage, self.length, self.checkpoints = stage, stage.length, checkpoints
-        (self.writer, self.completions), self.report, self.stop = writers, report, stop
+        (self.writer, self.completions), self.report, self.news, self.stop = writers, report, news, stop
         self.step = stage.saved.step if stage.saved else 0
         self.evaluations = stage.saved.evaluations if stage.saved else []
         self._data_state = stage.loader.get_state()
@@ -301,6 +308,7 @@ class Loop:
     def _phase(self, name: str) -> Iterator[None]:
         """Times a phase, and warns of programs that it compiles when it is not its first time."""
         self.report.phase(name)
+        self.news.place = name
         counter = self.stage.compilations
         began, mark = time.perf_counter(), counter.mark()
         with naming_phase(name):

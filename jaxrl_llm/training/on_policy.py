@@ -33,6 +33,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards
+from jaxrl_llm.training.ahead import Ahead
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.completions import RecordedCompletions
 from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
@@ -159,7 +160,7 @@ class Trainer:
         self.model, self.tokenizer, self.algorithm = model, tokenizer, algorithm
         self.setup, mesh = setup, setup.mesh
         self.rewards, self.device_rewards = rewards, tuple(device_rewards)
-        self._prompts_in_data = len(dataset)
+        self._prompts_in_data, self._width = len(dataset), dataset.max_prompt_length
 
         # All that can be wrong is found before anything is compiled.
         check_group(algorithm, group)
@@ -239,6 +240,7 @@ class Trainer:
         self.what_a_step_is += self.sampler.how_slots_are_chosen(prompts, dataset.max_prompt_length)
         self._start(learner, params, critic_params, teachers)
         self._make_programs(learner)
+        self._begun, self._ahead = False, Ahead(mesh, {})
         self._watch = RewardWatch(self.feedback.watched, in_groups=algorithm.smallest_group > 1)
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
@@ -314,12 +316,30 @@ class Trainer:
         """
         return run_stage(self)
 
+    def _begin(self) -> None:
+        """Lets sampler and update be compiled beside each other, the first time that it is called.
+
+        Not where it is only known later what the update is given, and not where several processes would have to
+        compile the same programs in the same order.
+        """
+        later = self.device_rewards or self.config.dynamic_sampling or not self.feedback.is_rewards
+        if self._begun or self._iteration is not None or later or self.history is not None or jax.process_count() > 1:
+            return
+        self._begun, mesh, prompts = True, self.setup.mesh, self.config.prompts_per_step
+        sampling = self.sampler.trace(self.state.params, prompts, self._width, self.state.key)
+        whole = replicated(mesh)
+        rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sampling.out_info)
+        given = (self.state, rollout, jax.ShapeDtypeStruct((prompts, self.sampler.group), np.float32), self.reference)
+        self._ahead = Ahead(mesh, {"sample": sampling.lower, "update": lambda: self.update.lower(*given)})
+
     def iterate(self, step: int, phase: Phase) -> Outcome:
         """Samples, scores and updates."""
         if self._iteration is not None:
             return self._iterate_on_device(step, phase)
+        self._begin()
         rollout, episodes, drawn = self._collect(step, phase)
         with phase("update"), jax.set_mesh(self.setup.mesh):
+            self._ahead.wait("update")
             feedback = self.feedback(episodes, np.asarray(self.state.key), step)
             self.state, found = self.update(self.state, rollout, feedback, self.reference)
             episodes = episodes.first(self.config.samples_per_prompt)  # not the greedy ones beside them
@@ -364,6 +384,7 @@ class Trainer:
                 batch = next(self.loader)
                 key = np.asarray(self.state.key) ^ np.uint32(number)  # the rounds of a step draw apart
                 history = self._proposed(batch)
+                self._ahead.wait("sample")
                 rollout = self.sampler(self.state.params, batch.tokens, batch.lengths, key, step, history=history)
                 jax.block_until_ready(rollout)
                 self._remember(batch, rollout)
@@ -431,6 +452,7 @@ class Trainer:
     def evaluate(self, phase: Phase) -> Outcome:
         """Decodes the held-out prompts and scores them."""
         assert self.evaluator is not None  # evaluation.every says when, and is 0 without
+        self._begin()
         with phase("evaluate"):
             key, state = np.asarray(self.state.key) ^ EVALUATION_KEY, self._told_of(int(self.state.step))
             metrics, episodes = self.evaluator(self.state.params, key, state)

@@ -140,7 +140,9 @@ def test_flags_of_the_model_reach_it(config: Experiment) -> None:
     flags = ["--model.dtype=bfloat16", "--model.remat=dots", "--model.no-scan-layers"]
     model = cli.load_policy(cli.parse(config, flags), make_mesh()).model.config
     assert (model.dtype, model.param_dtype, model.remat, model.scan_layers) == ("bfloat16", "float32", "dots", False)
-    assert cli.load_policy(config, make_mesh()).model.config.scan_layers
+    assert not cli.load_policy(config, make_mesh()).model.config.scan_layers  # of few small layers, on a CPU
+    looped = cli.load_policy(cli.parse(config, ["--model.scan-layers"]), make_mesh())
+    assert looped.model.config.scan_layers
 
 
 # ---- The folder of a run ------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def load_params(
     shardings: Any = None,
     *,
     revision: str | None = None,
+    told: Callable[[int], None] = lambda size: None,
 ) -> Params:
     """The parameters of a checkpoint whose configuration is `transformer`'s.
 
@@ -117,6 +118,7 @@ def load_params(
         shardings: tree of shardings like the parameters, or `None` for the default device; those of adapters are
             not used.
         revision: branch, tag or commit of a hub id.
+        told: is called with the bytes of each piece that has been read; together they are those of all parameters.
 
     Raises:
         ValueError: as in `from_pretrained`.
@@ -124,9 +126,9 @@ def load_params(
     path = locate(name, revision=revision)
     transformer, shardings = transformer.base, None if shardings is None else without_adapters(shardings)
     if _is_gguf(path):
-        return load_weights(GGUFSource(path), TENSOR_NAMES, transformer, shardings, where=str(path))
+        return load_weights(GGUFSource(path), TENSOR_NAMES, transformer, shardings, where=str(path), told=told)
     names = read_description(path)[0].tensor_names
-    return load_weights(SafetensorsSource(path), names, transformer, shardings, where=str(path))
+    return load_weights(SafetensorsSource(path), names, transformer, shardings, where=str(path), told=told)
 
 
 def load_generation_config(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:

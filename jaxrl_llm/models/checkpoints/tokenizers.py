@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,10 +75,32 @@ def _load(path: Path) -> Any:
     if not any((path / file).exists() for file in files):
         raise ValueError(f"{path} has no tokenizer: none of {', '.join(files)} is there")
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        transformers = import_transformers()
+        kind = transformers.PreTrainedTokenizerFast if _is_generic(path) else transformers.AutoTokenizer
+        return kind.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # of many kinds, and of several packages: whatever the files hold
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
+
+
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def _is_generic(path: Path) -> bool:
+    """Whether a tokenizer is surely of the class that reads `tokenizer.json` as it is: of a Llama that says so.
+
+    `AutoTokenizer` finds the same one, after it has imported the model's configuration, and with it PyTorch wherever
+    that is installed, which takes seconds.
+    """
+    files = [path / name for name in ("config.json", "tokenizer_config.json", "tokenizer.json")]
+    if not all(file.exists() for file in files):
+        return False
+    model, tokenizer = (json.loads(file.read_text(encoding="utf-8")) for file in files[:2])
+    return (
+        model.get("model_type") == "llama"
+        and tokenizer.get("tokenizer_class") in _GENERIC
+        and "auto_map" not in tokenizer
+    )
 
 
 def known_tokens(tokenizer: Any) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.stack import Stack
@@ -82,6 +83,7 @@ def load_weights(
     shardings: Any = None,
     *,
     where: str,
+    told: Callable[[int], None] = lambda size: None,
 ) -> Params:
     """Reads the parameters of `transformer`.
 
@@ -94,6 +96,7 @@ def load_weights(
         transformer: gives shapes and types; values are cast to its `param_dtype`, slice by slice.
         shardings: tree of `Sharding` like the parameters; `None` puts all on the default device.
         where: the checkpoint's name for error messages.
+        told: as `load_leaves`.
 
     Raises:
         ValueError: tensors are missing, unexpected, of the wrong shape, or not finite; they are named.
@@ -104,10 +107,18 @@ def load_weights(
     check_tensors(wanted, source.shapes, tied=tied, head=names["lm_head.weight"], where=where)
     if transformer.config.tie_embeddings and names["lm_head.weight"] in source.shapes:
         _check_tied(source, names["embed.weight"], names["lm_head.weight"], where=where)
-    return jax.tree.unflatten(jax.tree.structure(abstract), load_leaves(source, wanted, shardings, where=where))
+    arrays = load_leaves(source, wanted, shardings, where=where, told=told)
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
-def load_leaves(source: TensorSource, wanted: Sequence[Leaf], shardings: Any = None, *, where: str) -> list[jax.Array]:
+def load_leaves(
+    source: TensorSource,
+    wanted: Sequence[Leaf],
+    shardings: Any = None,
+    *,
+    where: str,
+    told: Callable[[int], None] = lambda size: None,
+) -> list[jax.Array]:
     """Reads parameters onto their devices; without shardings, onto the default one.
 
     Args:
@@ -115,6 +126,7 @@ def load_leaves(source: TensorSource, wanted: Sequence[Leaf], shardings: Any = N
         wanted: the parameters.
         shardings: tree of them like the parameters, or `None`.
         where: the checkpoint's name for error messages.
+        told: is called with the bytes of each piece that has been read; together they are those of all parameters.
 
     Raises:
         ValueError: a tensor has values that are NaN, infinite or too large for the parameters' type; it is named.
@@ -122,54 +134,68 @@ def load_leaves(source: TensorSource, wanted: Sequence[Leaf], shardings: Any = N
     placements = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings)
     if len(placements) != len(wanted):
         raise ValueError(f"{where}: {len(placements)} shardings for {len(wanted)} parameters")
-    arrays = [_load_leaf(source, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
-    for leaf, finite in zip(wanted, _finite_tensors(arrays, wanted), strict=True):
-        for tensor, good in zip(leaf.tensors, finite, strict=True):
-            if not good:
-                raise ValueError(f"{where}: {_describe_bad_values(source, tensor, leaf.dtype)}")
+    reader = _Reader(source, told, bad=set())
+    arrays = [_load_leaf(reader, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    tensors = [(leaf, tensor) for leaf in wanted for tensor in leaf.tensors]
+    bad = np.array([tensor in reader.bad for _, tensor in tensors])
+    if not all(array.is_fully_addressable for array in arrays):
+        # Every process must hear of each tensor, also of one whose slices lie elsewhere.
+        bad = np.any(multihost_utils.process_allgather(bad), axis=0)
+    for leaf, tensor in itertools.compress(tensors, bad):
+        raise ValueError(f"{where}: {_describe_bad_values(source, tensor, leaf.dtype)}")
     return arrays
 
 
-def _finite_tensors(arrays: Sequence[jax.Array], wanted: Sequence[Leaf]) -> list[np.ndarray]:
-    """Whether each tensor is finite, `[L]` or `[1]` for each array: one program, one answer to wait for."""
-    mesh = next((array.sharding.mesh for array in arrays if isinstance(array.sharding, NamedSharding)), None)
-    # Every process must hear of each tensor, also of one whose slices lie elsewhere.
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    check = jax.jit(_all_finite, static_argnums=1, out_shardings=everywhere)
-    return jax.device_get(check(arrays, tuple(leaf.stacked for leaf in wanted)))
+class _Reader(NamedTuple):
+    source: TensorSource
+    told: Callable[[int], None]
+    """Of bytes that have been read."""
+    bad: set[str]
+    """Tensors in which something is not finite."""
+
+    def read(self, tensor: str, index: Index, out: np.ndarray) -> None:
+        out[...] = self.source.read(tensor, index)
+        if not _is_finite(out):
+            self.bad.add(tensor)
+        self.told(out.nbytes)
 
 
-def _all_finite(arrays: Sequence[jax.Array], stacked: Sequence[bool]) -> list[jax.Array]:
-    return [
-        jnp.atleast_1d(jnp.isfinite(array).all(axis=tuple(range(int(layers), array.ndim))))
-        for array, layers in zip(arrays, stacked, strict=True)
-    ]
+_BFLOAT16_EXPONENT = np.uint16(0x7F80)
+"""Bits that are all set in what is not finite."""
 
 
-def _load_leaf(source: TensorSource, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype == jnp.bfloat16:  # NumPy would look at each number by itself
+        return bool(((values.view(np.uint16) & _BFLOAT16_EXPONENT) != _BFLOAT16_EXPONENT).all())
+    return bool(np.isfinite(values).all())
+
+
+def _load_leaf(reader: _Reader, leaf: Leaf, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
-        return jax.device_put(_read_slice(source, leaf, (slice(None),) * len(leaf.shape)))
+        return jax.device_put(_read_slice(reader, leaf, (slice(None),) * len(leaf.shape)))
     pieces: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}  # replicas share what was read
 
     def piece(index: Index | None) -> np.ndarray:
         index = index or ()  # None is how JAX spells the index of a scalar
         key = tuple(part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
         if key not in pieces:
-            pieces[key] = _read_slice(source, leaf, index)
+            pieces[key] = _read_slice(reader, leaf, index)
         return pieces[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, piece, dtype=leaf.dtype)
+    array = jax.make_array_from_callback(leaf.shape, sharding, piece, dtype=leaf.dtype)
+    reader.told(array.nbytes - sum(part.nbytes for part in pieces.values()))  # what other processes read
+    return array
 
 
-def _read_slice(source: TensorSource, leaf: Leaf, index: Index) -> np.ndarray:
+def _read_slice(reader: _Reader, leaf: Leaf, index: Index) -> np.ndarray:
     bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
     out = np.empty([stop - start for start, stop, _ in bounds], leaf.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found on the devices, and named
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named
         if not leaf.stacked:
-            out[...] = source.read(leaf.tensors[0], index)
+            reader.read(leaf.tensors[0], index, out)
             return out
         for row, layer in enumerate(range(*bounds[0])):
-            out[row] = source.read(leaf.tensors[layer], index[1:])
+            reader.read(leaf.tensors[layer], index[1:], out[row, ...])
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrl_llm.algorithms.interfaces import Algorithm, Feedback
@@ -99,6 +100,17 @@ class FeedbackSource:
     def skips_unscored(self) -> bool:
         """Whether samples to which no reward function applies are left out."""
         return self.algorithm.skips_unscored and self.rewards is not None
+
+    def foretold(self, prompts: int, group: int) -> Any:
+        """Shapes and types of what a call gives, or `None` where that is known only then.
+
+        Functions that reward tokens one by one are not known before they have been called.
+        """
+        more = {"by_function", "reference_rewards", "verdicts", "roles", "tasks"}.intersection(self.algorithm.needs)
+        if self.rewards is None or self.device_rewards or self.judge is not None or more or self.algorithm.needs_hints:
+            return None
+        rewards = jax.ShapeDtypeStruct((prompts, group), np.float32)
+        return Feedback(rewards, scored=jax.ShapeDtypeStruct(rewards.shape, bool)) if self.skips_unscored else rewards
 
     @property
     def weights(self) -> np.ndarray:

@@ -123,7 +123,9 @@ class Report:
             console=self._console,
             expand=True,
         )
-        self._task = self._progress.add_task("starting", total=total_steps, completed=start_step, left="")
+        self._phase = "starting"
+        self._programs: Sequence[str] = ()
+        self._task = self._progress.add_task(self._phase, total=total_steps, completed=start_step, left="")
 
     def __enter__(self) -> Self:
         if self._use_live:
@@ -142,8 +144,26 @@ class Report:
 
     def phase(self, name: str) -> None:
         """Says what the run is doing now (the live view only)."""
+        self._phase = name
+        self._describe()
+
+    def compiling(self, programs: Sequence[str], *, said: str) -> None:
+        """Says what is compiled; may be called on any thread.
+
+        Args:
+            programs: all that are being compiled, for the live view.
+            said: what is new, for a line where there is none.
+        """
+        self._programs = programs
         if self._live is not None:
-            self._progress.update(self._task, description=name)
+            self._describe()
+        elif self._enabled:
+            self._step_line(said, stays=False)
+
+    def _describe(self) -> None:
+        if self._live is not None:
+            compiling = f"compiling {', '.join(self._programs)}"
+            self._progress.update(self._task, description=compiling if self._programs else self._phase)
 
     def message(self, text: str) -> None:
         """Prints a line that stays: a warning, where a checkpoint is."""

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from jaxrl_llm.models.checkpoints import tokenizers
 from jaxrl_llm.models.checkpoints.locate import import_transformers
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_generation_config, save_pretrained
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
@@ -221,6 +222,16 @@ def test_gguf_tokenizer_survives_export(checkpoint, tmp_path):
     for _ in range(50):
         text = "".join(random.choice(alphabet, 20))
         assert loaded.encode(text) == tokenizer.encode(text), text
+
+
+def test_the_class_that_a_llama_names_is_that_which_transformers_finds(fast_tokenizer, checkpoint):
+    folder = checkpoint("llama")
+    fast_tokenizer.save_pretrained(folder)
+    assert tokenizers._is_generic(folder)
+    theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ours = load_tokenizer(folder)
+    assert type(ours) is type(theirs) and ours.init_kwargs == theirs.init_kwargs
+    assert ours.get_vocab() == theirs.get_vocab()
 
 
 def test_folder_without_tokenizer(checkpoint):

@@ -1,0 +1,23 @@
+"""Which models' layers become one loop where nobody has said."""
+
+import dataclasses
+
+import pytest
+
+from jaxrl_llm.models import unrolling
+from jaxrl_llm.models.config import ModelConfig
+
+TOY = ModelConfig(vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "looped"),
+    [({}, False), ({"vocab_size": 100_000}, False), ({"num_layers": 30}, True), ({"mlp_dim": 4096}, True)],
+)
+def test_few_small_layers_are_unrolled(changes, looped):
+    assert unrolling.are_looped(dataclasses.replace(TOY, **changes)) is looped
+
+
+def test_accelerators_loop(monkeypatch):
+    monkeypatch.setattr(unrolling, "on_cpu", lambda: False)
+    assert unrolling.are_looped(TOY)

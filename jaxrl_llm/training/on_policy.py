@@ -279,6 +279,7 @@ class Trainer:
         """The programs, still to be compiled."""
         placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.setup.mesh)
         self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole))
+        self._lower_update = self.update.lower
         self._score = self._iteration = None
         on_host = self.rewards is not None or self.algorithm.needs_hints
         if self.device_rewards and on_host:
@@ -330,7 +331,7 @@ class Trainer:
         whole = replicated(mesh)
         rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sampling.out_info)
         given = (self.state, rollout, jax.ShapeDtypeStruct((prompts, self.sampler.group), np.float32), self.reference)
-        self._ahead = Ahead(mesh, {"sample": sampling.lower, "update": lambda: self.update.lower(*given)})
+        self._ahead = Ahead(mesh, {"sample": sampling.lower, "update": lambda: self._lower_update(*given)})
 
     def iterate(self, step: int, phase: Phase) -> Outcome:
         """Samples, scores and updates."""

@@ -323,14 +323,16 @@ class Trainer:
         Not where it is only known later what the update is given, and not where several processes would have to
         compile the same programs in the same order.
         """
-        later = self.device_rewards or self.config.dynamic_sampling or not self.feedback.is_rewards
-        if self._begun or self._iteration is not None or later or self.history is not None or jax.process_count() > 1:
+        mesh, prompts = self.setup.mesh, self.config.prompts_per_step
+        feedback = self.feedback.foretold(prompts, self.sampler.group)
+        later = feedback is None or self.config.dynamic_sampling or self.history is not None
+        if self._begun or self._iteration is not None or later or jax.process_count() > 1:
             return
-        self._begun, mesh, prompts = True, self.setup.mesh, self.config.prompts_per_step
+        self._begun = True
         sampling = self.sampler.trace(self.state.params, prompts, self._width, self.state.key)
         whole = replicated(mesh)
         rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sampling.out_info)
-        given = (self.state, rollout, jax.ShapeDtypeStruct((prompts, self.sampler.group), np.float32), self.reference)
+        given = (self.state, rollout, feedback, self.reference)
         self._ahead = Ahead(mesh, {"sample": sampling.lower, "update": lambda: self._lower_update(*given)})
 
     def iterate(self, step: int, phase: Phase) -> Outcome:

@@ -49,7 +49,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "Labelled completions": ("losses.kto", "losses.bco"),
     "Reward models": ("losses.reward", "losses.process_reward"),
-    "Supervised learning and distillation": ("losses.supervised", "losses.distillation", "algorithms.star"),
+    "Supervised learning and distillation": (
+        "losses.supervised",
+        "losses.distillation",
+        "losses.self_distillation",
+        "algorithms.star",
+    ),
     "Trust region policy optimization": (
         *(
             "algorithms.trust_region.natural_gradient",

@@ -86,6 +86,7 @@ from jaxrl_llm.losses.regression import a_star_po_loss
 from jaxrl_llm.losses.reinforce import dro_loss, dro_surrogate, gpg_loss, reinforce_loss, threshold_grpo_loss
 from jaxrl_llm.losses.rejection import RejectionLevel, RejectionStatistic, rejection_mask
 from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
+from jaxrl_llm.losses.self_distillation import sdpo_loss, top_k_jsd
 from jaxrl_llm.losses.sequence import grpo_s_loss, gspo_loss, gspo_token_loss, luspo_loss, sequence_log_ratio
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs, wpo_weights
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
@@ -202,6 +203,7 @@ __all__ = [
     "robust_dpo_loss",
     "robust_dpo_term",
     "sapo_loss",
+    "sdpo_loss",
     "seq_mask_tis_weights",
     "sequence_log_ratio",
     "sequence_logprobs",
@@ -216,6 +218,7 @@ __all__ = [
     "tis_weights",
     "token_covariance",
     "top_entropy_mask",
+    "top_k_jsd",
     "update_entropy_control",
     "value_loss",
     "vespo_loss",

@@ -111,7 +111,10 @@ def plain(model, rollout, hinted, repeated_logits, lively_params):
     return plain
 
 
-@pytest.mark.parametrize("algorithm", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(of, id=name, marks=[pytest.mark.slow] * (name == "start")) for name, of in CASES.items()],
+)
 def test_the_step_is_that_of_the_definition(algorithm, run, plain, model, lively_params):
     expected, value = plain(algorithm)
     change, after, metrics = run(algorithm)

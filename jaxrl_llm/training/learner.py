@@ -15,6 +15,7 @@ from jaxrl_llm.algorithms.distillation.objective import Distillation
 from jaxrl_llm.algorithms.distillation.step import make_distillation_step
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import NOTHING, Observed
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep, make_update_step
@@ -139,7 +140,7 @@ def make_learner(
     critic: CriticSource,
     trust_region: TrustRegionConfig | None,
     teachers: Mapping[str, Transformer] = MappingProxyType({}),
-    observed: int = 0,
+    observed: Observed = NOTHING,
 ) -> Learner:
     """The learner of a run of so many iterations.
 
@@ -153,7 +154,7 @@ def make_learner(
         critic: the value function, if the algorithm is made of one.
         trust_region: TRPO's step in place of the optimizer's.
         teachers: models by name, where the algorithm learns from some.
-        observed: prompts of whose completions the step tells what it made, as `make_update_step`.
+        observed: of which completions the step tells what it made, as `make_update_step`.
 
     Raises:
         ValueError: these do not fit together.

@@ -19,7 +19,7 @@ from jaxrl_llm.algorithms.distillation.self_teacher import ITSELF
 from jaxrl_llm.algorithms.interfaces import Algorithm
 from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
-from jaxrl_llm.algorithms.policy_gradient.credit_assignment import OBSERVED
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import OBSERVED, Observed
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
@@ -186,7 +186,7 @@ class Trainer:
             critic=critic or CriticSource(),
             trust_region=trust_region,
             teachers={teacher.name: teacher.over(known_tokens(tokenizer)) for teacher in teachers},
-            observed=self.completions.groups(prompts, group) if self.completions.every else 0,
+            observed=self._observed(),
         )
         if isinstance(algorithm, Distillation):
             algorithm.weights_of(len(teachers))  # raises, if there are not as many
@@ -244,6 +244,14 @@ class Trainer:
         self._watch = RewardWatch(self.feedback.watched, in_groups=algorithm.smallest_group > 1)
         self.compilations = CompilationCounter()
         self.phases = ("sample", "reward", "update") if self._iteration is None else ("iteration",)
+
+    def _observed(self) -> Observed:
+        """Of which completions the update tells what it made of them: those that are written."""
+        if not self.completions.every:
+            return Observed()
+        group = self.config.samples_per_prompt
+        groups = self.completions.groups(self.config.prompts_per_step, group)
+        return Observed(groups, min(self.completions.tokens, groups * group))
 
     def _resident(self, teachers: Sequence[Teacher]) -> int:
         """Bytes of each device that are taken while it samples."""

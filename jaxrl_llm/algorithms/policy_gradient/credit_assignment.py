@@ -27,6 +27,18 @@ OBSERVED = "observed/"
 """What is no metric, but made of single completions, begins so among what an update step returns."""
 
 
+class Observed(NamedTuple):
+    """Of which completions an update tells what it made of them, for people to look at."""
+
+    prompts: int = 0
+    """Those of so many prompts, the first ones: their advantages."""
+    by_token: int = 0
+    """So many, the first ones: their scores, token by token."""
+
+
+NOTHING = Observed()
+
+
 class Credited(NamedTuple):
     """A rollout with all that an update reads of it."""
 
@@ -38,21 +50,24 @@ class Credited(NamedTuple):
     old: TokenScores | None
     """Under the policy before this batch, where something reads them."""
 
-    def observed(self, prompts: int) -> dict[str, jax.Array]:
-        """What was made of the completions of the first prompts, for people to look at: `[prompts, G]` or with `Tc`.
+    def observed(self, wanted: Observed) -> dict[str, jax.Array]:
+        """What was made of completions, for people to look at: of the first prompts, `[prompts, G]` or with `Tc`.
 
         Advantages, and of the scores those that there are: of the policy before this batch (`old_logprobs`, `entropy`),
         of the reference (`ref_logprobs`) and the critic (`values`).
         """
         batch, old = self.batch, self.old
-        made = {
-            "advantages": batch.advantages,
+        scores = {
             "old_logprobs": None if old is None else old.logprobs,
             "entropy": None if old is None else old.entropy,
             "ref_logprobs": batch.ref_logprobs,
             "values": batch.values,
         }
-        return {f"{OBSERVED}{name}": of[:prompts] for name, of in made.items() if of is not None and prompts}
+        told = {"advantages": batch.advantages[: wanted.prompts]} if wanted.prompts else {}
+        if wanted.by_token:
+            prompts = -(-wanted.by_token // batch.mask.shape[1])
+            told |= {name: of[:prompts] for name, of in scores.items() if of is not None}
+        return {f"{OBSERVED}{name}": of for name, of in told.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,8 @@ class LearnerBatch(NamedTuple):
     `Rollout`."""
     observations: jax.Array | None = None
     """`[P, G, Tc]` bool: tokens that tools or an environment answered, for losses of given rows that learn them."""
+    numbers: jax.Array | None = None
+    """`[P, G]`: which completions they are in the batch, where something is told of single ones."""
     layout: Any = None
     """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
     not read."""

@@ -7,6 +7,7 @@ so that it compiles to one XLA program per mesh.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ import optax
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.gradient import Carry, Loss, make_gradient_step
 from jaxrl_llm.algorithms.interfaces import Feedback
-from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import NOTHING, OBSERVED, CreditAssignment, Observed
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.rollouts import sampling_gap
@@ -28,7 +29,7 @@ from jaxrl_llm.losses import aggregation_normalizer
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.records import Metrics
+from jaxrl_llm.records import Mean, Metrics
 from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.types import CriticState, Rollout, TrainState
 
@@ -46,7 +47,7 @@ def make_update_step(
     critic: Critic | None = None,
     temperature: float = 1.0,
     truncated: bool = False,
-    observed: int = 0,
+    observed: Observed = NOTHING,
 ) -> UpdateStep:
     """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`.
 
@@ -61,8 +62,8 @@ def make_update_step(
         temperature: the one that the rollouts were sampled with; log-probs are scored with it.
         truncated: whether top-k, top-p or min-p excluded tokens. The learner scores without, unless the algorithm
             keeps the sampling mask; only the metric `sampling/logp_gap` depends on this.
-        observed: prompts, the first ones, of whose completions advantages and scores are among the metrics
-            (`Credited.observed`), as arrays.
+        observed: of which completions advantages and scores are among the metrics, as arrays (`Credited.observed`,
+            from the gradient's own pass where there is no other: `_seen`).
 
     Returns:
         A function of `TrainState`, `Rollout` (with an algorithm that needs a greedy baseline, the last sample of each
@@ -87,7 +88,8 @@ def make_update_step(
         algorithm, scorer, plan.of_batch, keeps_old=plan.optimizer_steps > 1, truncated=truncated, critic=critic
     )
     _check(algorithm, plan, critic)
-    optimizer_step = _make_optimizer_step(_Losses(algorithm, scorer, truncated, critic), optimizer, plan)
+    losses = _Losses(algorithm, scorer, truncated, critic, observed.by_token)
+    optimizer_step = _make_optimizer_step(losses, optimizer, plan)
 
     def update_step(
         state: TrainState, rollout: Rollout, rewards: jax.Array | Feedback, reference: Params | None = None
@@ -95,12 +97,43 @@ def make_update_step(
         prompts, group = rollout.completion.shape[:2]  # raises, if these do not fit:
         plan.group_split(prompts, group, row_shards(), whole_groups=algorithm.needs_whole_groups)
         credited = assign(state, rollout, rewards, reference)
-        carry, trained = run_epochs(optimizer_step, _Carry.of(state), credited.batch, plan, step_key(state, 1))
+        batch = credited.batch
+        if observed.by_token and credited.old is None:  # else that pass has told all that there is
+            shape = batch.mask.shape[:2]
+            batch = batch._replace(numbers=jnp.arange(math.prod(shape)).reshape(shape))
+        carry, trained = run_epochs(optimizer_step, _Carry.of(state), batch, plan, step_key(state, 1))
         state = carry.into(state).replace(step=state.step + 1, memory=credited.memory)
         metrics = {name: record.value() for name, record in (credited.metrics | trained).items()}
-        return state, metrics | credited.observed(observed)
+        group = batch.mask.shape[1]
+        seen = {name: _by_prompt(trained[name], group) for name in metrics if name.startswith(OBSERVED)}
+        return state, metrics | seen | credited.observed(observed)
 
     return update_step
+
+
+def _seen(scores: TokenScores, batch: LearnerBatch, count: int) -> Metrics:
+    """Scores of the batch's first `count` completions, `[count, Tc]`, of which these rows are some.
+
+    Log-probs (`old_logprobs`, since the one optimizer step is still to come) and entropies, from the pass that the
+    gradient is taken of. Pieces add up to the whole: a record for each token, of those that a loss reads.
+    """
+    assert batch.numbers is not None
+    numbers, width = batch.numbers.reshape(-1), batch.mask.shape[-1]
+
+    def placed(values: jax.Array) -> jax.Array:
+        values = jnp.where(batch.mask, jax.lax.stop_gradient(values), 0.0).reshape(-1, width)
+        return jnp.zeros((count, width)).at[numbers].add(values, mode="drop")
+
+    read = placed(jnp.ones(batch.mask.shape))
+    told = {"old_logprobs": scores.logprobs, "entropy": scores.entropy}
+    return {f"{OBSERVED}{name}": Mean(placed(values), read) for name, values in told.items()}
+
+
+def _by_prompt(seen: Any, group: int) -> jax.Array:
+    """What was seen as `[prompts, G, Tc]`: NaN for tokens that no loss reads, and other completions."""
+    values = jnp.where(seen.count > 0, seen.value(), jnp.nan)
+    values = jnp.pad(values, ((0, -len(values) % group), (0, 0)), constant_values=jnp.nan)
+    return values.reshape(-1, group, values.shape[-1])
 
 
 def _check(algorithm: PolicyGradient, plan: UpdateConfig, critic: Critic | None) -> None:
@@ -151,6 +184,8 @@ class _Losses:
     scorer: Scorer
     truncated: bool
     critic: Critic | None
+    by_token: int = 0
+    """Completions whose scores are told, where `LearnerBatch.numbers` says which those are."""
 
     @property
     def policy(self) -> Loss:
@@ -177,6 +212,8 @@ class _Losses:
         if batch.old_logprobs is None:
             logprobs = jax.lax.stop_gradient(scores.logprobs)
             metrics |= sampling_gap(logprobs, batch, temperature=self.scorer.temperature, truncated=self.truncated)
+        if batch.numbers is not None:
+            metrics |= _seen(scores, batch, self.by_token)
         if values is not None:
             extra, own = self.algorithm.value_loss(values, batch, normalizers.tokens)
             value, metrics = value + self.algorithm.value.coef * extra, metrics | own

@@ -20,7 +20,7 @@ from jaxrl_llm.algorithms.batching import MicroBatches, cut
 from jaxrl_llm.algorithms.gradient import map_scores, pull_scores
 from jaxrl_llm.algorithms.interfaces import Feedback
 from jaxrl_llm.algorithms.pieces import Pieces
-from jaxrl_llm.algorithms.policy_gradient.credit_assignment import CreditAssignment
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import NOTHING, CreditAssignment, Observed
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.update import UpdateStep
 from jaxrl_llm.algorithms.rounding import rounded, unrounded
@@ -106,7 +106,7 @@ def make_trust_region_step(
     plan: MicroBatches | None = None,
     moves: Callable[[str], bool] | None = None,
     chunk_size: int | None = None,
-    observed: int = 0,
+    observed: Observed = NOTHING,
 ) -> UpdateStep:
     """The pure function `(state, rollout, rewards, reference=None) -> (state, metrics)`, as `make_update_step`.
 

@@ -18,6 +18,7 @@ import pytest
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient.credit_assignment import OBSERVED, Observed
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.presets import dapo, dr_grpo, grpo
@@ -643,3 +644,40 @@ def test_numbers_that_cannot_be_split_raise_by_name():
         UpdateConfig(micro_batches=8).group_split(4, 4, 1, whole_groups=True)
     whole_groups = PolicyGradient(advantage=GroupAdvantage(), aggregation="group-mean-token-mean")
     assert whole_groups.needs_whole_groups
+
+
+# ---- What is told of single completions --------------------------------------------------------------
+
+
+def observed(whole: dict[str, Any], plan: UpdateConfig) -> dict[str, np.ndarray]:
+    """Of the first 6 of 4 prompts × 4 samples."""
+    case, seen = whole["case"], Observed(prompts=3, by_token=6)
+    step = jax.jit(make_update_step(case["model"], SGD, case["algorithm"], plan, observed=seen))
+    state = make_train_state(case["params"], SGD, 0)
+    found = step(state, case["rollout"], case["rewards"], case["reference"])[1]
+    return {name.removeprefix(OBSERVED): np.asarray(found[name]) for name in found if name.startswith(OBSERVED)}
+
+
+@pytest.fixture(scope="module")
+def of_own_pass(whole) -> dict[str, np.ndarray]:
+    """Where a second epoch is to come, the policy before the first one has a pass of its own."""
+    return observed(whole, UpdateConfig(epochs=2))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [UpdateConfig(), UpdateConfig(micro_batches=16), UpdateConfig(tokens_per_micro_batch=32)],
+    ids=["whole", "pieces", "packed"],
+)
+def test_scores_of_completions_are_told_from_the_pass_of_the_gradient(plan, whole, of_own_pass):
+    told = observed(whole, plan)
+    assert told.keys() == of_own_pass.keys() == {"advantages", "old_logprobs", "ref_logprobs", "entropy"}
+    assert told["advantages"].shape == (3, 4) and told["entropy"].shape == told["ref_logprobs"].shape
+    read = np.asarray(whole["case"]["rollout"].mask)[:2] & (np.arange(8) < 6).reshape(2, 4, 1)
+    for name in ("old_logprobs", "entropy"):
+        np.testing.assert_allclose(told[name][read], of_own_pass[name][read], rtol=1e-4, atol=1e-5)
+        assert np.isnan(told[name][~read]).all() and np.abs(told[name][read]).min() > 1e-4
+
+
+def test_nothing_is_told_of_completions_unless_asked(whole):
+    assert not any(name.startswith(OBSERVED) for name in whole["metrics"])

@@ -14,7 +14,7 @@ function markText(mark, marks) {
   const apart = marks.length > 1 ? marks[1] - marks[0] : Math.abs(mark) || 1;
   const most = Math.max(...marks.map(Math.abs));
   if (mark === 0) return "0";
-  if (most >= 1e6 || most < 1e-3) return mark.toExponential(Math.max(0, Math.round(Math.log10(most / apart)))).replace("e+", "e");
+  if (most >= 1e6 || most < 1e-3) return Number(mark.toPrecision(3)).toExponential().replace("e+", "e");
   return mark.toLocaleString("en", { maximumFractionDigits: Math.max(0, Math.ceil(-Math.log10(apart) - 1e-9)) });
 }
 

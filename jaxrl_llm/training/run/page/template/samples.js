@@ -5,15 +5,16 @@ function quantities(sample, settings) {
   const { logprobs, old_logprobs: old, ref_logprobs: ref, advantages, entropy, values } = sample.by_token;
   const plain = (settings["sampling.temperature"] ?? 1) === 1;
   const policy = old ?? (plain ? logprobs : null);
+  const each = (one, other, of) => one.map((a, i) => (a === null || other[i] === null ? null : of(a, other[i])));
   const constant = logprobs && sample.advantage !== null ? logprobs.map(() => sample.advantage) : null;
   return [
     ["log-prob", logprobs, false],
     ["advantage", advantages ?? constant, true],
     ["entropy", entropy, false],
-    ["KL to the reference", ref && policy ? ref.map((r, i) => Math.exp(r - policy[i]) - 1 - (r - policy[i])) : null, false],
-    ["ratio learner / sampler", old && logprobs && plain ? old.map((o, i) => Math.exp(o - logprobs[i])) : null, true, 1],
+    ["KL to the reference", ref && policy ? each(ref, policy, (r, p) => Math.exp(r - p) - 1 - (r - p)) : null, false],
+    ["ratio learner / sampler", old && logprobs && plain ? each(old, logprobs, (o, l) => Math.exp(o - l)) : null, true, 1],
     ["value", values, true],
-  ].filter(([, found]) => found);
+  ].filter(([, found]) => found?.some((value) => value !== null));
 }
 
 function tint(value, extent, signed, center = 0) {

@@ -10,6 +10,8 @@ lines with a column text): --data.train=texts.jsonl --data.eval=others.jsonl. He
 The model after fine-tuning is left in <run>/sft/model, from which GRPO alone begins again with --sft.steps=0
 --model.path=<run>/sft/model. experiments/benchmarks/trl_reverse_text.py trains it in TRL on the same prompts and draws
 both curves.
+
+Hardware: two CPU cores, 7 GB of memory. docs/results/reverse_text.md has what came of it: the figure, the log, the times.
 """
 
 from __future__ import annotations
@@ -139,9 +141,9 @@ CONFIG = ReverseText(
     model=ModelSource(remat="none", scan_layers=False),
     data=DataConfig(max_prompt_length=48, format=PromptFormat(template="{text}", system=SYSTEM)),
     sampling=SamplingConfig(max_tokens=32),
-    training=TrainingConfig(steps=30, prompts_per_step=4, samples_per_prompt=8, checkpoint_every=0, samples_every=10),
-    optimizer=OptimizerConfig(learning_rate=5e-5),
-    evaluation=EvaluationConfig(every=15, max_prompts=32),
+    training=TrainingConfig(steps=40, prompts_per_step=4, samples_per_prompt=8, checkpoint_every=0, samples_every=10),
+    optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=5),
+    evaluation=EvaluationConfig(every=20, max_prompts=32),
 )
 
 

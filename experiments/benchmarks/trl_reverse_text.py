@@ -12,6 +12,7 @@ than that). Each system samples by its own noise, so that the curves are alike a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from jaxrl_llm.algorithms.optimizer import make_schedule
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.cli import parse
 from jaxrl_llm.data.loader import PromptLoader
@@ -36,8 +38,8 @@ from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reverse_text import CONFIG, SFT, ReverseText, lcs, load_texts
 
-CONSTANT = ("schedule", "constant"), ("warmup_steps", 0), ("b1", 0.9), ("b2", 0.999), ("eps", 1e-8)
-"""Settings of the optimizer that the two systems mean differently, or that are left at their common default."""
+ADAM = ("b1", 0.9), ("b2", 0.999), ("eps", 1e-8)
+"""Settings of the optimizer that are left at their common defaults."""
 
 
 def read_config(run: Path) -> ReverseText:
@@ -47,7 +49,7 @@ def read_config(run: Path) -> ReverseText:
         ValueError: TRL would compute something else by these.
     """
     config = parse(CONFIG, [f"--config={run / 'config.json'}"])
-    other = [f"optimizer.{name}" for name, value in CONSTANT if getattr(config.optimizer, name) != value]
+    other = [f"optimizer.{name}" for name, value in ADAM if getattr(config.optimizer, name) != value]
     other += [] if config.algorithm == PolicyGradient() else ["algorithm"]
     if other:
         raise ValueError(f"{', '.join(other)} differ from what is compared here: run reverse_text.py with its own")
@@ -148,7 +150,6 @@ def train(config: ReverseText, folder: Path) -> None:
         loss_type="grpo",
         beta=0.0,
         learning_rate=optimizer.learning_rate,
-        lr_scheduler_type="constant",
         weight_decay=optimizer.weight_decay,
         max_grad_norm=math.inf if optimizer.max_grad_norm is None else optimizer.max_grad_norm,
         bf16=False,
@@ -168,6 +169,8 @@ def train(config: ReverseText, folder: Path) -> None:
         processing_class=tokenizer,
         callbacks=[recorder],
     )
+    rates = make_schedule(dataclasses.replace(optimizer, learning_rate=1.0), training.steps)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), lambda n: float(rates(n)))
     trainer.remove_callback(transformers.PrinterCallback)
     recorder.write(0, **{"eval/reward": greedy_reward(config, model, tokenizer)})
     trainer.train()

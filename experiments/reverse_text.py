@@ -11,7 +11,9 @@ The model after fine-tuning is left in <run>/sft/model, from which GRPO alone be
 --model.path=<run>/sft/model. experiments/benchmarks/trl_reverse_text.py trains it in TRL on the same prompts and draws
 both curves.
 
-Hardware: two CPU cores, 7 GB of memory. docs/results/reverse_text.md has what came of it: the figure, the log, the times.
+Hardware: two CPU cores, 7 GB of memory. Time: three quarters of an hour beside other work, a minute a step of GRPO.
+Expected (seed 0): the reward of the samples from 0.58 (the first five steps) to 0.80 after 29 of the 40 steps; two
+different texts have 0.42 in common. docs/results/reverse_text.md has the figure and the log.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from jaxrl_llm.algorithms.optimizer import make_schedule
+from jaxrl_llm.algorithms.optimizer import Rates, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.cli import parse
 from jaxrl_llm.data.loader import PromptLoader
@@ -169,8 +169,8 @@ def train(config: ReverseText, folder: Path) -> None:
         processing_class=tokenizer,
         callbacks=[recorder],
     )
-    rates = make_schedule(dataclasses.replace(optimizer, learning_rate=1.0), training.steps)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), lambda n: float(rates(n)))
+    rates = Rates(make_schedule(dataclasses.replace(optimizer, learning_rate=1.0), training.steps))
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), lambda n: rates[n])
     trainer.remove_callback(transformers.PrinterCallback)
     recorder.write(0, **{"eval/reward": greedy_reward(config, model, tokenizer)})
     trainer.train()

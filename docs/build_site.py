@@ -3,12 +3,13 @@
     pip install -e '.[docs]' && python docs/build_site.py
 
 docs/ is Markdown that reads well as it is. What the site has beyond it is written here: pages that lie elsewhere
-(README.md, …); a page for each room of `api/` in the navigation of mkdocs.yml, of its docstrings; a page for
+(README.md, notebooks, …); a page for each room of `api/` in the navigation of mkdocs.yml, of its docstrings; a page for
 each file of the repository that is linked. No link may lead nowhere, and a browser fetches nothing from elsewhere.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -28,6 +29,9 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "tpu_scripts/README.md": "cloud_tpus.md",
+    "notebooks/sums_by_grpo.ipynb": "notebooks/sums_by_grpo.md",
+    "notebooks/dpo_with_lora.ipynb": "notebooks/dpo_with_lora.md",
+    "notebooks/losses_in_your_code.ipynb": "notebooks/losses_in_your_code.md",
 }
 """Pages that are not in docs/, and their places in the site."""
 ASSETS = (".png", ".svg", ".log")
@@ -46,7 +50,8 @@ def write_pages(folder: Path) -> None:
     }
     linked: dict[str, str] = {}
     for source, page in sources.items():
-        text, found = with_links(source, (REPOSITORY / source).read_text(encoding="utf-8"), sources)
+        text = (REPOSITORY / source).read_text(encoding="utf-8")
+        text, found = with_links(source, as_markdown(text) if source.endswith(".ipynb") else text, sources)
         linked |= found
         _write(folder / page, text)
     for source, page in linked.items():
@@ -57,7 +62,30 @@ def write_pages(folder: Path) -> None:
         else:
             _write(folder / page, shown(source, path.read_text(encoding="utf-8")))
     for room in re.findall(r"\bapi/(\w+)\.md$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE):
-        _write(folder / "api" / f"{room}.md", f"# jaxrl_llm.{room}\n\n::: jaxrl_llm.{room}\n")
+        _write(folder / "api" / f"{room}.md", api_page(room))
+
+
+def api_page(room: str) -> str:
+    """The page of a room: of the names that it exports, or else of all its files."""
+    package = REPOSITORY / "jaxrl_llm" / room / "__init__.py"
+    exports = package.is_file() and "__all__" in package.read_text(encoding="utf-8")
+    options = "    options: {show_submodules: false}\n" if exports else ""
+    return f"# jaxrl_llm.{room}\n\n::: jaxrl_llm.{room}\n{options}"
+
+
+def as_markdown(notebook: str) -> str:
+    """A notebook's cells, with the outputs that it has."""
+    blocks = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        blocks.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                blocks.append(f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">')
+            else:
+                blocks.append(f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(blocks) + "\n"
 
 
 def with_links(source: str, text: str, pages: dict[str, str]) -> tuple[str, dict[str, str]]:

@@ -19,7 +19,7 @@ def _docs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-    for name in ("equations", "documented", "generate_objectives", "build_site", "mathml"):
+    for name in ("equations", "documented", "generate_objectives", "build_site", "mathml", "run_notebooks"):
         sys.modules.pop(name, None)
 
 
@@ -45,3 +45,9 @@ def objectives(_docs: None) -> ModuleType:
 def site(_docs: None) -> ModuleType:
     """The site."""
     return importlib.import_module("build_site")
+
+
+@pytest.fixture(scope="session")
+def notebooks(_docs: None) -> ModuleType:
+    """What runs the notebooks."""
+    return importlib.import_module("run_notebooks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 
 import pytest
@@ -25,6 +26,20 @@ def test_a_link_to_no_file_is_an_error(site):
         site.with_links("docs/trees.md", "[a](tree.md#b)", {"docs/trees.md": "trees.md"})
     text = "```python\nx[0](tree.md)\n```\n[b](https://arxiv.org/x) [c](#c)"
     assert site.with_links("docs/trees.md", text, {"docs/trees.md": "trees.md"}) == (text, {})
+
+
+def test_a_notebook_is_a_page_with_its_outputs(site):
+    cells = [
+        {"cell_type": "markdown", "source": ["# A\n", "[b](../docs/trees.md)"]},
+        {
+            "cell_type": "code",
+            "source": ["print(1)"],
+            "outputs": [{"output_type": "stream", "text": ["1\n"]}, {"data": {"image/png": "AB==\n"}}],
+        },
+    ]
+    page = site.as_markdown(json.dumps({"cells": cells}))
+    assert page.startswith("# A\n[b](../docs/trees.md)\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n<img")
+    assert 'src="data:image/png;base64,AB=="' in page
 
 
 def test_dead_links_and_what_comes_from_elsewhere_are_told(site, tmp_path):

@@ -178,6 +178,8 @@ def fine_tune(
     optimizer = make_optimizer(adam, make_schedule(adam, settings.steps))
     shardings = model.shardings(mesh)
     order = np.random.default_rng(seed)
+    if is_main_process():
+        print(f"warm start: {settings.steps} steps on {len(shown)} problems …", flush=True)
     with jax.set_mesh(mesh):
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
         state = jax.jit(lambda p: make_train_state(p, optimizer, seed))(params)
@@ -186,7 +188,7 @@ def fine_tune(
         for _ in range(settings.steps):
             state, metrics = step(state, shown.batch(order.integers(len(shown), size=settings.batch_size)))
     if is_main_process():
-        print(f"warm start: {settings.steps} steps on {len(shown)} problems, nll {float(metrics['nll']):.3f}")
+        print(f"warm start: nll {float(metrics['nll']):.3f}")
     return state.params
 
 

@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "generate": "Complete prompts with a checkpoint.",
         "evaluate": "Greedy accuracy, mean@n, pass@k and rewards of a checkpoint on a data set.",
         "export": "Write a checkpoint of a run, or a GGUF file, as a folder that transformers loads.",
+        "plan": "Whether training fits a TPU slice, and what it takes there: compiled without the slice.",
         "report": "A page of a run, finished or not, or one that compares several: report RUN [RUN …].",
     }
 )
@@ -48,6 +49,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "generate": "jaxrl-llm generate --model=runs/RUN/model --prompts 'Name a color.' --temperature=0",
         "evaluate": "jaxrl-llm evaluate --model=runs/RUN/model --data=test.jsonl --rewards math --samples=8 --ks 1 8",
         "export": "jaxrl-llm export --model=runs/RUN/checkpoints/200 --output=my-model",
+        "plan": "jaxrl-llm plan --slice=v5e:2x4 --size=qwen3-0.6b --mesh.fsdp=8 --prompts=64 --samples=8",
         "report": "jaxrl-llm report runs/grpo-20261130-101500 runs/grpo-20261130-114000 --output=comparison.html",
     }
 )

@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from compile_for import slice_devices
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_llm.cli import plain_errors
 from jaxrl_llm.launch.flags import read_flags
+from jaxrl_llm.launch.plan.slices import slice_devices
 from jaxrl_llm.models.attention import Visibility, dense_attention
 from jaxrl_llm.models.kernels.blockwise import blockwise_attention
 from jaxrl_llm.models.kernels.splash import splash_attention

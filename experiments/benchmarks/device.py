@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import Shape, Work
 
+from jaxrl_llm.launch.plan.work import forward
 from jaxrl_llm.models.config import DType, ModelConfig
 
 _SMALLEST, _LARGEST = 512, 16_384
@@ -50,22 +51,13 @@ def computed_flops(work: Work, config: ModelConfig, shape: Shape, *, reference: 
     Causal attention included, a backward pass twice its forward pass; what is computed again in a backward pass
     to save memory, and masked parts of attention, are not counted.
     """
-    length, completions = shape.prompt_tokens, shape.completion_lengths
-    heads = config.num_heads * config.head_dim
-    projections = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
-    layer, pair = 2 * projections, 4 * heads  # FLOPs of a token's products, and of a query with one key
-    head = 2 * config.embed_dim * config.vocab_size
 
-    def forward(unfed: int, scored: int) -> int:
-        """All but `unfed` tokens of each completion go through the layers, `scored` distributions are made in all."""
-        fed = [new - unfed for row in completions for new in row]
-        tokens = shape.prompts * length + sum(fed)
-        pairs = shape.prompts * (length * (length + 1) // 2) + sum(n * length + n * (n + 1) // 2 for n in fed)
-        return config.num_layers * (tokens * layer + pairs * pair) + scored * head
+    def count(unfed: int, scored: int) -> int:
+        return forward(config, shape.prompt_tokens, shape.completion_lengths, unfed=unfed, scored=scored).total
 
     # A group's first token is drawn from one distribution; the last token is drawn and not fed.
-    sampling = forward(1, shape.prompts + shape.sampled_tokens - shape.prompts * shape.samples)
-    learning = forward(0, shape.sampled_tokens)
+    sampling = count(1, shape.prompts + shape.sampled_tokens - shape.prompts * shape.samples)
+    learning = count(0, shape.sampled_tokens)
     update = 3 * learning + (learning if reference else 0)
     return {"W1": sampling, "W2": update, "W3": sampling + update}[work]
 

@@ -33,6 +33,7 @@ from jaxrl_llm.launch.generation_command import run_generation
 from jaxrl_llm.launch.loading import Policy
 from jaxrl_llm.launch.offline import run_offline
 from jaxrl_llm.launch.on_policy import run
+from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.report_command import run_report
 from jaxrl_llm.launch.star import run_star
 from jaxrl_llm.models.heads import ScoreModel
@@ -116,6 +117,7 @@ RUN: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "generate": lambda text: run_generation(description=text),
         "evaluate": lambda text: run_evaluation(description=text),
         "export": lambda text: run_export(description=text),
+        "plan": lambda text: run_plan(description=text),
         "report": lambda text: run_report(description=text),
     }
 )

@@ -170,7 +170,7 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
         import sys
         sys.path.insert(0, sys.argv[1])
         import jax, jax.numpy as jnp
-        from compile_for import slice_devices
+        from jaxrl_llm.launch.plan.slices import slice_devices
         from jax.sharding import AxisType
         from jaxrl_llm.sampling.attention import slot_attention
         from jaxrl_llm.sampling.caches import Memory, Sizes, Slots

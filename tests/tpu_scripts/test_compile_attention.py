@@ -70,7 +70,7 @@ def test_compiles_in_a_scanned_stack_on_a_slice(generation: str, mesh: tuple[int
         sys.path.insert(0, sys.argv[1])
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding
-        from compile_for import slice_devices
+        from jaxrl_llm.launch.plan.slices import slice_devices
         from jaxrl_llm.models.attention import ATTENTION, Visibility
         from jaxrl_llm.models.kernels.sharded import over_mesh
         from jaxrl_llm.models.kernels.splash import splash_attention

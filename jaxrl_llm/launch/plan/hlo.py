@@ -16,6 +16,8 @@ _CHANNEL = re.compile(r"channel_id=\d+")
 _LOOP = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
 _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r"ROOT .* compare\(%\S+, %(\S+)\), direction=LT")
 _SHAPE = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
 
 
@@ -28,6 +30,10 @@ class Collective(NamedTuple):
     """Of its result on one device, each time that it runs."""
     place: str
     """`once`, `loop 2`: each time around the program's second loop, `loop 2 inner`: in loops within that."""
+    times: int = 1
+    """How often it runs, loops counted whose length is written in the program."""
+    is_open: bool = False
+    """It is also in a loop whose length the numbers decide: until all rows have ended, say."""
 
 
 def collectives(text: str) -> list[Collective]:
@@ -46,11 +52,24 @@ def collectives(text: str) -> list[Collective]:
             lines.append(line)
     if entry is None:
         raise ValueError("the text is no HLO module: it has no ENTRY computation")
-    return list(_walk(bodies, entry, "once", itertools.count(1), set()))
+    return list(_walk(bodies, entry, _Around("once", 1, False), itertools.count(1), set()))
+
+
+class _Around(NamedTuple):
+    """The loops around a computation, as `Collective` tells them."""
+
+    place: str
+    times: int
+    is_open: bool
+
+    def within(self, numbers: Iterator[int], turns: int | None) -> _Around:
+        """Inside a further loop, of so many turns if that is known."""
+        place = f"loop {next(numbers)}" if self.place == "once" else f"{self.place.removesuffix(' inner')} inner"
+        return _Around(place, self.times * (turns or 1), self.is_open or turns is None)
 
 
 def _walk(
-    bodies: dict[str, list[str]], name: str, place: str, numbers: Iterator[int], seen: set[str]
+    bodies: dict[str, list[str]], name: str, around: _Around, numbers: Iterator[int], seen: set[str]
 ) -> Iterator[Collective]:
     """The collectives of a computation and of all that it calls."""
     for line in bodies[name]:
@@ -62,14 +81,25 @@ def _walk(
             seen |= {channel[0]} if channel else set()
             # On TPUs a reduce-scatter is an all-reduce, fused with the choice of a device's part.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else found[2]
-            yield Collective(kind, _bytes(found[1], started=found[3] is not None), place)
+            yield Collective(kind, _bytes(found[1], started=found[3] is not None), *around)
         elif loop := _LOOP.search(line):
-            inside = f"loop {next(numbers)}" if place == "once" else f"{place.removesuffix(' inner')} inner"
+            inside = around.within(numbers, _turns(line, bodies[loop[1]]))
             for part in loop.groups():
                 yield from _walk(bodies, part, inside, numbers, seen)
         else:
             for called in _called(line):
-                yield from _walk(bodies, called, place, numbers, seen)
+                yield from _walk(bodies, called, around, numbers, seen)
+
+
+def _turns(loop: str, condition: list[str]) -> int | None:
+    """How often a loop turns: as the compiler notes it, or the constant that its condition counts up to from 0."""
+    if known := _KNOWN.search(loop):
+        return int(known[1])
+    bound = next(filter(None, map(_BOUND.search, condition)), None)
+    if bound is None:
+        return None
+    constant = re.compile(rf"%{re.escape(bound[1])} = s32\[\]\S* constant\((\d+)\)")
+    return next((int(found[1]) for found in map(constant.search, condition) if found), None)
 
 
 def _called(line: str) -> list[str]:

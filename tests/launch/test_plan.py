@@ -1,17 +1,18 @@
-"""Compiling for a slice that is not there: what is told of a program, on CPU devices and, where libtpu is, on TPUs."""
+"""Plans: what is told of compiled programs, on CPU devices and, where libtpu is, for TPUs that are not there."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -19,19 +20,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.config import ModelSource
-from jaxrl_llm.sharding import MeshConfig
+from jaxrl_llm.device_memory import bytes_per_device
+from jaxrl_llm.launch.plan import command
+from jaxrl_llm.launch.plan.command import run_plan
+from jaxrl_llm.launch.plan.compiled import Report, compile_program
+from jaxrl_llm.launch.plan.hlo import Collective, collectives
+from jaxrl_llm.launch.plan.programs import GIB, Plan, Program, build
+from jaxrl_llm.launch.plan.slices import Chip
+from jaxrl_llm.launch.plan.telling import describe, record
+from jaxrl_llm.launch.plan.work import Work, forward
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, TPUs' compiler, is not installed (extra: tpu)"
 )
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`compile_for.py`, whose folder is on the path for its own scripts alone."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tpu_scripts"))
-    return importlib.import_module("compile_for")
 
 
 @pytest.fixture
@@ -42,10 +47,10 @@ def model_path(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def small(script: ModuleType, model_path: str, **changes):
+def small(model_path: str, **changes):
     sizes = {"prompts": 4, "samples": 4, "prompt_tokens": 8, "completion_tokens": 8}
     other = {"model": ModelSource(path=model_path), "update": UpdateConfig(micro_batches=2)}
-    return script.Plan(**{**sizes, **other, **changes})
+    return Plan(**{**sizes, **other, **changes})
 
 
 def arguments(model_path: str, *more: str) -> list[str]:
@@ -78,6 +83,9 @@ HloModule jit_f, is_scheduled=true
 }
 
 %nothing (p: (s32[])) -> pred[] {
+  %constant.6 = s32[]{:T(128)} constant(9)
+  %turn = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.0 = pred[]{:T(512)} compare(%turn, %constant.6), direction=LT
 }
 
 ENTRY %main (p: s32[]) -> s32[] {
@@ -88,22 +96,22 @@ ENTRY %main (p: s32[]) -> s32[] {
 """
 
 
-def test_collectives_are_found_where_they_run(script: ModuleType):
-    assert [tuple(one) for one in script.collectives(HLO)] == [
-        ("all-gather", 64, "once"),
-        ("all-reduce", 8 + 5, "once"),
-        ("all-reduce", 1, "loop 1"),
-        ("collective-permute", 24, "loop 1 inner"),
-        ("reduce-scatter", 128, "loop 1"),  # written down once for each fusion it is part of
+def test_collectives_are_found_where_they_run():
+    assert [tuple(one) for one in collectives(HLO)] == [
+        ("all-gather", 64, "once", 1, False),
+        ("all-reduce", 8 + 5, "once", 1, False),
+        ("all-reduce", 1, "loop 1", 1, True),
+        ("collective-permute", 24, "loop 1 inner", 9, True),
+        ("reduce-scatter", 128, "loop 1", 1, True),  # written down once for each fusion it is part of
     ]
 
 
-def test_text_without_a_program_is_refused(script: ModuleType):
+def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
-        script.collectives("")
+        collectives("")
 
 
-def test_collectives_of_a_real_program(script: ModuleType, mesh: Mesh):
+def test_collectives_of_a_real_program(mesh: Mesh):
     """A gather before a loop, and a sum over devices each time around it."""
     split, whole = (NamedSharding(mesh, PartitionSpec(axes)) for axes in ("fsdp", None))
 
@@ -116,81 +124,145 @@ def test_collectives_of_a_real_program(script: ModuleType, mesh: Mesh):
 
     shapes = [jax.ShapeDtypeStruct((16,), jnp.float32, sharding=sharding) for sharding in (split, whole)]
     text = jax.jit(program, out_shardings=whole).lower(*shapes).compile().as_text()
-    found = {(one.kind, one.place) for one in script.collectives(text)}
-    assert ("all-gather", "once") in found
-    assert ("all-reduce", "loop 1") in found
+    found = {(one.kind, one.place, one.times, one.is_open) for one in collectives(text)}
+    assert ("all-gather", "once", 1, False) in found
+    assert ("all-reduce", "loop 1", 5, False) in found
 
 
 # ---- Programs ------------------------------------------------------------------------------------
 
 
-def test_memory_is_that_of_the_arguments_on_one_device(script: ModuleType, model_path: str):
-    mesh = script.make_mesh(MeshConfig(fsdp=2, tensor=4))
-    plan = small(script, model_path, algorithm=PolicyGradient(kl_coef=0.1))
-    programs = {program.name: program for program in script.build(plan, mesh)}
+def test_memory_is_that_of_the_arguments_on_one_device(model_path: str):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    plan = small(model_path, algorithm=PolicyGradient(kl_coef=0.1))
+    programs = {program.name: program for program in build(plan, mesh)}
     update, sampler = programs["update"], programs["sampler"]
-    report = script.compile_program(update, mesh)
+    report = compile_program(update, mesh)
     state, reference = update.arguments[0], update.arguments[3]
 
-    assert report.arguments == pytest.approx(script.bytes_per_device(update.arguments), rel=0.02)
+    assert report.arguments == pytest.approx(bytes_per_device(update.arguments), rel=0.02)
     # Donated: the new state takes no memory beside the old one.
-    assert report.outputs < 0.1 * script.bytes_per_device(state)
+    assert report.outputs < 0.1 * bytes_per_device(state)
     # While it samples, the moments and the reference are there, too.
-    resident = script.bytes_per_device((state.opt_state, reference))
-    assert script.compile_program(sampler, mesh).resident == resident
-    parameters = script.bytes_per_device(state.params)
+    resident = bytes_per_device((state.opt_state, reference))
+    assert compile_program(sampler, mesh).resident == resident
+    parameters = bytes_per_device(state.params)
     assert resident == pytest.approx(3 * parameters, rel=0.02)
     assert report.collectives
 
 
-def test_what_a_token_reads_is_told_of_slots(script: ModuleType, model_path: str):
-    mesh = script.make_mesh(MeshConfig(fsdp=2, tensor=4))
+def test_what_a_token_reads_is_told_of_slots(model_path: str):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
     slots = {"slots": 2, "programs": ("sampler",), "completion_tokens": 40}
-    (program,) = script.build(small(script, model_path, **slots, written=10), mesh)
+    (program,) = build(small(model_path, **slots, written=10), mesh)
     told = re.fullmatch(
-        r"  a token reads 0\.00 GiB .* 2 texts of 8 \+ 1 to (\d+) tokens, .* \(auto\), .*", program.remark
+        r"a token reads 0\.00 GiB .* 2 texts of 8 \+ 1 to (\d+) tokens, .* \(auto\), .*", program.remarks[-1]
     )
     assert told
     assert 10 < int(told[1]) <= 20
-    (program,) = script.build(small(script, model_path, **slots, sampling_attention="xla"), mesh)
-    assert "(auto)" not in program.remark
+    (program,) = build(small(model_path, **slots, sampling_attention="xla"), mesh)
+    assert "(auto)" not in program.remarks[-1]
     with pytest.raises(ValueError, match="written=21 must be from 1 to 20"):
-        script.build(small(script, model_path, **slots, written=21), mesh)
+        build(small(model_path, **slots, written=21), mesh)
 
 
-def test_numbers_that_do_not_fit_the_mesh_are_refused(script: ModuleType, model_path: str):
-    mesh = script.make_mesh(MeshConfig(), jax.devices()[:3])
+def test_numbers_that_do_not_fit_the_mesh_are_refused(model_path: str):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:3])
     with pytest.raises(ValueError, match=r"mesh\.fsdp"):
-        script.build(small(script, model_path), mesh)
+        build(small(model_path), mesh)
 
 
 @pytest.mark.parametrize(("limit", "word"), [(1.0, "DOES NOT FIT"), (2.0, "fits"), (None, "a device\n")])
-def test_verdict_counts_what_stays_in_memory(script: ModuleType, limit: float | None, word: str):
-    half = script.GIB // 2
-    report = script.Report(1.0, half, 0, half, half, half, 1e9, [], "")
-    told = script.describe("update", report, limit)
+def test_verdict_counts_what_stays_in_memory(limit: float | None, word: str):
+    half = GIB // 2
+    report = Report(1.0, half, 0, half, half, half, [Collective("all-gather", GIB, "loop 1", 2, True)], "")
+    work = Work(flops=2e12, again=1e12, read=5e9, turns=3, turn="piece")
+    program = Program("update", None, (), (), {"parameters": half, "gradients": half // 2}, work)
+    chip = None if limit is None else Chip(limit, tflops=1, hbm_gbps=10, ici_gbps=1)
+    told = describe(program, report, chip)
     assert told.startswith("update: needs 1.50 GiB")
     assert word in told
-    assert "no collectives" in told
+    assert "parameters 0.50, gradients 0.25, batch 0.50, activations and others 0.25" in told
+    assert "all-gather 6.00" in told  # twice in each of three pieces
+    if chip is not None:
+        assert record(program, report, chip)["seconds"] == {"compute": 3, "memory": 0.5, "network": 6 * GIB / 1e9}
+        assert "network binds (3 pieces one after another)" in told
 
 
-def test_program_that_does_not_fit_is_no_crash(
-    script: ModuleType, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def products_of(function: Any, *arguments: Any) -> int:
+    """Operations of the matrix products of a function, as it is traced."""
+
+    def of(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left = equation.invars[0].aval.shape
+                total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+            inner = sum(map(of, jax.extend.core.jaxprs_in_params(equation.params)))
+            total += inner * equation.params.get("length", 1)
+        return total
+
+    return of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_operations_are_those_of_the_traced_program(tiny_config):
+    """Of a dense pass, in which each token is multiplied with all others: those behind it are taken off."""
+    model, width, rows = Transformer(tiny_config(num_layers=3)), 24, 2
+    params, tokens = model.abstract_params(), jnp.zeros((rows, width), jnp.int32)
+
+    def logits(params: Params) -> jax.Array:
+        return model.head_logits(params, model.causal(params, tokens)[0])
+
+    counted = forward(model.config, width, [[]] * rows, scored=rows * width)
+    heads = model.config.num_heads * model.config.head_dim
+    unseen = 4 * heads * 3 * rows * (width * width - width * (width + 1) // 2)
+    assert products_of(logits, params) == counted.total + unseen
+
+
+def test_windows_bound_what_is_seen(tiny_config):
+    whole, narrow = (
+        forward(tiny_config(num_layers=1, sliding_windows=(window,)), 5, [[4, 0]], scored=0) for window in (None, 3)
+    )
+    pair = 4 * 8 * 4
+    assert whole.attention == pair * sum(range(1, 10))
+    assert narrow.attention == pair * (1 + 2 + 7 * 3)
+
+
+def test_what_is_written_can_be_read_again(model_path: str, tmp_path: Path, capsys):
+    files = {name: tmp_path / "of" / f"plan.{name}" for name in ("json", "png")}
+    more = [
+        "--slice=local",
+        "--mesh.fsdp=8",
+        "--programs",
+        "update",
+        f"--json={files['json']}",
+        f"--picture={files['png']}",
+    ]
+    with pytest.raises(SystemExit, match="0"):
+        run_plan(arguments(model_path, *more))
+    assert "mesh fsdp 8" in capsys.readouterr().out
+    told = json.loads(files["json"].read_text())
+    (update,) = told["programs"]
+    assert update["program"] == "update"
+    assert sum(update["bytes"].values()) == pytest.approx(update["needed"], rel=0.05)
+    assert files["png"].stat().st_size > 5000
+
+
+def test_program_that_does_not_fit_is_no_crash(model_path: str, monkeypatch: pytest.MonkeyPatch, capsys):
     def refuse(program, mesh: Mesh):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20G of 16G\nmore")
 
-    monkeypatch.setattr(script, "compile_program", refuse)
-    monkeypatch.setattr(script, "slice_devices", lambda name: jax.devices())
+    monkeypatch.setattr(command, "compile_program", refuse)
     with pytest.raises(SystemExit, match="1"):
-        script.main(arguments(model_path, "--mesh.fsdp", "8"))
+        run_plan(arguments(model_path, "--mesh.fsdp=8", "--slice=local"))
     assert capsys.readouterr().out.endswith("update: DOES NOT FIT\n  RESOURCE_EXHAUSTED: 20G of 16G\n")
 
 
-def test_missing_compiler_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
-        script.main([])
+        run_plan([])
     assert "jaxrl-llm[tpu]" in capsys.readouterr().err
 
 
@@ -198,8 +270,8 @@ def test_missing_compiler_is_named(script: ModuleType, monkeypatch: pytest.Monke
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own, as for a user."""
-    command = [sys.executable, str(REPOSITORY / "tpu_scripts/compile_for.py"), *arguments]
+    """The command in a process of its own, as for a user."""
+    command = [sys.executable, "-m", "jaxrl_llm", "plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -217,13 +289,13 @@ def test_both_programs_compile_for_a_slice(model_path: str, tmp_path: Path):
 def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
     """Left to itself XLA makes loops of narrow products of it, slow to run and to compile."""
     line = """if True:
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        import compile_for, jax
+        import jax
         import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec
+        from jaxrl_llm.launch.plan.slices import slice_devices
         from jaxrl_llm.models.blocks import _product
-        mesh = compile_for.make_mesh(compile_for.MeshConfig(fsdp=8), compile_for.slice_devices("v5e:2x4"))
+        from jaxrl_llm.sharding import MeshConfig, make_mesh
+        mesh = make_mesh(MeshConfig(fsdp=8), slice_devices("v5e:2x4"))
         def of(shape, dtype, *axes):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
         x, weight = of((8, 8704, 1536), "bfloat16", "fsdp"), of((8960, 1536), "float32", None, "fsdp")
@@ -234,7 +306,7 @@ def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
             text = gradient.lower(weight, x).compile().as_text()
         print("windowed_dot_general" in text, "all-gather" in text, "reduce-scatter" in text)
     """
-    command = [sys.executable, "-c", line, str(REPOSITORY / "tpu_scripts")]
+    command = [sys.executable, "-c", line]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert told.stdout.split() == ["False", "True", "True"], told.stdout + told.stderr
 
@@ -250,20 +322,19 @@ def test_slice_that_does_not_exist_is_refused():
 def test_memory_of_a_chip_is_what_the_compiler_says():
     """In a process of its own, too: what is set for the compiler is set for good."""
     line = """if True:
-        import re, sys
-        sys.path.insert(0, sys.argv[1])
-        import compile_for, jax
+        import jax, re
+        from jaxrl_llm.launch.plan.slices import CHIPS, slice_devices
         for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1"):
-            device = compile_for.slice_devices(name)[0]
+            device = slice_devices(name)[0]
             sharding = jax.sharding.SingleDeviceSharding(device)
             huge = jax.ShapeDtypeStruct((2**19, 2**19), "float32", sharding=sharding)
             try:
                 jax.jit(lambda x: x + 1).lower(huge).compile()
             except jax.errors.JaxRuntimeError as error:
                 said = float(re.search(r"available HBM \\((.*?)G\\)", str(error))[1])
-                assert 0 <= said - compile_for.HBM_GIB[device.device_kind] < 0.1, error
+                assert 0 <= said - CHIPS[device.device_kind].hbm_gib < 0.1, error
                 print(device.device_kind)
     """
-    command = [sys.executable, "-c", line, str(REPOSITORY / "tpu_scripts")]
+    command = [sys.executable, "-c", line]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert told.stdout.splitlines() == ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"], told.stderr

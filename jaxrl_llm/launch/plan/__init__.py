@@ -1,0 +1,1 @@
+"""What training needs of a slice, from its compiled programs, without the slice."""

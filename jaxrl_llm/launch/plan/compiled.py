@@ -1,0 +1,83 @@
+"""What is known of a program once it is compiled."""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl_llm.device_memory import bytes_per_device
+from jaxrl_llm.launch.plan.hlo import Collective, collectives
+from jaxrl_llm.launch.plan.programs import Program
+
+_HELD = ("parameters", "optimizer", "reference")
+"""What lies in memory before a program begins, and stays."""
+
+OTHERS = "activations and others"
+"""What is between, the outputs with it."""
+
+
+class Report(NamedTuple):
+    """What is known of a compiled program. Bytes are those of one device."""
+
+    seconds: float
+    """Processor time to trace, lower and compile."""
+    arguments: int
+    outputs: int
+    """Those that overwrite donated arguments not counted."""
+    temporaries: int
+    """The block that the program sets aside for everything between, and its code."""
+    peak: int
+    """The most that is alive at one time; a block is never packed perfectly, so that `needed` is more."""
+    resident: int
+    """Arrays that stay in memory meanwhile."""
+    collectives: list[Collective]
+    text: str
+    """HLO."""
+    host: int = 0
+    """What the program has in the host's memory for one device, arguments and temporaries."""
+
+    @property
+    def needed(self) -> int:
+        """Memory without which it cannot run."""
+        return self.arguments + self.outputs + self.temporaries + self.resident
+
+    def by_kind(self, parts: dict[str, int]) -> dict[str, int]:
+        """What is needed by what it is for: `parts` as they are known, and the rest of each kind of memory."""
+        held = self.arguments + self.resident - sum(parts.get(name, 0) for name in _HELD)
+        made = self.outputs + self.temporaries - sum(size for name, size in parts.items() if name not in _HELD)
+        known = {name: size for name, size in {**parts, "batch": max(0, held)}.items() if size}
+        return {**known, OTHERS: max(0, made + min(0, held))}
+
+    def sent(self, turns: int) -> dict[str, int]:
+        """Bytes that a device takes from others, by kind of collective, where open loops turn so often."""
+        total: dict[str, int] = collections.defaultdict(int)
+        for one in self.collectives:
+            total[one.kind] += one.bytes * one.times * (turns if one.is_open else 1)
+        return dict(total)
+
+
+def compile_program(program: Program, mesh: Mesh) -> Report:
+    """Compiles.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses; RESOURCE_EXHAUSTED if the memory does not suffice.
+    """
+    began = time.process_time()
+    with jax.set_mesh(mesh):
+        compiled = program.function.lower(*program.arguments).compile()
+    seconds, memory, text = time.process_time() - began, compiled.memory_analysis(), compiled.as_text()
+    return Report(
+        seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        resident=bytes_per_device(program.resident),
+        collectives=collectives(text),
+        text=text,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+    )

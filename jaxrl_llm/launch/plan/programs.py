@@ -1,0 +1,218 @@
+"""The programs of on-policy training as a trainer makes them, from abstract arguments with its shardings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
+from jaxrl_llm.algorithms.state import abstract_train_state
+from jaxrl_llm.config import ModelSource
+from jaxrl_llm.device_memory import bytes_per_device
+from jaxrl_llm.launch.plan.sizes import SIZES, Size
+from jaxrl_llm.launch.plan.slices import CHIPS
+from jaxrl_llm.launch.plan.work import Work, sampling_work, update_work
+from jaxrl_llm.models.checkpoints.pretrained import load_config
+from jaxrl_llm.models.lora import abstract_reference, has_adapters, split_trainable
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig, SlotAttention
+from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
+from jaxrl_llm.sharding import MeshConfig, replicated, sampling_mesh
+from jaxrl_llm.types import Rollout
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to run where."""
+
+    slice: str = "v5e:2x4"
+    """Generation and chips of the slice: v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …; local: the devices
+    of this machine."""
+    size: Size = "qwen2.5-1.5b"
+    """The model's shape, unless `model.path` names a checkpoint."""
+    layers: int | None = None
+    """L, another number of layers than the model has: what compiling costs should not depend on it."""
+    model: ModelSource = ModelSource(dtype="bfloat16")
+    """Checkpoint (its config.json alone is read) and types."""
+    prompts: int = 64
+    """P, prompts of a step."""
+    samples: int = 8
+    """G, completions of each prompt."""
+    prompt_tokens: int = 512
+    """Tp, tokens of the longest prompt."""
+    completion_tokens: int = 1024
+    """Tc, tokens of the longest completion."""
+    slots: int | Literal["auto"] | None = "auto"
+    """Completions that are decoded at a time on a device; `auto`: as many as fit, `None`: all."""
+    sampling_tensor: int | None = None
+    """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
+    sampling_attention: SlotAttention = "auto"
+    """How completions in flight attend."""
+    sampling_cache_dtype: CacheDType | None = None
+    """Type in which keys and values are kept; `None`: the model's."""
+    written: int | None = None
+    """Tokens that these have on average when it is told what one more reads; `None`: half of the longest."""
+    update: UpdateConfig = UpdateConfig(micro_batches=8)
+    """Epochs, minibatches, micro-batches."""
+    algorithm: PolicyGradient = PolicyGradient()
+    """The objective; with a KL term the reference stays in memory, too."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    programs: tuple[Literal["sampler", "update"], ...] = ("sampler", "update")
+    """Which programs to compile."""
+    dump: str | None = None
+    """Folder for the compiled programs as text (HLO)."""
+    json: str | None = None
+    """File for all of it as JSON."""
+    picture: str | None = None
+    """File for the memory of both programs as bars, .png or .svg."""
+
+    @property
+    def mean_written(self) -> int:
+        """`written`, or what stands for it."""
+        return self.completion_tokens // 2 if self.written is None else self.written
+
+
+class Program(NamedTuple):
+    """A program of the training loop, before it is compiled."""
+
+    name: str
+    function: Any
+    """Jitted."""
+    arguments: tuple[Any, ...]
+    """Abstract, with shardings."""
+    resident: Any
+    """Arrays that stay in memory while it runs and are none of its arguments."""
+    parts: dict[str, int]
+    """Bytes of a device by what they are for, as far as they are known before it is compiled."""
+    work: Work
+    """What it computes and reads."""
+    remarks: tuple[str, ...] = ()
+    """What else there is to say of it."""
+
+
+def build(plan: Plan, mesh: Mesh) -> list[Program]:
+    """The sampler and the update step as the trainer makes them, with abstract arguments.
+
+    Raises:
+        ValueError: the numbers do not fit the mesh or the model.
+    """
+    config = SIZES[plan.size] if plan.model.path is None else load_config(plan.model.path)
+    if plan.layers is not None:
+        config = dataclasses.replace(config, num_layers=plan.layers)
+    model, whole = Transformer(plan.model.applied_to(config)), replicated(mesh)
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    optimizer = make_optimizer(plan.optimizer, make_schedule(plan.optimizer, 1000))
+    state = abstract_train_state(
+        model, optimizer, mesh, rounding=plan.optimizer.rounding, offload=plan.optimizer.offload
+    )
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
+    reference = abstract_reference(state.params, model.config.dtype) if needed else None
+
+    p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
+    prompt, lengths = array(p, plan.prompt_tokens), array(p)
+    settings = SamplingConfig(
+        max_tokens=tc,
+        slots=plan.slots,
+        tensor=plan.sampling_tensor,
+        attention=plan.sampling_attention,
+        cache_dtype=plan.sampling_cache_dtype,
+    )
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    sampler = Sampler(
+        model,
+        settings,
+        group=g,
+        stop_tokens=(0,),
+        mesh=mesh,
+        resident=bytes_per_device((state, reference)),
+        memory=None if chip is None else chip.hbm_gib * GIB,
+    )
+    sampler.check_length(plan.prompt_tokens)
+    rollout = Rollout(
+        prompt=prompt,
+        prompt_lengths=lengths,
+        completion=array(p, g, tc),
+        completion_lengths=array(p, g),
+        finished=array(p, g, dtype=jnp.bool),
+        logprobs=array(p, g, tc, dtype=jnp.float32),
+        sampler_logprobs=array(p, g, tc, dtype=jnp.float32),
+    )
+    parameters = bytes_per_device(state.params)
+    parts = {
+        "parameters": parameters,
+        "optimizer": bytes_per_device(state) - parameters,
+        "reference": bytes_per_device(reference),
+    }
+    programs = []
+    if "sampler" in plan.programs:
+        slots = sampler.slots(p, plan.prompt_tokens)
+        needs = sampler.footprint(p, plan.prompt_tokens).needs(slots)
+        read = _traffic(plan, model, mesh, slots)
+        chosen = sampler.how_slots_are_chosen(p, plan.prompt_tokens)
+        programs.append(
+            Program(
+                "sampler",
+                jax.jit(sampler.sample, out_shardings=whole),
+                (state.params, prompt, lengths, state.key, array()),
+                resident=(state.opt_state, reference),
+                parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
+                work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values()))),
+                remarks=(*filter(None, [chosen]), _told(plan, slots, read)),
+            )
+        )
+    if "update" in plan.programs:
+        step = make_update_step(model, optimizer, plan.algorithm, plan.update)
+        held = bytes_per_device(state)
+        trained, _ = split_trainable(state.params)
+        gradients = bytes_per_device(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), trained))
+        programs.append(
+            Program(
+                "update",
+                jax.jit(step, donate_argnums=0, out_shardings=(placed, whole)),
+                (state, rollout, array(p, g, dtype=jnp.float32), reference),
+                resident=(),
+                parts=parts | {"gradients": gradients},
+                work=update_work(model.config, mesh, plan, state=held, reference=reference is not None),
+            )
+        )
+    return programs
+
+
+def _traffic(plan: Plan, model: Transformer, mesh: Mesh, slots: int) -> dict[str, Traffic]:
+    """What a device reads for one more token of each slot, by the attention that reads it, the plan's own first.
+
+    Raises:
+        ValueError: `written` is no mean of such texts.
+    """
+    longest, mean = plan.completion_tokens, plan.mean_written
+    if not 1 <= 2 * mean <= longest:
+        raise ValueError(f"written={mean} must be from 1 to {longest // 2}: texts have up to twice as many tokens")
+    shape: dict[str, Any] = {"group": plan.samples, "prompt_width": plan.prompt_tokens, "tokens": longest}
+    attentions = dict.fromkeys((plan.sampling_attention, *(("xla",) if plan.sampling_attention == "auto" else ())))
+    ours, written = sampling_mesh(mesh, plan.sampling_tensor), spread(slots, mean)
+    shape["cache_dtype"] = plan.sampling_cache_dtype
+    return {attention: traffic(model, ours, attention, written, **shape) for attention in attentions}
+
+
+def _told(plan: Plan, slots: int, read: dict[str, Traffic]) -> str:
+    pages = ", ".join(f"{one.pages / GIB:.2f} ({attention})" for attention, one in read.items())
+    weights = next(iter(read.values())).weights / GIB
+    texts = f"{slots} texts of {plan.prompt_tokens} + 1 to {spread(slots, plan.mean_written).max()} tokens"
+    return f"a token reads {weights:.2f} GiB of weights and, of {texts}, {pages} of keys and values"

@@ -1,0 +1,29 @@
+"""Shapes of models that are planned for without a `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
+
+Size = Literal["smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b", "llama3.1-8b"]
+_QWEN: Any = {
+    "layer_kinds": (LayerKind(rope=RopeConfig(theta=1e6)),),
+    "max_position_embeddings": 32_768,
+    "attention_bias": True,
+    "num_kv_heads": 2,
+}
+_QWEN3: Any = {"layer_kinds": _QWEN["layer_kinds"], "max_position_embeddings": 40_960, "qk_norm": True}
+SIZES: Mapping[Size, ModelConfig] = MappingProxyType(
+    {
+        "smollm2-135m": ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192, tie_embeddings=True),
+        "qwen2.5-0.5b": ModelConfig(151_936, 896, 4864, 24, 14, head_dim=64, tie_embeddings=True, **_QWEN),
+        "qwen2.5-1.5b": ModelConfig(151_936, 1536, 8960, 28, 12, head_dim=128, tie_embeddings=True, **_QWEN),
+        "qwen2.5-7b": ModelConfig(152_064, 3584, 18_944, 28, 28, head_dim=128, **(_QWEN | {"num_kv_heads": 4})),
+        "qwen3-0.6b": ModelConfig(151_936, 1024, 3072, 28, 16, 8, 128, tie_embeddings=True, **_QWEN3),
+        "llama3.1-8b": ModelConfig(128_256, 4096, 14_336, 32, 32, 8, 128, max_position_embeddings=131_072),
+    }
+)
+"""By name."""

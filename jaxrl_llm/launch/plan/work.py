@@ -1,0 +1,143 @@
+"""What sampling and updating compute, read and send, in closed form, and which limit of a chip binds.
+
+All completions are taken to be of the greatest length, which is the most that a step can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl_llm.launch.plan.slices import Chip
+from jaxrl_llm.models.config import ModelConfig, Remat
+from jaxrl_llm.sampling.traffic import Traffic
+from jaxrl_llm.sharding import head_shards, row_shards, sampling_mesh
+
+if TYPE_CHECKING:
+    from jaxrl_llm.launch.plan.programs import Plan
+
+
+class Forward(NamedTuple):
+    """Floating point operations of a forward pass, by what computes them."""
+
+    products: int
+    """Of the layers' tokens with their weights."""
+    attention: int
+    """Queries with the keys that they see, and the weights with the values."""
+    head: int
+    """Distributions over the vocabulary."""
+
+    @property
+    def total(self) -> int:
+        """All."""
+        return sum(self)
+
+    def again(self, remat: Remat) -> int:
+        """Of it what the backward pass computes a second time, so as not to keep it."""
+        return {
+            "none": 0,
+            "dots": self.attention,
+            "attention": self.products,
+            "full": self.products + self.attention,
+            "offload": self.products + self.attention,
+        }[remat]
+
+
+def forward(
+    config: ModelConfig, prompt_tokens: int, completions: Sequence[Sequence[int]], *, unfed: int = 0, scored: int
+) -> Forward:
+    """A forward pass in which each prompt is computed once for all its completions.
+
+    Matrix products alone, a multiplication and an addition each: 2 Σ_layers (q, k, v, o and the three of the MLP) a
+    token, 4 N H a pair of query and key that sees it, 2 D V a distribution.
+
+    Args:
+        config: of the model.
+        prompt_tokens: of every prompt.
+        completions: lengths, a prompt's after another's.
+        unfed: tokens of each completion that do not go through the layers: the last one that is drawn.
+        scored: how many distributions are made.
+    """
+    heads = config.num_heads * config.head_dim
+    weights = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
+    fed = [length - unfed for group in completions for length in group]
+    tokens = len(completions) * prompt_tokens + sum(fed)
+    pairs = sum(
+        len(completions) * _seen(0, prompt_tokens, kind.window)
+        + sum(_seen(prompt_tokens, length, kind.window) for length in fed)
+        for kind in config.kinds
+    )
+    head = 2 * config.embed_dim * config.vocab_size
+    return Forward(2 * config.num_layers * tokens * weights, 4 * heads * pairs, scored * head)
+
+
+def _seen(before: int, tokens: int, window: int | None) -> int:
+    """Keys that so many tokens behind `before` others see, each its own among them."""
+    whole = tokens if window is None else max(0, min(tokens, window - before))
+    return whole * before + whole * (whole + 1) // 2 + (tokens - whole) * (window or 0)
+
+
+class Work(NamedTuple):
+    """What a program asks of one device."""
+
+    flops: float
+    """Operations that the algorithm needs."""
+    again: float
+    """Those that the backward pass repeats to save memory."""
+    read: float
+    """Bytes of memory read and written, at least: weights, keys and values, the optimizer's state."""
+    turns: int
+    """Of the loop whose length the numbers decide: tokens that are decoded one after another, or pieces of a batch."""
+    turn: str
+    """What a turn is."""
+
+    def seconds(self, chip: Chip, sent: float) -> dict[str, float]:
+        """How long each limit alone would let it take: a roofline.
+
+        Args:
+            chip: what a device can do.
+            sent: bytes that it takes from others.
+        """
+        return {
+            "compute": (self.flops + self.again) / (1e12 * chip.tflops),
+            "memory": self.read / (1e9 * chip.hbm_gbps),
+            "network": sent / (1e9 * chip.ici_gbps),
+        }
+
+
+def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read: Traffic) -> Work:
+    """Sampling with so many slots, of which a token of each reads `read`."""
+    p, g, longest = plan.prompts, plan.samples, plan.completion_tokens
+    pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, unfed=1, scored=p + p * g * (longest - 1))
+    groups = mesh.size // head_shards(sampling_mesh(mesh, plan.sampling_tensor))
+    turns = max(1, -(-p * g // groups) // slots) * longest
+    return Work(pass_.total / mesh.size, 0, turns * (read.weights + read.pages), turns, "token")
+
+
+def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, reference: bool) -> Work:
+    """Optimizer steps on a batch: a forward pass, twice that backward; the reference's forward pass before it.
+
+    Args:
+        config: of the model.
+        mesh: the devices.
+        plan: sizes and settings.
+        state: bytes of parameters and optimizer on a device.
+        reference: whether the log-probs of another model are computed.
+    """
+    p, g, longest = plan.prompts, plan.samples, plan.completion_tokens
+    pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, scored=p * g * longest)
+    steps, others = plan.update.optimizer_steps, int(reference) + int(plan.update.optimizer_steps > 1)
+    budget = plan.update.tokens_per_micro_batch
+    pieces = plan.update.micro_batches * plan.update.minibatches
+    if budget is not None:
+        pieces = -(-p * (plan.prompt_tokens + g * longest) // (budget * row_shards(mesh)))
+    turns = plan.update.epochs * pieces
+    weights = config.num_parameters * jnp.dtype(config.dtype).itemsize // head_shards(mesh)
+    backward = 2 + (config.remat not in ("none", "dots"))
+    read = weights * (turns * (1 + backward) + others * pieces) + 2 * steps * state
+    flops = (3 * plan.update.epochs + others) * pass_.total
+    again = plan.update.epochs * pass_.again(config.remat)
+    return Work(flops / mesh.size, again / mesh.size, read, turns, "piece")

@@ -14,8 +14,11 @@ from jaxrl_llm.launch.short_names import SHORT, paths_of, setting_paths
 from jaxrl_llm.launch.values import alternatives, described, get_hints
 from jaxrl_llm.launch.words import as_flag
 
-FIRST = ("prompts", "data", "teachers", "rewards", "reward_weights", "hint", "samples", "ks", "output", "overwrite")
-LAST = ("seed", "name", "run_dir")
+FIRST = (
+    *("slice", "size", "prompts", "data", "teachers", "rewards", "reward_weights", "hint", "samples", "ks"),
+    *("prompt_tokens", "completion_tokens", "slots", "output", "overwrite"),
+)
+LAST = ("json", "picture", "seed", "name", "run_dir")
 """Settings of a command itself that are shown before and after those with a short name."""
 
 AS = {"model_path": "model", "train_data": "data"}

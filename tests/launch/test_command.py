@@ -43,12 +43,13 @@ def test_an_overview_a_version_and_pages_of_help(capsys: pytest.CaptureFixture[s
             "generate": "prompts",
             "evaluate": "samples",
             "export": "output",
+            "plan": "slice",
             "report": "output",
             "distill": "teachers",
             "star": "hint",
         }
         assert f"  --{flags.get(name, 'config')}" in page and ("--steps (" in page) == (
-            name not in ("star", "generate", "evaluate", "export", "report")
+            name not in ("star", "generate", "evaluate", "export", "plan", "report")
         )
         assert stop.value.code == 0 and page.startswith(f"usage: jaxrl-llm {name} ") and EXAMPLES[name] in page
 
@@ -91,7 +92,7 @@ def test_what_is_missing_is_one_line_before_anything_is_loaded(
     assert not [path for path in somewhere.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("demo", "report")])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("demo", "plan", "report")])
 def test_the_example_of_each_has_flags_that_there_are(
     name: str, somewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl_llm.__main__ import EXAMPLES
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
+from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.plan import command
 from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.plan.compiled import Report, compile_program
@@ -164,6 +167,11 @@ def test_what_a_token_reads_is_told_of_slots(model_path: str):
     assert "(auto)" not in program.remarks[-1]
     with pytest.raises(ValueError, match="written=21 must be from 1 to 20"):
         build(small(model_path, **slots, written=21), mesh)
+
+
+def test_the_example_of_the_command_has_flags_that_there_are():
+    plan = read_flags(Plan(), shlex.split(EXAMPLES["plan"])[2:], "")
+    assert (plan.slice, plan.mesh.fsdp) == ("v5e:2x4", 8)
 
 
 def test_numbers_that_do_not_fit_the_mesh_are_refused(model_path: str):

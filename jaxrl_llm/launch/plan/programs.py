@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ GIB = 2**30
 class Plan:
     """What is to run where."""
 
+    UNREAD: ClassVar[tuple[str, ...]] = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay")
+    """Settings that change nothing of it, and are not on the page of the usual ones."""
     slice: str = "v5e:2x4"
     """Generation and chips of the slice: v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …; local: the devices
     of this machine."""
@@ -174,7 +176,7 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
                 resident=(state.opt_state, reference),
                 parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
                 work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values()))),
-                remarks=(*filter(None, [chosen]), _told(plan, slots, read)),
+                remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
             )
         )
     if "update" in plan.programs:

@@ -28,7 +28,8 @@ from jaxrl_llm.launch.plan import command
 from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.plan.compiled import Report, compile_program
 from jaxrl_llm.launch.plan.hlo import Collective, collectives
-from jaxrl_llm.launch.plan.programs import GIB, Plan, Program, build
+from jaxrl_llm.launch.plan.programs import GIB, Program, build
+from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
 from jaxrl_llm.launch.plan.work import Work, forward

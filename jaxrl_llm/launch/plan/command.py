@@ -11,7 +11,8 @@ import jax
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.plan.compiled import compile_program
-from jaxrl_llm.launch.plan.programs import Plan, build
+from jaxrl_llm.launch.plan.programs import build
+from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import CHIPS, slice_devices
 from jaxrl_llm.launch.plan.telling import describe, draw, record
 from jaxrl_llm.sharding import make_mesh

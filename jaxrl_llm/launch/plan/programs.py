@@ -3,88 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_llm.algorithms.batching import UpdateConfig
-from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.optimizer import make_optimizer, make_schedule
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.state import abstract_train_state
-from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
-from jaxrl_llm.launch.plan.sizes import SIZES, Size
+from jaxrl_llm.launch.plan.settings import Plan
+from jaxrl_llm.launch.plan.sizes import SIZES
 from jaxrl_llm.launch.plan.slices import CHIPS
 from jaxrl_llm.launch.plan.work import Work, sampling_work, update_work
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.models.lora import abstract_reference, has_adapters, split_trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
-from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig, SlotAttention
+from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
-from jaxrl_llm.sharding import MeshConfig, replicated, sampling_mesh
+from jaxrl_llm.sharding import replicated, sampling_mesh
 from jaxrl_llm.types import Rollout
 
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to run where."""
-
-    UNREAD: ClassVar[tuple[str, ...]] = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay")
-    """Settings that change nothing of it, and are not on the page of the usual ones."""
-    slice: str = "v5e:2x4"
-    """Generation and chips of the slice: v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …; local: the devices
-    of this machine."""
-    size: Size = "qwen2.5-1.5b"
-    """The model's shape, unless `model.path` names a checkpoint."""
-    layers: int | None = None
-    """L, another number of layers than the model has: what compiling costs should not depend on it."""
-    model: ModelSource = ModelSource(dtype="bfloat16")
-    """Checkpoint (its config.json alone is read) and types."""
-    prompts: int = 64
-    """P, prompts of a step."""
-    samples: int = 8
-    """G, completions of each prompt."""
-    prompt_tokens: int = 512
-    """Tp, tokens of the longest prompt."""
-    completion_tokens: int = 1024
-    """Tc, tokens of the longest completion."""
-    slots: int | Literal["auto"] | None = "auto"
-    """Completions that are decoded at a time on a device; `auto`: as many as fit, `None`: all."""
-    sampling_tensor: int | None = None
-    """Devices that share a copy of the weights while sampling; `None`: mesh.tensor."""
-    sampling_attention: SlotAttention = "auto"
-    """How completions in flight attend."""
-    sampling_cache_dtype: CacheDType | None = None
-    """Type in which keys and values are kept; `None`: the model's."""
-    written: int | None = None
-    """Tokens that these have on average when it is told what one more reads; `None`: half of the longest."""
-    update: UpdateConfig = UpdateConfig(micro_batches=8)
-    """Epochs, minibatches, micro-batches."""
-    algorithm: PolicyGradient = PolicyGradient()
-    """The objective; with a KL term the reference stays in memory, too."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices along each axis."""
-    programs: tuple[Literal["sampler", "update"], ...] = ("sampler", "update")
-    """Which programs to compile."""
-    dump: str | None = None
-    """Folder for the compiled programs as text (HLO)."""
-    json: str | None = None
-    """File for all of it as JSON."""
-    picture: str | None = None
-    """File for the memory of both programs as bars, .png or .svg."""
-
-    @property
-    def mean_written(self) -> int:
-        """`written`, or what stands for it."""
-        return self.completion_tokens // 2 if self.written is None else self.written
 
 
 class Program(NamedTuple):

@@ -6,18 +6,16 @@ All completions are taken to be of the greatest length, which is the most that a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.models.config import ModelConfig, Remat
 from jaxrl_llm.sampling.traffic import Traffic
 from jaxrl_llm.sharding import head_shards, row_shards, sampling_mesh
-
-if TYPE_CHECKING:
-    from jaxrl_llm.launch.plan.programs import Plan
 
 
 class Forward(NamedTuple):

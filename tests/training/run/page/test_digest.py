@@ -64,6 +64,8 @@ def test_lengths_keep_their_counts_as_their_parts_double() -> None:
     assert told is not None and (told["time"], told["width"]) == (32, 16)
     assert sum(count for *_, count in told["counts"]) == 1000
     assert sum(count for *_, ended, count in told["counts"] if not ended) == 250
+    of_part = [sum(count for time, _, _, count in told["counts"] if time == part) for part in range(32)]
+    assert of_part == [32] * 31 + [8]  # 1000 steps in parts of 32
     assert max(row[0] for row in told["counts"]) < TIMES and max(row[1] for row in told["counts"]) < BUCKETS
 
 

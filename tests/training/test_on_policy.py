@@ -519,7 +519,9 @@ def test_a_reward_that_does_not_apply_to_all(make, tiny: ModuleType, capsys: pyt
 def test_a_gradient_that_is_not_finite_is_told(make, tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make(training={"steps": 1, "checkpoint_every": 0})
     before, update = tiny.digest(trainer.state.params), trainer.update
-    trainer.update = lambda state, rollout, rewards, reference: update(state, rollout, rewards * np.nan, reference)
+    trainer.update = lambda state, rollout, given, reference: update(
+        state, rollout, given._replace(rewards=given.rewards * np.nan), reference
+    )
     with pytest.raises(DivergedError, match="after step 1 the gradients of the last 1 step"):  # there are no others
         trainer.run()
     assert tiny.digest(trainer.state.params) == before

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
+from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.episodes.judging import compare
 from jaxrl_llm.training.episodes.reward_watch import RewardWatch
@@ -192,6 +193,18 @@ def test_samples_are_the_best_and_the_worst_and_no_more_is_decoded() -> None:
     assert np.isnan(shown[2].reward)
     both = unknown.plus(np.ones((2, 3), np.float32), {"more": rewards})
     np.testing.assert_array_equal(both.rewards, [[1, 1, 2], [1, 1, 1]])
+
+
+def test_groups_differ_in_rewards_that_are_known() -> None:
+    unknown = np.nan
+    rewards = np.float32([[1, unknown, 1], [unknown, unknown, 0], [0, unknown, 1]])
+    rollout: Any = np.arange(3)
+    filled = GroupBuffer(1)
+    assert filled.add(
+        rollout, Episodes(rewards, {}, ["a", "b", "c"], [[A]] * 9, finished=[True] * 9, openings=[""] * 3)
+    )
+    assert filled.kept_share == pytest.approx(1 / 3)
+    assert filled.take()[0].tolist() == [2]
 
 
 def test_what_functions_tell_goes_with_the_samples() -> None:

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,15 @@ if TYPE_CHECKING:  # tests of the pure functions run where nothing but jax and n
 
 # In this process alone: the scripts that tests start see one device, as a newcomer's machine does.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def _no_compilation_goes_on() -> Iterator[None]:
+    """Waits for programs that a run which failed was compiling ahead: the next test would count them as its own."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("compile_"):
+            thread.join()
 
 
 @pytest.fixture(scope="session")

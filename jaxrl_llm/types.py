@@ -11,8 +11,8 @@ from jaxrl_llm.extras import require
 from jaxrl_llm.masking import length_mask
 
 require("chex", "flax")
-import chex  # noqa: E402
-from flax import struct  # noqa: E402
+import chex  # noqa: E402 (behind what says how to install it)
+from flax import struct  # noqa: E402 (as well)
 
 
 class Rollout(struct.PyTreeNode):

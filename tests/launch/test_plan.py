@@ -321,6 +321,24 @@ def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
 
 
 @needs_libtpu
+def test_small_layers_are_a_loop_on_a_slice_and_none_on_a_cpu(model_path: str):
+    line = """if True:
+        import sys
+        from jaxrl_llm.config import ModelSource
+        from jaxrl_llm.launch.plan.programs import model_of
+        from jaxrl_llm.launch.plan.settings import Plan
+        from jaxrl_llm.launch.plan.slices import slice_devices
+        from jaxrl_llm.sharding import MeshConfig, make_mesh
+        plan = Plan(model=ModelSource(path=sys.argv[1]))
+        for name in ("v5e:2x4", "local"):
+            mesh = make_mesh(MeshConfig(), slice_devices(name)[:1])
+            print(model_of(plan, mesh).config.scan_layers)
+    """
+    told = subprocess.run([sys.executable, "-c", line, model_path], capture_output=True, text=True, timeout=120)
+    assert told.stdout.split() == ["True", "False"], told.stderr
+
+
+@needs_libtpu
 def test_slice_that_does_not_exist_is_refused():
     told = run("--slice", "v5e:3x3")
     assert told.returncode == 2

@@ -53,90 +53,107 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     Raises:
         ValueError: the numbers do not fit the mesh or the model.
     """
-    config = SIZES[plan.size] if plan.model.path is None else load_config(plan.model.path)
-    if plan.layers is not None:
-        config = dataclasses.replace(config, num_layers=plan.layers)
-    model, whole = Transformer(plan.model.applied_to(config)), replicated(mesh)
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
+    model = model_of(plan, mesh)
     optimizer = make_optimizer(plan.optimizer, make_schedule(plan.optimizer, 1000))
     state = abstract_train_state(
         model, optimizer, mesh, rounding=plan.optimizer.rounding, offload=plan.optimizer.offload
     )
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
     reference = abstract_reference(state.params, model.config.dtype) if needed else None
 
-    p, g, tc = plan.prompts, plan.samples, plan.completion_tokens
-    prompt, lengths = array(p, plan.prompt_tokens), array(p)
-    settings = SamplingConfig(
-        max_tokens=tc,
-        slots=plan.slots,
-        tensor=plan.sampling_tensor,
-        attention=plan.sampling_attention,
-        cache_dtype=plan.sampling_cache_dtype,
-    )
-    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-    sampler = Sampler(
-        model,
-        settings,
-        group=g,
-        stop_tokens=(0,),
-        mesh=mesh,
-        resident=bytes_per_device((state, reference)),
-        memory=None if chip is None else chip.hbm_gib * GIB,
-    )
-    sampler.check_length(plan.prompt_tokens)
-    rollout = Rollout(
-        prompt=prompt,
-        prompt_lengths=lengths,
-        completion=array(p, g, tc),
-        completion_lengths=array(p, g),
-        finished=array(p, g, dtype=jnp.bool),
-        logprobs=array(p, g, tc, dtype=jnp.float32),
-        sampler_logprobs=array(p, g, tc, dtype=jnp.float32),
-    )
     parameters = bytes_per_device(state.params)
     parts = {
         "parameters": parameters,
         "optimizer": bytes_per_device(state) - parameters,
         "reference": bytes_per_device(reference),
     }
-    programs = []
-    if "sampler" in plan.programs:
-        slots = sampler.slots(p, plan.prompt_tokens)
-        needs = sampler.footprint(p, plan.prompt_tokens).needs(slots)
-        read = _traffic(plan, model, mesh, slots)
-        chosen = sampler.how_slots_are_chosen(p, plan.prompt_tokens)
-        programs.append(
-            Program(
-                "sampler",
-                jax.jit(sampler.sample, out_shardings=whole),
-                (state.params, prompt, lengths, state.key, array()),
-                resident=(state.opt_state, reference),
-                parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
-                work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values()))),
-                remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
-            )
-        )
-    if "update" in plan.programs:
-        step = make_update_step(model, optimizer, plan.algorithm, plan.update)
-        held = bytes_per_device(state)
-        trained, _ = split_trainable(state.params)
-        gradients = bytes_per_device(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), trained))
-        programs.append(
-            Program(
-                "update",
-                jax.jit(step, donate_argnums=0, out_shardings=(placed, whole)),
-                (state, rollout, array(p, g, dtype=jnp.float32), reference),
-                resident=(),
-                parts=parts | {"gradients": gradients},
-                work=update_work(model.config, mesh, plan, state=held, reference=reference is not None),
-            )
-        )
-    return programs
+    beside = _Beside(plan, model, mesh, state, reference, parts)
+    made = {"sampler": lambda: _sampler(beside), "update": lambda: _update(beside, optimizer)}
+    return [make() for name, make in made.items() if name in plan.programs]
+
+
+def model_of(plan: Plan, mesh: Mesh) -> Transformer:
+    """The policy, as it is on the devices of `mesh`: what is left to `auto` is chosen for these, wherever one plans."""
+    config = SIZES[plan.size] if plan.model.path is None else load_config(plan.model.path)
+    if plan.layers is not None:
+        config = dataclasses.replace(config, num_layers=plan.layers)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return Transformer(plan.model.applied_to(config))
+
+
+class _Beside(NamedTuple):
+    """What both programs are made of."""
+
+    plan: Plan
+    model: Transformer
+    mesh: Mesh
+    state: Any
+    reference: Any
+    parts: dict[str, int]
+
+    def array(self, *shape: int, dtype: Any = jnp.int32) -> Any:
+        """An abstract array that is whole on each device."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+
+def _sampler(beside: _Beside) -> Program:
+    plan, model, mesh, state, reference, parts = beside
+    settings = SamplingConfig(
+        max_tokens=plan.completion_tokens,
+        slots=plan.slots,
+        tensor=plan.sampling_tensor,
+        attention=plan.sampling_attention,
+        cache_dtype=plan.sampling_cache_dtype,
+    )
+    chip, p, width = CHIPS.get(mesh.devices.flat[0].device_kind), plan.prompts, plan.prompt_tokens
+    sampler = Sampler(
+        model,
+        settings,
+        group=plan.samples,
+        stop_tokens=(0,),
+        mesh=mesh,
+        resident=bytes_per_device((state, reference)),
+        memory=None if chip is None else chip.hbm_gib * GIB,
+    )
+    sampler.check_length(width)
+    slots = sampler.slots(p, width)
+    needs, read = sampler.footprint(p, width).needs(slots), _traffic(plan, model, mesh, slots)
+    chosen = sampler.how_slots_are_chosen(p, width)
+    return Program(
+        "sampler",
+        jax.jit(sampler.sample, out_shardings=replicated(mesh)),
+        (state.params, beside.array(p, width), beside.array(p), state.key, beside.array()),
+        resident=(state.opt_state, reference),
+        parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
+        work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values()))),
+        remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
+    )
+
+
+def _update(beside: _Beside, optimizer: Any) -> Program:
+    plan, model, mesh, state, reference, parts = beside
+    p, g, tc, array = plan.prompts, plan.samples, plan.completion_tokens, beside.array
+    rollout = Rollout(
+        prompt=array(p, plan.prompt_tokens),
+        prompt_lengths=array(p),
+        completion=array(p, g, tc),
+        completion_lengths=array(p, g),
+        finished=array(p, g, dtype=jnp.bool),
+        logprobs=array(p, g, tc, dtype=jnp.float32),
+        sampler_logprobs=array(p, g, tc, dtype=jnp.float32),
+    )
+    step = make_update_step(model, optimizer, plan.algorithm, plan.update)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    trained, _ = split_trainable(state.params)
+    gradients = bytes_per_device(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), trained))
+    return Program(
+        "update",
+        jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh))),
+        (state, rollout, array(p, g, dtype=jnp.float32), reference),
+        resident=(),
+        parts=parts | {"gradients": gradients},
+        work=update_work(model.config, mesh, plan, state=bytes_per_device(state), reference=reference is not None),
+    )
 
 
 def _traffic(plan: Plan, model: Transformer, mesh: Mesh, slots: int) -> dict[str, Traffic]:

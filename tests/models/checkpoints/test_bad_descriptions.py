@@ -113,7 +113,9 @@ def test_tokens_that_end_a_text_are_of_the_vocabulary(name, value, checkpoint):
 def test_what_transformers_says_of_other_entries_is_one_line(checkpoint):
     folder = checkpoint("llama", config={"attention_dropout": "x"})
     CharTokenizer("0123").save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"  # of a class of its own, for which transformers reads the model's config
+    settings = (
+        folder / "tokenizer_config.json"
+    )  # of a class of its own, for which transformers reads the model's config
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
     with pytest.raises(ValueError, match=r"llama_checkpoint cannot be loaded: .*attention_dropout") as error:
         load_tokenizer(folder)

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 import tempfile
-import time
 import warnings
 from typing import Any
 
@@ -24,23 +22,10 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from measure import (
-    WORKS,
-    Bystanders,
-    Shape,
-    Work,
-    conventional_flops,
-    peak_rss_gib,
-    process_age,
-    publish,
-    summarise,
-)
+from measure import WORKS, Work, publish
+from peer import COUNTED_TOKEN, ROWS, SHAPE, Times, exact_texts, record
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-
-COUNTED_TOKEN = 260
-SHAPE = Shape()
-ROWS = SHAPE.prompts * SHAPE.samples
 
 
 def options() -> argparse.Namespace:
@@ -59,48 +44,9 @@ def options() -> argparse.Namespace:
     return given
 
 
-def exact_texts(tokenizer: Any, count: int) -> list[str]:
-    """Texts of exactly `SHAPE.prompt_tokens` tokens, out of words that are one token wherever they stand."""
-    draw, words = random.Random(0), []
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    for token in draw.sample(range(len(tokenizer)), len(tokenizer)):
-        if re.fullmatch(r" ?[a-z]+\d*", tokenizer.decode([token])):
-            twice = encode(tokenizer.decode([token, token]))
-            words += [token] if twice == [token, token] else []
-        if len(words) == 256:
-            break
-    texts: list[str] = []
-    for _ in range(100 * count):
-        text = tokenizer.decode(draw.choices(words, k=SHAPE.prompt_tokens))
-        if len(encode(text)) == SHAPE.prompt_tokens and len(texts) < count:
-            texts.append(text)
-    if len(texts) < count:
-        raise ValueError(f"only {len(texts)} of {count} texts encode to {SHAPE.prompt_tokens} tokens again")
-    return texts
-
-
 def count_token(completion_ids: list[list[int]], **others: Any) -> list[float | None]:
     """How often one token occurs."""
     return [float(list(ids).count(COUNTED_TOKEN)) for ids in completion_ids]
-
-
-class Times:
-    """Seconds of each repetition; the first is start-up."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.start_up = 0.0
-
-    def begin(self) -> None:
-        self._began = time.perf_counter()
-
-    def end(self) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
-        if len(self.seconds) == 1:
-            self.start_up, self.bystanders = process_age(), Bystanders()
 
 
 def sample(given: argparse.Namespace, model: Any, tokenizer: Any) -> Times:
@@ -210,28 +156,20 @@ def main() -> None:
     times = (sample if given.work == "W1" else train)(given, model, tokenizer)
     work: Work = given.work
     parameters = sum(p.numel() for p in model.parameters())
-    seconds = summarise(times.seconds[1:])
-    flops = conventional_flops(work, parameters, SHAPE, reference=given.kl_coef != 0)
-    record = {
-        "system": "trl",
-        "version": trl.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "devices": str(model.device),
-        "threads": torch.get_num_threads(),
-        "work": work,
-        "model": given.model,
-        "parameters": parameters,
-        **{name: getattr(given, name) for name in ("dtype", "param_dtype", "remat", "kl_coef")},
-        "seconds": seconds,
-        "other_cpu": times.bystanders.share(),
-        "start_up_s": round(times.start_up, 2),
-        "peak_rss_gib": peak_rss_gib(),
-        "tokens_per_second": round(SHAPE.sampled_tokens / seconds["median"], 1),
-        "flops": {"convention": flops},
-        "gflops_per_second": {"convention": round(1e-9 * flops / seconds["median"], 2)},
-    }
-    publish(record, given.json)
+    about = record(
+        times,
+        work,
+        parameters=parameters,
+        reference=given.kl_coef != 0,
+        system="trl",
+        version=trl.__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        devices=str(model.device),
+        threads=torch.get_num_threads(),
+        **{name: getattr(given, name) for name in ("model", "dtype", "param_dtype", "remat", "kl_coef")},
+    )
+    publish(about, given.json)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "vocab": "tensor",
     "embed": ("fsdp", "context"),
+    "expert": "expert",
+    "embed_of_expert": ("fsdp", "context"),
+    "router": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -332,7 +335,7 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
     From the learner's layout they get there by way of one that is cut along the embedding *and* over the sampler's
     `tensor`: an all-to-all, and then a gathering of what a device needs. XLA's direct way is by whole weights.
 
-    Scales of norms keep their type: norms are computed in float32, in the learner, too.
+    Scales of norms and routers keep their type: these are computed in float32, in the learner, too.
 
     Args:
         params: tree of parameters, laid out on `mesh`.
@@ -348,12 +351,17 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
         between = _with_sizes(mesh, data=data, fsdp=rows // data, tensor=tensor, expert=expert).abstract_mesh
 
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
-        leaf = leaf if names[-1] == "norm" else leaf.astype(dtype)
+        leaf = leaf if is_read_wide(names) else leaf.astype(dtype)
         if between is not None:
             leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(between, spec(between, names)))
         return constrain(leaf, *names)
 
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def is_read_wide(names: tuple[str | None, ...]) -> bool:
+    """Whether a parameter whose axes bear these names is read in float32, whatever the compute type."""
+    return "norm" in names or "router" in names
 
 
 def state_shardings(

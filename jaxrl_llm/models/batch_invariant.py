@@ -192,8 +192,11 @@ class TiledBlock(NamedTuple):
     dtype: Any
     """Of queries, keys and values."""
 
-    def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
-        """As `Block`; `attention` has to be by depth."""
+    def __call__(
+        self, x: jax.Array, turn: Rotation | None, attention: Attend, chosen: None = None
+    ) -> tuple[jax.Array, Projected, None]:
+        """As `Block`; `attention` has to be by depth, and no layer has experts."""
+        del chosen
         lead = x.shape[:-1]
         flat = functools.partial(_flat, axes=len(lead))
 
@@ -203,8 +206,8 @@ class TiledBlock(NamedTuple):
         made = by_tile(lambda _, *tile: apart(project, *tile), flat(x), flat(turn))
         query, key, value = (part.reshape(*lead, *part.shape[1:]) for part in made)
         mixed = attention(query, key, value)
-        x = by_tile(lambda _, *tile: apart(self.block.finish, *tile), flat(x), flat(mixed)).reshape(x.shape)
-        return x, (key, value)
+        x = by_tile(lambda _, *tile: apart(self.block.finish, *tile)[0], flat(x), flat(mixed)).reshape(x.shape)
+        return x, (key, value), None
 
 
 class _Mixed(NamedTuple):

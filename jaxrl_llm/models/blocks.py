@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_llm.logprobs import outer_product
 from jaxrl_llm.models.config import DType, LayerKind, LoraTarget, ModelConfig, Norms
+from jaxrl_llm.models.experts import Experts, Routed
+from jaxrl_llm.models.operands import ACTIVATIONS, LINEAR, operand
 from jaxrl_llm.models.rope import Rotation, rotate
 from jaxrl_llm.sharding import constrain, dealt_again, gathered
 
@@ -23,17 +25,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Projected = tuple[jax.Array, jax.Array]
 """Keys (rotated) and values of some tokens, both `[..., K, H]`."""
 
-LINEAR, RESIDUAL = "linear", "residual"
-"""Names, for policies of rematerialisation, of what a `Linear` gives, since they do not see the product in it, and of
-the residual stream where it enters a block."""
-
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-def _operand(dtype: DType, x: jax.Array) -> jax.Array:
-    """What is multiplied or added in `dtype`; of float32, which is wider, the values that it has there, in float32."""
-    narrow = jnp.finfo(dtype)
-    return x if x.dtype == dtype else jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+RESIDUAL = "residual"
+"""Name, for policies of rematerialisation, of the residual stream where it enters a block."""
 
 
 _Axes = tuple[str, str]
@@ -60,20 +53,20 @@ def _product(dtype: DType, sums: DType, axes: _Axes, x: jax.Array, weight: jax.A
 def _product_forward(
     dtype: DType, sums: DType, axes: _Axes, x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x = _operand(dtype, x)
+    x = operand(dtype, x)
     return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, weight, x)), (x, weight)
 
 
 def _factor(dtype: DType, axes: _Axes, weight: jax.Array, x: jax.Array) -> jax.Array:
     """What of a weight is multiplied with x, or with the gradient of x·Wᵀ."""
-    return gathered(_operand(dtype, weight.astype(x.dtype)), *axes)
+    return gathered(operand(dtype, weight.astype(x.dtype)), *axes)
 
 
 def _product_backward(
     dtype: DType, sums: DType, axes: _Axes, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    gradient = _operand(dtype, gradient)
+    gradient = operand(dtype, gradient)
     to_x = jnp.einsum("...o,oi->...i", gradient, _factor(dtype, axes, weight, x))
     narrow = weight.shape[0] < weight.shape[1]
     to_weight = outer_product(gradient, x, dtype=sums) if narrow else outer_product(x, gradient, dtype=sums).T
@@ -86,7 +79,7 @@ _product.defvjp(_product_forward, _product_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _shift(dtype: DType, y: jax.Array, bias: jax.Array) -> jax.Array:
     """Y + b in the type of y, b a number of `dtype`; its gradient is summed in float32."""
-    return y + _operand(dtype, bias.astype(y.dtype))
+    return y + operand(dtype, bias.astype(y.dtype))
 
 
 def _shift_forward(dtype: DType, y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -208,7 +201,7 @@ class MLP(nnx.Module):
         self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="gate")
         self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
         self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
-        self.activation = _ACTIVATIONS[kind.activation]
+        self.activation = ACTIVATIONS[kind.activation]
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -223,7 +216,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual block: x + a(x), then x + m(x), where a is attention and m the MLP, each with the norms of its kind."""
+    """Residual block: x + a(x), then x + m(x), where a is attention and m the MLP or a mixture of them.
+
+    Each has the norms of its kind.
+    """
 
     def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
         """Parameters of one layer."""
@@ -235,23 +231,42 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs)
         self.attention_post_norm = norm("post", "sandwich")
         self.mlp_norm = norm("pre", "sandwich")
-        self.mlp = MLP(config, kind, rngs)
+        self.mlp = None if kind.experts else MLP(config, kind, rngs)
+        self.experts = Experts(config, kind, rngs) if kind.experts else None
         self.mlp_post_norm = norm("post", "sandwich")
 
-    def __call__(self, x: jax.Array, turn: Rotation | None, attention: Attend) -> tuple[jax.Array, Projected]:
-        """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values."""
+    def __call__(
+        self, x: jax.Array, turn: Rotation | None, attention: Attend, chosen: jax.Array | None = None
+    ) -> tuple[jax.Array, Projected, Routed | None]:
+        """Maps the residual stream `[..., D]` to itself, and returns the layer's keys and values, and its experts.
+
+        Args:
+            x: the residual stream.
+            turn: rotations of its tokens.
+            attention: that of this layer.
+            chosen: `[..., k]`: as of `top_experts`, where the layer has experts.
+        """
         x = checkpoint_name(x, RESIDUAL)
         query, key, value = self.project(x, turn)
-        return self.finish(x, attention(query, key, value)), (key, value)
+        x, routed = self.finish(x, attention(query, key, value), chosen)
+        return x, (key, value), routed
 
     def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What comes before the attention, token by token: queries, keys and values."""
         return self.attention.project(_normed(x, self.attention_norm), turn)
 
-    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        """What comes after it: the residual stream with what attention `[..., N, H]` and MLP add to it."""
+    def finish(
+        self, x: jax.Array, mixed: jax.Array, chosen: jax.Array | None = None
+    ) -> tuple[jax.Array, Routed | None]:
+        """What comes after it: the residual stream with what attention `[..., N, H]` and MLP or experts add to it."""
         x = x + _normed(self.attention.gather(mixed), self.attention_post_norm)
-        return x + _normed(self.mlp(_normed(x, self.mlp_norm)), self.mlp_post_norm)
+        read, routed = _normed(x, self.mlp_norm), None
+        if self.experts is not None:
+            given, routed = self.experts(read, chosen)
+        else:
+            assert self.mlp is not None
+            given = self.mlp(read)
+        return x + _normed(given, self.mlp_post_norm), routed
 
 
 def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:

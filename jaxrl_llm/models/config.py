@@ -87,6 +87,8 @@ class LayerKind:
     norms: Norms = "pre"
     """Where RMS norms are: on what attention and MLP read (`pre`), on what they give, before it is added to the
     residual stream (`post`, OLMo 2), or both (`sandwich`, Gemma 2 and 3)."""
+    experts: bool = False
+    """Whether it has `ModelConfig.experts` in place of the MLP."""
 
     def __post_init__(self) -> None:
         """Rejects layers that cannot be."""
@@ -96,6 +98,31 @@ class LayerKind:
             window=(self.window is None or self.window >= 1, "be at least 1, or None for full attention"),
             activation=one_of(self.activation, Activation),
             norms=one_of(self.norms, Norms),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts: gated MLPs, of which a router chooses some for each token."""
+
+    count: int
+    """E."""
+    per_token: int
+    """k, experts that compute a token."""
+    width: int
+    """F of each."""
+    normalize: bool = True
+    """Whether the shares of the k add up to 1 (Mixtral; Qwen3-MoE's `norm_topk_prob`), or are what softmax over all
+    experts gives them."""
+
+    def __post_init__(self) -> None:
+        """Rejects mixtures that cannot be."""
+        check_fields(
+            "experts",
+            self,
+            count=positive(self.count),
+            per_token=(1 <= self.per_token <= self.count, f"be 1 to count={self.count}"),
+            width=positive(self.width),
         )
 
 
@@ -140,7 +167,7 @@ class ModelConfig:
     embed_dim: int
     """D, width of the residual stream."""
     mlp_dim: int
-    """F, width of the gated MLP."""
+    """F, width of the gated MLP, in layers that have no experts."""
     num_layers: int
     """L."""
     num_heads: int
@@ -156,6 +183,8 @@ class ModelConfig:
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
     """The kinds of the layers: of each, or of the first few, after which they begin again. Kept as the shortest such
     period: `kinds` has that of each layer."""
+    experts: ExpertsConfig | None = None
+    """What layers have whose kind says `experts`."""
     qk_norm: bool = False
     """RMS norm over H on queries and keys, before the rotation (Qwen3)."""
     attention_bias: bool = False
@@ -216,6 +245,11 @@ class ModelConfig:
                 "layer, or a period of them"
             )
         object.__setattr__(self, "layer_kinds", _shortest_period(self.layer_kinds, self.num_layers))
+        if (self.experts is not None) != any(kind.experts for kind in self.layer_kinds):
+            raise ValueError(
+                f"experts={self.experts}, but {'no kind of layer has some' if self.experts else 'a kind of layer has'} "
+                "(LayerKind.experts): set both or none"
+            )
         choices = {"dtype": DType, "param_dtype": DType, "gradient_sums": DType}
         for field, options in (choices | {"remat": Remat, "attention": AttentionKernel}).items():
             if getattr(self, field) not in get_args(options):
@@ -238,6 +272,11 @@ class ModelConfig:
                 f"model.batch_invariant=True with adapters (rank {self.lora.rank}): the sampler merges them into the "
                 f"weights, and the learner does not; {way_out}"
             )
+        if self.experts is not None:
+            raise ValueError(
+                f"model.batch_invariant=True with {self.experts.count} experts: what their products sum depends on the "
+                f"batch; {way_out.replace('one of them and ', '')}, and let the learner replay the sampler's choice"
+            )
         if self.remat != "full":
             raise ValueError(
                 f"model.remat={self.remat!r} would have no effect: with model.batch_invariant the backward pass finds "
@@ -259,11 +298,21 @@ class ModelConfig:
         """Number of scalars, a tied embedding counted once, adapters left out."""
         d, f, h = self.embed_dim, self.mlp_dim, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
-        block = d * (qkv + self.num_heads * h + 3 * f)
-        block += 2 * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
-        block += (2 * f + d) * self.mlp_bias
+        attention = d * (qkv + self.num_heads * h)
+        attention += 2 * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
+        dense = sum(not kind.experts for kind in self.kinds)
+        mlps = dense * (2 * f + d) * self.mlp_bias + sum(self.mlp_weights(kind) for kind in self.kinds)
         norms = sum(4 if kind.norms == "sandwich" else 2 for kind in self.kinds)
-        return self.vocab_size * d * (2 - self.tie_embeddings) + self.num_layers * block + (norms + 1) * d
+        embeddings = self.vocab_size * d * (2 - self.tie_embeddings)
+        return embeddings + self.num_layers * attention + mlps + (norms + 1) * d
+
+    def mlp_weights(self, kind: LayerKind, *, active: bool = False) -> int:
+        """Entries of the matrices of a layer's MLP or experts, router included; `active`: those that a token meets."""
+        if not kind.experts:
+            return 3 * self.embed_dim * self.mlp_dim
+        assert self.experts is not None
+        experts = self.experts.per_token if active else self.experts.count
+        return self.embed_dim * (3 * experts * self.experts.width + self.experts.count)
 
 
 def _shortest_period(kinds: tuple[LayerKind, ...], layers: int) -> tuple[LayerKind, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jaxrl_llm.models.attention import ATTENTION
-from jaxrl_llm.models.blocks import LINEAR, RESIDUAL
+from jaxrl_llm.models.blocks import RESIDUAL
 from jaxrl_llm.models.config import Remat
+from jaxrl_llm.models.operands import LINEAR
 from jaxrl_llm.sharding import HOST
 
 _SAVED = {"attention": ATTENTION, "dots": LINEAR}

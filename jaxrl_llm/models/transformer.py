@@ -238,7 +238,7 @@ class Transformer:
     def _layer(
         self, params: Params, kind: LayerKind, x: jax.Array, turn: Rotation | None, attention: Attend, collect: bool
     ) -> tuple[jax.Array, KeyValue | None]:
-        x, projected = self.block(params, kind)(x, turn, attention)
+        x, projected, _ = self.block(params, kind)(x, turn, attention)
         x = constrain(x, "rows", "time", None)
         return x, KeyValue.of(*projected) if collect else None
 

@@ -25,7 +25,7 @@ from jaxrl_llm.sampling.decode import Loop
 from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.together import rooms
-from jaxrl_llm.sharding import head_shards, on_cpu, parameter_shardings
+from jaxrl_llm.sharding import head_shards, is_read_wide, on_cpu, parameter_shardings
 
 MARGIN = 1 / 16
 """Of a device's memory what is left to the compiler."""
@@ -136,7 +136,10 @@ class Footprint:
             prompts = prompts_at_a_time(self._sizes(loop.slots), batch.width, batch.group, loop.slots)
         made = self._token if loop.together else 2 * self._token  # as it is made, and as pages
         heads = (2 * config.num_heads + 2 * self._value.shape[0]) * config.head_dim
-        in_layer = 4 * config.embed_dim + self._part(heads + 3 * config.mlp_dim)
+        mlp, copies = 3 * config.mlp_dim, 0
+        if (experts := config.experts) is not None:  # each token once for each of its experts
+            mlp, copies = max(mlp, 3 * experts.per_token * experts.width), 2 * experts.per_token * config.embed_dim
+        in_layer = 4 * config.embed_dim + copies + self._part(heads + mlp)
         return prompts * batch.width * (made + in_layer * self._value.dtype.itemsize)
 
     def _drawing(self, rows: int) -> int:
@@ -178,7 +181,7 @@ class Footprint:
         axes = without_adapters(self.model.logical_axes())
 
         def one(names: tuple[str | None, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return leaf if names[-1] == "norm" else jax.ShapeDtypeStruct(leaf.shape, self.dtype)
+            return leaf if is_read_wide(names) else jax.ShapeDtypeStruct(leaf.shape, self.dtype)
 
         cast = jax.tree.map(one, axes, without_adapters(self.model.abstract_params()), is_leaf=_is_names)
         shapes = jax.eval_shape(lambda params: with_whole_heads(params, self.model.config), cast)

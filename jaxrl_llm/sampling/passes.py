@@ -78,7 +78,7 @@ def _decode(
             own = _remembered(plan, state, own, layer, key, value)
             return _attended(plan, turn, state, own, layer, query, position)
 
-        x, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
+        x, _, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
         return (constrain(x, None, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None
 
     x = model.embed(params, token)

@@ -231,6 +231,6 @@ def _decode(
             softcap = model.config.attention_softcap
             return attend_shared(query[:, :, None], memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
 
-        x, _ = model.block(in_loop(model, weights), kind)(x, turns[kind.rope], attention)
+        x, _, _ = model.block(in_loop(model, weights), kind)(x, turns[kind.rope], attention)
         x = constrain(x, "rows", None, None)
     return model.norm(params, x), tuple(caches)

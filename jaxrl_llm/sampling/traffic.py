@@ -100,11 +100,14 @@ def traffic(
     windows = dict.fromkeys(kind.window for kind in config.kinds)
     of_window = {window: int(pages(slots, clocks, window)) for window in windows}
     page = 2 * sizes.page * bytes_of(value) // head_shards(mesh)
-    return Traffic(_weights(model, mesh, dtype), page * sum(of_window[kind.window] for kind in config.kinds))
+    return Traffic(_weights(model, mesh, dtype, asked), page * sum(of_window[kind.window] for kind in config.kinds))
 
 
-def _weights(model: Transformer, mesh: Mesh, dtype: DType | None) -> int:
-    """Bytes of the layers and the head on one device; a row of the embedding for each slot is left out."""
+def _weights(model: Transformer, mesh: Mesh, dtype: DType | None, slots: int) -> int:
+    """Bytes of the layers and the head on one device; a row of the embedding for each slot is left out.
+
+    Of experts those that some slot meets, if each token chose evenly among all.
+    """
     axes = without_adapters(model.logical_axes())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(
@@ -113,4 +116,7 @@ def _weights(model: Transformer, mesh: Mesh, dtype: DType | None) -> int:
     placed = parameter_shardings(mesh, axes, shapes)
     sizes = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), shapes, placed)
     read = sum(jax.tree.leaves((sizes["layers"], model.head(sizes))))
+    if (experts := model.config.experts) is not None:
+        of_experts = sum(jax.tree.leaves({name: sizes["layers"]["experts"][name] for name in ("gate", "up", "down")}))
+        read -= round(of_experts * (1 - experts.per_token / experts.count) ** slots)
     return read * jnp.dtype(dtype or model.config.dtype).itemsize

@@ -1,6 +1,6 @@
 """Golden logits of PyTorch `transformers` on tiny random checkpoints, and the cases themselves.
 
-    python tests/models/make_golden.py
+    python tests/models/make_golden.py [CASE …]
 
 writes tests/models/golden/<case>.json (config.json as transformers writes it, names and shapes of tensors)
 and <case>.npz (tokens and logits). It needs torch and transformers (`pip install -e '.[parity]'`). The tests
@@ -11,11 +11,14 @@ again after a change of CASES, and compare the files: logits of unchanged cases 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -31,6 +34,9 @@ _BASE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+
+
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 
 
 def _rope(kind: str, **entries: Any) -> dict[str, Any]:
@@ -80,6 +86,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", {"head_dim": 12}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "norm_topk_prob": True}),
+    "qwen3_moe_some_dense": (
+        "qwen3_moe",
+        {**_MOE, "num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts_per_tok": 3, "head_dim": 12},
+    ),
     "qwen3_tied_bias": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 }
 """Name → model_type, and what differs from the base. Cases named `long` run past the original context."""
@@ -121,18 +133,27 @@ def sequences(batch: dict[str, np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def torch_model(case: str, **more: Any) -> Any:
-    """The PyTorch model of a case, with `more` changes, its weights drawn by `tensor`."""
+    """The PyTorch model of a case, with `more` changes, its weights drawn by `tensor`.
+
+    Weights are drawn by the names that they have in a checkpoint: PyTorch's modules hold some together.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, changes = CASES[case]
     config = AutoConfig.for_model(model_type, **{**_BASE, **changes, **more})
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(tensor(name, tuple(parameter.shape))))
-    return model
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {name: tensor(name, shape) for name, shape in tensor_shapes(model, folder).items()}
+        save_file(drawn, Path(folder, "model.safetensors"), {"format": "pt"})
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def tensor_shapes(model: Any, folder: str) -> dict[str, list[int]]:
+    """Saves a PyTorch model in a folder, and tells the tensors that lie there."""
+    model.save_pretrained(folder)
+    return {name: list(value.shape) for name, value in load_file(Path(folder, "model.safetensors")).items()}
 
 
 def torch_logits(model: Any, row: np.ndarray) -> np.ndarray:
@@ -145,7 +166,7 @@ def torch_logits(model: Any, row: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
-    for case in CASES:
+    for case in sys.argv[1:] or CASES:
         model = torch_model(case)
         batch = tokens(case)
         rows = [row for group in sequences(batch) for row in group]
@@ -154,8 +175,8 @@ def main() -> None:
         print(case, "logits' standard deviation", np.concatenate(logits).std())
         config = json.loads(model.config.to_json_string(use_diff=False))
         config["architectures"] = [type(model).__name__]
-        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        description = {"config": config, "tensors": shapes}
+        with tempfile.TemporaryDirectory() as folder:
+            description = {"config": config, "tensors": tensor_shapes(model, folder)}
         (GOLDEN / f"{case}.json").write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
         arrays = {f"logits_{number}": value for number, value in enumerate(logits)}
         np.savez_compressed(GOLDEN / f"{case}.npz", **batch, **arrays)

@@ -168,6 +168,22 @@ def torch_greedy_text(model, prompt, tokenizer) -> str:
     return tokenizer.decode(written.tolist(), skip_special_tokens=False)
 
 
+def test_greedy_text_of_experts(golden_module, tmp_path):
+    model, length = golden_module.torch_model("qwen3_moe_some_dense"), 5
+    model.save_pretrained(tmp_path)
+    tokens = golden_module.tokens(case)["prompt"][:, :length]
+    sampler = Sampler(
+        *(from_pretrained(tmp_path)[0], SamplingConfig(max_tokens=GREEDY_TOKENS, temperature=0.0)),
+        group=1,
+        stop_tokens=(),
+        mesh=make_mesh(devices=jax.devices()[:1]),
+    )
+    rollout = sampler(from_pretrained(tmp_path)[1], tokens, np.full(2, length), np.zeros(2, np.uint32), 0)
+    ids = torch.tensor(tokens.astype(np.int64))
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=GREEDY_TOKENS)
+    np.testing.assert_array_equal(rollout.completion[:, 0], written[:, length:].numpy())
+
+
 @pytest.mark.skipif(SMOLLM2 is None, reason="SMOLLM2_GGUF is not set")
 def test_real_model_from_gguf(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -49,8 +49,9 @@ def forward(
 ) -> Forward:
     """A forward pass in which each prompt is computed once for all its completions.
 
-    Matrix products alone, a multiplication and an addition each: 2 Σ_layers (q, k, v, o and the three of the MLP) a
-    token, 4 N H a pair of query and key that sees it, 2 D V a distribution.
+    Matrix products alone, a multiplication and an addition each: 2 Σ_layers (q, k, v, o and the three of the MLP, or
+    the router and those of the token's experts) a token, 4 N H a pair of query and key that sees it, 2 D V a
+    distribution.
 
     Args:
         config: of the model.
@@ -60,7 +61,8 @@ def forward(
         scored: how many distributions are made.
     """
     heads = config.num_heads * config.head_dim
-    weights = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
+    attention = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
+    weights = sum(attention + config.mlp_weights(kind, active=True) for kind in config.kinds)
     fed = [length - unfed for group in completions for length in group]
     tokens = len(completions) * prompt_tokens + sum(fed)
     pairs = sum(
@@ -69,7 +71,7 @@ def forward(
         for kind in config.kinds
     )
     head = 2 * config.embed_dim * config.vocab_size
-    return Forward(2 * config.num_layers * tokens * weights, 4 * heads * pairs, scored * head)
+    return Forward(2 * tokens * weights, 4 * heads * pairs, scored * head)
 
 
 def _seen(before: int, tokens: int, window: int | None) -> int:

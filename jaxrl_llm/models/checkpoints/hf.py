@@ -246,8 +246,7 @@ def write_weights(
             continue
         name = file if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         tensors = {
-            leaf.tensors[layer]: gathered[leaf.path][layer] if leaf.stacked else gathered[leaf.path]
-            for leaf, layer in shard
+            leaf.tensors[number]: gathered[leaf.path].reshape(-1, *leaf.tensor_shape)[number] for leaf, number in shard
         }
         save_file(
             {key: np.ascontiguousarray(value) for key, value in tensors.items()},
@@ -265,11 +264,11 @@ def _plan_shards(tree: list[Leaf], max_bytes: int | None) -> list[list[tuple[Lea
     room = max_bytes = sys.maxsize if max_bytes is None else max_bytes
     for leaf in tree:
         size = int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
-        for layer in range(len(leaf.tensors)):
+        for number in range(len(leaf.tensors)):
             if size > room and shards[-1]:
                 shards.append([])
                 room = max_bytes
-            shards[-1].append((leaf, layer))
+            shards[-1].append((leaf, number))
             room -= size
     return shards
 

@@ -120,12 +120,17 @@ def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> Lor
     targets = tuple(
         target
         for target in get_args(LoraTarget)
-        if any(name.format(layer=0) in present for path, name in names.items() if path.split(".")[-2] == target)
+        if any(
+            name.format(layer=layer, expert=0) in present
+            for path, name in names.items()
+            for layer in range(config.num_layers)
+            if path.split(".")[-2] == target
+        )
     )
     if not targets:
         raise ValueError(
             f"{path / ADAPTER_WEIGHTS} has no adapters of this model; its first tensor is {next(iter(present), None)}, "
-            f"expected are such as {next(iter(names.values())).format(layer=0)}"
+            f"expected are such as {next(iter(names.values())).format(layer=0, expert=0)}"
         )
     lora = LoraConfig(settings["r"], float(settings["lora_alpha"]), targets, bool(settings.get("use_rslora")))
     adapted = Transformer(dataclasses.replace(config, lora=lora))

@@ -43,17 +43,14 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: tuple[str, ...]
-    """One tensor, or one for each layer that has the parameter."""
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the leading axis is layers."""
-        return self.path.startswith("layers.")
+    """One tensor, or one for each layer that has the parameter, or for each expert of each layer."""
+    stacked: int
+    """Leading axes that are no tensor's own: 0, 1 (layers) or 2 (layers and experts)."""
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each of the tensors."""
-        return self.shape[1:] if self.stacked else self.shape
+        return self.shape[self.stacked :]
 
 
 def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
@@ -61,7 +58,7 @@ def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
 
     Args:
         tree: a model's parameters, or some of them.
-        names: parameter → tensor name, `{layer}` standing for each layer.
+        names: parameter → tensor name, `{layer}` standing for each layer, `{expert}` for each expert.
         stack: says which layers have a parameter.
     """
     found = []
@@ -71,8 +68,10 @@ def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
             raise ValueError(f"parameter {path} has no tensor name in this format")
         inner = path.removeprefix("layers.")
         owners = (None,) if inner == path else stack.owners[inner]
-        tensors = tuple(names[path].format(layer=layer) for layer in owners)
-        found.append(Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors))
+        experts = range(leaf.shape[1]) if "{expert}" in names[path] else (None,)
+        tensors = tuple(names[path].format(layer=layer, expert=expert) for layer in owners for expert in experts)
+        stacked = (inner != path) + (experts != (None,))
+        found.append(Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors, stacked))
     return found
 
 
@@ -191,11 +190,9 @@ def _read_slice(reader: _Reader, leaf: Leaf, index: Index) -> np.ndarray:
     bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
     out = np.empty([stop - start for start, stop, _ in bounds], leaf.dtype)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named
-        if not leaf.stacked:
-            reader.read(leaf.tensors[0], index, out)
-            return out
-        for row, layer in enumerate(range(*bounds[0])):
-            reader.read(leaf.tensors[layer], index[1:], out[row, ...])
+        wanted = np.arange(len(leaf.tensors)).reshape(leaf.shape[: leaf.stacked])[index[: leaf.stacked]]
+        for place, tensor in np.ndenumerate(wanted):
+            reader.read(leaf.tensors[tensor], index[leaf.stacked :], out[(*place, ...)])
     return out
 
 

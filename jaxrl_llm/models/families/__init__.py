@@ -8,10 +8,12 @@ from jaxrl_llm.models.families.base import Family
 from jaxrl_llm.models.families.config_json import CONFIG
 from jaxrl_llm.models.families.llama import LLAMA
 from jaxrl_llm.models.families.mistral import MISTRAL
+from jaxrl_llm.models.families.mixtral import MIXTRAL
 from jaxrl_llm.models.families.qwen2 import QWEN2
 from jaxrl_llm.models.families.qwen3 import QWEN3
+from jaxrl_llm.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL)
 """All families; the first that expresses a configuration is the one that it is exported as."""
 
 
@@ -55,7 +57,7 @@ def family_for(config: ModelConfig) -> Family:
         name: getattr(config, name)
         for name in (
             *("embed_dim", "num_heads", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
-            *("layer_kinds", "attention_softcap", "logit_softcap"),
+            *("layer_kinds", "experts", "attention_softcap", "logit_softcap"),
         )
     }
     raise ValueError(

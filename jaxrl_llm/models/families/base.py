@@ -138,10 +138,14 @@ def plain_logits(config: ModelConfig) -> bool:
     return config.attention_softcap is None and config.logit_softcap is None
 
 
-def plain_kinds(config: ModelConfig) -> bool:
-    """Whether layers differ in their windows alone, have Llama's norms and turn queries and keys."""
-    kinds = {dataclasses.replace(kind, window=None) for kind in config.layer_kinds}
-    return len(kinds) == 1 and all(kind.rope is not None and kind.norms == "pre" for kind in kinds)
+def plain_kinds(config: ModelConfig, *, experts: bool = False) -> bool:
+    """Whether layers differ in their windows alone, have Llama's norms and turn queries and keys.
+
+    With `experts`, they may differ in that some have experts, and some have.
+    """
+    kinds = {dataclasses.replace(kind, window=None, experts=False) for kind in config.layer_kinds}
+    alike = len(kinds) == 1 and all(kind.rope is not None and kind.norms == "pre" for kind in kinds)
+    return alike and experts == (config.experts is not None)
 
 
 def single_window(config: ModelConfig) -> bool:

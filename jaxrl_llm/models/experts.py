@@ -1,0 +1,314 @@
+"""Mixtures of experts: a router that chooses k of E gated MLPs for each token, and their weighted sum.
+
+Each device computes its own experts for its own tokens, one product of rows that are sorted by expert
+(`kernels/grouped.py`). Nothing has a capacity, and no token is dropped.
+
+Along the mesh axis `expert`, which is more rows everywhere else, devices gather one another's tokens, compute those
+of their experts and sum what these give to where the tokens came from. Of N tokens on each of e devices that moves
+(e − 1)·N·D there and as much back; an exchange of each token with its k experts moves k·N·D·(e − 1)/e, which is more
+wherever e < k (Qwen3-MoE: k = 8), needs to know how many go where, and room for the worst case.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from jaxrl_llm.models.config import DType, ExpertsConfig, LayerKind, LoraTarget, ModelConfig, Params
+from jaxrl_llm.models.kernels.grouped import grouped_outer, grouped_product
+from jaxrl_llm.models.operands import ACTIVATIONS, LINEAR, operand
+from jaxrl_llm.sharding import MESH_AXES, gathered, row_shards, spec
+
+_EXPERT = "expert"
+"""The mesh axis."""
+
+
+class Routed(NamedTuple):
+    """What the router made of tokens."""
+
+    experts: jax.Array
+    """`[..., k]` int32: those that computed each token."""
+    logits: jax.Array
+    """`[..., E]` float32."""
+
+
+def top_experts(logits: jax.Array, config: ExpertsConfig, chosen: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """The experts of each token, and how much of what each gives is taken.
+
+    Args:
+        logits: `[..., E]` float32.
+        config: says how many, and whether their shares add up to 1.
+        chosen: `[..., k]`: experts that are to be taken whatever the logits; −1: those with the highest logits.
+
+    Returns:
+        `[..., k]` int32, and their shares: softmax(logits) of them, or what of it they have among themselves.
+    """
+    experts = jax.lax.top_k(jax.lax.stop_gradient(logits), config.per_token)[1]
+    if chosen is not None:
+        experts = jnp.where(chosen < 0, experts, chosen.astype(experts.dtype))
+    logs = logits if config.normalize else jax.nn.log_softmax(logits)
+    of_chosen = jnp.take_along_axis(logs, experts, axis=-1)
+    return experts, jax.nn.softmax(of_chosen) if config.normalize else jnp.exp(of_chosen)
+
+
+class Stacked(nnx.Module):
+    """A linear layer of each expert: weight `[E, out, inner]`, and an adapter of each where one is configured."""
+
+    def __init__(
+        self,
+        out: int,
+        inner: int,
+        axes: tuple[str, str],
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        name: LoraTarget,
+    ):
+        """As `Linear`, without a bias."""
+        assert config.experts is not None
+        count, dtype = config.experts.count, jnp.dtype(config.param_dtype)
+        weight = 0.02 * jax.random.normal(rngs.params(), (count, out, inner), dtype)
+        self.weight = nnx.Param(weight, axes=("expert", *axes))
+        if config.lora is None or name not in config.lora.targets:
+            self.lora_a = self.lora_b = None
+        else:
+            shape, bound = (count, config.lora.rank, inner), inner**-0.5
+            a = jax.random.uniform(rngs.lora(), shape, jnp.float32, -bound, bound)
+            self.lora_a = nnx.Param(a, axes=("expert", "lora_rank", axes[1]))
+            b = jnp.zeros((count, out, config.lora.rank), jnp.float32)
+            self.lora_b = nnx.Param(b, axes=("expert", axes[0], "lora_rank"))
+
+    @property
+    def leaves(self) -> dict[str, nnx.Param[jax.Array]]:
+        """The parameters by name."""
+        named = {"weight": self.weight, "lora_a": self.lora_a, "lora_b": self.lora_b}
+        return {name: leaf for name, leaf in named.items() if leaf is not None}
+
+
+class Router(nnx.Module):
+    """The logits of experts, in float32 whatever the compute type."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """Weight `[E, D]` from N(0, 0.02²)."""
+        assert config.experts is not None
+        shape, dtype = (config.experts.count, config.embed_dim), jnp.dtype(config.param_dtype)
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype), axes=("router", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., D]` to `[..., E]`."""
+        weight = gathered(self.weight[...].astype(jnp.float32), "router", "embed")
+        return jnp.einsum("...d,ed->...e", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+
+
+class Experts(nnx.Module):
+    """Σ over the chosen experts e of share_e · down_e(act(gate_e(x)) · up_e(x)) (Shazeer et al. 2017)."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
+        """The router and the three projections of each expert."""
+        assert config.experts is not None
+        d, f = config.embed_dim, config.experts.width
+        self.router = Router(config, rngs)
+        self.gate = Stacked(f, d, ("mlp", "embed_of_expert"), config, rngs, name="gate")
+        self.up = Stacked(f, d, ("mlp", "embed_of_expert"), config, rngs, name="up")
+        self.down = Stacked(d, f, ("embed_of_expert", "mlp"), config, rngs, name="down")
+        self.config, self.activation = config, kind.activation
+
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routed]:
+        """Maps `[B, ..., D]` to `[B, ..., D]`.
+
+        Args:
+            x: the tokens.
+            chosen: `[B, ..., k]`: as of `top_experts`.
+        """
+        config = self.config.experts
+        assert config is not None
+        logits = self.router(operand(self.config.dtype, x))
+        linear = {name: getattr(self, name).leaves for name in ("gate", "up", "down")}
+        weights = {name: {key: leaf[...] for key, leaf in leaves.items()} for name, leaves in linear.items()}
+        axes = {
+            name: {key: leaf.get_metadata()["axes"] for key, leaf in leaves.items()} for name, leaves in linear.items()
+        }
+        of_device = _OfDevice(config, self.config, ACTIVATIONS[self.activation], axes)
+        y, experts = _over_mesh(of_device, x, logits, chosen, weights)
+        return y, Routed(experts, logits)
+
+
+def _over_mesh(
+    of_device: _OfDevice, x: jax.Array, logits: jax.Array, chosen: jax.Array | None, weights: Params
+) -> tuple[jax.Array, jax.Array]:
+    """Each device's experts, on those axes of the ambient mesh that no `shard_map` around the caller has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(MESH_AXES).intersection(mesh.auto_axes)
+    if not free:
+        return of_device(x, logits, chosen, weights)
+    count, missing = len(x), -len(x) % row_shards(mesh)
+    if missing:
+        x, logits, chosen = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), mode="edge"), (x, logits, chosen)
+        )
+    rows = spec(mesh, ("rows", "time") if x.ndim > 2 else ("rows",))
+    of_weights = jax.tree.map(
+        lambda names: spec(mesh, names), of_device.axes, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    y, experts = jax.shard_map(
+        of_device,
+        in_specs=(rows, rows, rows if chosen is not None else PartitionSpec(), of_weights),
+        out_specs=(rows, rows),
+        axis_names=free,
+        check_vma=False,  # a Pallas kernel does not tell over which axes its results differ
+    )(x, logits, chosen, weights)
+    return (y[:count], experts[:count]) if missing else (y, experts)
+
+
+class _OfDevice(NamedTuple):
+    """What one device does: all static."""
+
+    experts: ExpertsConfig
+    config: ModelConfig
+    activation: Any
+    axes: dict[str, dict[str, tuple[str, ...]]]
+    """Logical names of the axes of each weight."""
+
+    def __call__(
+        self, x: jax.Array, logits: jax.Array, chosen: jax.Array | None, weights: Params
+    ) -> tuple[jax.Array, jax.Array]:
+        """The experts' sum, of the shape of x, and the experts of each token."""
+        experts, shares = top_experts(logits, self.experts, chosen)
+        flat = (x.reshape(-1, x.shape[-1]), *(part.reshape(-1, part.shape[-1]) for part in (experts, shares)))
+        shards = _size(_EXPERT)
+        if shards > 1:
+            flat = tuple(jax.lax.all_gather(part, _EXPERT, axis=0, tiled=True) for part in flat)
+        y = self._computed(*flat, weights)
+        if _size("tensor") > 1:
+            y = jax.lax.psum(y, "tensor")
+        if shards > 1:
+            y = jax.lax.psum_scatter(y, _EXPERT, scatter_dimension=0, tiled=True)
+        return y.astype(x.dtype).reshape(x.shape), experts
+
+    def _computed(self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params) -> jax.Array:
+        """`[N, D]` float32 of tokens `[N, D]`: the sum over those of their experts that this device has."""
+        own, (count, k) = len(weights["gate"]["weight"]), experts.shape
+        first = jax.lax.axis_index(_EXPERT) * own if _size(_EXPERT) > 1 else 0
+        group = experts.reshape(-1) - first
+        group = jnp.where((group >= 0) & (group < own), group, own)  # those of other devices come last
+        order = jnp.argsort(group, stable=True).astype(jnp.int32)
+        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
+        sizes = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
+        rows = _dealt(x, order, inverse, k)
+        linear = functools.partial(self._linear, weights, sizes)
+        made = linear("down", self.activation(linear("gate", rows)) * linear("up", rows))
+        of_token = _permuted(made, inverse, order).reshape(count, k, -1)
+        return jnp.einsum("nk,nkd->nd", shares, of_token.astype(jnp.float32))
+
+    def _linear(self, weights: Params, sizes: jax.Array, name: str, rows: jax.Array) -> jax.Array:
+        leaves, axes = weights[name], self.axes[name]
+
+        def product(leaf: str, rows: jax.Array) -> jax.Array:
+            gathers = _cut_axes(axes[leaf])
+            return _product(self.config.dtype, self.config.gradient_sums, gathers, rows, leaves[leaf], sizes)
+
+        y = product("weight", rows)
+        if "lora_a" in leaves:
+            assert self.config.lora is not None
+            y = y + self.config.lora.scale * product("lora_b", product("lora_a", rows))
+        return checkpoint_name(y, LINEAR)
+
+
+def _size(axis: str) -> int:
+    """Devices along a mesh axis in the `shard_map` around; 1 without one, or where it was not free."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get(axis, 1) if axis in mesh.manual_axes else 1
+
+
+_Gathers = tuple[tuple[int, tuple[str, ...]], ...]
+"""Axes of a weight and the mesh axes over which each is cut for storage alone."""
+
+
+def _cut_axes(names: tuple[str, ...]) -> _Gathers:
+    mesh = jax.sharding.get_abstract_mesh()
+    over = tuple(axis for axis in ("fsdp", "context") if axis in mesh.manual_axes and mesh.shape[axis] > 1)
+    return tuple((place, over) for place, name in enumerate(names) if name == "embed_of_expert" and over)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+    dtype: DType, sums: DType, gathers: _Gathers, x: jax.Array, weight: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """x·Wᵀ of each row `[R, in]` with its group's weight; factors and gradients are those of `Linear`.
+
+    The weight is gathered in the narrow type, and its gradient is summed over devices in the type `sums`.
+    """
+    return _product_forward(dtype, sums, gathers, x, weight, sizes)[0]
+
+
+def _whole(dtype: DType, gathers: _Gathers, weight: jax.Array, x: jax.Array) -> jax.Array:
+    weight = operand(dtype, weight.astype(x.dtype))
+    for place, axes in gathers:
+        weight = jax.lax.all_gather(weight, axes, axis=place, tiled=True)
+    return weight
+
+
+_Saved = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _product_forward(
+    dtype: DType, sums: DType, gathers: _Gathers, x: jax.Array, weight: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, _Saved]:
+    x = operand(dtype, x)
+    return grouped_product(x, _whole(dtype, gathers, weight, x), sizes), (x, weight, sizes)
+
+
+def _product_backward(
+    dtype: DType, sums: DType, gathers: _Gathers, saved: _Saved, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x, weight, sizes = saved
+    gradient = operand(dtype, gradient)
+    to_x = grouped_product(gradient, _whole(dtype, gathers, weight, x), sizes, transposed=True)
+    to_weight = grouped_outer(gradient, x, sizes, dtype=sums)
+    for place, axes in gathers:
+        to_weight = jax.lax.psum_scatter(to_weight, axes, scatter_dimension=place, tiled=True)
+    return to_x, to_weight.astype(weight.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dealt(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int) -> jax.Array:
+    """Tokens `[N, D]`, k times each, in an order `[N·k]`; its gradient is a gather and a sum, and no scatter."""
+    return x[order // k]
+
+
+def _dealt_forward(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    return _dealt(x, order, inverse, k), inverse
+
+
+def _dealt_backward(k: int, inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    of_token = gradient[inverse].reshape(-1, k, gradient.shape[-1])
+    return jnp.sum(of_token, axis=1, dtype=jnp.float32).astype(gradient.dtype), None, None
+
+
+_dealt.defvjp(_dealt_forward, _dealt_backward)
+
+
+@jax.custom_vjp
+def _permuted(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`x[order]`, whose gradient is a gather, too."""
+    return x[order]
+
+
+def _permuted_forward(x: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x[order], inverse
+
+
+def _permuted_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    return gradient[inverse], None, None
+
+
+_permuted.defvjp(_permuted_forward, _permuted_backward)

@@ -1,0 +1,112 @@
+"""Mixtures of experts against loops over tokens and experts, and a transformer that has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, LoraConfig
+from jaxrl_llm.models.experts import top_experts
+from jaxrl_llm.models.kernels.grouped import grouped_outer, grouped_product
+from jaxrl_llm.models.lora import merge_adapters
+from jaxrl_llm.models.transformer import Transformer
+
+EXPERTS = ExpertsConfig(count=8, per_token=2, width=12)
+
+
+@pytest.fixture
+def moe_config(tiny_config):
+    """A tiny model whose second layer has no experts."""
+    kinds = (LayerKind(experts=True), LayerKind(), LayerKind(experts=True))
+    return lambda **changes: dataclasses.replace(
+        tiny_config(num_layers=3), **{"layer_kinds": kinds, "experts": EXPERTS, **changes}
+    )
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["blocks", "megablox"])
+@pytest.mark.parametrize("sizes", [[7, 0, 150, 1, 40], [0, 0, 0, 0, 9]])
+def test_products_are_those_of_a_loop_over_groups(sizes, interpret):
+    rng, rows, inner, outer = np.random.default_rng(0), 210, 16, 24
+    x, y = rng.normal(size=(rows, inner)).astype("f"), rng.normal(size=(rows, outer)).astype("f")
+    weight = rng.normal(size=(len(sizes), outer, inner)).astype("f")
+    product, back, gradient = np.zeros_like(y), np.zeros_like(x), np.zeros_like(weight)
+    for group, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
+        for row in range(end - size, end):
+            product[row], back[row] = weight[group] @ x[row], y[row] @ weight[group]
+            gradient[group] += np.outer(y[row], x[row])
+    counts = jnp.array(sizes, jnp.int32)
+    made = (
+        grouped_product(x, weight, counts, interpret=interpret),
+        grouped_product(y, weight, counts, transposed=True, interpret=interpret),
+        grouped_outer(y, x, counts, dtype=jnp.float32, interpret=interpret),
+    )
+    for ours, expected in zip(made, (product, back, gradient), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_shares_by_hand(normalize):
+    logits = np.log(np.array([[0.1, 0.4, 0.2, 0.3], [0.4, 0.1, 0.3, 0.2]], "f"))
+    chosen = jnp.array([[-1, -1], [2, 1]], jnp.int16)
+    experts, shares = top_experts(jnp.array(logits), ExpertsConfig(4, 2, 1, normalize), chosen)
+    assert experts.tolist() == [[1, 3], [2, 1]]
+    expected = np.array([[0.4, 0.3], [0.3, 0.1]])
+    np.testing.assert_allclose(shares, expected / (expected.sum(-1, keepdims=True) if normalize else 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["plain", "lora"])
+def test_layer_is_that_of_a_loop_over_experts(moe_config, lively_params, lora):
+    """Value and gradients, those of adapters and router included."""
+    model = Transformer(moe_config(lora=lora))
+    layer = model.layers(lively_params(model))[0]
+    x = np.random.default_rng(1).normal(size=(3, 5, 32)).astype("f")
+    chosen = np.full((3, 5, 2), -1)
+    chosen[0, 1] = [6, 3]
+
+    def looped(experts: Any, x: jax.Array) -> jax.Array:
+        weights = merge_adapters({"experts": experts}, model.config)["experts"]
+        logits = x @ weights["router"]["weight"].T
+        best = jnp.where(chosen < 0, jnp.argsort(-logits, axis=-1)[..., :2], chosen)
+        taken = jax.nn.softmax(logits) * jnp.any(best[..., None] == jnp.arange(EXPERTS.count), axis=-2)
+        shares, out = taken / jnp.sum(taken, axis=-1, keepdims=True), 0
+        for e in range(EXPERTS.count):
+            gate, up, down = (weights[name]["weight"][e] for name in ("gate", "up", "down"))
+            out += shares[..., e, None] * ((jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+        return out
+
+    def ours(experts: Any, x: jax.Array) -> jax.Array:
+        block = model.block({**layer, "experts": experts}, LayerKind(experts=True))
+        return block.experts(x, jnp.array(chosen))[0]
+
+    np.testing.assert_allclose(jax.jit(ours)(layer["experts"], x), looped(layer["experts"], x), atol=1e-4, rtol=1e-5)
+    want = np.random.default_rng(2).normal(size=x.shape).astype("f")
+    found, expected = (
+        jax.jit(jax.grad(lambda *given, made=made: jnp.sum(made(*given) * want), argnums=(0, 1)))(layer["experts"], x)
+        for made in (ours, looped)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * jnp.max(jnp.abs(b))), found, expected)
+
+
+def test_parameters_are_counted(moe_config):
+    config = moe_config()
+    assert sum(leaf.size for leaf in jax.tree.leaves(Transformer(config).abstract_params())) == config.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": None}, "a kind of layer has"),
+        ({"layer_kinds": (LayerKind(),)}, "no kind of layer has some"),
+        ({"batch_invariant": True, "remat": "full"}, "with 8 experts"),
+    ],
+)
+def test_settings_that_cannot_be_meant(moe_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        moe_config(**changes)
+    with pytest.raises(ValueError, match=r"experts\.per_token=9 must be 1 to count=8"):
+        ExpertsConfig(8, 9, 4)

@@ -261,6 +261,12 @@ class ModelConfig:
             )
         if self.batch_invariant:
             self._check_batch_invariant()
+        if self.experts is not None and self.lora is not None and self.lora.use_rslora:
+            alpha = self.lora.scale * self.lora.rank
+            raise ValueError(
+                "lora.use_rslora=True with experts: PEFT joins the adapters of gate and up to one of twice the rank, "
+                f"and would scale them by √2 too much; set use_rslora=False and alpha={alpha:g}"
+            )
         if self.lora is not None and not self.lora.rank:
             raise ValueError("ModelConfig.lora has rank 0: give adapters a rank, or set lora=None")
 

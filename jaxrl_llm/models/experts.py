@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jaxrl_llm.models.config import DType, ExpertsConfig, LayerKind, LoraTarget, ModelConfig, Params
+from jaxrl_llm.models.config import Activation, DType, ExpertsConfig, LayerKind, LoraTarget, ModelConfig, Params
 from jaxrl_llm.models.kernels.grouped import grouped_outer, grouped_product
 from jaxrl_llm.models.operands import ACTIVATIONS, LINEAR, operand
 from jaxrl_llm.sharding import MESH_AXES, gathered, row_shards, spec
@@ -117,7 +117,8 @@ class Experts(nnx.Module):
         self.gate = Stacked(f, d, ("mlp", "embed_of_expert"), config, rngs, name="gate")
         self.up = Stacked(f, d, ("mlp", "embed_of_expert"), config, rngs, name="up")
         self.down = Stacked(d, f, ("embed_of_expert", "mlp"), config, rngs, name="down")
-        self.config, self.activation = config, kind.activation
+        self.config = config
+        self.activation: Activation = kind.activation
 
     def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routed]:
         """Maps `[B, ..., D]` to `[B, ..., D]`.
@@ -180,11 +181,13 @@ class _OfDevice(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """The experts' sum, of the shape of x, and the experts of each token."""
         experts, shares = top_experts(logits, self.experts, chosen)
-        flat = (x.reshape(-1, x.shape[-1]), *(part.reshape(-1, part.shape[-1]) for part in (experts, shares)))
+        tokens, taken, shares = (part.reshape(-1, part.shape[-1]) for part in (x, experts, shares))
         shards = _size(_EXPERT)
         if shards > 1:
-            flat = tuple(jax.lax.all_gather(part, _EXPERT, axis=0, tiled=True) for part in flat)
-        y = self._computed(*flat, weights)
+            tokens, taken, shares = (
+                jax.lax.all_gather(part, _EXPERT, axis=0, tiled=True) for part in (tokens, taken, shares)
+            )
+        y = self._computed(tokens, taken, shares, weights)
         if _size("tensor") > 1:
             y = jax.lax.psum(y, "tensor")
         if shards > 1:
@@ -200,7 +203,7 @@ class _OfDevice(NamedTuple):
         order = jnp.argsort(group, stable=True).astype(jnp.int32)
         inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
         sizes = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
-        rows = _dealt(x, order, inverse, k)
+        rows: Any = _dealt(x, order, inverse, k)
         linear = functools.partial(self._linear, weights, sizes)
         made = linear("down", self.activation(linear("gate", rows)) * linear("up", rows))
         of_token = _permuted(made, inverse, order).reshape(count, k, -1)

@@ -103,6 +103,7 @@ def test_parameters_are_counted(moe_config):
         ({"experts": None}, "a kind of layer has"),
         ({"layer_kinds": (LayerKind(),)}, "no kind of layer has some"),
         ({"batch_invariant": True, "remat": "full"}, "with 8 experts"),
+        ({"lora": LoraConfig(4, 6.0, use_rslora=True)}, "use_rslora=False and alpha=12"),
     ],
 )
 def test_settings_that_cannot_be_meant(moe_config, changes, message):

@@ -171,7 +171,7 @@ def torch_greedy_text(model, prompt, tokenizer) -> str:
 def test_greedy_text_of_experts(golden_module, tmp_path):
     model, length = golden_module.torch_model("qwen3_moe_some_dense"), 5
     model.save_pretrained(tmp_path)
-    tokens = golden_module.tokens(case)["prompt"][:, :length]
+    tokens = golden_module.tokens("qwen3_moe")["prompt"][:, :length]
     sampler = Sampler(
         *(from_pretrained(tmp_path)[0], SamplingConfig(max_tokens=GREEDY_TOKENS, temperature=0.0)),
         group=1,

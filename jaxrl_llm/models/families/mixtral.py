@@ -35,6 +35,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.experts is not None
     return {
         **write_decoder(config),
+        "head_dim": None if config.head_dim * config.num_heads == config.embed_dim else config.head_dim,
         "sliding_window": config.layer_kinds[0].window,
         "num_local_experts": config.experts.count,
         "num_experts_per_tok": config.experts.per_token,

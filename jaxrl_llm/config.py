@@ -61,6 +61,9 @@ class ModelSource:
     batch_invariant: bool = False
     """Compute each token by itself, in sampler and learner alike, so that both give it the same log-prob, to the last
     bit, in whatever batch (docs/on_policy.md). Slower; without adapters, on meshes of data and fsdp."""
+    long_rope: bool = False
+    """Of models with longrope (Phi-3.5, Phi-4-mini): turn all texts by the factors of long ones, so that they may be
+    longer than the context before its extension. Without it, texts are that long at most, and turned as these are."""
     lora: LoraConfig = LoraConfig(rank=0)
     """Train low-rank adapters beside the weights, in place of these: --model.lora.rank=16."""
     adapters: str | None = None
@@ -78,7 +81,7 @@ class ModelSource:
     def applied_to(self, config: ModelConfig) -> ModelConfig:
         """The configuration of a checkpoint, computed as these settings say."""
         return dataclasses.replace(
-            config,
+            config.with_long_rope() if self.long_rope else config,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             gradient_sums=self.gradient_sums,

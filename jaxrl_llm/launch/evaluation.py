@@ -178,7 +178,7 @@ def evaluate(
     sampling.check_no_epochs("an evaluation")
     check_folder(folder)
     if not isinstance(rows, PromptDataset):
-        positions = policy.model.config.max_position_embeddings
+        positions = policy.model.config.longest_text
         rows = prompts_to_evaluate(rows, policy.tokenizer, total, sampling, positions, prompt_format=prompt_format)
     evaluator = Evaluator(
         policy.model.with_known_tokens(known_tokens(policy.tokenizer)),

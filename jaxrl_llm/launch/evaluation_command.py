@@ -140,13 +140,14 @@ def _run(config: EvaluationRun) -> Evaluation:
     mesh = make_mesh(config.mesh)
     sampling_mesh(mesh, config.sampling.tensor)
     tokenizer = load_tokenizer_of(model)
-    settings = load_config(str(base_of(model).path))
+    base = base_of(model)
+    settings = base.applied_to(load_config(str(base.path)))
     prompts = prompts_to_evaluate(
         config.data,
         tokenizer,
         rewards,
         config.sampling,
-        settings.max_position_embeddings,
+        settings.longest_text,
         prompt_format=config.format,
         overlong=config.overlong,
         max_prompts=config.max_prompts,

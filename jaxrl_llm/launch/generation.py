@@ -93,7 +93,7 @@ def generate(
     unit = shards // math.gcd(samples, shards)  # of so many prompts, samples fill the devices
     rows = -(-len(encoded) // unit) * unit  # the last one is sampled again, and left out
     lengths = np.array([len(ids) for ids in encoded] + [len(encoded[-1])] * (rows - len(encoded)), np.int32)
-    width = min(-(-int(lengths.max()) // _WIDTHS) * _WIDTHS, policy.model.config.max_position_embeddings)
+    width = min(-(-int(lengths.max()) // _WIDTHS) * _WIDTHS, policy.model.config.longest_text)
     tokens = np.zeros((rows, max(width, lengths.max())), np.int32)
     for row in range(rows):
         tokens[row, : lengths[row]] = encoded[min(row, len(encoded) - 1)]

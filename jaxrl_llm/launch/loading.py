@@ -247,10 +247,11 @@ def _check_lengths(source: ModelSource, **limits: int) -> None:
     """Refuses lengths beyond the model's: all is padded to them, whatever the data's own lengths are."""
     if source.path is None:  # a model that an experiment makes
         return
-    positions = load_config(source.path).max_position_embeddings
+    config = source.applied_to(load_config(source.path))
+    positions, way = config.longest_text, config.way_to_longer
     for name, limit in limits.items():
         if limit > positions:
-            raise ValueError(f"data.{name}={limit} is more than the model's {positions} positions; lower it")
+            raise ValueError(f"data.{name}={limit} is more than the model's {positions} positions{way}; lower it")
 
 
 def _load_both(

@@ -139,18 +139,20 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + ε) · scale, in float32 (Zhang & Sennrich 2019)."""
+    """x / √(mean(x²) + ε) · (scale + offset), in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, config: ModelConfig):
-        """Scale `[width]` of ones."""
-        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)), axes=("norm",))
-        self.eps = config.norm_eps
+        """Scale `[width]` such that the factor is one."""
+        ones = jnp.full((width,), 1 - config.norm_offset, jnp.dtype(config.param_dtype))
+        self.scale = nnx.Param(ones, axes=("norm",))
+        self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (self.scale[...].astype(jnp.float32) * wide).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return ((scale + self.offset if self.offset else scale) * wide).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -164,8 +166,10 @@ class Attention(nnx.Module):
         self.key = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs, name="key")
         self.value = Linear(k, d, ("kv_heads", "embed"), config.attention_bias, config, rngs, name="value")
         self.output = Linear(d, n, ("embed", "heads"), config.output_bias, config, rngs, name="output")
-        self.query_norm = RMSNorm(h, config) if config.qk_norm else None
-        self.key_norm = RMSNorm(h, config) if config.qk_norm else None
+        self.over_heads = config.qk_norm_over_heads
+        self.query_norm = RMSNorm(n if self.over_heads else h, config) if config.qk_norm else None
+        self.key_norm = RMSNorm(k if self.over_heads else h, config) if config.qk_norm else None
+        self.query_factor = 1.0 if config.query_scalar is None else (h / config.query_scalar) ** 0.5
         self.head_dim = h
 
     def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -174,9 +178,14 @@ class Attention(nnx.Module):
         Without a rotation neither queries nor keys know their position. Where `tensor_heads` has repeated the weights
         of keys and values, K counts the repeated heads.
         """
-        query, key, value = (self._heads(projection(x)) for projection in (self.query, self.key, self.value))
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.over_heads:
+            query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if not self.over_heads:
+            query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
+        if self.query_factor != 1:  # attention divides by √H whatever the model
+            query = query * self.query_factor
         if turn is not None:
             key, query = rotate(key, turn), rotate(query, turn)
         return query, key, value

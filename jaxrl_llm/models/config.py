@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from jaxrl_llm.checks import check_fields, one_of, positive
 
-RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu_tanh"]
 Norms = Literal["pre", "post", "sandwich"]
 DType = Literal["float32", "bfloat16"]
@@ -30,11 +30,11 @@ class RopeConfig:
     theta: float = 10_000.0
     """Base of the geometric progression of wavelengths."""
     scaling: RopeScaling = "none"
-    """`linear` (Chen et al. 2023), `llama3` (Llama 3.1), `yarn` (Peng et al. 2023)."""
+    """`linear` (Chen et al. 2023), `llama3` (Llama 3.1), `yarn` (Peng et al. 2023), `longrope` (Ding et al. 2024)."""
     factor: float = 1.0
     """Context extension factor (all scalings)."""
     original_max_position_embeddings: int | None = None
-    """Context length before the extension (llama3, yarn)."""
+    """Context length before the extension (llama3, yarn, longrope)."""
     low_freq_factor: float = 1.0
     """Wavelengths above original length / this factor are scaled fully (llama3)."""
     high_freq_factor: float = 4.0
@@ -44,19 +44,28 @@ class RopeConfig:
     beta_slow: float = 1.0
     """Rotations below which a frequency is interpolated (yarn)."""
     attention_factor: float | None = None
-    """Multiplier of cos and sin; `None` derives it from `factor` or the mscales (yarn)."""
+    """Multiplier of cos and sin; `None` derives it from `factor` (yarn, longrope) or the mscales (yarn)."""
     mscale: float | None = None
     """Numerator's coefficient of the derived attention factor (yarn)."""
     mscale_all_dim: float | None = None
     """Denominator's coefficient of the derived attention factor (yarn)."""
     truncate: bool = True
     """Round the correction range to whole dimensions (yarn)."""
+    short_factors: tuple[float, ...] = ()
+    """What the wavelength of each plane is multiplied by in texts of the original context (longrope)."""
+    long_factors: tuple[float, ...] = ()
+    """The same in longer texts (longrope)."""
+    long: bool = False
+    """Turn all texts by the long factors, whatever their length, so that they may be longer than the original context
+    (longrope): a position is then turned alike in every text, as sampling and learning need it."""
+    partial: float = 1.0
+    """Share of each head that is turned, its first numbers; the others do not know their position (Phi-4-mini)."""
 
     def __post_init__(self) -> None:
         """Rejects scalings that cannot be computed."""
         if self.scaling not in get_args(RopeScaling):
             raise ValueError(f"rope scaling {self.scaling!r} is not one of {get_args(RopeScaling)}")
-        if self.scaling in ("llama3", "yarn") and not self.original_max_position_embeddings:
+        if self.scaling in ("llama3", "yarn", "longrope") and not self.original_max_position_embeddings:
             raise ValueError(f"rope scaling {self.scaling!r} needs original_max_position_embeddings")
         check_fields(
             "rope",
@@ -71,7 +80,31 @@ class RopeConfig:
                 self.scaling != "yarn" or 0 < self.beta_slow < self.beta_fast,
                 f"be above beta_slow={self.beta_slow}",
             ),
+            long=(not self.long or self.scaling == "longrope", "be False: only longrope has long factors"),
+            long_factors=(
+                (self.scaling == "longrope") == bool(self.long_factors)
+                and len(self.long_factors) == len(self.short_factors),
+                f"be as many as short_factors={self.short_factors}, and none without scaling='longrope'",
+            ),
+            partial=(0 < self.partial <= 1, "be above 0 and at most 1"),
         )
+
+    def planes(self, head_dim: int) -> int:
+        """Planes of a head that are turned: half of the numbers that are.
+
+        Raises:
+            ValueError: they are no whole number, or another than there are factors.
+        """
+        turned = int(head_dim * self.partial)
+        if turned < 2 or turned % 2:
+            raise ValueError(
+                f"rope.partial={self.partial} of head_dim={head_dim} is {turned}: it must be even, as planes"
+            )
+        if self.scaling == "longrope" and len(self.short_factors) != turned // 2:
+            raise ValueError(
+                f"rope has {len(self.short_factors)} short_factors for the {turned // 2} planes of head_dim={head_dim}"
+            )
+        return turned // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +213,8 @@ class ModelConfig:
     """Longest sequence the checkpoint was made for."""
     norm_eps: float = 1e-5
     """ε of the RMS norms."""
+    norm_offset: float = 0.0
+    """Added to the scales of the RMS norms, which are stored without it (Gemma: 1)."""
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
     """The kinds of the layers: of each, or of the first few, after which they begin again. Kept as the shortest such
     period: `kinds` has that of each layer."""
@@ -187,6 +222,10 @@ class ModelConfig:
     """What layers have whose kind says `experts`."""
     qk_norm: bool = False
     """RMS norm over H on queries and keys, before the rotation (Qwen3)."""
+    qk_norm_over_heads: bool = False
+    """That norm is over all heads at once, N·H numbers of queries and K·H of keys (OLMo 2)."""
+    query_scalar: float | None = None
+    """s in the scores q·k/√s; `None`: H, the head size (Gemma's `query_pre_attn_scalar`)."""
     attention_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     output_bias: bool = False
@@ -195,6 +234,8 @@ class ModelConfig:
     """Bias on the MLP's projections."""
     tie_embeddings: bool = False
     """Use the embedding as the LM head."""
+    scale_embeddings: bool = False
+    """Multiply the embeddings of tokens by √D, rounded to the type of activations, and not the LM head (Gemma)."""
     attention_softcap: float | None = None
     """c in c·tanh(logits/c) of the attention."""
     logit_softcap: float | None = None
@@ -225,6 +266,9 @@ class ModelConfig:
     log-probs of both are the same numbers, to the last bit, in whatever batch. Slower; gradients are the usual ones."""
     known_tokens: int | None = None
     """Ids from here on are impossible: the embedding is longer than the tokenizer. `None`: all V are possible."""
+    family: str | None = dataclasses.field(default=None, compare=False)
+    """`model_type` of the checkpoint that the model came from, as which it is exported if that can express it. Models
+    are equal whatever they came from."""
     lora: LoraConfig | None = None
     """Adapters beside the weights of each block, or none; parameters that lack them are those of the base alone."""
 
@@ -233,12 +277,17 @@ class ModelConfig:
         sizes = ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         positives = (*sizes, "max_position_embeddings", "norm_eps")
         check_fields("ModelConfig", self, **{field: positive(getattr(self, field)) for field in positives})
-        softcaps = ("attention_softcap", "logit_softcap")
-        check_fields("ModelConfig", self, **{cap: positive(getattr(self, cap), optional=True) for cap in softcaps})
+        optional = ("attention_softcap", "logit_softcap", "query_scalar")
+        check_fields("ModelConfig", self, **{name: positive(getattr(self, name), optional=True) for name in optional})
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        for kind in self.layer_kinds:
+            if kind.rope is not None:
+                kind.rope.planes(self.head_dim)
+        if self.qk_norm_over_heads and not self.qk_norm:
+            raise ValueError("qk_norm_over_heads=True is of the norm on queries and keys: set qk_norm=True, too")
         if not 1 <= len(self.layer_kinds) <= self.num_layers:
             raise ValueError(
                 f"layer_kinds has {len(self.layer_kinds)} entries for num_layers={self.num_layers}: give that of each "
@@ -300,12 +349,49 @@ class ModelConfig:
         return tuple(itertools.islice(itertools.cycle(self.layer_kinds), self.num_layers))
 
     @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that the model reads as it was trained to.
+
+        That is `max_position_embeddings`; with longrope's short factors, the original context.
+        """
+        short = [
+            kind.rope.original_max_position_embeddings or 0
+            for kind in self.layer_kinds
+            if kind.rope is not None and kind.rope.scaling == "longrope" and not kind.rope.long
+        ]
+        return min(self.max_position_embeddings, *short) if short else self.max_position_embeddings
+
+    @property
+    def way_to_longer(self) -> str:
+        """How texts may be longer than `longest_text`, for errors; empty where they may not."""
+        most = self.max_position_embeddings
+        return "" if self.longest_text == most else f" (model.long_rope=True: {most}, with longrope's long factors)"
+
+    def with_long_rope(self) -> ModelConfig:
+        """The model whose layers turn all texts by longrope's long factors.
+
+        Raises:
+            ValueError: no layer has them.
+        """
+
+        def one(kind: LayerKind) -> LayerKind:
+            if kind.rope is None or kind.rope.scaling != "longrope":
+                return kind
+            return dataclasses.replace(kind, rope=dataclasses.replace(kind.rope, long=True))
+
+        kinds = tuple(map(one, self.layer_kinds))
+        if kinds == self.layer_kinds:
+            raise ValueError("model.long_rope=True would have no effect: this model has no longrope; leave it out")
+        return dataclasses.replace(self, layer_kinds=kinds)
+
+    @property
     def num_parameters(self) -> int:
         """Number of scalars, a tied embedding counted once, adapters left out."""
         d, f, h = self.embed_dim, self.mlp_dim, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
         attention = d * (qkv + self.num_heads * h)
-        attention += 2 * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
+        normed = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2
+        attention += normed * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
         dense = sum(not kind.experts for kind in self.kinds)
         mlps = dense * (2 * f + d) * self.mlp_bias + sum(self.mlp_weights(kind) for kind in self.kinds)
         norms = sum(4 if kind.norms == "sandwich" else 2 for kind in self.kinds)

@@ -13,23 +13,29 @@ from jaxrl_llm.models.config import RopeConfig
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each position's angles, both float32 `[..., H/2]`."""
+    """Cosine and sine of each position's angles, both float32 `[..., planes]`: H/2 of them, or fewer."""
 
     cos: jax.Array
     sin: jax.Array
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies of the H/2 planes, and the factor on cos and sin.
+    """Angular frequencies of the planes that are turned, and the factor on cos and sin.
 
     ω_i = θ^(−2i/H), then scaled: `linear` divides all by the factor (Chen et al. 2023); `llama3` divides
     the long wavelengths, keeps the short ones and blends between (Llama 3.1); `yarn` does so by rotations
-    within the original context and multiplies cos and sin by 0.1·ln(factor) + 1 (Peng et al. 2023).
+    within the original context and multiplies cos and sin by 0.1·ln(factor) + 1 (Peng et al. 2023); `longrope` divides
+    each by a factor of its own, and multiplies cos and sin by √(1 + ln(factor) / ln(original context)) (Ding et al.
+    2024). Where but a part of a head is turned, H is the size of that part.
     Computed in float32, as the reference implementations do, so that long positions agree.
 
     Returns:
-        `([H/2] float32 radians per position, attention factor)`.
+        `([planes] float32 radians per position, attention factor)`.
+
+    Raises:
+        ValueError: as `RopeConfig.planes`.
     """
+    head_dim = 2 * rope.planes(head_dim)
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1.0) / np.power(np.float32(rope.theta), exponent)
     if rope.scaling == "none":
@@ -38,6 +44,8 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
         return inverse / np.float32(rope.factor), 1.0
     if rope.scaling == "llama3":
         return _llama3(rope, inverse), 1.0
+    if rope.scaling == "longrope":
+        return _longrope(rope, head_dim), _longrope_attention_factor(rope)
     return _yarn(rope, inverse, head_dim), _yarn_attention_factor(rope)
 
 
@@ -48,6 +56,19 @@ def _llama3(rope: RopeConfig, inverse: np.ndarray) -> np.ndarray:
     blended = (1 - ramp) * inverse / rope.factor + ramp * inverse
     scaled = np.where(wavelength > length / rope.low_freq_factor, inverse / rope.factor, blended)
     return np.where(wavelength < length / rope.high_freq_factor, inverse, scaled).astype(np.float32)
+
+
+def _longrope(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    factors = np.array(rope.long_factors if rope.long else rope.short_factors, np.float32)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1.0) / (factors * np.power(np.float32(rope.theta), exponent))
+
+
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    original = rope.original_max_position_embeddings or 0
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
 
 
 def _yarn(rope: RopeConfig, inverse: np.ndarray, head_dim: int) -> np.ndarray:
@@ -87,8 +108,10 @@ def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> Rotation:
 
 
 def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
-    """Turns the planes (i, i + H/2) of `x` `[..., heads, H]` by `turn` `[..., H/2]`, in float32."""
+    """Turns the planes (i, i + R) of `x` `[..., heads, H]` by `turn` `[..., R]`, in float32; the rest stays."""
     cos, sin = turn.cos[..., None, :], turn.sin[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    planes = cos.shape[-1]
+    ends = [end for end in (planes, 2 * planes) if end < x.shape[-1]]
+    first, second, *rest = jnp.split(x.astype(jnp.float32), ends, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)
     return turned.astype(x.dtype)

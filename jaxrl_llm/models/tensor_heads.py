@@ -54,6 +54,8 @@ def with_whole_heads(params: Params, config: ModelConfig) -> Params:
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         *_, module, projection, name = [None, None, *(getattr(entry, "key", None) for entry in path)]
+        if (module, projection) == ("attention", "key_norm") and config.qk_norm_over_heads:
+            return _repeat(leaf, heads, ("norm",), config.head_dim)  # its mean is that of the heads that there were
         if module != "attention" or projection not in ("key", "value") or name not in _AXES:
             return leaf
         return _repeat(leaf, heads, _AXES[name], config.head_dim)

@@ -173,12 +173,21 @@ class Transformer:
         between, splits_time = (None,) * (tokens.ndim - 1), context_shards() > 1
         if splits_time:
             tokens = constrain(tokens, "rows_of_replica", *between)
-        x = look_up(params["embed"]["weight"], tokens).astype(self.config.dtype)
+        x = self._scaled(look_up(params["embed"]["weight"], tokens).astype(self.config.dtype))
         x = constrain(x, "rows_of_replica", *between, "embed")
         if splits_time:  # dealt first, since XLA does not deal both at once
             between = ("time", *between[1:])
             x = constrain(x, "rows_of_replica", *between, "embed_of_context")
         return constrain(x, "rows", *between, None)
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        """Embeddings as layers read them."""
+        if not self.config.scale_embeddings:
+            return x
+        narrow = jnp.finfo(self.config.dtype)
+        factor = jnp.asarray(self.config.embed_dim**0.5, self.config.dtype).astype(jnp.float32)
+        # The product rounded for certain: XLA may leave out a rounding that it finds between two of its loops.
+        return jax.lax.reduce_precision(x.astype(jnp.float32) * factor, narrow.nexp, narrow.nmant).astype(x.dtype)
 
     def rotations(self, positions: jax.Array) -> dict[RopeConfig | None, Rotation | None]:
         """Rotary angles of `positions` for each rotary embedding that layers have."""

@@ -221,16 +221,16 @@ class Sampler:
         Raises:
             ValueError: it has not.
         """
-        limit = self.model.config.max_position_embeddings
+        limit, way = self.model.config.longest_text, self.model.config.way_to_longer
         if width > limit:
             raise ValueError(
-                f"max_prompt_length={width} is more than the model's {limit} positions, and prompts are padded to it; "
-                f"lower it (the longest prompt has {longest} tokens)"
+                f"max_prompt_length={width} is more than the model's {limit} positions{way}, and prompts are padded to "
+                f"it; lower it (the longest prompt has {longest} tokens)"
             )
         if longest + self.config.max_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and sampling.max_tokens={self.config.max_tokens} exceed the "
-                f"model's {limit} positions; shorten one of them"
+                f"model's {limit} positions{way}; shorten one of them"
             )
 
     def row_split(self, prompts: int) -> int:

@@ -158,7 +158,8 @@ class OfflineTrainer:
         Raises:
             ValueError: a token or a position that the model does not have, or fields that the objective misses.
         """
-        vocabulary, positions = self.model.config.vocab_size, self.model.config.max_position_embeddings
+        vocabulary, positions = self.model.config.vocab_size, self.model.config.longest_text
+        way = self.model.config.way_to_longer
         for served in batches_in_order(dataset, batch_size=min(1024, len(dataset))):
             rows = served.rows
             if self.objective.needs_reference and not hasattr(rows, "ref_logprobs"):
@@ -168,7 +169,7 @@ class OfflineTrainer:
             prompts = np.arange(rows.prompt.shape[1]) < rows.prompt_lengths[:, None]
             ends = rows.prompt_lengths + lengths.max(axis=1)
             for wrong, problem in (
-                (ends > positions, f"has {ends.max()} tokens, more than the model's {positions} positions"),
+                (ends > positions, f"has {ends.max()} tokens, more than the model's {positions} positions{way}"),
                 (
                     np.any(_outside(rows.prompt, vocabulary) & prompts, axis=1)
                     | np.any(_outside(rows.completion, vocabulary) & used, axis=(1, 2)),

@@ -169,7 +169,7 @@ class Trainer:
         self.feedback = FeedbackSource(algorithm, rewards, self.device_rewards, judge, tokenizer)
         self.feedback.check(dataset, dynamic_sampling=self.config.dynamic_sampling)
         if (itself := self_teacher_of(algorithm)) is not None:
-            check_positions(itself, model.config.max_position_embeddings, sampling.max_tokens)
+            check_positions(itself, model.config.longest_text, sampling.max_tokens)
         self.saved = setup.find()
         self._first_step = self.saved.step + 1 if self.saved else 1
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)

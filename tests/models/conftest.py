@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
+from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.transformer import Transformer
+
 GOLDEN = Path(__file__).with_name("golden")
 
 
@@ -58,6 +62,17 @@ def checkpoint(
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_case() -> Callable[[str, Path], tuple[Transformer, Params]]:
+    """Loads the folder of a golden case for texts of its length: past its context, longrope is a setting of ours."""
+
+    def load(case: str, folder: Path) -> tuple[Transformer, Params]:
+        model, params = from_pretrained(folder)
+        return (Transformer(model.config.with_long_rope()) if case.endswith("longrope_long") else model), params
+
+    return load
 
 
 _TO_GGUF = {  # as llama.cpp's converter names them

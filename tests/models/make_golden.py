@@ -43,6 +43,13 @@ def _rope(kind: str, **entries: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **entries}}
 
 
+_SOFTCAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 8.0}
+_FACTORS = {"short_factor": [1.0, 1.25, 2.0], "long_factor": [1.5, 3.0, 8.0]}
+_LONGROPE = {
+    "original_max_position_embeddings": 32,
+    **_rope("longrope", partial_rotary_factor=0.75, original_max_position_embeddings=32, **_FACTORS),
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_mha": (
@@ -92,6 +99,50 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_MOE, "num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts_per_tok": 3, "head_dim": 12},
     ),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 11, "sliding_window": 5, **_SOFTCAPS}),
+    "gemma2_plain": (
+        "gemma2",
+        {
+            "head_dim": 12,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+        },
+    ),
+    "gemma3_long": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 6,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2_bias_mha": ("olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "rms_norm_eps": 1e-5}),
+    "smollm3_window": (
+        "smollm3",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "phi3": ("phi3", {"num_key_value_heads": 4, "sliding_window": 6}),
+    "phi3_partial_tied": ("phi3", {"tie_word_embeddings": True, **_rope("default", partial_rotary_factor=0.5)}),
+    "phi3_longrope": ("phi3", {"max_position_embeddings": 128, **_LONGROPE}),
+    "phi3_longrope_long": ("phi3", {"max_position_embeddings": 128, **_LONGROPE}),
     "qwen3_tied_bias": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 }
 """Name → model_type, and what differs from the base. Cases named `long` run past the original context."""

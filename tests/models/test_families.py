@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.checkpoints.pretrained import from_pretrained
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.families import FAMILIES, family_for, family_of
 from jaxrl_llm.models.rows import PaddedLayout
@@ -37,8 +36,8 @@ def plain_rows(batch: dict[str, np.ndarray], sequences: list[list[np.ndarray]]) 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_pytorch(case, checkpoint, golden_module):
-    transformer, params = from_pretrained(checkpoint(case))
+def test_logits_equal_pytorch(case, checkpoint, golden_module, load_case):
+    transformer, params = load_case(case, checkpoint(case))
     batch, expected = read_golden(case)
 
     @jax.jit
@@ -76,13 +75,25 @@ def test_every_case_has_a_golden_file(golden_module):
         ("mistral_window", {"window": 6}),
         ("qwen2_upper_window", {"window": 4}),
         ("llama_biases", {"activation": "silu"}),
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"logit_softcap": None}),
+        ("gemma2", {"query_scalar": None}),
+        ("gemma2", {"norm_offset": 0.0}),
+        ("gemma2", {"scale_embeddings": False}),
+        ("gemma3_long", {"rope": RopeConfig(1000.0, "linear", 8.0)}),
+        ("smollm3", {"rope": RopeConfig(2e6)}),
+        ("phi3", {"window": None}),
+        ("phi3_partial_tied", {"rope": RopeConfig()}),
+        ("phi3_longrope_long", {"rope": RopeConfig(partial=0.75)}),
     ],
 )
-def test_golden_logits_depend_on_what_they_check(case, change, checkpoint, golden_module):
+def test_golden_logits_depend_on_what_they_check(case, change, checkpoint, golden_module, load_case):
     """A model that ignored the setting would fail the comparison by a wide margin."""
-    transformer, params = from_pretrained(checkpoint(case))
-    kinds = tuple(dataclasses.replace(kind, **change) for kind in transformer.config.layer_kinds)
-    other = Transformer(dataclasses.replace(transformer.config, layer_kinds=kinds))
+    transformer, params = load_case(case, checkpoint(case))
+    of_kind = {field: value for field, value in change.items() if field in LayerKind.__dataclass_fields__}
+    of_model = {field: value for field, value in change.items() if field not in of_kind}
+    kinds = tuple(dataclasses.replace(kind, **of_kind) for kind in transformer.config.layer_kinds)
+    other = Transformer(dataclasses.replace(transformer.config, layer_kinds=kinds, **of_model))
     batch, expected = read_golden(case)
     row = plain_rows(batch, golden_module.sequences(batch))[:1]  # the longest, without padding
     ours = np.asarray(jax.jit(other.logits)(params, row))[0, -len(expected[0]) :]
@@ -94,10 +105,14 @@ def test_config_survives_both_spellings(case, golden_config):
     """transformers 5 (rope_parameters, layer_types), 4 (rope_theta, rope_scaling), and what we export."""
     new = golden_config(case)
     config = family_of(new).read_config(new)
-    rope = dict(new["rope_parameters"])
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
+    rope = dict(new["rope_parameters"])
+    if "full_attention" in rope:
+        old |= {"sliding_window_pattern": 3, "rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        rope = dict(rope["full_attention"])
     old |= {
         "rope_theta": rope.pop("rope_theta"),
+        "partial_rotary_factor": rope.pop("partial_rotary_factor", None),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
     }
     assert family_of(old).read_config(old) == config
@@ -122,11 +137,20 @@ def test_config_survives_both_spellings(case, golden_config):
         ("qwen2", "qwen2"),
         ("qwen2_upper_window", "qwen2"),
         ("qwen3", "qwen3"),
+        ("gemma2_plain", "gemma2"),
+        ("gemma3_long", "gemma3_text"),
+        ("olmo2", "olmo2"),
+        ("smollm3", "smollm3"),
+        ("phi3", "mistral"),  # but for what its tensors are called
+        ("phi3_partial_tied", "phi3"),
     ],
 )
 def test_family_of_export(case, expected, golden_config):
     config = golden_config(case)
-    assert family_for(family_of(config).read_config(config)).model_type == expected
+    config = family_of(config).read_config(config)
+    assert family_for(config).model_type == expected
+    own = golden_config(case)["model_type"]
+    assert family_for(dataclasses.replace(config, family=own)).model_type == own
 
 
 def test_transformers_reads_the_exported_config_as_the_original(golden_config, golden_module):
@@ -140,7 +164,8 @@ def test_transformers_reads_the_exported_config_as_the_original(golden_config, g
         if family.model_type != model_type:
             continue
         ours = auto.for_model(**{"model_type": model_type, **family.write_config(config)}).to_dict()
-        spelt_anew = {"rope_theta", "rope_scaling", "rope_parameters", "max_window_layers", "num_experts"}
+        spelt_anew = {"rope_theta", "rope_scaling", "rope_parameters", "max_window_layers", "hidden_act"}
+        spelt_anew |= {"rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern", "num_experts"}
         for key in set(family.write_config(config)) - spelt_anew:
             assert ours[key] == original.get(key, ours[key]), (case, key)
         rope = {key: value for key, value in original["rope_parameters"].items() if value is not None}
@@ -204,12 +229,15 @@ def test_known_checkpoints():
     ("case", "change", "message"),
     [
         ("llama", {"model_type": "gpt2"}, "'gpt2'.*known: llama, mistral, qwen2, qwen3"),
+        ("llama", {"model_type": "gemma3"}, "the nearest is 'gemma3_text'"),
+        ("llama", {"model_type": "ministral"}, "did you mean 'mistral'"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act='relu2'.*silu"),
         ("llama", {"hidden_size": None}, "hidden_size=None must be a whole number"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope'.*linear, llama3, yarn"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'short_factor' is missing"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic'.*linear, llama3, yarn, longrope"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "'factor' is missing"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'low_freq_factor'"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
@@ -218,6 +246,14 @@ def test_known_checkpoints():
         ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
         ("qwen3", {"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "1 entries for num_hidden_layers=2"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3_long", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50"),
+        ("gemma3_long", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.*full_attention"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear' is none of Phi-3's"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "partial=0.4 of head_dim=8 is 3"),
+        ("phi3_longrope", {"num_attention_heads": 2}, "3 short_factors for the 6 planes of head_dim=16"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries"),
     ],
 )
 def test_what_is_not_implemented_is_named(case, change, message, golden_config):

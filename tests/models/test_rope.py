@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -21,6 +22,16 @@ LLAMA3 = RopeConfig(
     high_freq_factor=4.0,
 )
 YARN = RopeConfig(theta=10_000.0, scaling="yarn", factor=4.0, original_max_position_embeddings=2048)
+
+
+LONG = RopeConfig(
+    scaling="longrope",
+    factor=32.0,
+    original_max_position_embeddings=4096,
+    short_factors=tuple(1 + i / 8 for i in range(24)),
+    long_factors=tuple(1 + i for i in range(24)),
+    partial=0.75,
+)
 
 
 def plain(theta: float, head_dim: int) -> list[float]:
@@ -66,6 +77,23 @@ def test_frequencies_equal_the_equations(rope, expected):
     omega, _ = frequencies(rope, 64)
     assert omega.shape == (32,)
     np.testing.assert_allclose(omega, expected, rtol=2e-5)
+
+
+def test_longrope_divides_each_plane_by_its_own_factor():
+    """Of 64 numbers 48 are turned."""
+    turned = np.array(plain(10_000.0, 48))
+    for rope, factors in ((LONG, LONG.short_factors), (dataclasses.replace(LONG, long=True), LONG.long_factors)):
+        omega, factor = frequencies(rope, 64)
+        np.testing.assert_allclose(omega, turned / np.array(factors), rtol=2e-5)
+        assert factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+def test_partial_rotation_leaves_the_rest_of_a_head():
+    x = np.random.default_rng(0).normal(size=(3, 2, 8)).astype(np.float32)
+    ours = rotate(jnp.asarray(x), rotation(RopeConfig(partial=0.5), 8, jnp.arange(3)))
+    np.testing.assert_array_equal(ours[..., 4:], x[..., 4:])
+    whole = rotate(jnp.asarray(x[..., :4]), rotation(RopeConfig(), 4, jnp.arange(3)))
+    np.testing.assert_array_equal(ours[..., :4], whole)
 
 
 def test_llama3_and_yarn_keep_fast_planes_and_divide_slow_ones():
@@ -144,6 +172,9 @@ def test_rotation_is_float32_and_keeps_the_type_of_what_it_turns():
         ({"scaling": "dynamic"}, "'dynamic' is not one of"),
         ({"scaling": "llama3", "factor": 8.0}, "original_max_position_embeddings"),
         ({"scaling": "yarn", "factor": 8.0}, "original_max_position_embeddings"),
+        ({"scaling": "longrope", "original_max_position_embeddings": 8}, "long_factors"),
+        ({"long": True}, "only longrope has long factors"),
+        ({"partial": 0.0}, "partial=0.0"),
     ],
 )
 def test_impossible_settings_raise(settings, message):

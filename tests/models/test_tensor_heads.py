@@ -24,6 +24,10 @@ CASES = {
         {"num_kv_heads": 2, "qk_norm": True, "attention_bias": True, "lora": LoraConfig(rank=2)},
         {"fsdp": 2, "tensor": 4},
     ),
+    "norm over 2 to 4": (
+        {"num_kv_heads": 2, "qk_norm": True, "qk_norm_over_heads": True, "norms": "post", "norm_offset": 1.0},
+        {"fsdp": 2, "tensor": 4},
+    ),
     "3 to 6": ({"num_heads": 6, "num_kv_heads": 3}, {"data": 2, "fsdp": 2, "tensor": 2}),
 }
 """Heads of keys and values, and of how many there must be; where two heads lie on three devices, for one."""

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     peft = pytest.importorskip("peft", reason="PEFT is needed only to compare with it: pip install peft")
 
 TOLERANCE = 1e-4
-CASES = ["llama_biases", "mistral", "qwen2", "qwen3_tied_bias"]
+CASES = ["llama_biases", "mistral", "qwen2", "qwen3_tied_bias", "gemma2", "olmo2", "phi3_partial_tied"]
 MIXTURES = ["mixtral", "qwen3_moe"]
 
 # transformers, torch and PEFT warn of their own deprecations; ours stay errors in every other file
@@ -77,7 +77,11 @@ def test_peft_reads_ours(case: str, use_rslora: bool, golden_module: Any, tokens
     np.testing.assert_allclose(theirs(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "gate_proj", "down_proj"], r".*\.(q_proj|up_proj)"])
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["k_proj", "qkv_proj", "gate_proj", "down_proj"], r".*\.(q_proj|up_proj|gate_up_proj)"],
+    ids=["all", "some", "pattern"],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_we_read_pefts(case: str, targets: Any, golden_module: Any, tokens: np.ndarray, tmp_path: Any) -> None:
     base = golden_module.torch_model(case)

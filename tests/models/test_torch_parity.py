@@ -43,11 +43,11 @@ def padded_logits(model, rows):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_directions(case, golden_module, tmp_path):
+def test_both_directions(case, golden_module, tmp_path, load_case):
     """PyTorch's folder gives us its logits, padded rows included; our folder gives PyTorch the same bits."""
     model = golden_module.torch_model(case)
     model.save_pretrained(tmp_path / "torch")
-    transformer, params = from_pretrained(tmp_path / "torch")
+    transformer, params = load_case(case, tmp_path / "torch")
     rows = [row for group in golden_module.sequences(golden_module.tokens(case)) for row in group]
     expected = padded_logits(model, rows)
     tokens = np.zeros(expected.shape[:2], np.int32)
@@ -65,6 +65,31 @@ def test_both_directions(case, golden_module, tmp_path):
     assert state.keys() == original.keys()
     assert all(torch.equal(state[name], value) for name, value in original.items())
     np.testing.assert_array_equal(padded_logits(loaded, rows), expected)
+
+
+@pytest.mark.parametrize(
+    "case", ["gemma2", "gemma3_long", "olmo2", "smollm3_window", "phi3", "phi3_longrope", "phi3_longrope_long"]
+)
+def test_greedy_texts_are_those_of_generate(case, golden_module, tmp_path, load_case):
+    """Our sampler, its caches read layer by layer; prompts of different lengths at once."""
+    model = golden_module.torch_model(case)
+    model.save_pretrained(tmp_path / "torch")
+    transformer, params = load_case(case, tmp_path / "torch")
+    batch = golden_module.tokens(case)
+    sampling = SamplingConfig(max_tokens=8, temperature=0.0)
+    sampler = Sampler(transformer, sampling, group=1, stop_tokens=(), mesh=make_mesh(devices=jax.devices()[:1]))
+    rollout = sampler(params, batch["prompt"], batch["prompt_lengths"], np.zeros(2, np.uint32), 0)
+    for prompt, length, ours in zip(batch["prompt"], batch["prompt_lengths"], rollout.completion[:, 0], strict=True):
+        ids = torch.tensor(prompt[None, :length].astype(np.int64))
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert theirs[0, length:].tolist() == np.asarray(ours).tolist()
 
 
 @pytest.mark.parametrize("case", ["llama_llama3_long", "qwen2_upper_window", "qwen3_tied_bias"])

@@ -34,8 +34,11 @@ ARCHITECTURES = {
         "layer_kinds": (
             LayerKind(window=3),
             LayerKind(rope=None, norms="sandwich"),
-            LayerKind(rope=RopeConfig(theta=1e6), norms="post"),
+            LayerKind(rope=RopeConfig(theta=1e6, partial=0.5), norms="post"),
         ),
+        "norm_offset": 1.0,
+        "scale_embeddings": True,
+        "query_scalar": 9.0,
     },
     "qk_norm_yarn": {
         "qk_norm": True,
@@ -421,9 +424,14 @@ EVERYTHING = {
     "mlp_bias": True,
     "qk_norm": True,
 }
+OVER_HEADS = {"qk_norm": True, "qk_norm_over_heads": True}
+NORMS = {
+    "layers.attention.query_norm.scale": ("L", "NH"),
+    "layers.attention.key_norm.scale": ("L", "KH"),
+}
 
 
-@pytest.mark.parametrize(("changes", "names"), [({}, BARE), (EVERYTHING, BARE | OPTIONAL)])
+@pytest.mark.parametrize(("changes", "names"), [({}, BARE), (EVERYTHING, BARE | OPTIONAL), (OVER_HEADS, BARE | NORMS)])
 def test_parameter_tree(changes, names, tiny_config):
     config = tiny_config(num_layers=3, head_dim=6, **changes)
     model = Transformer(config)

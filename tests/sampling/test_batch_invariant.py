@@ -31,7 +31,13 @@ from jaxrl_llm.types import Rollout
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "bfloat16": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
+    "bfloat16": {
+        "dtype": "bfloat16",
+        "param_dtype": "bfloat16",
+        "scale_embeddings": True,
+        "norm_offset": 1.0,
+        "query_scalar": 7.0,
+    },
     "kinds": {
         "tie_embeddings": False,
         "vocab_size": 61,
@@ -39,11 +45,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attention_softcap": 1.5,
         "logit_softcap": 5.0,
         "known_tokens": 60,
-        "layer_kinds": (LayerKind(window=9), LayerKind(rope=None, norms="sandwich"), LayerKind(rope=RopeConfig(1e6))),
+        "layer_kinds": (
+            LayerKind(window=9),
+            LayerKind(rope=None, norms="sandwich"),
+            LayerKind(rope=RopeConfig(1e6, partial=0.5)),
+        ),
     },
     "bias_norms_unscanned": {
         "scan_layers": False,
         "qk_norm": True,
+        "qk_norm_over_heads": True,
         "attention_bias": True,
         "mlp_bias": True,
         "num_kv_heads": 2,

@@ -33,8 +33,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "layer_kinds": (
             LayerKind(window=3),
             LayerKind(rope=None, norms="sandwich"),
-            LayerKind(rope=RopeConfig(theta=1e6), norms="post"),
+            LayerKind(rope=RopeConfig(theta=1e6, partial=0.5), norms="post"),
         ),
+        "norm_offset": 1.0,
+        "scale_embeddings": True,
+        "query_scalar": 9.0,
     },
     "qk_norm_biases_yarn": {
         "qk_norm": True,

@@ -151,7 +151,7 @@ class BeamSearch:
             or lengths.max() > prompt.shape[1]
         ):
             raise ValueError(f"prompt lengths {lengths} do not fit prompts of shape {prompt.shape}")
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.longest_text
         if lengths.max() + self.max_tokens > limit:
             raise ValueError(
                 f"a prompt of {lengths.max()} tokens and sampling.max_tokens={self.max_tokens} exceed the model's "

@@ -29,7 +29,7 @@ from jaxrl_llm.models.entries import (
     shown,
     whole,
 )
-from jaxrl_llm.models.families.config_json import CONFIG, SCALINGS
+from jaxrl_llm.models.families.config_json import CONFIG
 from jaxrl_llm.models.rope import frequencies
 
 TENSOR_NAMES: Mapping[str, str] = {
@@ -72,7 +72,7 @@ METADATA: Table = {
     "attention.sliding_window": whole("tokens of the attention window", 0, 10**9),
     "rope.freq_base": number_between("base of the rotary embedding's wavelengths", 1, 1e30),
     "rope.dimension_count": whole("dimensions of a head that are rotated", 1, 10**4),
-    "rope.scaling.type": one_of("how the context was extended", "none", *SCALINGS),
+    "rope.scaling.type": one_of("how the context was extended", "none", "linear", "yarn"),
     "rope.scaling.factor": number("by how much the context was extended", 1, 1e6),
     "rope.scale_linear": number("older spelling of rope.scaling.factor, which is not read", 1, 1),
     "rope.scaling.original_context_length": whole("tokens of context before the extension", 1, 10**9),

@@ -240,37 +240,48 @@ def write_weights(
     placed: dict[str, str] = {}
     gathered: dict[str, np.ndarray] = {}
     for number, shard in enumerate(plan, start=1):
-        needed = {leaf.path for leaf, _ in shard}
+        needed = {leaf.path for parts in shard.values() for leaf, _ in parts}
         gathered = {path: gathered[path] if path in gathered else _gather(arrays[path]) for path in sorted(needed)}
         if folder is None:
             continue
         name = file if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        tensors = {
-            leaf.tensors[number]: gathered[leaf.path].reshape(-1, *leaf.tensor_shape)[number] for leaf, number in shard
-        }
         save_file(
-            {key: np.ascontiguousarray(value) for key, value in tensors.items()},
+            {tensor: _joined(parts, gathered) for tensor, parts in shard.items()},
             folder / name,
             {"format": "pt"},
         )
-        placed |= dict.fromkeys(tensors, name)
+        placed |= dict.fromkeys(shard, name)
     if folder is not None and len(plan) > 1:
         size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves(params, names, stack))
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
 
 
-def _plan_shards(tree: list[Leaf], max_bytes: int | None) -> list[list[tuple[Leaf, int]]]:
-    shards: list[list[tuple[Leaf, int]]] = [[]]
-    room = max_bytes = sys.maxsize if max_bytes is None else max_bytes
+_Parts = list[tuple[Leaf, int]]
+"""The parameters that a tensor holds, one below the other, and which of its tensors it is to each of them."""
+
+
+def _plan_shards(tree: list[Leaf], max_bytes: int | None) -> list[dict[str, _Parts]]:
+    """The tensors of each file."""
+    tensors: dict[str, _Parts] = {}
     for leaf in tree:
+        for number, tensor in enumerate(leaf.tensors):
+            tensors.setdefault(tensor, []).append((leaf, number))
+    shards: list[dict[str, _Parts]] = [{}]
+    room = max_bytes = sys.maxsize if max_bytes is None else max_bytes
+    for tensor, parts in tensors.items():
+        leaf = parts[0][0]
         size = int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
-        for number in range(len(leaf.tensors)):
-            if size > room and shards[-1]:
-                shards.append([])
-                room = max_bytes
-            shards[-1].append((leaf, number))
-            room -= size
+        if size > room and shards[-1]:
+            shards.append({})
+            room = max_bytes
+        shards[-1][tensor] = sorted(parts, key=lambda part: part[0].first_row)
+        room -= size
     return shards
+
+
+def _joined(parts: _Parts, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    found = [arrays[leaf.path].reshape(len(leaf.tensors), *leaf.own_shape)[number] for leaf, number in parts]
+    return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
 
 
 def _gather(array: jax.Array) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import jax
 from jax.experimental import multihost_utils
 
+from jaxrl_llm.models.checkpoints.fused_adapters import Parted, modules, names_read, to_peft, written_as
 from jaxrl_llm.models.checkpoints.hf import (
     SafetensorsSource,
     overwrite_problem,
@@ -88,16 +89,18 @@ def save_adapters(
     folder, lora = Path(os.path.expanduser(folder)), _lora_of(model)
     if not has_adapters(params):
         raise ValueError("these parameters have no adapters to save")
-    family, adapters = family_for(model.config), split_adapters(params)[0]
+    family, weights = family_for(model.config), model.base.abstract_params()
+    adapters = to_peft(split_adapters(params)[0], weights, family, lora)
+    stack = Transformer(dataclasses.replace(model.config, lora=written_as(family, lora))).stack
     names, writer = _tensor_names(family), jax.process_index() == 0
     problem = overwrite_problem(folder, overwrite=overwrite, marker=ADAPTER_CONFIG) if writer else None
     agree_on_problem(problem, folder)
     if writer:
         with replace_folder(folder) as staging:
-            write_weights(staging, adapters, names, model.stack, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
+            write_weights(staging, adapters, names, stack, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
             write_json(staging / ADAPTER_CONFIG, _describe(lora, family, base_name))
     else:
-        write_weights(None, adapters, names, model.stack, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
+        write_weights(None, adapters, names, stack, file=ADAPTER_WEIGHTS, max_shard_bytes=None)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapters {folder}")
     return folder
@@ -116,7 +119,8 @@ def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> Lor
     path = Path(os.path.expanduser(folder))
     settings = read_json(path / ADAPTER_CONFIG)
     _check_supported(settings, path / ADAPTER_CONFIG)
-    names, present = _tensor_names(family_for(config)), SafetensorsSource(path, ADAPTER_WEIGHTS).shapes
+    names = names_read(_tensor_names(family_for(config)))
+    present = Parted(SafetensorsSource(path, ADAPTER_WEIGHTS), names, config).shapes
     targets = tuple(
         target
         for target in get_args(LoraTarget)
@@ -164,8 +168,9 @@ def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Pa
     ]
     if differing:
         raise ValueError(f"the adapters in {path} are not those of this model: {'; '.join(differing)}")
-    source, abstract = SafetensorsSource(path, ADAPTER_WEIGHTS), split_adapters(model.abstract_params())[0]
-    wanted = leaves(abstract, _tensor_names(family_for(model.config)), model.stack)
+    names, abstract = names_read(_tensor_names(family_for(model.config))), split_adapters(model.abstract_params())[0]
+    source = Parted(SafetensorsSource(path, ADAPTER_WEIGHTS), names, model.config)
+    wanted = leaves(abstract, names, model.stack)
     placements = None if shardings is None else split_adapters(shardings)[0]
     arrays = load_leaves(source, wanted, placements, where=str(path))
     return join(without_adapters(params), jax.tree.unflatten(jax.tree.structure(abstract), arrays))
@@ -184,30 +189,26 @@ def _lora_of(model: Transformer) -> LoraConfig:
 
 def _tensor_names(family: Family) -> dict[str, str]:
     """Leaf of an adapter → name of its tensor, `{layer}` for each layer."""
-    names = {}
-    for path, tensor in family.tensor_names.items():
-        *room, target, kind = path.split(".")
-        if kind == "weight" and target in get_args(LoraTarget):
-            module = tensor.removesuffix(".weight")
-            for leaf in ADAPTERS:
-                names[".".join((*room, target, leaf))] = f"base_model.model.{module}.lora_{leaf[-1].upper()}.weight"
-    return names
+    return {
+        f"{path}.{leaf}": f"base_model.model.{module}.lora_{leaf[-1].upper()}.weight"
+        for module, paths in modules(family).items()
+        for path in paths
+        for leaf in ADAPTERS
+    }
 
 
 def _describe(lora: LoraConfig, family: Family, base_name: str | None) -> dict[str, Any]:
     """The entries of `adapter_config.json`."""
-    modules = {
-        path.split(".")[-2]: tensor.split(".")[-2]
-        for path, tensor in family.tensor_names.items()
-        if path.endswith(".weight")
-    }
+    places = {path.split(".")[-1]: module.split(".")[-1] for module, paths in modules(family).items() for path in paths}
+    lora = written_as(family, lora)
+    targets = {places[target] for target in lora.targets}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": sorted(modules[target] for target in lora.targets),
+        "target_modules": sorted(targets),
         "use_rslora": lora.use_rslora,
         "lora_dropout": 0.0,
         "bias": "none",

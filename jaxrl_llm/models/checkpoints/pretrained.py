@@ -96,7 +96,7 @@ def read_description(path: Path, *, causal: bool = True) -> tuple[Family, ModelC
     config = config if causal else {**config, "architectures": None}
     with errors_name(file):
         family = family_of(config)
-        return family, family.read_config(config)
+        return family, dataclasses.replace(family.read_config(config), family=family.model_type)
 
 
 def load_params(

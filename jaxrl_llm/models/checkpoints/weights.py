@@ -46,11 +46,20 @@ class Leaf(NamedTuple):
     """One tensor, or one for each layer that has the parameter, or for each expert of each layer."""
     stacked: int
     """Leading axes that are no tensor's own: 0, 1 (layers) or 2 (layers and experts)."""
+    first_row: int = 0
+    """Where it begins in a tensor that holds several parameters, one below the other."""
+    rows: int | None = None
+    """How many rows such a tensor has."""
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of what it has in each of the tensors."""
+        return self.shape[self.stacked :]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each of the tensors."""
-        return self.shape[self.stacked :]
+        return self.own_shape if self.rows is None else (self.rows, *self.own_shape[1:])
 
 
 def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
@@ -58,10 +67,11 @@ def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
 
     Args:
         tree: a model's parameters, or some of them.
-        names: parameter → tensor name, `{layer}` standing for each layer, `{expert}` for each expert.
+        names: parameter → tensor name, `{layer}` standing for each layer, `{expert}` for each expert. Parameters of one
+            name are its rows, one after another in this order.
         stack: says which layers have a parameter.
     """
-    found = []
+    found: dict[str, Leaf] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         if path not in names:
@@ -71,8 +81,17 @@ def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
         experts = range(leaf.shape[1]) if "{expert}" in names[path] else (None,)
         tensors = tuple(names[path].format(layer=layer, expert=expert) for layer in owners for expert in experts)
         stacked = (inner != path) + (experts != (None,))
-        found.append(Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors, stacked))
-    return found
+        found[path] = Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors, stacked)
+    sharing: dict[str, list[str]] = {}
+    for path, name in names.items():
+        if path in found:
+            sharing.setdefault(name, []).append(path)
+    for paths in sharing.values():
+        if len(paths) > 1:
+            starts = list(itertools.accumulate((found[path].tensor_shape[0] for path in paths), initial=0))
+            for path, start in zip(paths, starts, strict=False):
+                found[path] = found[path]._replace(first_row=start, rows=starts[-1])
+    return list(found.values())
 
 
 def load_weights(
@@ -189,10 +208,13 @@ def _load_leaf(reader: _Reader, leaf: Leaf, sharding: jax.sharding.Sharding | No
 def _read_slice(reader: _Reader, leaf: Leaf, index: Index) -> np.ndarray:
     bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
     out = np.empty([stop - start for start, stop, _ in bounds], leaf.dtype)
+    place = tuple(slice(start, stop, step) for start, stop, step in bounds[leaf.stacked :])
+    if leaf.first_row:
+        place = slice(place[0].start + leaf.first_row, place[0].stop + leaf.first_row, place[0].step), *place[1:]
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named
         wanted = np.arange(len(leaf.tensors)).reshape(leaf.shape[: leaf.stacked])[index[: leaf.stacked]]
-        for place, tensor in np.ndenumerate(wanted):
-            reader.read(leaf.tensors[tensor], index[leaf.stacked :], out[(*place, ...)])
+        for number, tensor in np.ndenumerate(wanted):
+            reader.read(leaf.tensors[tensor], place, out[(*number, ...)])
     return out
 
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+
+from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.entries import Json, check_entries, shown
 from jaxrl_llm.models.families.base import Family
 from jaxrl_llm.models.families.config_json import CONFIG
+from jaxrl_llm.models.families.gemma2 import GEMMA2
+from jaxrl_llm.models.families.gemma3 import GEMMA3
 from jaxrl_llm.models.families.llama import LLAMA
 from jaxrl_llm.models.families.mistral import MISTRAL
 from jaxrl_llm.models.families.mixtral import MIXTRAL
+from jaxrl_llm.models.families.olmo2 import OLMO2
+from jaxrl_llm.models.families.phi3 import PHI3
 from jaxrl_llm.models.families.qwen2 import QWEN2
 from jaxrl_llm.models.families.qwen3 import QWEN3
 from jaxrl_llm.models.families.qwen3_moe import QWEN3_MOE
+from jaxrl_llm.models.families.smollm3 import SMOLLM3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL)
-"""All families; the first that expresses a configuration is the one that it is exported as."""
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3),
+    *(QWEN3_MOE, MIXTRAL),
+    *(GEMMA2, GEMMA3, OLMO2, SMOLLM3, PHI3),
+)
+"""All families; of those that express a configuration, the one that it came from or else the first is its export."""
 
 
 def family_of(config: Json) -> Family:
@@ -31,6 +43,7 @@ def family_of(config: Json) -> Family:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise ValueError(
             f"model_type={shown(model_type)} (architectures={shown(architectures)}) is not supported; known: {known}"
+            f"{_nearest(str(model_type))}"
         )
     if architectures and family.architecture not in architectures:
         scores = any("Classification" in str(name) for name in architectures)
@@ -44,20 +57,30 @@ def family_of(config: Json) -> Family:
     return family
 
 
+def _nearest(model_type: str, alike: int = 3) -> str:
+    """Names the family whose name begins most like another one, which is how families are called by generation."""
+    names = [family.model_type for family in FAMILIES]
+    pairs = {name: zip(name, model_type.lower(), strict=False) for name in names}
+    begin = {name: len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs[name])]) for name in names}
+    best = max(names, key=lambda name: begin[name])
+    return f"; the nearest is {best!r}" if begin[best] >= alike else nearest_name(model_type, names)
+
+
 def family_for(config: ModelConfig) -> Family:
     """The family as which a model of this configuration is exported.
 
     Raises:
         ValueError: none of them can have this configuration.
     """
-    for family in FAMILIES:
-        if family.expresses(config):
-            return family
+    possible = [family for family in FAMILIES if family.expresses(config)]
+    if possible:
+        return next((family for family in possible if family.model_type == config.family), possible[0])
     traits = {
         name: getattr(config, name)
         for name in (
             *("embed_dim", "num_heads", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
             *("layer_kinds", "experts", "attention_softcap", "logit_softcap"),
+            *("norm_offset", "scale_embeddings", "query_scalar"),
         )
     }
     raise ValueError(

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxrl_llm.models.config import LayerKind, ModelConfig
+from jaxrl_llm.models.config import LayerKind, ModelConfig, Norms, RopeConfig
 from jaxrl_llm.models.entries import Json, require, shown
 from jaxrl_llm.models.families.config_json import ACTIVATIONS
 from jaxrl_llm.models.families.rope import read_rope, write_rope
@@ -54,7 +54,7 @@ class Family:
     expresses: Callable[[ModelConfig], bool]
     """Whether a checkpoint of this family can have this configuration."""
     tensor_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: DECODER_NAMES)
-    """Parameter → tensor name."""
+    """Parameter → tensor name. Parameters of one name are its rows, one after another in this order."""
 
 
 def read_decoder(config: Json) -> dict[str, Any]:
@@ -98,24 +98,49 @@ def read_decoder(config: Json) -> dict[str, Any]:
     }
 
 
-def read_kinds(config: Json, windows: Sequence[int | None] = (None,)) -> tuple[LayerKind, ...]:
+def read_kinds(
+    config: Json, windows: Sequence[int | None] = (None,), *, norms: Norms = "pre", partial: bool = False
+) -> tuple[LayerKind, ...]:
     """The kinds of layers that differ in their windows alone.
 
     Args:
         config: entries that `CONFIG` allows.
         windows: of each layer, or one for all.
+        norms: of all layers.
+        partial: as for `read_rope`.
 
     Raises:
         ValueError: as in `read_rope`.
     """
-    rope, activation = read_rope(config), ACTIVATIONS[config.get("hidden_act", "silu")]
-    return tuple(LayerKind(window, rope, activation) for window in windows)
+    rope, activation = read_rope(config, partial=partial), ACTIVATIONS[config.get("hidden_act", "silu")]
+    return tuple(LayerKind(window, rope, activation, norms) for window in windows)
+
+
+def read_sliding(config: Json, by_number: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Whether each layer has the sliding window: as `layer_types` says, or where that is absent, by its number.
+
+    Raises:
+        ValueError: `layer_types` has not as many entries as there are layers.
+    """
+    layers, types = require(config, "num_hidden_layers"), config.get("layer_types")
+    if types is None:
+        return tuple(map(by_number, range(layers)))
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers={layers}")
+    return tuple(kind == "sliding_attention" for kind in types)
+
+
+def write_layer_types(config: ModelConfig) -> list[str]:
+    """`layer_types`, of each layer whether it has a window."""
+    return ["full_attention" if kind.window is None else "sliding_attention" for kind in config.kinds]
 
 
 def write_decoder(config: ModelConfig) -> dict[str, Any]:
-    """The entries of `config.json` that all families spell alike: the inverse of `read_decoder` and `read_kinds`."""
+    """The entries of `config.json` that all families spell alike: the inverse of `read_decoder` and `read_kinds`.
+
+    The rotary embedding is that of the first layer that has one.
+    """
     kind = config.layer_kinds[0]
-    assert kind.rope is not None  # `plain_kinds`
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -129,22 +154,25 @@ def write_decoder(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu" if kind.activation == "silu" else "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
-        **write_rope(kind.rope),
+        **write_rope(next((kind.rope for kind in config.layer_kinds if kind.rope is not None), RopeConfig())),
     }
 
 
 def plain_logits(config: ModelConfig) -> bool:
-    """Whether no soft-cap is set: none of these families has one."""
-    return config.attention_softcap is None and config.logit_softcap is None
+    """Whether the model has none of Gemma's soft-caps and factors: no other family here has them."""
+    factors = config.attention_softcap, config.logit_softcap, config.query_scalar
+    return factors == (None, None, None) and not config.norm_offset and not config.scale_embeddings
 
 
-def plain_kinds(config: ModelConfig, *, experts: bool = False) -> bool:
-    """Whether layers differ in their windows alone, have Llama's norms and turn queries and keys.
+def plain_kinds(config: ModelConfig, *, partial: bool = False, experts: bool = False) -> bool:
+    """Whether layers differ in their windows alone, have Llama's norms and turn queries and keys, whole or `partial`.
 
-    With `experts`, they may differ in that some have experts, and some have.
+    Norms on queries and keys, if any, are over each head. With `experts`, layers may differ in that some have experts,
+    and some have.
     """
     kinds = {dataclasses.replace(kind, window=None, experts=False) for kind in config.layer_kinds}
-    alike = len(kinds) == 1 and all(kind.rope is not None and kind.norms == "pre" for kind in kinds)
+    turned = all(kind.rope is not None and (partial or kind.rope.partial == 1) for kind in kinds)
+    alike = len(kinds) == 1 and turned and kinds.pop().norms == "pre" and not config.qk_norm_over_heads
     return alike and experts == (config.experts is not None)
 
 

@@ -26,7 +26,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-SCALINGS: dict[str, RopeScaling] = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+SCALINGS: dict[str, RopeScaling] = {
+    "default": "none",
+    "linear": "linear",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "su": "longrope",
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 _MOST_TOKENS = 10**9
@@ -47,7 +54,9 @@ ROPE: Table = {
     "high_freq_factor": number_between("llama3: turns above which a wave is kept", 0, 1e6).or_null(),
     "beta_fast": number_between("yarn: turns above which a wave is kept", 0, 1e6).or_null(),
     "beta_slow": number_between("yarn: turns below which a wave is scaled", 0, 1e6).or_null(),
-    "attention_factor": number_between("yarn: multiplier of cosine and sine", 0, 1e3).or_null(),
+    "attention_factor": number_between("yarn, longrope: multiplier of cosine and sine", 0, 1e3).or_null(),
+    "short_factor": list_of(number_between("longrope: of wavelengths in short texts", 0, 1e6)).or_null(),
+    "long_factor": list_of(number_between("longrope: of wavelengths in long texts", 0, 1e6)).or_null(),
     "mscale": number("yarn: coefficient of the multiplier", 0, 1e3).or_null(),
     "mscale_all_dim": number("yarn: coefficient of the divisor", 0, 1e3).or_null(),
     "truncate": truth("yarn: whether the range is rounded to whole dimensions"),
@@ -78,6 +87,7 @@ CONFIG: Table = {
     "max_position_embeddings": whole("tokens of context", 1, _MOST_TOKENS),
     "rms_norm_eps": number_between("ε of the RMS norms", 0, 1),
     "hidden_act": one_of("activation of the MLP", *ACTIVATIONS),
+    "hidden_activation": one_of("activation of the MLP, of Gemma", *ACTIVATIONS).or_null(),
     "tie_word_embeddings": truth("whether the LM head is the embedding"),
     "attention_bias": truth("whether the attention's projections have biases"),
     "mlp_bias": truth("whether the MLP's projections have biases"),
@@ -92,6 +102,14 @@ CONFIG: Table = {
     "decoder_sparse_step": whole("of so many layers one has experts", 1, 10**4),
     "mlp_only_layers": list_of(whole("layers without experts", 0, 10**4)).or_null(),
     "layer_types": list_of(one_of("attention of each layer", *LAYER_TYPES)).or_null(),
+    "sliding_window_pattern": whole("Gemma 3: each so manieth layer has no attention window", 1, 10**4).or_null(),
+    "use_bidirectional_attention": one_of("whether tokens see those behind them", False).or_null(),
+    "query_pre_attn_scalar": number_between("by whose root scores are divided", 0, 1e6),
+    "attn_logit_softcapping": number_between("soft-cap of the scores", 0, 1e6).or_null(),
+    "final_logit_softcapping": number_between("soft-cap of the logits", 0, 1e6).or_null(),
+    "no_rope_layers": list_of(whole("1 of each layer that turns queries and keys, 0 of others", 0, 1)).or_null(),
+    "no_rope_layer_interval": whole("SmolLM3: each so manieth layer turns none", 1, 10**4),
+    "rope_local_base_freq": number_between("base of the wavelengths in layers with a window", 1, 1e30).or_null(),
     **POSITIONS,
     "rope_parameters": mapping("rotary embedding").or_null(),
     "rope_scaling": mapping("rotary embedding").or_null(),

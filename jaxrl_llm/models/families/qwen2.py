@@ -12,26 +12,21 @@ from jaxrl_llm.models.families.base import (
     plain_logits,
     read_decoder,
     read_kinds,
+    read_sliding,
     single_window,
     write_decoder,
+    write_layer_types,
 )
 
 
 def read_windows(config: Json) -> tuple[int | None, ...]:
     """Window of each layer, or one for all: from `layer_types`, or where that is absent from `max_window_layers`."""
-    layers = require(config, "num_hidden_layers")
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = config.get("max_window_layers", 28) if window is not None else layers
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if len(kinds) != layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
-    if "sliding_attention" not in kinds:
-        return (None,)
-    if window is None:
+    first = config.get("max_window_layers", 28)
+    sliding = read_sliding(config, lambda layer: window is not None and layer >= first)
+    if window is None and any(sliding):
         raise ValueError("layer_types asks for sliding_attention, but use_sliding_window and sliding_window do not")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if slides else None for slides in sliding)
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
@@ -43,7 +38,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": width is not None,
         "sliding_window": width,
         "max_window_layers": full,
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        "layer_types": write_layer_types(config),
     }
 
 

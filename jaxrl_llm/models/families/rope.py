@@ -9,15 +9,16 @@ from jaxrl_llm.models.entries import Json, check_entries, require
 from jaxrl_llm.models.families.config_json import ROPE, SCALINGS
 
 
-def read_rope(config: Json) -> RopeConfig:
+def read_rope(config: Json, *, partial: bool = False) -> RopeConfig:
     """Rotary embedding of a `config.json`, in the spelling of any version of `transformers`.
 
     Args:
         config: entries that `CONFIG` allows.
+        partial: whether the family knows how to turn but a part of each head.
 
     Raises:
-        ValueError: an entry that cannot be meant, an unknown scaling, a partial rotation, or a different rotation per
-            layer type.
+        ValueError: an entry that cannot be meant, an unknown scaling, a partial rotation in another family, or a
+            different rotation per layer type.
     """
     place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     entries: Json = config.get(place) or {}
@@ -25,23 +26,24 @@ def read_rope(config: Json) -> RopeConfig:
     if nested:
         raise ValueError(f"{place} per layer type ({', '.join(nested)}) are not implemented")
     check_entries(entries, ROPE, f"{place}.")
-    for partial in (entries.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
-        if partial not in (None, 1):
-            raise ValueError(f"partial_rotary_factor={partial} is not implemented; only 1.0 is")
+    shares = (place.get("partial_rotary_factor") for place in (entries, config))
+    share = float(next((share for share in shares if share is not None), 1.0))
+    if share != 1 and not partial:
+        raise ValueError(f"partial_rotary_factor={share} is not implemented for this family; only 1.0 is")
 
     kind = SCALINGS[entries.get("rope_type", entries.get("type", "default"))]
     theta = float(entries.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     if kind == "none":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta, partial=share)
     # The order of precedence is that of transformers, which lets Phi-style top-level entries win.
     original = config.get("original_max_position_embeddings") or entries.get("original_max_position_embeddings")
     original = original or require(config, "max_position_embeddings")
-    if kind == "yarn" and entries.get("factor") is None:
+    if kind in ("yarn", "longrope") and entries.get("factor") is None:
         factor = require(config, "max_position_embeddings") / original
     else:
         factor = require(entries, "factor", f"{place} of type {kind!r}: ")
     if kind == "linear":
-        return RopeConfig(theta=theta, scaling="linear", factor=float(factor))
+        return RopeConfig(theta=theta, scaling="linear", factor=float(factor), partial=share)
     if kind == "llama3":
         return RopeConfig(
             theta=theta,
@@ -50,6 +52,18 @@ def read_rope(config: Json) -> RopeConfig:
             original_max_position_embeddings=original,
             low_freq_factor=float(require(entries, "low_freq_factor", f"{place}.")),
             high_freq_factor=float(require(entries, "high_freq_factor", f"{place}.")),
+            partial=share,
+        )
+    if kind == "longrope":
+        return RopeConfig(
+            theta=theta,
+            scaling="longrope",
+            factor=float(factor),
+            original_max_position_embeddings=original,
+            attention_factor=entries.get("attention_factor"),
+            short_factors=tuple(map(float, require(entries, "short_factor", f"{place}."))),
+            long_factors=tuple(map(float, require(entries, "long_factor", f"{place}."))),
+            partial=share,
         )
     return RopeConfig(
         theta=theta,
@@ -62,6 +76,7 @@ def read_rope(config: Json) -> RopeConfig:
         mscale=entries.get("mscale"),
         mscale_all_dim=entries.get("mscale_all_dim"),
         truncate=entries.get("truncate", True),
+        partial=share,
     )
 
 
@@ -70,7 +85,7 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     scaling: dict[str, Any] = {}
     if rope.scaling != "none":
         scaling = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling in ("llama3", "yarn"):
+    if rope.scaling in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.scaling == "llama3":
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
@@ -78,6 +93,9 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
         optional = {key: getattr(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
         scaling |= {key: value for key, value in optional.items() if value is not None}
+    if rope.scaling == "longrope":
+        scaling |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+        scaling |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
     return {
         "rope_theta": rope.theta,
         "rope_scaling": scaling or None,

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl_llm.__main__ import EXAMPLES
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
-from jaxrl_llm.config import ModelSource
+from jaxrl_llm.cli import parse
+from jaxrl_llm.config import Experiment, ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.plan import command
@@ -29,6 +30,7 @@ from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.plan.compiled import Report, compile_program
 from jaxrl_llm.launch.plan.hlo import Collective, collectives
 from jaxrl_llm.launch.plan.programs import GIB, Program, build
+from jaxrl_llm.launch.plan.search import found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
@@ -284,6 +286,43 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+# ---- Search --------------------------------------------------------------------------------------
+
+
+def searched(model_path: str, chip: Chip, **changes):
+    """The first plan that a search finds on eight devices, and the lines that it told."""
+    told: list[str] = []
+    plan = small(model_path, **{"mesh": MeshConfig(tensor=2, context=2), "sampling_tensor": 2} | changes)
+    return next(search(plan, jax.devices(), chip, told.append)), told
+
+
+def test_search_finds_the_fastest_plan_that_fits(model_path: str):
+    slow_links = Chip(1.0, tflops=1e9, hbm_gbps=1e9, ici_gbps=1e-3)
+    found, told = searched(model_path, slow_links)
+    assert len(told) == 2  # what the bounds order first is compiled, and nothing else
+    assert found.plan.mesh == MeshConfig(data=1, fsdp=2, tensor=2, context=2)
+    assert [one["program"] for one in found.records] == ["sampler", "update"]
+    assert all(one["fits"] and one["limit"] == "network" for one in found.records)
+    # The fewer pieces the fewer times weights are sent, and what needs none of them again takes less with dots.
+    assert (found.plan.model.remat, found.plan.update.tokens_per_micro_batch) == ("dots", 8 * 128)
+    update = next(one for one in build(found.plan, found.mesh) if one.name == "update")
+    record_ = found.records[1]
+    assert sum(update.parts.values()) + update.work.kept <= record_["needed"]
+    assert update.work.sent <= sum(record_["sent"].values())
+    config = parse(Experiment(name="x", rewards=()), found.flags.split())
+    assert (config.mesh.fsdp, config.sampling.tensor, config.model.remat) == (2, 2, "dots")
+    assert "tensor 2" in found_table([found])
+
+
+def test_search_says_why_nothing_can_fit(model_path: str):
+    with pytest.raises(ValueError, match="alone do not fit"):
+        searched(model_path, Chip(1e-9, 1, 1, 1), slots=1)
+    with pytest.raises(ValueError, match=r"mesh\.tensor|sampling\.tensor"):
+        searched(model_path, Chip(1.0, 1, 1, 1), sampling_tensor=3)
+    with pytest.raises(SystemExit):
+        run_plan(arguments(model_path, "--slice=local", "--search=1"))
+
+
 @needs_libtpu
 def test_both_programs_compile_for_a_slice(model_path: str, tmp_path: Path):
     split = ("--mesh.fsdp", "4", "--mesh.tensor", "2")
@@ -324,9 +363,11 @@ def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
 def test_small_layers_are_a_loop_on_a_slice_and_none_on_a_cpu(model_path: str):
     line = """if True:
         import sys
-        from jaxrl_llm.config import ModelSource
+        from jaxrl_llm.cli import parse
+from jaxrl_llm.config import Experiment, ModelSource
         from jaxrl_llm.launch.plan.programs import model_of
-        from jaxrl_llm.launch.plan.settings import Plan
+        from jaxrl_llm.launch.plan.search import found_table, search
+from jaxrl_llm.launch.plan.settings import Plan
         from jaxrl_llm.launch.plan.slices import slice_devices
         from jaxrl_llm.sharding import MeshConfig, make_mesh
         plan = Plan(model=ModelSource(path=sys.argv[1]))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.plan.compiled import compile_program
-from jaxrl_llm.launch.plan.programs import build
+from jaxrl_llm.launch.plan.programs import Program, build
+from jaxrl_llm.launch.plan.search import Found, found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
-from jaxrl_llm.launch.plan.slices import CHIPS, slice_devices
-from jaxrl_llm.launch.plan.telling import describe, draw, record
+from jaxrl_llm.launch.plan.slices import CHIPS, Chip, slice_devices
+from jaxrl_llm.launch.plan.telling import describe, draw, record, told_mesh
 from jaxrl_llm.sharding import make_mesh
 
 
@@ -30,33 +36,57 @@ def run_plan(args: Sequence[str] | None = None, *, description: str = "") -> Non
     """
     with plain_errors():
         plan = read_flags(Plan(), args, description)
-        mesh = make_mesh(plan.mesh, slice_devices(plan.slice))
-        programs = build(plan, mesh)
-    kind = mesh.devices.flat[0].device_kind
-    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    title = f"{plan.slice}, {mesh.size} × {kind}, mesh {axes or 'of one'}; JAX {jax.__version__}"
-    print(title)
-    chip, records = CHIPS.get(kind), []
-    for program in programs:
-        try:
-            report = compile_program(program, mesh)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refusal = str(error).splitlines()[0]
-            print(f"{program.name}: DOES NOT FIT\n  {refusal}", flush=True)
-            records.append({"program": program.name, "fits": False, "error": refusal})
-            continue
-        print(describe(program, report, chip), flush=True)
-        records.append(record(program, report, chip))
-        if plan.dump is not None:
-            _write(Path(plan.dump) / f"{program.name}.hlo.txt", report.text)
-    with plain_errors():
+        devices = slice_devices(plan.slice)
+        kind = devices[0].device_kind
+        chip, title = CHIPS.get(kind), f"{plan.slice}, {len(devices)} × {kind}; JAX {jax.__version__}"
+        records = _search(plan, devices, chip, title) if plan.search else _one(plan, devices, chip, title)
         if plan.json is not None:
             _write(Path(plan.json), json.dumps({"plan": title, "programs": records}, indent=1) + "\n")
         if plan.picture is not None and (compiled := [one for one in records if "bytes" in one]):
             draw(Path(plan.picture), title, compiled)
-    raise SystemExit(0 if all(one["fits"] is not False for one in records) else 1)
+    raise SystemExit(0 if records and all(one["fits"] is not False for one in records) else 1)
+
+
+def _one(plan: Plan, devices: Sequence[Any], chip: Chip | None, title: str) -> list[dict[str, Any]]:
+    """The plan as it is asked for: what is known of its programs."""
+    mesh = make_mesh(plan.mesh, devices)
+    programs = build(plan, mesh)
+    print(f"{title}, {told_mesh(mesh)}")
+    return [_compiled(plan, program, mesh, chip) for program in programs]
+
+
+def _compiled(plan: Plan, program: Program, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
+    try:
+        report = compile_program(program, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = str(error).splitlines()[0]
+        print(f"{program.name}: DOES NOT FIT\n  {refusal}", flush=True)
+        return {"program": program.name, "fits": False, "error": refusal}
+    print(describe(program, report, chip), flush=True)
+    if plan.dump is not None:
+        _write(Path(plan.dump) / f"{program.name}.hlo.txt", report.text)
+    return record(program, report, chip)
+
+
+def _search(plan: Plan, devices: Sequence[Any], chip: Chip | None, title: str) -> list[dict[str, Any]]:
+    """Plans that fit: what is known of their programs, with the flags of each.
+
+    Raises:
+        ValueError: the devices are none whose limits are known.
+    """
+    if chip is None:
+        raise ValueError(f"search={plan.search}: nothing is known of the limits of {plan.slice}: name a TPU slice")
+    print(title, flush=True)
+    began, tell = time.monotonic(), functools.partial(print, flush=True)
+    found: list[Found] = []
+    for number, one in enumerate(itertools.islice(search(plan, devices, chip, tell), plan.search), 1):
+        found.append(one)
+        tell(f"{number} of {plan.search}: {one.seconds:.3g} s a step at least: {one.flags}")
+    print(f"\n{found_table(found)}\n" if found else "no plan fits: more devices, or fewer tokens at a time, are needed")
+    print(f"searched in {time.monotonic() - began:.0f} s")
+    return [record | {"flags": one.flags} for one in found for record in one.records]
 
 
 def _write(path: Path, text: str) -> None:

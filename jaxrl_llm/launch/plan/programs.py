@@ -45,6 +45,8 @@ class Program(NamedTuple):
     """What it computes and reads."""
     remarks: tuple[str, ...] = ()
     """What else there is to say of it."""
+    slots: int | None = None
+    """Completions that it decodes at a time on a device."""
 
 
 def build(plan: Plan, mesh: Mesh) -> list[Program]:
@@ -127,6 +129,7 @@ def _sampler(beside: _Beside) -> Program:
         parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
         work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values()))),
         remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
+        slots=slots,
     )
 
 

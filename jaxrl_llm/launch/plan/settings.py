@@ -57,6 +57,9 @@ class Plan:
     """Devices along each axis."""
     programs: tuple[Literal["sampler", "update"], ...] = ("sampler", "update")
     """Which programs to compile."""
+    search: int = 0
+    """Find so many plans that fit, the fastest first: meshes, slots, tokens of a row and rematerialisation are tried.
+    Axes of the mesh, sampling_tensor and update.tokens_per_micro_batch are kept where they are set."""
     dump: str | None = None
     """Folder for the compiled programs as text (HLO)."""
     json: str | None = None

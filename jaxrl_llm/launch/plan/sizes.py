@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 
-Size = Literal["smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b", "llama3.1-8b"]
+Size = Literal[
+    "smollm2-135m",
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen2.5-7b",
+    "qwen3-0.6b",
+    "qwen3-4b",
+    "qwen3-32b",
+    "llama3.1-8b",
+]
 _QWEN: Any = {
     "layer_kinds": (LayerKind(rope=RopeConfig(theta=1e6)),),
     "max_position_embeddings": 32_768,
@@ -23,6 +32,8 @@ SIZES: Mapping[Size, ModelConfig] = MappingProxyType(
         "qwen2.5-1.5b": ModelConfig(151_936, 1536, 8960, 28, 12, head_dim=128, tie_embeddings=True, **_QWEN),
         "qwen2.5-7b": ModelConfig(152_064, 3584, 18_944, 28, 28, head_dim=128, **(_QWEN | {"num_kv_heads": 4})),
         "qwen3-0.6b": ModelConfig(151_936, 1024, 3072, 28, 16, 8, 128, tie_embeddings=True, **_QWEN3),
+        "qwen3-4b": ModelConfig(151_936, 2560, 9728, 36, 32, 8, 128, tie_embeddings=True, **_QWEN3),
+        "qwen3-32b": ModelConfig(151_936, 5120, 25_600, 64, 64, 8, 128, **_QWEN3),
         "llama3.1-8b": ModelConfig(128_256, 4096, 14_336, 32, 32, 8, 128, max_position_embeddings=131_072),
     }
 )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxrl_llm.extras import require
 from jaxrl_llm.launch.plan.compiled import OTHERS, Report
 from jaxrl_llm.launch.plan.hlo import Collective
@@ -67,7 +69,14 @@ def record(program: Program, report: Report, chip: Chip | None) -> dict[str, Any
         "limit": max(seconds, key=lambda name: seconds[name]) if seconds else None,
         "compile_cpu_seconds": round(report.seconds, 1),
         "remarks": list(program.remarks),
+        **({} if program.slots is None else {"slots": program.slots}),
     }
+
+
+def told_mesh(mesh: Mesh) -> str:
+    """A mesh in words."""
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"mesh {axes or 'of one'}"
 
 
 def draw(path: Path, title: str, records: Sequence[dict[str, Any]]) -> None:

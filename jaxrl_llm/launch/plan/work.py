@@ -15,7 +15,10 @@ from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.models.config import ModelConfig, Remat
 from jaxrl_llm.sampling.traffic import Traffic
-from jaxrl_llm.sharding import head_shards, row_shards, sampling_mesh
+from jaxrl_llm.sharding import context_shards, head_shards, row_shards, sampling_mesh
+
+_HOP_SECONDS = 1e-6
+"""From a chip to its neighbour, however little is sent: small sums, as those of a token, take nothing else."""
 
 
 class Forward(NamedTuple):
@@ -93,6 +96,12 @@ class Work(NamedTuple):
     """Of the loop whose length the numbers decide: tokens that are decoded one after another, or pieces of a batch."""
     turn: str
     """What a turn is."""
+    sent: float = 0
+    """Bytes that it takes from others, at least: weights, sums along `tensor`, gradients."""
+    kept: int = 0
+    """Bytes that the backward pass finds of the layers, at least."""
+    hops: int = 0
+    """From a chip to the next, one after another, at least: of the sums along `tensor`."""
 
     def seconds(self, chip: Chip, sent: float) -> dict[str, float]:
         """How long each limit alone would let it take: a roofline.
@@ -104,7 +113,7 @@ class Work(NamedTuple):
         return {
             "compute": (self.flops + self.again) / (1e12 * chip.tflops),
             "memory": self.read / (1e9 * chip.hbm_gbps),
-            "network": sent / (1e9 * chip.ici_gbps),
+            "network": sent / (1e9 * chip.ici_gbps) + self.hops * _HOP_SECONDS,
         }
 
 
@@ -114,7 +123,11 @@ def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read:
     pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, unfed=1, scored=p + p * g * (longest - 1))
     groups = mesh.size // head_shards(sampling_mesh(mesh, plan.sampling_tensor))
     turns = max(1, -(-p * g // groups) // slots) * longest
-    return Work(pass_.total / mesh.size, 0, turns * (read.weights + read.pages), turns, "token")
+    shards = head_shards(sampling_mesh(mesh, plan.sampling_tensor))
+    sums = 2 * config.num_layers * slots * config.embed_dim
+    sent = _weights(config, mesh) + turns * _sum(sums, shards) * jnp.dtype(config.dtype).itemsize
+    hops = turns * 2 * config.num_layers * _hops(shards)
+    return Work(pass_.total / mesh.size, 0, turns * (read.weights + read.pages), turns, "token", sent, hops=hops)
 
 
 def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, reference: bool) -> Work:
@@ -134,10 +147,48 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
     pieces = plan.update.micro_batches * plan.update.minibatches
     if budget is not None:
         pieces = -(-p * (plan.prompt_tokens + g * longest) // (budget * row_shards(mesh)))
-    turns = plan.update.epochs * pieces
-    weights = config.num_parameters * jnp.dtype(config.dtype).itemsize // head_shards(mesh)
-    backward = 2 + (config.remat not in ("none", "dots"))
-    read = weights * (turns * (1 + backward) + others * pieces) + 2 * steps * state
+    turns, size = plan.update.epochs * pieces, jnp.dtype(config.dtype).itemsize
+    weights = config.num_parameters * size // head_shards(mesh)
+    passes = 1 + 2 + (config.remat not in ("none", "dots"))
+    read = weights * (turns * passes + others * pieces) + 2 * steps * state
     flops = (3 * plan.update.epochs + others) * pass_.total
     again = plan.update.epochs * pass_.again(config.remat)
-    return Work(flops / mesh.size, again / mesh.size, read, turns, "piece")
+
+    tokens = (plan.prompt_tokens * p + p * g * longest) // (pieces * row_shards(mesh) * context_shards(mesh))
+    sums = 2 * config.num_layers * tokens * config.embed_dim
+    moved = (turns * (passes - 1) + others * pieces) * (_weights(config, mesh) + _sum(sums, head_shards(mesh)) * size)
+    gradients = 0 if config.lora else turns * _weights(config, mesh, dtype=config.gradient_sums)
+    kept = int(tokens * config.num_layers * _kept(config, head_shards(mesh)))
+    hops = 2 * config.num_layers * (turns * (passes - 1) + others * pieces) * _hops(head_shards(mesh))
+    return Work(flops / mesh.size, again / mesh.size, read, turns, "piece", moved + gradients, kept, hops)
+
+
+def _weights(config: ModelConfig, mesh: Mesh, *, dtype: str | None = None) -> float:
+    """Bytes of all weights, or of their gradients, that a device has from, or gives to, those that hold other parts."""
+    tensor = head_shards(mesh)
+    parts = mesh.size // tensor // mesh.shape["data"]
+    return config.num_parameters * jnp.dtype(dtype or config.dtype).itemsize / tensor * (1 - 1 / parts)
+
+
+def _sum(numbers: int, shards: int) -> float:
+    """Numbers that a device takes from others to have a sum over `shards` of them: of a part, then of all parts."""
+    return 2 * numbers * (1 - 1 / shards)
+
+
+def _hops(shards: int) -> int:
+    """Of such a sum on a ring: each part goes half around it, and back."""
+    return 2 * (shards // 2)
+
+
+def _kept(config: ModelConfig, tensor: int) -> float:
+    """Bytes of a token that the backward pass finds of a layer (`ModelConfig.remat`)."""
+    heads, keys = config.num_heads * config.head_dim / tensor, 2 * config.num_kv_heads * config.head_dim / tensor
+    dots = 2 * config.embed_dim + 2 * config.mlp_dim / tensor + heads + keys
+    numbers = {
+        "offload": 0,
+        "full": config.embed_dim,
+        "attention": config.embed_dim + heads,
+        "dots": dots,
+        "none": dots + config.mlp_dim / tensor + config.embed_dim,
+    }
+    return numbers[config.remat] * jnp.dtype(config.dtype).itemsize

@@ -1,0 +1,217 @@
+"""The meshes, slots, rows and rematerialisation that fit a slice, the fastest by its limits first.
+
+What a plan takes is bounded from below in closed form; what these bounds admit is compiled, in the order of the time
+that they give, until enough plans fit. What is told of a plan is what the compiler made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl_llm.launch.plan.compiled import Report, compile_program
+from jaxrl_llm.launch.plan.programs import GIB, build, model_of
+from jaxrl_llm.launch.plan.settings import Plan
+from jaxrl_llm.launch.plan.slices import Chip
+from jaxrl_llm.launch.plan.telling import record, told_mesh
+from jaxrl_llm.launch.plan.work import Work, update_work
+from jaxrl_llm.models.config import Remat
+from jaxrl_llm.sharding import MeshConfig, head_shards, make_mesh, row_shards
+
+_REMATS: tuple[Remat, ...] = ("none", "dots", "attention", "full")
+_ROWS = (16, 8, 4, 2, 1)
+"""Longest texts that a row of tokens may hold."""
+_TENSOR, _CONTEXT, _COPIES = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)
+_TILE = 128
+"""Tokens of which rows have multiples."""
+
+
+class Option(NamedTuple):
+    """One program, as it may be."""
+
+    plan: Plan
+    """With this program alone."""
+    mesh: Mesh
+    work: Work
+    held: int
+    """Bytes of a device that are known beforehand."""
+
+    def seconds(self, chip: Chip) -> float:
+        """That it takes at least."""
+        return max(self.work.seconds(chip, self.work.sent).values())
+
+    @property
+    def least(self) -> int:
+        """Bytes of a device that it takes at least."""
+        return self.held + self.work.kept
+
+
+class Found(NamedTuple):
+    """A plan that fits."""
+
+    plan: Plan
+    mesh: Mesh
+    records: list[dict[str, Any]]
+    """Of sampler and update, as `record` makes them."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, at least: each program by the limit that binds it."""
+        return sum(max(one["seconds"].values()) for one in self.records)
+
+    @property
+    def flags(self) -> str:
+        """What a run has to be given."""
+        plan, mesh = self.plan, self.plan.mesh
+        given = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(mesh).items() if size != 1}
+        given["sampling.tensor"] = plan.sampling_tensor
+        given["update.tokens-per-micro-batch"] = plan.update.tokens_per_micro_batch
+        given["model.remat"] = plan.model.remat
+        given["model.dtype"] = plan.model.dtype
+        return " ".join(f"--{name}={value}" for name, value in given.items())
+
+
+def search(plan: Plan, devices: Sequence[Any], chip: Chip, tell: Callable[[str], None]) -> Iterator[Found]:
+    """Plans that fit, those first that take the least time by the bounds, until all are tried.
+
+    Sizes of `plan.mesh` other than 1 and −1, `plan.sampling_tensor` and `plan.update.tokens_per_micro_batch` are kept
+    where they are set.
+
+    Args:
+        plan: what is to run, and where.
+        devices: of the slice.
+        chip: what one of them can do.
+        tell: is given a line on each program that is compiled.
+
+    Raises:
+        ValueError: no mesh can have this model and batch, or no plan's bounds fit; says why.
+    """
+    compiled: dict[int, dict[str, Any] | None] = {}
+
+    def fits(option: Option) -> dict[str, Any] | None:
+        """The record of a program, compiled at most once; `None`: it does not fit."""
+        if id(option) not in compiled:
+            compiled[id(option)] = _compiled(option, chip, tell)
+        return compiled[id(option)]
+
+    def order(pair: tuple[Option, Option]) -> tuple[float, int]:
+        return sum(option.seconds(chip) for option in pair), pair[1].least
+
+    for sampler, update in sorted(_pairs(plan, devices, chip), key=order):
+        if (first := fits(update)) is not None and (second := fits(sampler)) is not None:
+            chosen = dataclasses.replace(update.plan, sampling_tensor=sampler.plan.sampling_tensor)
+            yield Found(chosen, update.mesh, [second, first])
+
+
+def _pairs(plan: Plan, devices: Sequence[Any], chip: Chip) -> list[tuple[Option, Option]]:
+    """Of each mesh the best sampler with every update whose bound fits."""
+    pairs: list[tuple[Option, Option]] = []
+    refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
+    for sizes in _meshes(plan.mesh, len(devices)):
+        on_mesh = dataclasses.replace(plan, mesh=sizes)
+        try:
+            mesh = make_mesh(sizes, devices)
+            updates = [one for one in _updates(on_mesh, mesh) if one.least <= chip.hbm_gib * GIB]
+            best = min(_samplers(on_mesh, mesh), key=lambda one: (one.seconds(chip), one.least)) if updates else None
+        except ValueError as error:  # the mesh does not divide the model or the batch, or nothing can be sampled
+            refusal = error
+            continue
+        pairs += [(best, update) for update in updates if best is not None]
+    if not pairs:
+        raise refusal
+    return pairs
+
+
+def _meshes(asked: MeshConfig, devices: int) -> Iterator[MeshConfig]:
+    """Sizes of the axes; those that were asked for are kept."""
+    tensors = (asked.tensor,) if asked.tensor > 1 else _TENSOR
+    contexts = (asked.context,) if asked.context > 1 else _CONTEXT
+    fixed = max(1, asked.data) * asked.expert
+    for tensor, context in itertools.product(tensors, contexts):
+        if devices % (fixed * tensor * context) == 0:
+            fsdp = devices // (fixed * tensor * context)
+            yield dataclasses.replace(asked, data=max(1, asked.data), fsdp=fsdp, tensor=tensor, context=context)
+
+
+def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:
+    """By how many devices share a copy of the weights.
+
+    Raises:
+        ValueError: none of them can be.
+    """
+    own, made = head_shards(mesh), list[Option]()
+    refusal: ValueError | None = None
+    for tensor in [own * n for n in _COPIES] if plan.sampling_tensor is None else [plan.sampling_tensor]:
+        one = dataclasses.replace(plan, sampling_tensor=tensor, programs=("sampler",))
+        try:
+            (program,) = build(one, mesh)
+        except ValueError as error:
+            refusal = error
+        else:
+            made.append(Option(one, mesh, program.work, sum(program.parts.values())))
+    if refusal is not None and not made:
+        raise refusal
+    return made
+
+
+def _updates(plan: Plan, mesh: Mesh) -> Iterator[Option]:
+    """By what the backward pass keeps, and how many tokens are computed at a time."""
+    (program,) = build(dataclasses.replace(plan, programs=("update",)), mesh)
+    parts = program.parts
+    longest = -(-(plan.prompt_tokens + plan.completion_tokens) // _TILE) * _TILE
+    texts = plan.prompts * plan.samples // row_shards(mesh)
+    asked = plan.update.tokens_per_micro_batch
+    budgets = [n * longest for n in _ROWS if n <= max(1, texts)] if asked is None else [asked]
+    for remat, budget in itertools.product(_REMATS, budgets):
+        update = dataclasses.replace(plan.update, micro_batches=1, tokens_per_micro_batch=budget)
+        model = dataclasses.replace(plan.model, remat=remat)
+        one = dataclasses.replace(plan, update=update, model=model, programs=("update",))
+        state, reference = parts["parameters"] + parts["optimizer"], parts["reference"] > 0
+        work = update_work(model_of(one, mesh).config, mesh, one, state=state, reference=reference)
+        yield Option(one, mesh, work, sum(parts.values()))
+
+
+def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """The record of a program that the compiler makes, if it fits."""
+    plan, (program,) = option.plan, build(option.plan, option.mesh)
+    what = f"{program.name}, {told_mesh(option.mesh)}, " + (
+        f"weights over {plan.sampling_tensor}"
+        if program.name == "sampler"
+        else f"rows of {plan.update.tokens_per_micro_batch}, remat {plan.model.remat}"
+    )
+    try:
+        report: Report = compile_program(program, option.mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        tell(f"{what}: does not fit")
+        return None
+    told = record(program, report, chip)
+    told["remarks"].append(what)
+    tell(f"{what}: {told['needed'] / GIB:.2f} GiB, {max(told['seconds'].values()):.3g} s at least ({told['limit']})")
+    return told if told["fits"] else None
+
+
+def found_table(found: Sequence[Found]) -> str:
+    """Plans that fit, a line each: what is chosen, and of sampler and update memory, least time and what binds it."""
+    head = ["mesh", "weights over", "slots", "tokens of a row", "remat"]
+    head += [f"{name}: GiB, s" for name in ("sampler", "update")]
+    rows = [head]
+    for one in found:
+        plan, programs = (
+            one.plan,
+            [
+                f"{told['needed'] / GIB:.1f}, {max(told['seconds'].values()):.3g} ({told['limit']})"
+                for told in one.records
+            ],
+        )
+        budget = plan.update.tokens_per_micro_batch
+        chosen = [plan.sampling_tensor, one.records[0]["slots"], f"{budget:,}", plan.model.remat]
+        rows.append([told_mesh(one.mesh).removeprefix("mesh "), *map(str, chosen), *programs])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -75,30 +76,12 @@ def load_case() -> Callable[[str, Path], tuple[Transformer, Params]]:
     return load
 
 
-_TO_GGUF = {  # as llama.cpp's converter names them
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def _gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{_TO_GGUF[part]}.{kind}"
-    return f"{_TO_GGUF[stem]}.{kind}"
+def _gguf_name(name: str, arch: str, layers: int) -> str:
+    """As llama.cpp's converter names a tensor."""
+    number = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == arch)
+    found = gguf.get_tensor_name_map(number, layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return found
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -116,7 +99,9 @@ def write_gguf(
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """Writes a checkpoint as llama.cpp's converter does; `kinds`: part of a matrix's name → its type."""
-    arch = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    rope = config["rope_parameters"]
+    local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer = gguf.GGUFWriter(path, arch)
@@ -127,21 +112,44 @@ def write_gguf(
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    if arch != "phi3":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    if config["model_type"] == "mistral" and config["sliding_window"]:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if config["model_type"] in ("mistral", "gemma2", "gemma3_text") and config["sliding_window"]:
         writer.add_sliding_window(config["sliding_window"])
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if local is not None:
+        writer.add_sliding_window_pattern(config["layer_types"].index("full_attention") + 1)
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if arch == "phi3":
+        original = config["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_sliding_window(config["sliding_window"] or 0)
+        if rope.get("rope_type") == "longrope":
+            factor = config["max_position_embeddings"] / original
+            writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(factor) / math.log(original)))
+            for kind in ("long", "short"):
+                writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32))
     extra(writer)
     for name, value in tensors.items():
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+        if arch in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             value = _interleave(value, heads if "q_proj" in name else kv_heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + np.float32(1)
         kind = gguf.GGMLQuantizationType.F32
         if value.ndim == 2:
             kind = next((kind for part, kind in (kinds or {}).items() if part in name), kind)
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
+        writer.add_tensor(
+            _gguf_name(name, arch, config["num_hidden_layers"]), gguf.quants.quantize(value, kind), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

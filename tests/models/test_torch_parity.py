@@ -122,7 +122,9 @@ def test_random_initialisation_survives_the_trip_to_pytorch_in_bfloat16(golden_c
     np.testing.assert_array_equal(embed, np.asarray(params["embed"]["weight"], np.float32))
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_tied_mha", "mistral_window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "case", ["llama", "llama_tied_mha", "mistral_window", "qwen2", "qwen3", "gemma2", "gemma3_long", "phi3"]
+)
 def test_gguf_as_transformers_reads_it(case, gguf_writer, golden_module, tmp_path):
     """transformers reads the files that our tests write as we do: their layout is not only ours."""
     import gguf
@@ -133,6 +135,7 @@ def test_gguf_as_transformers_reads_it(case, gguf_writer, golden_module, tmp_pat
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list([f"t{number}" for number in range(48)])
         writer.add_token_merges(["a b"])
+        writer.add_pad_token_id(0)  # the default of some is none of this vocabulary
 
     # transformers ignores the head size that a Qwen3 file states, so it must be the default one
     source = golden_module.torch_model(case, **({"head_dim": 128} if case == "qwen3" else {}))

@@ -1,14 +1,13 @@
 """Models from GGUF files (llama.cpp's format): metadata → `config.json` entries, and dequantised tensors.
 
 The `gguf` package parses the file and dequantises its blocks; this file knows how llama.cpp's converter laid
-a model out: its names, its interleaved rotary embedding, and the table that stands for Llama 3's scaling.
+a model out, of each architecture by `gguf_architectures`, and the table that stands for Llama 3's scaling.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from gguf import GGUFReader, ReaderField
 from gguf.quants import dequantize
 
+from jaxrl_llm.models.checkpoints.gguf_architectures import ARCHITECTURES, decimal
 from jaxrl_llm.models.checkpoints.weights import Index
 from jaxrl_llm.models.config import RopeConfig
 from jaxrl_llm.models.entries import (
@@ -32,31 +32,6 @@ from jaxrl_llm.models.entries import (
 from jaxrl_llm.models.families.config_json import CONFIG
 from jaxrl_llm.models.rope import frequencies
 
-TENSOR_NAMES: Mapping[str, str] = {
-    "embed.weight": "token_embd.weight",
-    "layers.attention_norm.scale": "blk.{layer}.attn_norm.weight",
-    "layers.attention.query.weight": "blk.{layer}.attn_q.weight",
-    "layers.attention.query.bias": "blk.{layer}.attn_q.bias",
-    "layers.attention.query_norm.scale": "blk.{layer}.attn_q_norm.weight",
-    "layers.attention.key.weight": "blk.{layer}.attn_k.weight",
-    "layers.attention.key.bias": "blk.{layer}.attn_k.bias",
-    "layers.attention.key_norm.scale": "blk.{layer}.attn_k_norm.weight",
-    "layers.attention.value.weight": "blk.{layer}.attn_v.weight",
-    "layers.attention.value.bias": "blk.{layer}.attn_v.bias",
-    "layers.attention.output.weight": "blk.{layer}.attn_output.weight",
-    "layers.attention.output.bias": "blk.{layer}.attn_output.bias",
-    "layers.mlp_norm.scale": "blk.{layer}.ffn_norm.weight",
-    "layers.mlp.gate.weight": "blk.{layer}.ffn_gate.weight",
-    "layers.mlp.gate.bias": "blk.{layer}.ffn_gate.bias",
-    "layers.mlp.up.weight": "blk.{layer}.ffn_up.weight",
-    "layers.mlp.up.bias": "blk.{layer}.ffn_up.bias",
-    "layers.mlp.down.weight": "blk.{layer}.ffn_down.weight",
-    "layers.mlp.down.bias": "blk.{layer}.ffn_down.bias",
-    "final_norm.scale": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-"""Parameter → tensor name in a GGUF file."""
-
 METADATA: Table = {
     "vocab_size": CONFIG["vocab_size"],
     "context_length": CONFIG["max_position_embeddings"],
@@ -70,18 +45,22 @@ METADATA: Table = {
     "attention.value_length": whole("width of a head's values", 1, 10**4),
     "attention.layer_norm_rms_epsilon": CONFIG["rms_norm_eps"],
     "attention.sliding_window": whole("tokens of the attention window", 0, 10**9),
+    "attention.sliding_window_pattern": whole("each so manieth layer has no attention window", 1, 10**4),
+    "attn_logit_softcapping": number_between("soft-cap of the scores", 0, 1e6),
+    "final_logit_softcapping": number("soft-cap of the logits, 0 for none", 0, 1e6),
     "rope.freq_base": number_between("base of the rotary embedding's wavelengths", 1, 1e30),
+    "rope.freq_base_swa": number_between("base of the wavelengths in layers with a window", 1, 1e30),
     "rope.dimension_count": whole("dimensions of a head that are rotated", 1, 10**4),
     "rope.scaling.type": one_of("how the context was extended", "none", "linear", "yarn"),
     "rope.scaling.factor": number("by how much the context was extended", 1, 1e6),
     "rope.scale_linear": number("older spelling of rope.scaling.factor, which is not read", 1, 1),
+    "rope.scaling.attn_factor": number_between("multiplier of cosine and sine", 0, 1e3),
     "rope.scaling.original_context_length": whole("tokens of context before the extension", 1, 10**9),
     "rope.scaling.yarn_beta_fast": number_between("turns above which a wave is kept", 0, 1e6),
     "rope.scaling.yarn_beta_slow": number_between("turns below which a wave is scaled", 0, 1e6),
 }
 """What the metadata of an architecture may say: entries of `config.json` by another name, and those of GGUF alone."""
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_NEUTRAL = {
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
@@ -112,11 +91,13 @@ class GGUFSource:
             check_entries(self.metadata, {"split.count": whole("files of the model", 0, 10**5)})
             if self.metadata.get("split.count", 1) > 1:
                 raise ValueError(f"one of {self.metadata['split.count']} parts; merge them (llama-gguf-split)")
-            if architecture not in _ARCHITECTURES:
-                known = ", ".join(_ARCHITECTURES)
-                raise ValueError(f"GGUF architecture {shown(architecture)} is not supported; known: {known}")
+            known = next((known for name, known in ARCHITECTURES.items() if name == architecture), None)
+            if known is None:
+                names = ", ".join(ARCHITECTURES)
+                raise ValueError(f"GGUF architecture {shown(architecture)} is not supported; known: {names}")
             own = {name.removeprefix(f"{architecture}."): value for name, value in self.metadata.items()}
             check_entries(own, METADATA, f"{architecture}.")
+        self.architecture = known
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         for kind, (name, tensor) in {t.tensor_type: (name, t) for name, t in self._tensors.items()}.items():
@@ -133,20 +114,25 @@ class GGUFSource:
         order = self._rotary_order(name)
         if order is not None:
             rows = order[index[0]]
-        return dequantize(data[rows], tensor.tensor_type)[(slice(None), *index[1:])]
+        values = dequantize(data[rows], tensor.tensor_type)[(slice(None), *index[1:])]
+        offset = self.architecture.norm_offset if name.endswith("norm.weight") else 0.0
+        return values - np.float32(offset) if offset else values
+
+    def table(self, name: str) -> np.ndarray:
+        """A tensor of one axis."""
+        return self.read(name, (slice(None),))
 
     def _rotary_order(self, name: str) -> np.ndarray | None:
         """Row of the file for each row of ours, where llama.cpp's converter permuted them.
 
-        For the architecture `llama` alone its rotary embedding turns neighbours (2i, 2i + 1) within a head,
-        ours the halves (i, i + H/2).
+        There its rotary embedding turns neighbours (2i, 2i + 1) within a head, ours the halves (i, i + H/2).
         """
         is_query, is_key = ".attn_q." in name, ".attn_k." in name
-        if self.metadata["general.architecture"] != "llama" or not (is_query or is_key):
+        if not self.architecture.turns_neighbours or not (is_query or is_key):
             return None
-        heads = self._get("attention.head_count")
+        heads = self.get("attention.head_count")
         if is_key:
-            heads = self._get("attention.head_count_kv", heads)
+            heads = self.get("attention.head_count_kv", heads)
         rows = np.arange(self.shapes[name][0])
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
@@ -157,47 +143,38 @@ class GGUFSource:
             ValueError: a mixture of experts or a rope scaling that is not implemented, or missing metadata.
         """
         architecture = self.metadata["general.architecture"]
-        if self._get("expert_count", 0):
-            count = self._get("expert_count")
+        if self.get("expert_count", 0):
+            count = self.get("expert_count")
             raise ValueError(f"{self.path}: mixtures of experts (expert_count={count}) are not supported")
-        heads, width = self._get("attention.head_count"), self._get("embedding_length")
-        if width % heads and not self._get("attention.key_length", None):
+        heads, width = self.get("attention.head_count"), self.get("embedding_length")
+        if width % heads and not self.get("attention.key_length", None):
             raise ValueError(f"{self.path}: embedding_length={width} must be a multiple of head_count={heads}")
-        head_dim = self._get("attention.key_length", width // heads)
-        if self._get("attention.value_length", head_dim) != head_dim:
+        head_dim = self.get("attention.key_length", width // heads)
+        if self.get("attention.value_length", head_dim) != head_dim:
             raise ValueError(f"{self.path}: keys of size {head_dim} and values of another size are not supported")
-        window = self._get("attention.sliding_window", 0) or None
-        bias = "blk.0.attn_q.bias" in self.shapes
-        config: dict[str, Any] = {
-            "model_type": "mistral" if architecture == "llama" and window else architecture,
-            "vocab_size": self._shape("token_embd.weight")[0],
-            "hidden_size": width,
-            "intermediate_size": self._get("feed_forward_length"),
-            "num_hidden_layers": self._get("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._get("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": self._get("context_length"),
-            # Stored in float32: the decimal that was meant (1e-5 for 9.999999747378752e-06).
-            "rms_norm_eps": float(
-                np.format_float_positional(np.float32(self._get("attention.layer_norm_rms_epsilon")))
-            ),
-            "tie_word_embeddings": "output.weight" not in self.shapes,
-            "rope_parameters": self._rope(head_dim),
-        }
-        if window and architecture != "llama":
+        window = self.get("attention.sliding_window", 0)
+        if window and not self.architecture.window:
             raise ValueError(
                 f"{self.path}: a sliding window ({window}) in architecture {architecture!r} is not supported"
             )
-        if config["model_type"] == "mistral":
-            config["sliding_window"] = window
-        if architecture != "qwen2":
-            config["attention_bias"] = bias
-        if architecture == "llama":
-            config["mlp_bias"] = "blk.0.ffn_up.bias" in self.shapes
-        return config
+        config: dict[str, Any] = {
+            "model_type": architecture,
+            "vocab_size": self._shape("token_embd.weight")[0],
+            "hidden_size": width,
+            "intermediate_size": self.get("feed_forward_length"),
+            "num_hidden_layers": self.get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": self.get("context_length"),
+            "rms_norm_eps": decimal(self.get("attention.layer_norm_rms_epsilon")),
+            "tie_word_embeddings": "output.weight" not in self.shapes,
+            "rope_parameters": self._rope(head_dim),
+        }
+        return config | self.architecture.entries(self, config)
 
-    def _get(self, key: str, *default: Any) -> Any:
+    def get(self, key: str, *default: Any) -> Any:
+        """An entry of the architecture's metadata; `ValueError` where it is missing and there is no default."""
         name = f"{self.metadata['general.architecture']}.{key}"
         if name not in self.metadata and not default:
             raise ValueError(f"{self.path} has no metadata {name!r}")
@@ -209,28 +186,28 @@ class GGUFSource:
         return self.shapes[tensor]
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
-        theta = self._get("rope.freq_base", 10_000.0)
+        theta = self.get("rope.freq_base", 10_000.0)
         rope = {
             "rope_theta": theta,
-            "partial_rotary_factor": self._get("rope.dimension_count", head_dim) / head_dim,
+            "partial_rotary_factor": self.get("rope.dimension_count", head_dim) / head_dim,
         }
-        kind = self._get("rope.scaling.type", "none" if self._get("rope.scaling.factor", None) is None else "linear")
+        kind = self.get("rope.scaling.type", "none" if self.get("rope.scaling.factor", None) is None else "linear")
         if "rope_freqs.weight" in self.shapes:
             return rope | self._llama3(theta, head_dim)
         if kind == "none":
             return rope | {"rope_type": "default"}
-        rope |= {"rope_type": kind, "factor": self._get("rope.scaling.factor")}
+        rope |= {"rope_type": kind, "factor": self.get("rope.scaling.factor")}
         for key, neutral in _ROPE_NEUTRAL.items():
-            if self._get(key, neutral) != neutral:
-                raise ValueError(f"{self.path}: {key}={self._get(key)} is not implemented; only {neutral} is")
+            if self.get(key, neutral) != neutral:
+                raise ValueError(f"{self.path}: {key}={self.get(key)} is not implemented; only {neutral} is")
         if kind == "yarn":
-            rope["original_max_position_embeddings"] = self._get("rope.scaling.original_context_length")
-            rope["beta_fast"] = self._get("rope.scaling.yarn_beta_fast", 32.0)
-            rope["beta_slow"] = self._get("rope.scaling.yarn_beta_slow", 1.0)
+            rope["original_max_position_embeddings"] = self.get("rope.scaling.original_context_length")
+            rope["beta_fast"] = self.get("rope.scaling.yarn_beta_fast", 32.0)
+            rope["beta_slow"] = self.get("rope.scaling.yarn_beta_slow", 1.0)
         return rope
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
-        stored = self.read("rope_freqs.weight", (slice(None),))
+        stored = self.table("rope_freqs.weight")
         plain, _ = frequencies(RopeConfig(theta=theta), head_dim)
         factor = float(stored.max())
         for length in _LLAMA3_CONTEXTS:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrl_llm.models.checkpoints.gguf import TENSOR_NAMES, GGUFSource
+from jaxrl_llm.models.checkpoints.gguf import GGUFSource
 from jaxrl_llm.models.checkpoints.gguf_vocabulary import special_ids
 from jaxrl_llm.models.checkpoints.hf import (
     CONFIG,
@@ -126,7 +126,8 @@ def load_params(
     path = locate(name, revision=revision)
     transformer, shardings = transformer.base, None if shardings is None else without_adapters(shardings)
     if _is_gguf(path):
-        return load_weights(GGUFSource(path), TENSOR_NAMES, transformer, shardings, where=str(path), told=told)
+        source = GGUFSource(path)
+        return load_weights(source, source.architecture.names, transformer, shardings, where=str(path), told=told)
     names = read_description(path)[0].tensor_names
     return load_weights(SafetensorsSource(path), names, transformer, shardings, where=str(path), told=told)
 

@@ -18,7 +18,9 @@ from jaxrl_llm.models.transformer import Transformer
 
 Index = tuple[slice, ...]
 
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$|attn_rot_embd\.weight$|rope_freqs\.weight$|masked_bias$")
+HARMLESS = re.compile(
+    r"rotary_emb\.inv_freq$|attn_rot_embd\.weight$|rope_freqs\.weight$|rope_factors_\w+\.weight$|masked_bias$"
+)
 """Tensors beside the parameters in some checkpoints: tables that are computed here from the configuration."""
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import chex
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -43,12 +44,27 @@ def write(tmp_path, gguf_writer, golden_config, golden_tensors):
         "qwen2",
         "qwen3",
         "qwen3_tied_bias",
+        "gemma2",
+        "gemma3_long",
+        "olmo2",
+        "phi3",
+        "phi3_longrope",
+        "phi3_partial_tied",
+        "smollm3",
     ],
 )
-def test_equals_the_hugging_face_checkpoint(case, write, checkpoint):
-    """Names, shapes, llama's permuted queries and keys, tied heads, biases; the same configuration."""
-    ours, params = from_pretrained(write(case))
-    theirs, expected = from_pretrained(checkpoint(case))
+def test_equals_the_hugging_face_checkpoint(case, write, checkpoint, golden_tensors):
+    """Names, shapes, llama's permuted queries and keys, tied heads, biases; the same configuration.
+
+    Norms are of bfloat16, as in checkpoints of Gemma, so that llama.cpp can add 1 to them and lose nothing.
+    """
+    changes = {"query_pre_attn_scalar": 8} if case.startswith("gemma") else {}
+    tensors = {
+        name: value.astype(jnp.bfloat16).astype(np.float32) if "norm" in name else value
+        for name, value in golden_tensors(case).items()
+    }
+    ours, params = from_pretrained(write(case, tensors=tensors, config=changes))
+    theirs, expected = from_pretrained(checkpoint(case, tensors=tensors, config=changes))
     if case == "mistral":  # without a window it is a llama in GGUF, and in arithmetic
         assert [kind.window for kind in ours.config.layer_kinds] == [None]
     assert ours.config == theirs.config or close(ours.config) == close(theirs.config)
@@ -198,7 +214,7 @@ def test_unknown_architecture_lists_the_known(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="'gpt2' is not supported; known: llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; known: llama, qwen2, qwen3, gemma2"):
         from_pretrained(tmp_path / "x.gguf")
 
 

@@ -70,7 +70,7 @@ def tokenizer(tmp_path):
 
 @pytest.mark.parametrize("key", METADATA)
 def test_no_metadata_is_taken_as_it_comes(key, model):
-    for value in NEVER[: -1 if key == "rope.freq_base" else None]:
+    for value in NEVER[: -1 if key.startswith("rope.freq_base") else None]:
         with pytest.raises(ValueError, match=rf"model\.gguf: qwen2\.{key}=.* must be "):
             load_config(model({f"qwen2.{key}": value}))
 

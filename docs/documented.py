@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[str, ...]] = {
             "losses.correction",
             "losses.rejection",
             "losses.token_masks",
+            "losses.router",
         ),
     ),
     "Critics": ("losses.value",),

@@ -177,7 +177,7 @@ def split_groups(rows: Any, split: int) -> Any:
         return jax.tree.map(dealt, rows)
 
     def one(name: str, x: jax.Array) -> jax.Array:
-        of_prompt = x.ndim == 1 or name == "prompt"
+        of_prompt = x.ndim == 1 or name.startswith("prompt")
         return jnp.repeat(x, split, axis=0) if of_prompt else dealt(x)
 
     return rows._replace(**{name: one(name, x) for name, x in rows._asdict().items() if x is not None})
@@ -236,6 +236,7 @@ class Packed(Pieces):
         self.split, self.rows = split, spread(split_groups(rows, split))
         _, group, width = self.rows.completion.shape
         self.whole_groups = whole_groups and self.rows.prompt.shape[1] + group * width <= tokens
+        experts = getattr(self.rows, "experts", None)
         self.packing = pack(
             self.rows.prompt,
             self.rows.prompt_lengths,
@@ -243,6 +244,7 @@ class Packed(Pieces):
             _read_lengths(self.rows),
             tokens=tokens,
             whole_groups=self.whole_groups,
+            experts=(self.rows.prompt_experts, experts) if experts is not None else None,
         )
         self.whole_batch = self.packing.capacity == 1
 

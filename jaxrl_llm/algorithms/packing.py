@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxrl_llm.masking import length_mask
-from jaxrl_llm.models.rows import PackedLayout, TokenRows
+from jaxrl_llm.models.rows import Experts, PackedLayout, TokenRows
 from jaxrl_llm.sharding import constrain, row_shards
 
 
@@ -52,6 +52,8 @@ class Packing(struct.PyTreeNode):
     """T, the length of a row."""
     capacity: int = struct.field(pytree_node=False)
     """Rows that a shard may have, whatever the lengths."""
+    experts: Experts | None = None
+    """Those that computed prompts and completions elsewhere, `[S, P/S]` before the axes of tokens."""
 
     @property
     def count(self) -> jax.Array:
@@ -73,7 +75,7 @@ class Packing(struct.PyTreeNode):
     def layout(self, row: jax.Array) -> PackedLayout:
         """Row `row` of each shard."""
         shards = jax.vmap(_layout, in_axes=(0, None))(self, row)
-        rows = jax.tree.map(lambda x: constrain(x, "rows", None), shards.rows)
+        rows = jax.tree.map(lambda x: constrain(x, "rows", *(None,) * (x.ndim - 1)), shards.rows)
         return shards.replace(rows=rows)
 
 
@@ -85,6 +87,7 @@ def pack(
     *,
     tokens: int,
     whole_groups: bool = False,
+    experts: Experts | None = None,
 ) -> Packing:
     """Packs completions prompt by prompt, the longest of each first, into the first row that has room.
 
@@ -95,6 +98,7 @@ def pack(
         lengths: `[P, G]` int: tokens of each that are read; 0: it is left out.
         tokens: T, the length of a row.
         whole_groups: let all completions of a prompt lie in one row.
+        experts: those that computed the tokens elsewhere, or `None`.
 
     Raises:
         ValueError: a row may be too short for what must lie in it.
@@ -120,7 +124,13 @@ def pack(
     begin = jnp.where(lengths > 0, begin, jnp.iinfo(jnp.int32).max)
     flat = [x.reshape(shards, -1) for x in (lengths, row, start, opens, prompt_start, prompt_end, begin)]
     order = jnp.argsort(flat[-1], axis=1)
-    return Packing(prompt, prompt_lengths, completion, common, *flat, order=order, tokens=tokens, capacity=capacity)
+    return Packing(
+        *(prompt, prompt_lengths, completion, common, *flat),
+        order=order,
+        tokens=tokens,
+        capacity=capacity,
+        experts=jax.tree.map(split, experts),
+    )
 
 
 def check_room(tokens: int, prompt_width: int, width: int) -> None:
@@ -224,8 +234,14 @@ def _layout(packing: Packing, row: jax.Array) -> PackedLayout:
     source = jnp.where(is_own, segment * width + time, size)
     depth = common + jnp.where(is_prompt, offset, own_prompt[segment] + time)
     depth = jnp.where(is_common, place, depth)
-    of_prompt = packing.prompt[segment // group, jnp.clip(depth, 0, packing.prompt.shape[1] - 1)]
-    own = packing.completion.reshape(-1)[jnp.minimum(source, size - 1)]
+
+    def at(of_prompts: jax.Array, own: jax.Array, fill: int) -> jax.Array:
+        """What is known of each token, `[T, *]`, of what is known of prompts and of completions."""
+        of_prompt = of_prompts[segment // group, jnp.clip(depth, 0, of_prompts.shape[1] - 1)]
+        own = own.reshape(-1, *own.shape[3:])[jnp.minimum(source, size - 1)]
+        is_own_here, real_here = (x.reshape(-1, *(1,) * (own.ndim - 1)) for x in (is_own, real))
+        return jnp.where(is_own_here, own, jnp.where(real_here, of_prompt, fill))
+
     end = jnp.where(is_prompt, packing.prompt_end[segment], packing.start[segment] + length[segment])
     end = jnp.where(is_common, used, end)
     real = is_common | is_prompt | is_own
@@ -236,9 +252,10 @@ def _layout(packing: Packing, row: jax.Array) -> PackedLayout:
     where = jnp.where(held, packing.start[:, None] + jnp.arange(width), -1)
     return PackedLayout(
         rows=TokenRows(
-            tokens=jnp.where(is_own, own, jnp.where(real, of_prompt, 0)),
+            tokens=at(packing.prompt, packing.completion, 0),
             depth=jnp.where(real, depth, 0).astype(jnp.int32),
             end=jnp.where(real, end, place + 1).astype(jnp.int32),
+            experts=None if packing.experts is None else at(*packing.experts, -1),
         ),
         parent=jnp.maximum(parent, 0).astype(jnp.int32),
         place=where.reshape(prompts, group, width).astype(jnp.int32),

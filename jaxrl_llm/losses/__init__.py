@@ -86,6 +86,7 @@ from jaxrl_llm.losses.regression import a_star_po_loss
 from jaxrl_llm.losses.reinforce import dro_loss, dro_surrogate, gpg_loss, reinforce_loss, threshold_grpo_loss
 from jaxrl_llm.losses.rejection import RejectionLevel, RejectionStatistic, rejection_mask
 from jaxrl_llm.losses.reward import bradley_terry_loss, bt_prob, last_token_score, normalize_scores, ranking_loss
+from jaxrl_llm.losses.router import RouterTokens, load_balance_loss, router_loss, router_tokens
 from jaxrl_llm.losses.self_distillation import sdpo_loss, top_k_jsd
 from jaxrl_llm.losses.sequence import grpo_s_loss, gspo_loss, gspo_token_loss, luspo_loss, sequence_log_ratio
 from jaxrl_llm.losses.sequence_logprobs import implicit_reward, sequence_logprobs, wpo_weights
@@ -111,6 +112,7 @@ __all__ = [
     "RejectionLevel",
     "RejectionStatistic",
     "RewardShift",
+    "RouterTokens",
     "ShiftAverage",
     "SoftGate",
     "ValueLossKind",
@@ -185,6 +187,7 @@ __all__ = [
     "kto_loss",
     "label_pairs",
     "last_token_score",
+    "load_balance_loss",
     "log_odds",
     "luspo_loss",
     "mis_weights",
@@ -202,6 +205,8 @@ __all__ = [
     "rejection_mask",
     "robust_dpo_loss",
     "robust_dpo_term",
+    "router_loss",
+    "router_tokens",
     "sapo_loss",
     "sdpo_loss",
     "seq_mask_tis_weights",

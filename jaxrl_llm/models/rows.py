@@ -21,6 +21,10 @@ from jaxrl_llm.models.time_shards import dealt_order
 from jaxrl_llm.sharding import constrain, context_shards
 
 
+Experts = tuple[jax.Array, jax.Array]
+"""The experts that computed tokens of prompts `[P, Tp, L, k]` and completions `[P, G, Tc, L, k]`."""
+
+
 class TokenRows(struct.PyTreeNode):
     """Trees of tokens, in depth-first order; see `Visibility` for what they mean to attention."""
 
@@ -34,6 +38,8 @@ class TokenRows(struct.PyTreeNode):
     """Their shape, where it is known when the program is compiled."""
     place: jax.Array | None = None
     """`[B, T]` int32: where in the depth-first order each token lies. `None`: they are in that order."""
+    experts: jax.Array | None = None
+    """`[B, T, L, k]` int: the experts that computed each token elsewhere, in each layer; −1: not known."""
 
     @property
     def is_padding(self) -> jax.Array:
@@ -59,7 +65,9 @@ class TokenRows(struct.PyTreeNode):
         return cls(tokens, place - first, end)
 
     @classmethod
-    def of_groups(cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array) -> TokenRows:
+    def of_groups(
+        cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array, experts: Experts | None = None
+    ) -> TokenRows:
         """Each prompt `[P, Tp]` and, after it, its completions `[P, G, Tc]`, padding included.
 
         Causality alone hides the padding of completions.
@@ -75,7 +83,7 @@ class TokenRows(struct.PyTreeNode):
         prompt_end = jnp.where(length_mask(prompt_lengths, prompt_width), total, place[:prompt_width] + 1)
 
         def join(of_prompt: jax.Array, own: jax.Array) -> jax.Array:
-            return jnp.concatenate([of_prompt, own.reshape(prompts, -1)], axis=1)
+            return jnp.concatenate([of_prompt, own.reshape(prompts, -1, *own.shape[3:])], axis=1)
 
         prompt_depth = jnp.broadcast_to(place[:prompt_width], prompt.shape)
         return cls(
@@ -83,6 +91,7 @@ class TokenRows(struct.PyTreeNode):
             depth=join(prompt_depth, own_depth).astype(jnp.int32),
             end=join(prompt_end, own_end).astype(jnp.int32),
             shared=SharedPrompt(prompt_width, group, width),
+            experts=None if experts is None else join(*experts),
         )
 
     def dealt(self, order: np.ndarray) -> TokenRows:
@@ -91,13 +100,15 @@ class TokenRows(struct.PyTreeNode):
         place = jnp.broadcast_to(order, (len(self.tokens), len(order)))
         tokens, depth, end = (_reordered(x, order) for x in (self.tokens, self.depth, self.end))
         end = jnp.where(place < length, end, place + 1)
-        tokens, depth, end = (constrain(x, "rows", "time") for x in (tokens, depth, end))
-        return TokenRows(tokens, depth, end, place=place)
+        experts = None if self.experts is None else _reordered(self.experts, order, fill=-1)
+        made = TokenRows(tokens, depth, end, place=place, experts=experts)
+        return jax.tree.map(lambda x: constrain(x, "rows", "time", *(None,) * (x.ndim - 2)), made)
 
 
 def _reordered(x: jax.Array, order: np.ndarray, fill: int = 0) -> jax.Array:
-    """`[B, T]` → `[B, T']`."""
-    return jnp.pad(x, ((0, 0), (0, len(order) - x.shape[1])), constant_values=fill)[:, order]
+    """`[B, T, *]` → `[B, T', *]`."""
+    more = ((0, 0), (0, len(order) - x.shape[1]), *((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, more, constant_values=fill)[:, order]
 
 
 @runtime_checkable
@@ -153,10 +164,15 @@ class PaddedLayout(struct.PyTreeNode):
 
     @classmethod
     def of(
-        cls, prompt: jax.Array, prompt_lengths: jax.Array, completion: jax.Array, kept: jax.Array | None = None
+        cls,
+        prompt: jax.Array,
+        prompt_lengths: jax.Array,
+        completion: jax.Array,
+        kept: jax.Array | None = None,
+        experts: Experts | None = None,
     ) -> PaddedLayout:
         """That of prompts `[P, Tp]` and completions `[P, G, Tc]`, both right-padded."""
-        return cls(TokenRows.of_groups(prompt, prompt_lengths, completion), prompt_lengths, completion, kept)
+        return cls(TokenRows.of_groups(prompt, prompt_lengths, completion, experts), prompt_lengths, completion, kept)
 
     def before(self, states: jax.Array) -> jax.Array:
         """`[P, G, Tc, D]`: entry 0 is the prompt's last state, shared by the group."""
@@ -339,4 +355,7 @@ def _plain_layout_of(texts: Any) -> Layout:
     segment_ids = getattr(texts, "segment_ids", None)
     if segment_ids is not None:
         return PackedLayout.of_segments(texts.completion[:, 0], segment_ids[:, 0])
-    return PaddedLayout.of(texts.prompt, texts.prompt_lengths, texts.completion, getattr(texts, "kept", None))
+    kept, experts = getattr(texts, "kept", None), getattr(texts, "experts", None)
+    if experts is not None:
+        experts = (texts.prompt_experts, experts)
+    return PaddedLayout.of(texts.prompt, texts.prompt_lengths, texts.completion, kept, experts)

@@ -46,6 +46,8 @@ class Layer(NamedTuple):
     """Its place among those that are compiled: of the first run's pattern, of the second one's, …"""
     number: jax.Array | int
     """Which repeat of its run it belongs to."""
+    index: jax.Array | int
+    """Its place among all layers."""
 
 
 @functools.lru_cache
@@ -173,7 +175,9 @@ class Stack:
             part, number = one
             if whole is not None:
                 part = self._read(whole, run, part, number)
-            return step(x, self._place(part, run, place), Layer(self.kinds[run.first + place], before + place, number))
+            index = run.first + place + run.period * number
+            kind = self.kinds[run.first + place]
+            return step(x, self._place(part, run, place), Layer(kind, before + place, number, index))
 
         return wrap(layer, in_loop=run.repeats > 1)
 

@@ -39,6 +39,13 @@ class Rollout(struct.PyTreeNode):
     """`[P, G]` int32: passes through the model in which each completion had a part, where it was sampled with
     speculation: without, it takes one for each token."""
 
+    experts: jax.Array | None = None
+    """`[P, G, Tc, L, k]` int16: the experts that computed each token, in each layer; −1: not known, as of a
+    completion's last token, which is drawn and not computed, and of layers without experts. `None`: they were not
+    written down."""
+    prompt_experts: jax.Array | None = None
+    """`[P, Tp, L, k]` int16: the same of prompts."""
+
     @property
     def mask(self) -> jax.Array:
         """Which completion positions hold sampled tokens, bool `[P, G, Tc]`; from lengths, never from ids."""
@@ -59,6 +66,10 @@ class Rollout(struct.PyTreeNode):
         if self.kept is not None:
             chex.assert_shape(self.kept, (prompts, group, width, None))
             chex.assert_type(self.kept, int)
+        if self.experts is not None:
+            assert self.prompt_experts is not None, "there are experts of completions, and none of prompts"
+            chex.assert_shape(self.experts, (prompts, group, width, *self.experts.shape[3:]))
+            chex.assert_shape(self.prompt_experts, (*self.prompt.shape, *self.experts.shape[3:]))
         chex.assert_type([self.prompt, self.prompt_lengths, self.completion, self.completion_lengths], int)
         chex.assert_type([self.finished, self.logprobs, self.sampler_logprobs], [bool, float, float])
 

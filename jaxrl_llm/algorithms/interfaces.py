@@ -198,6 +198,11 @@ class Algorithm(abc.ABC):
         """Whether it reads which tokens each was drawn from (`Rollout.kept`)."""
         return False
 
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether it reads which experts computed each token (`Rollout.experts`)."""
+        return False
+
     def start(self) -> Any:
         """Its memory before the first batch, a tree of arrays that is part of the training state."""
         return ()

@@ -8,12 +8,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxrl_llm.algorithms.offline import Objective
+from jaxrl_llm.algorithms.router import RouterLosses, check_has_experts
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.checks import check_fields, one_of
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses.aggregate import aggregation_normalizer
+from jaxrl_llm.losses.router import RouterTokens
 from jaxrl_llm.losses.supervised import dft_loss, sft_loss
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.records import Mean, Metrics
 
@@ -64,6 +67,8 @@ class SupervisedObjective(Objective):
     (`dft_loss`)."""
     aggregation: Aggregation = "token-mean"
     """One mean over all tokens of a step, or one over completions of their tokens' mean or sum."""
+    router: RouterLosses | None = None
+    """Balance the load of experts and keep the router's logits small, and tell metrics of it."""
 
     def __post_init__(self) -> None:
         """Rejects what there is not."""
@@ -89,21 +94,37 @@ class SupervisedObjective(Objective):
         """No."""
         return False
 
-    def normalizer(self, rows: Any) -> jax.Array:
-        """Number of masked tokens, or of completions that have some."""
-        return aggregation_normalizer(rows.mask, mode=self.aggregation, segment_ids=_segments(rows))
+    def normalizer(self, rows: Any) -> tuple[jax.Array, jax.Array]:
+        """Number of masked tokens, or of completions that have some; and of masked tokens."""
+        own = aggregation_normalizer(rows.mask, mode=self.aggregation, segment_ids=_segments(rows))
+        return own, aggregation_normalizer(rows.mask, mode="token-mean")
 
-    def scores(self, model: Transformer, params: Params, texts: Any) -> TokenScores:
-        """Log-probs and entropies of the tokens; those of the first token of a packed demonstration mean nothing."""
-        return Scorer(model)(params, texts)
+    def scores(self, model: Transformer, params: Params, texts: Any) -> tuple[TokenScores, RouterTokens | None]:
+        """Log-probs and entropies of the tokens; those of the first token of a packed demonstration mean nothing.
 
-    def loss(self, scores: TokenScores, rows: Any, normalizer: Any) -> tuple[jax.Array, Metrics]:
+        And what routers did, where the losses of these are read.
+        """
+        if self.router is None:
+            return Scorer(model)(params, texts), None
+        check_has_experts(model, f"objective.router={self.router}")
+        layout = layout_of(texts)
+        hidden, router = model.watched(params, layout)
+        return layout.unpack((Scorer(model).of_hidden(params, hidden, layout), router))
+
+    def loss(
+        self, scores: tuple[TokenScores, RouterTokens | None], rows: Any, normalizer: Any
+    ) -> tuple[jax.Array, Metrics]:
         """The rows' part of the loss, and its metrics."""
+        (tokens, router), (own, count) = scores, normalizer
         loss = {"nll": sft_loss, "dft": dft_loss}[self.kind]
         value, metrics = loss(
-            scores.logprobs, rows.mask, aggregation=self.aggregation, normalizer=normalizer, segment_ids=_segments(rows)
+            tokens.logprobs, rows.mask, aggregation=self.aggregation, normalizer=own, segment_ids=_segments(rows)
         )
-        return value, metrics | {"entropy": Mean.of(jax.lax.stop_gradient(scores.entropy), rows.mask)}
+        metrics["entropy"] = Mean.of(jax.lax.stop_gradient(tokens.entropy), rows.mask)
+        if self.router is None or router is None:
+            return value, metrics
+        extra, of_router = self.router(router, rows.mask, count)
+        return value + extra, metrics | of_router
 
 
 def _segments(rows: Any) -> jax.Array | None:

@@ -193,7 +193,7 @@ class TiledBlock(NamedTuple):
     """Of queries, keys and values."""
 
     def __call__(
-        self, x: jax.Array, turn: Rotation | None, attention: Attend, chosen: None = None
+        self, x: jax.Array, turn: Rotation | None, attention: Attend, chosen: jax.Array | None = None
     ) -> tuple[jax.Array, Projected, None]:
         """As `Block`; `attention` has to be by depth, and no layer has experts."""
         del chosen

@@ -129,7 +129,7 @@ class ScoreModel:
             ValueError: the head has more than one output.
         """
         layout = layout_of(texts)
-        states = self.transformer.norm(params, self.transformer.read(params, layout.rows)[0])
+        states = self.transformer.norm(params, self.transformer.read(params, layout.rows).states)
         values = one_output(self.head(params, states))[..., None]
         before, after = layout.unpack((layout.before(values), layout.at(values)))
         return before[..., 0], after[..., 0]

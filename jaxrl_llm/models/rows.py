@@ -20,7 +20,6 @@ from jaxrl_llm.models.attention import SharedPrompt
 from jaxrl_llm.models.time_shards import dealt_order
 from jaxrl_llm.sharding import constrain, context_shards
 
-
 Experts = tuple[jax.Array, jax.Array]
 """The experts that computed tokens of prompts `[P, Tp, L, k]` and completions `[P, G, Tc, L, k]`."""
 
@@ -101,8 +100,10 @@ class TokenRows(struct.PyTreeNode):
         tokens, depth, end = (_reordered(x, order) for x in (self.tokens, self.depth, self.end))
         end = jnp.where(place < length, end, place + 1)
         experts = None if self.experts is None else _reordered(self.experts, order, fill=-1)
-        made = TokenRows(tokens, depth, end, place=place, experts=experts)
-        return jax.tree.map(lambda x: constrain(x, "rows", "time", *(None,) * (x.ndim - 2)), made)
+        tokens, depth, end, experts = jax.tree.map(
+            lambda x: constrain(x, "rows", "time", *(None,) * (x.ndim - 2)), (tokens, depth, end, experts)
+        )
+        return TokenRows(tokens, depth, end, place=place, experts=experts)
 
 
 def _reordered(x: jax.Array, order: np.ndarray, fill: int = 0) -> jax.Array:

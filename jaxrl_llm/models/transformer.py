@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxrl_llm.logprobs import IMPOSSIBLE
+from jaxrl_llm.losses.router import RouterTokens, router_tokens
 from jaxrl_llm.models import batch_invariant as invariant
 from jaxrl_llm.models.attention import KeyValue, Visibility
 from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
+from jaxrl_llm.models.experts import Routed
 from jaxrl_llm.models.kernels.seam import attention
 from jaxrl_llm.models.lookup import look_up
 from jaxrl_llm.models.lora import has_adapters, join
@@ -32,6 +34,19 @@ from jaxrl_llm.models.stack import Layer, Stack, flat
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.time_shards import dealt_order
 from jaxrl_llm.sharding import constrain, context_shards, on_cpu, parameter_shardings
+
+
+class Read(NamedTuple):
+    """What a pass over rows of tokens makes."""
+
+    states: jax.Array
+    """`[B, T, D]`: the residual stream after the last layer."""
+    memory: KeyValue | None = None
+    """Keys and values of all layers, stacked on axis 0; `None`: they were not asked for."""
+    experts: jax.Array | None = None
+    """`[L, B, T, k]` int16: those that computed each token, −1 in layers that have none; with `memory`."""
+    router: RouterTokens | None = None
+    """`[B, T]`: what routers did with each token, the mean over the layers that have one; `None`: as `memory`."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -213,7 +228,10 @@ class Transformer:
         make_attention: Callable[[int | None], Attend],
         *,
         collect: bool = False,
-    ) -> tuple[jax.Array, KeyValue | None]:
+        experts: jax.Array | None = None,
+        replay: bool = True,
+        watch: bool = False,
+    ) -> Read:
         """Scans the blocks over the residual stream.
 
         On CPUs that is float32 between products in bfloat16: XLA has no arithmetic of bfloat16 there. It converts back
@@ -225,17 +243,50 @@ class Transformer:
             x: `[B, T, D]`.
             positions: `[B, T]`, each below T.
             make_attention: the layer's window → its attention.
-            collect: also return the keys and values of all layers, stacked on axis 0.
+            collect: also return the keys and values of all layers, and their experts.
+            experts: `[B, T, L, k]`: those that computed the tokens elsewhere, or `None`; as of `TokenRows`.
+            replay: let them compute the tokens here, too; else these are only compared.
+            watch: also return what routers did.
         """
         turn = self._turns(positions, x.shape[1])
 
-        def step(x: jax.Array, params: Params, layer: Layer) -> tuple[jax.Array, KeyValue | None]:
-            kind = layer.kind
-            return self._layer(params, kind, x, turn[kind.rope], make_attention(kind.window), collect)
+        def step(
+            carry: tuple[jax.Array, RouterTokens | None], params: Params, layer: Layer
+        ) -> tuple[tuple[jax.Array, RouterTokens | None], tuple[KeyValue | None, jax.Array | None]]:
+            (x, watched), kind, others = carry, layer.kind, None
+            if experts is not None and kind.experts:
+                others = jax.lax.dynamic_index_in_dim(experts, layer.index, axis=2, keepdims=False)
+            attention, chosen = make_attention(kind.window), others if replay else None
+            x, memory, routed = self._layer(params, kind, x, turn[kind.rope], attention, collect, chosen)
+            if watched is not None and routed is not None:
+                one = router_tokens(routed.logits, routed.experts, others)
+                watched = jax.tree.map(lambda so_far, new: so_far + new / self._routers, watched, one)
+            return (x, watched), (memory, self.told_experts(routed, x.shape[:-1]) if collect else None)
 
         wrap, given, x = functools.partial(rematerialised, self.config.remat), x.dtype, self.residual(x)
-        made = self.stack.scan(step, x, params["layers"], wrap, in_loops=self.config.scan_layers)
-        return jax.tree.map(lambda x: x.astype(given), made)
+        carry = x, self._nothing_watched(x.shape[:-1]) if watch else None
+        in_loops = self.config.scan_layers
+        (x, watched), (memory, told) = self.stack.scan(step, carry, params["layers"], wrap, in_loops=in_loops)
+        return Read(x.astype(given), jax.tree.map(lambda x: x.astype(given), memory), told, watched)
+
+    @property
+    def _routers(self) -> int:
+        """Layers with experts."""
+        return sum(kind.experts for kind in self.config.kinds)
+
+    def _nothing_watched(self, shape: tuple[int, ...]) -> RouterTokens | None:
+        if self.config.experts is None:
+            return None
+        of_token, of_expert = jnp.zeros(shape), jnp.zeros((*shape, self.config.experts.count))
+        return RouterTokens(of_expert, of_expert, of_token, of_token, of_token)
+
+    def told_experts(self, routed: Routed | None, shape: tuple[int, ...]) -> jax.Array | None:
+        """A layer's experts of tokens of some shape as they are written down, `[..., k]`; `None`: no layer has some."""
+        if self.config.experts is None:
+            return None
+        if routed is None:
+            return jnp.full((*shape, self.config.experts.per_token), -1, jnp.int16)
+        return routed.experts.astype(jnp.int16)
 
     def _turns(self, positions: jax.Array, length: int) -> dict[RopeConfig | None, Rotation | None]:
         """`rotations` of positions below `length`."""
@@ -245,15 +296,20 @@ class Transformer:
         return dict(zip(table, turns, strict=True))
 
     def _layer(
-        self, params: Params, kind: LayerKind, x: jax.Array, turn: Rotation | None, attention: Attend, collect: bool
-    ) -> tuple[jax.Array, KeyValue | None]:
-        x, projected, _ = self.block(params, kind)(x, turn, attention)
+        self,
+        params: Params,
+        kind: LayerKind,
+        x: jax.Array,
+        turn: Rotation | None,
+        attention: Attend,
+        collect: bool,
+        chosen: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValue | None, Routed | None]:
+        x, projected, routed = self.block(params, kind)(x, turn, attention, chosen)
         x = constrain(x, "rows", "time", None)
-        return x, KeyValue.of(*projected) if collect else None
+        return x, KeyValue.of(*projected) if collect else None, routed
 
-    def _run_alike(
-        self, params: Params, rows: TokenRows, visible: Visibility, *, collect: bool
-    ) -> tuple[jax.Array, KeyValue | None]:
+    def _run_alike(self, params: Params, rows: TokenRows, visible: Visibility, *, collect: bool) -> Read:
         """`run_layers` with numbers that do not depend on the rows, and the gradient that `plain` has at them."""
 
         def of_kind(kind: LayerKind) -> Callable[..., tuple[jax.Array, KeyValue | None]]:
@@ -264,7 +320,7 @@ class Transformer:
             ) -> tuple[jax.Array, KeyValue | None]:
                 turn = self._turns(depth, x.shape[1])[kind.rope]
                 attention = functools.partial(invariant.attend_rows, visible=visible, **attend)
-                return self._layer(params, kind, x, turn, attention, collect)
+                return self._layer(params, kind, x, turn, attention, collect)[:2]
 
             def exact(trained: Any, depth: jax.Array, visible: Visibility) -> tuple[jax.Array, KeyValue | None]:
                 params, x = trained
@@ -274,7 +330,7 @@ class Transformer:
                 params, x = trained
                 turn = self.plain._turns(depth, x.shape[1])[kind.rope]
                 usual = functools.partial(attention, visible=visible, shared=rows.shared, **attend)
-                return self.plain._layer(params, kind, x, turn, usual, collect)
+                return self.plain._layer(params, kind, x, turn, usual, collect)[:2]
 
             return invariant.with_plain_backward(exact, plain)
 
@@ -285,7 +341,7 @@ class Transformer:
         made, memory = self.stack.scan(
             step, self.residual(x), params["layers"], lambda layer, **_: layer, in_loops=self.config.scan_layers
         )
-        return made.astype(x.dtype), memory
+        return Read(made.astype(x.dtype), memory)
 
     def _in_compute_type(self, params: Params) -> Params:
         """Parameters as products read them; scales of norms in float32."""
@@ -297,19 +353,30 @@ class Transformer:
 
     # ---------------------------------------------------------------- forward passes
 
-    def read(self, params: Params, rows: TokenRows, *, collect: bool = False) -> tuple[jax.Array, KeyValue | None]:
-        """The residual stream after the last layer, `[B, T, D]`, which the last `norm` is yet to be applied to.
+    def read(
+        self, params: Params, rows: TokenRows, *, collect: bool = False, replay: bool = True, watch: bool = False
+    ) -> Read:
+        """A pass over rows, to whose states the last `norm` is yet to be applied.
 
         Args:
             params: parameters.
             rows: trees of tokens. The states of padding are meaningless.
-            collect: also return the keys and values of all layers, stacked on axis 0.
+            collect: as of `run_layers`.
+            replay: as of `run_layers`.
+            watch: as of `run_layers`.
         """
         if rows.place is None and (shards := context_shards()) > 1:
             order = dealt_order(rows.tokens.shape[1], shards)
             back = np.argsort(order)[: rows.tokens.shape[1]]
-            x, memory = self.read(params, rows.dealt(order), collect=collect)
-            return x[:, back], memory and KeyValue(memory.key[..., back], memory.value[..., back, :])
+            x, memory, experts, router = self.read(
+                params, rows.dealt(order), collect=collect, replay=replay, watch=watch
+            )
+            return Read(
+                x[:, back],
+                memory and KeyValue(memory.key[..., back], memory.value[..., back, :]),
+                None if experts is None else experts[:, :, back],
+                jax.tree.map(lambda tokens: tokens[:, back], router),
+            )
         visible = Visibility.of_rows(rows.depth, rows.end, rows.place)
         if self.config.batch_invariant:
             return self._run_alike(params, rows, visible, collect=collect)
@@ -324,21 +391,27 @@ class Transformer:
                 shared=rows.shared,
             )
 
-        return self.run_layers(params, self.embed(params, rows.tokens), rows.depth, make_attention, collect=collect)
+        return self.run_layers(
+            *(params, self.embed(params, rows.tokens), rows.depth, make_attention),
+            collect=collect,
+            experts=None if self.config.experts is None else rows.experts,
+            replay=replay,
+            watch=watch,
+        )
 
-    def causal(self, params: Params, tokens: jax.Array, *, collect: bool = False) -> tuple[jax.Array, KeyValue | None]:
+    def causal(self, params: Params, tokens: jax.Array, *, collect: bool = False) -> Read:
         """Plain causal pass over right-padded rows.
 
         Args:
             params: parameters.
             tokens: `[B, T]`.
-            collect: also return the keys and values of all layers, stacked on axis 0.
+            collect: also return the keys and values of all layers, and their experts.
 
         Returns:
-            Normed hidden states `[B, T, D]`, and the keys and values or `None`.
+            `Read` with normed hidden states.
         """
-        x, memory = self.read(params, TokenRows.causal(tokens), collect=collect)
-        return self.norm(params, x), memory
+        read = self.read(params, TokenRows.causal(tokens), collect=collect)
+        return read._replace(states=self.norm(params, read.states))
 
     def hidden(self, params: Params, texts: Any) -> jax.Array:
         """States that predict each completion token, each prompt computed once for its G completions.
@@ -356,7 +429,27 @@ class Transformer:
             completion token t; entry 0 is the prompt's last state, shared by the group.
         """
         layout = layout_of(texts)
-        return self.norm(params, layout.before(self.read(params, layout.rows)[0]))
+        return self.norm(params, layout.before(self.read(params, layout.rows).states))
+
+    def watched(self, params: Params, texts: Any, *, replay: bool = True) -> tuple[jax.Array, RouterTokens | None]:
+        """`hidden`, and what routers did with the layout's targets.
+
+        Args:
+            params: parameters.
+            texts: as for `hidden`; with `experts` and `prompt_experts` beside a record's tokens (see `Rollout`) these
+                compute them, too.
+            replay: whether they do; else they are only compared with the experts that do.
+
+        Returns:
+            Hidden states, and of each target `RouterTokens`; `None`: no layer has experts.
+        """
+        layout = layout_of(texts)
+        read = self.read(params, layout.rows, replay=replay, watch=True)
+
+        def at_targets(tokens: jax.Array) -> jax.Array:
+            return layout.at(tokens) if tokens.ndim > 2 else layout.at(tokens[..., None])[..., 0]
+
+        return self.norm(params, layout.before(read.states)), jax.tree.map(at_targets, read.router)
 
     def states(self, params: Params, texts: Any) -> jax.Array:
         """States at the completions' own tokens: what heads read that judge a text and not what comes next.
@@ -368,7 +461,7 @@ class Transformer:
             completion token t.
         """
         layout = layout_of(texts)
-        return self.norm(params, layout.at(self.read(params, layout.rows)[0]))
+        return self.norm(params, layout.at(self.read(params, layout.rows).states))
 
     # ---------------------------------------------------------------- head
 
@@ -392,4 +485,4 @@ class Transformer:
 
     def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Logits `[B, T, V]` of a plain causal pass: for checks, not for training."""
-        return self.head_logits(params, self.causal(params, tokens)[0])
+        return self.head_logits(params, self.causal(params, tokens).states)

@@ -11,6 +11,7 @@ from jaxrl_llm.models.attention import KeyValue
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.sampling.caches import Memory, Slots
 from jaxrl_llm.sampling.flight import Batch, Plan, State, prompts_at_a_time
+from jaxrl_llm.sampling.sampled import by_token
 
 _VOTERS = 8
 """Earlier completions of a prompt, at most, that are looked at for each slot."""
@@ -73,8 +74,12 @@ def with_prompts(plan: Plan, params: Params, batch: Batch, state: State) -> Stat
     free = jnp.nonzero(state.prompt == plan.prompts, size=at_a_time, fill_value=sizes.places)[0].astype(jnp.int32)
     fits = (numbers < plan.prompts) & (free < sizes.places)
     taken = jnp.minimum(numbers, plan.prompts - 1)
-    hidden, made = plan.model.causal(params, batch.prompt[taken], collect=True)
+    hidden, made, told, _ = plan.model.causal(params, batch.prompt[taken], collect=True)
     assert made is not None
+    prompt_experts = state.prompt_experts
+    if prompt_experts is not None and told is not None:
+        at = jnp.where(fits, numbers, plan.prompts)  # beyond the last: dropped
+        prompt_experts = prompt_experts.at[at].set(by_token(told), mode="drop")
     last = jnp.take_along_axis(hidden, (batch.lengths[taken] - 1)[:, None, None], axis=1)[:, 0]
     pages = _in_pages(made, sizes.page, sizes.prompt_pages)
     layers = [slice(run.first + place, run.end, run.period) for run in plan.runs for place in range(run.period)]
@@ -91,6 +96,7 @@ def with_prompts(plan: Plan, params: Params, batch: Batch, state: State) -> Stat
         state=state.state.at[place].set(last.astype(state.state.dtype), mode="drop"),
         prompt=state.prompt.at[place].set(numbers, mode="drop"),
         read=state.read + jnp.sum(fits, dtype=jnp.int32),
+        prompt_experts=prompt_experts,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,7 @@ def sample(
     greedy: jax.Array | None = None,
     limits: jax.Array | None = None,
     kept: int = 0,
+    keep_experts: bool = False,
     history: tuple[jax.Array, jax.Array] | None = None,
 ) -> Rollout:
     """Samples G completions of each prompt.
@@ -98,6 +99,7 @@ def sample(
         greedy: `[P, G]` bool: completions that are decoded greedily instead; `None`: none.
         limits: `[P, G]` int: the most tokens of each completion, 1 to Tc; `None`: Tc.
         kept: how many ids are written down of those that each token was drawn from: `config.top_k`, or 0.
+        keep_experts: write down which experts computed each token.
         history: earlier completions `[P, G, Tc]` of the same prompts, which are proposed, and their lengths `[P, G]`, 0
             where there is none; `None`: there are none at all. They change no token.
 
@@ -110,15 +112,30 @@ def sample(
     completions = keys.size // row_shards()
     slots = min(slots or completions, completions)
     loop = Loop.of(model, model.layers(params)[0], config, slots=slots, completions=completions)
+    experts = None
+    if keep_experts and model.config.experts is not None:
+        experts = model.config.num_layers, model.config.experts.per_token
     if loop.together:
-        sampled = sample_together(model, params, wanted, config=config, kept=kept, **stops)
+        sampled, of_prompts = sample_together(model, params, wanted, config=config, kept=kept, experts=experts, **stops)
     else:
         decode = functools.partial(
-            sample_in_flight, model, slots=slots, in_loops=loop.in_loops, config=config, kept=kept, **stops
+            *(sample_in_flight, model),
+            slots=slots,
+            in_loops=loop.in_loops,
+            config=config,
+            kept=kept,
+            experts=experts,
+            **stops,
         )
-        sampled = _on_each_device(lambda *given, **rows: decode(*given, **rows).sampled, mesh)(params, wanted)
+
+        def of_device(*given: Any, **rows: Any) -> tuple[Sampled, jax.Array | None]:
+            state = decode(*given, **rows)
+            return state.sampled, state.prompt_experts
+
+        sampled, of_prompts = _on_each_device(of_device, mesh)(params, wanted)
         sampled = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), sampled)
     mask = length_mask(sampled.lengths, config.max_tokens)
+    computed = length_mask(sampled.lengths - 1, config.max_tokens)
     return Rollout(
         prompt=prompt,
         prompt_lengths=prompt_lengths,
@@ -129,10 +146,12 @@ def sample(
         sampler_logprobs=jnp.where(mask, sampled.sampler_logprobs, 0.0),
         kept=None if sampled.kept is None else jnp.where(mask[..., None], sampled.kept, -1),
         passes=sampled.passes,
+        experts=None if sampled.experts is None else jnp.where(computed[..., None, None], sampled.experts, -1),
+        prompt_experts=of_prompts,
     )
 
 
-def _on_each_device(sample: Callable[..., Sampled], mesh: Mesh) -> Callable[[Params, Wanted], Sampled]:
+def _on_each_device(sample: Callable[..., Any], mesh: Mesh) -> Callable[[Params, Wanted], Any]:
     """`sample` of each device's prompts, or of those of devices that share the weights along `tensor`."""
     axes = row_axes()
     of_device = functools.partial(sample, rows=axes)

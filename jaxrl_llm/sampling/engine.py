@@ -50,6 +50,7 @@ class Sampler:
         greedy: decode one more completion of each prompt greedily, in the same program; it is the last of its group.
         tokenizer: of the model, where `config.stop` has texts: they are found in the bytes of its tokens.
         keep_mask: write down which tokens each was drawn from (`Rollout.kept`).
+        keep_experts: write down which experts computed each token (`Rollout.experts`).
         resident: bytes that are taken on each device while it samples, the parameters included, for `slots="auto"`;
             `None`: the parameters alone.
         memory: bytes that each device has, for `slots="auto"`; `None`: the devices are asked, and processes agree on
@@ -72,6 +73,7 @@ class Sampler:
         greedy: bool = False,
         tokenizer: Any = None,
         keep_mask: bool = False,
+        keep_experts: bool = False,
         resident: int | None = None,
         memory: float | None = None,
     ):
@@ -83,7 +85,7 @@ class Sampler:
         config.check_vocabulary(model.config.vocab_size)
         if keep_mask:
             config.check_keeps_mask()
-        self.kept = (config.top_k or 0) if keep_mask else 0
+        self.kept, self.keep_experts = (config.top_k or 0) if keep_mask else 0, keep_experts
         self.model, self.config, self.group, self.greedy = model, config, group + greedy, greedy
         self.stop_tokens, self._stop_texts = tuple(stop_tokens), None
         if config.stop:
@@ -254,7 +256,8 @@ class Sampler:
         split, shards = self.row_split(prompts), row_shards(self._own_mesh)
         batch = Batch(prompts * split // shards, self.group // split, width, self.config.max_tokens, shards)
         return Footprint(
-            self.model, self.config, self.mesh, self._own_mesh, self.dtype, batch, self._resident, self.kept
+            *(self.model, self.config, self.mesh, self._own_mesh, self.dtype, batch, self._resident, self.kept),
+            keep_experts=self.keep_experts,
         )
 
     def slots(self, prompts: int, width: int) -> int:
@@ -351,10 +354,13 @@ class Sampler:
             greedy=greedy,
             limits=None if limits is None else limits.reshape(keys.shape),
             kept=self.kept,
+            keep_experts=self.keep_experts,
             history=jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[2:]), history),
         )
         whole = {name: values.reshape(prompts, group, *values.shape[2:]) for name, values in rollout.of_samples.items()}
-        return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, **whole)
+        of_prompts = rollout.prompt_experts
+        of_prompts = None if of_prompts is None else of_prompts[::split]  # each was computed for each of its rows
+        return rollout.replace(prompt=prompt, prompt_lengths=prompt_lengths, prompt_experts=of_prompts, **whole)
 
 
 def _told(needs: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import Attention, slot_attention
 from jaxrl_llm.sampling.caches import Memory, Sizes, as_kept, bytes_of, page_tokens
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sampling.sampled import Sampled, Wanted
+from jaxrl_llm.sampling.sampled import Sampled, Wanted, unknown_experts
 from jaxrl_llm.sampling.stop_texts import StopTexts
 from jaxrl_llm.sampling.weights import Weights
 
@@ -46,6 +46,8 @@ class Plan(NamedTuple):
     stop_texts: StopTexts | None
     kept: int
     """As `Sampled.nothing`."""
+    experts: tuple[int, int] | None
+    """As `Sampled.nothing`."""
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
         stop_tokens: tuple[int, ...],
         stop_texts: StopTexts | None,
         kept: int,
+        experts: tuple[int, int] | None,
     ) -> Plan:
         """That for what is wanted; arguments as of `sample_in_flight`."""
         prompts, group, tokens, _ = wanted.uniform.shape
@@ -79,6 +82,7 @@ class Plan(NamedTuple):
             stop_tokens=stop_tokens,
             stop_texts=stop_texts,
             kept=kept,
+            experts=experts,
         )
 
     @property
@@ -160,6 +164,8 @@ class State(NamedTuple):
     """Of each layer that is compiled."""
     sampled: Sampled
     """`[N]`, prompt by prompt."""
+    prompt_experts: jax.Array | None
+    """`[P, Tp, L, k]`: the experts that computed prompts; `None`: they are not written down."""
 
     @classmethod
     def start_of(cls, plan: Plan, width: int) -> State:
@@ -187,9 +193,10 @@ class State(NamedTuple):
                 for run in plan.runs
                 for kind in config.kinds[run.first : run.first + run.period]
             ),
-            sampled=Sampled.nothing(plan.number, sizes.tokens, kept=plan.kept)._replace(
+            sampled=Sampled.nothing(plan.number, sizes.tokens, kept=plan.kept, experts=plan.experts)._replace(
                 passes=jnp.zeros(plan.number, jnp.int32) if sizes.drafts else None
             ),
+            prompt_experts=None if plan.experts is None else unknown_experts(plan.prompts, width, *plan.experts),
         )
 
 
@@ -223,7 +230,7 @@ def prompts_at_a_time(sizes: Sizes, width: int, group: int, slots: int) -> int:
 
 def _value_of_a_token(model: Transformer, params: Params) -> jax.ShapeDtypeStruct:
     """`[K, H]` as the layers make them."""
-    made = jax.eval_shape(lambda: model.causal(params, jnp.zeros((1, 1), jnp.int32), collect=True)[1])
+    made = jax.eval_shape(lambda: model.causal(params, jnp.zeros((1, 1), jnp.int32), collect=True).memory)
     assert made is not None
     _, _, kv_heads, _, head_dim = made.value.shape
     return jax.ShapeDtypeStruct((kv_heads, head_dim), made.value.dtype)

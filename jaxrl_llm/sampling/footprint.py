@@ -74,6 +74,8 @@ class Footprint:
     """What lies there while it samples, the parameters included; `None`: these alone."""
     kept: int = 0
     """Ids that are written down of those that each token was drawn from."""
+    keep_experts: bool = False
+    """Whether each token's experts are written down."""
 
     def most_slots(self, memory: float) -> int:
         """How many completions can be in flight on devices of so many bytes; 0: not one."""
@@ -97,7 +99,16 @@ class Footprint:
                 "prompts that are read, or logits": max(self._reading(loop), self._drawing(rows)),
                 # in the loop, their randomness, and what is returned, of all devices
                 "tokens and log-probs": sampled * (2 + (3 + self.kept) * (1 + batch.shards)),
+                **self._experts(),
             }
+
+    def _experts(self) -> dict[str, int]:
+        """Those of all tokens, in the loop and as they are returned; nothing where they are not written down."""
+        config, batch = self.model.config, self.batch
+        if not self.keep_experts or config.experts is None:
+            return {}
+        tokens = batch.prompts * batch.width + batch.completions * batch.tokens
+        return {"experts of tokens": 2 * config.num_layers * config.experts.per_token * tokens * (1 + batch.shards)}
 
     def caches(self, slots: int) -> int:
         """Keys and values of prompts and completions."""

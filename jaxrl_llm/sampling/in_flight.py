@@ -43,6 +43,7 @@ def sample_in_flight(
     stop_tokens: tuple[int, ...],
     stop_texts: StopTexts | None = None,
     kept: int = 0,
+    experts: tuple[int, int] | None = None,
     rows: tuple[str, ...] = (),
 ) -> State:
     """Samples G completions of each prompt, of which so many at a time are decoded.
@@ -57,6 +58,7 @@ def sample_in_flight(
         stop_tokens: ids that end a completion; the one drawn is part of it.
         stop_texts: texts that do, with the token that completes one; `None`: none.
         kept: as `Sampled.nothing`.
+        experts: as `Sampled.nothing`.
         rows: axes of a `shard_map` around it over which prompts are split. Devices take as many turns each, so that
             those that share weights do not wait for one another in different places.
 
@@ -73,6 +75,7 @@ def sample_in_flight(
         stop_tokens=stop_tokens,
         stop_texts=stop_texts,
         kept=kept,
+        experts=experts,
     )
     batch = Batch.of(plan, params, wanted, in_loops=in_loops)
 

@@ -15,7 +15,7 @@ from jaxrl_llm.sampling.caches import Memory, read_by_depth
 from jaxrl_llm.sampling.drafts import propose
 from jaxrl_llm.sampling.flight import Batch, Plan, State
 from jaxrl_llm.sampling.logits import Draw, draw, scored_alike
-from jaxrl_llm.sampling.sampled import Sampled
+from jaxrl_llm.sampling.sampled import Sampled, by_token
 from jaxrl_llm.sampling.stop_texts import stops
 from jaxrl_llm.sampling.weights import in_loop
 from jaxrl_llm.sharding import constrain
@@ -28,7 +28,7 @@ def with_pass(plan: Plan, params: Params, batch: Batch, turn: Turn, state: State
     """What slots had, and a token more of each, or several where they were proposed."""
     model, config = plan.model, plan.config
     drafts = _propose(plan, turn, state)
-    hidden, memory = _decode(plan, params, batch, turn, state, drafts)
+    hidden, memory, told = _decode(plan, params, batch, turn, state, drafts)
     head = model.head(params) if batch.weights is None else in_loop(model, batch.weights.head)
     logits = model.project(head, hidden)
     at = jnp.minimum(state.sample, plan.number - 1)[:, None]
@@ -38,7 +38,7 @@ def with_pass(plan: Plan, params: Params, batch: Batch, turn: Turn, state: State
     drawn = draw(uniform[at, time], logits, config, greedy=greedy)
     if model.config.batch_invariant:
         drawn = scored_alike(drawn, logits, config, keeps_mask=plan.kept > 0)
-    return _record(plan, turn, state._replace(memory=memory), drawn, drafts, limits)
+    return _record(plan, turn, state._replace(memory=memory), drawn, drafts, limits, told)
 
 
 def _propose(plan: Plan, turn: Turn, state: State) -> jax.Array:
@@ -51,13 +51,13 @@ def _propose(plan: Plan, turn: Turn, state: State) -> jax.Array:
 
 def _decode(
     plan: Plan, params: Params, batch: Batch, turn: Turn, state: State, drafts: jax.Array
-) -> tuple[jax.Array, tuple[Memory, ...]]:
+) -> tuple[jax.Array, tuple[Memory, ...], jax.Array | None]:
     """Runs the tokens drawn last, and the drafts behind them, through the layers.
 
     A slot that has none drawn yet gets the state of its prompt in place of the first.
 
     Returns:
-        States `[S, 1 + k, D]`, and the memory with these tokens' keys.
+        States `[S, 1 + k, D]`, the memory with these tokens' keys, and their experts in each layer, if it has some.
     """
     model = plan.model
     token = jnp.concatenate([state.token[:, None], drafts], axis=1)
@@ -69,7 +69,7 @@ def _decode(
         )
     }
 
-    def step(carry: _Stream, weights: Params, layer: Layer) -> tuple[_Stream, None]:
+    def step(carry: _Stream, weights: Params, layer: Layer) -> tuple[_Stream, jax.Array | None]:
         x, memory = carry
         own = memory[layer.place]
 
@@ -78,19 +78,23 @@ def _decode(
             own = _remembered(plan, state, own, layer, key, value)
             return _attended(plan, turn, state, own, layer, query, position)
 
-        x, _, _ = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
-        return (constrain(x, None, None, None), (*memory[: layer.place], own, *memory[layer.place + 1 :])), None
+        x, _, routed = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
+        x, told = constrain(x, None, None, None), model.told_experts(routed, token.shape)
+        return (x, (*memory[: layer.place], own, *memory[layer.place + 1 :])), told
 
     x = model.embed(params, token)
     carry = model.residual(x) if model.config.batch_invariant else x, state.memory
     if batch.weights is None:
-        carry, _ = model.stack.scan(step, carry, params["layers"], lambda layer, **_: layer, in_loops=True)
+        carry, told = model.stack.scan(step, carry, params["layers"], lambda layer, **_: layer, in_loops=True)
     else:
+        each = []
         for number, (weights, kind) in enumerate(zip(batch.weights.layers, model.config.kinds, strict=True)):
-            carry, _ = step(carry, in_loop(model, weights), Layer(kind, number, 0))
+            carry, one = step(carry, in_loop(model, weights), Layer(kind, number, 0, number))
+            each.append(one)
+        told = None if model.config.experts is None else jnp.stack(each)
     hidden, memory = model.norm(params, carry[0].astype(x.dtype)), carry[1]
     of_prompt = ((state.time < 0)[:, None] & (jnp.arange(token.shape[1]) == 0))[..., None]
-    return jnp.where(of_prompt, state.state[turn.slots.place].astype(x.dtype)[:, None], hidden), memory
+    return jnp.where(of_prompt, state.state[turn.slots.place].astype(x.dtype)[:, None], hidden), memory, told
 
 
 def _remembered(plan: Plan, state: State, memory: Memory, layer: Layer, key: jax.Array, value: jax.Array) -> Memory:
@@ -112,7 +116,15 @@ def _attended(
     return plan.attention.attend(query, memory, layer.number, turn.slots, walk, clock, plan.sizes, **ways)
 
 
-def _record(plan: Plan, turn: Turn, state: State, drawn: Draw, drafts: jax.Array, limits: jax.Array | None) -> State:
+def _record(
+    plan: Plan,
+    turn: Turn,
+    state: State,
+    drawn: Draw,
+    drafts: jax.Array,
+    limits: jax.Array | None,
+    told: jax.Array | None,
+) -> State:
     """Writes the drawn tokens down, `[S, 1 + k]`, as far as they were drawn behind what is right, and ends completions.
 
     What is idle, or too much, is out of bounds, and dropped.
@@ -132,7 +144,10 @@ def _record(plan: Plan, turn: Turn, state: State, drawn: Draw, drafts: jax.Array
     def of_last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
 
-    text, passes = state.text, old.passes
+    text, passes, experts = state.text, old.passes, old.experts
+    if experts is not None and told is not None:  # of the tokens that were read, each before the one drawn behind it
+        read = jnp.where(good & (time > 0), time - 1, tokens)
+        experts = experts.at[sample, read].set(by_token(told), mode="drop", unique_indices=True)
     if passes is not None:
         passes = passes.at[state.sample].add(1, mode="drop")
         place = jnp.where(good, turn.slots.prompt_length[:, None] + time, text.shape[1])
@@ -153,6 +168,7 @@ def _record(plan: Plan, turn: Turn, state: State, drawn: Draw, drafts: jax.Array
             sampler_logprobs=write(old.sampler_logprobs, drawn.sampler_logprob),
             kept=None if old.kept is None else write(old.kept, drawn.kept),
             passes=passes,
+            experts=experts,
         ),
     )
 

@@ -43,10 +43,18 @@ class Sampled(NamedTuple):
     """`[..., Tc, k]`: the ids that each token was drawn from, as of `Draw`; `None`: they are not written down."""
     passes: jax.Array | None = None
     """`[...]` passes through the model in which each had a part; counted with speculation only."""
+    experts: jax.Array | None = None
+    """`[..., Tc, L, k]`: the experts that computed each token; `None`: they are not written down."""
 
     @classmethod
-    def nothing(cls, *shape: int, kept: int = 0) -> Sampled:
-        """Before the first token; `shape` is `[..., Tc]`, `kept` the ids that are written down of each."""
+    def nothing(cls, *shape: int, kept: int = 0, experts: tuple[int, int] | None = None) -> Sampled:
+        """Before the first token.
+
+        Args:
+            *shape: `[..., Tc]`.
+            kept: ids that are written down of each token.
+            experts: L and k of the experts that are written down of each; `None`: none are.
+        """
         numbers = jnp.zeros(shape, jnp.float32)
         return cls(
             completion=jnp.zeros(shape, jnp.int32),
@@ -55,4 +63,15 @@ class Sampled(NamedTuple):
             logprobs=numbers,
             sampler_logprobs=numbers,
             kept=jnp.zeros((*shape, kept), jnp.int32) if kept else None,
+            experts=None if experts is None else unknown_experts(*shape, *experts),
         )
+
+
+def unknown_experts(*shape: int) -> jax.Array:
+    """`[..., L, k]` before any token was computed."""
+    return jnp.full(shape, -1, jnp.int16)
+
+
+def by_token(told: jax.Array) -> jax.Array:
+    """Experts as layers tell them, `[L, ..., k]`, as they are written down, `[..., L, k]`."""
+    return jnp.moveaxis(told, 0, -2)

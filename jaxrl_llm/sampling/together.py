@@ -18,7 +18,7 @@ from jaxrl_llm.models.config import Params, RopeConfig
 from jaxrl_llm.models.rope import Rotation
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import Draw, SamplingConfig, draw
-from jaxrl_llm.sampling.sampled import Sampled, Wanted
+from jaxrl_llm.sampling.sampled import Sampled, Wanted, by_token
 from jaxrl_llm.sampling.stop_texts import StopTexts, stops
 from jaxrl_llm.sampling.weights import Weights, in_loop
 from jaxrl_llm.sharding import constrain
@@ -68,7 +68,8 @@ def sample_together(
     stop_tokens: tuple[int, ...],
     stop_texts: StopTexts | None = None,
     kept: int = 0,
-) -> Sampled:
+    experts: tuple[int, int] | None = None,
+) -> tuple[Sampled, jax.Array | None]:
     """Samples G completions of each prompt.
 
     Args:
@@ -79,13 +80,15 @@ def sample_together(
         stop_tokens: ids that end a completion; the one drawn is part of it.
         stop_texts: texts that do, with the token that completes one; `None`: none.
         kept: as `Sampled.nothing`.
+        experts: as `Sampled.nothing`.
 
     Returns:
-        `Sampled` `[P, G]`.
+        `Sampled` `[P, G]`, and the experts of prompts, `[P, Tp, L, k]`, where they are written down.
     """
     tokens = wanted.uniform.shape[2]
-    hidden, memory = model.causal(params, wanted.prompt, collect=True)
+    hidden, memory, told, _ = model.causal(params, wanted.prompt, collect=True)
     assert memory is not None
+    of_prompts = by_token(told) if experts is not None and told is not None else None
     last = jnp.take_along_axis(hidden, (wanted.lengths - 1)[:, None, None], axis=1)[:, 0]
     prompts = _Prompts(
         lengths=wanted.lengths,
@@ -100,8 +103,14 @@ def sample_together(
         return _record(state, drawn, stop_tokens, stop_texts, wanted.limits)
 
     def step(_: jax.Array, state: _Loop) -> _Loop:
-        hidden, cache = _decode(model, params, prompts, state)
-        return record(state._replace(cache=cache), model.project(in_loop(model, prompts.weights.head), hidden))
+        hidden, cache, told = _decode(model, params, prompts, state)
+        sampled = state.sampled
+        if sampled.experts is not None:
+            at = (0, 0, state.time, 0, 0)
+            sampled = sampled._replace(experts=jax.lax.dynamic_update_slice(sampled.experts, told[:, :, None], at))
+        return record(
+            state._replace(cache=cache, sampled=sampled), model.project(in_loop(model, prompts.weights.head), hidden)
+        )
 
     def until(last: int, state: _Loop) -> _Loop:
         """Up to the token with this index."""
@@ -122,8 +131,9 @@ def sample_together(
         going = jnp.any(state.active)
         return jax.lax.cond(going, lambda: in_rooms(state, *larger), lambda: state.sampled)
 
-    state = _start(prompts.memory, wanted.uniform.shape[:3], stop_texts, kept)
-    return in_rooms(record(state, model.head_logits(params, last)[:, None]), *rooms(tokens))
+    nothing = Sampled.nothing(*wanted.uniform.shape[:3], kept=kept, experts=experts)
+    state = _start(prompts.memory, nothing, stop_texts)
+    return in_rooms(record(state, model.head_logits(params, last)[:, None]), *rooms(tokens)), of_prompts
 
 
 def rooms(tokens: int) -> list[int]:
@@ -140,9 +150,9 @@ def _with_room(cache: KeyValue, tokens: int) -> KeyValue:
     return KeyValue(jnp.pad(cache.key, [*last, (0, 0), (0, more)]), jnp.pad(cache.value, [*last, (0, more), (0, 0)]))
 
 
-def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...], stop_texts: StopTexts | None, kept: int) -> _Loop:
+def _start(memory: tuple[KeyValue, ...], nothing: Sampled, stop_texts: StopTexts | None) -> _Loop:
     """The state before the first token of `[P, G, Tc]`."""
-    *rows, tokens = shape
+    *rows, tokens = nothing.completion.shape
 
     def empty(memory: KeyValue) -> KeyValue:
         _, kv_heads, _, head_dim = memory.value.shape
@@ -163,7 +173,7 @@ def _start(memory: tuple[KeyValue, ...], shape: tuple[int, ...], stop_texts: Sto
         active=by_rows(jnp.ones(rows, bool)),
         matched=None if stop_texts is None else by_rows(stop_texts.start(*rows)),
         cache=tuple(map(empty, memory)),
-        sampled=jax.tree.map(by_rows, Sampled.nothing(*shape, kept=kept)),
+        sampled=jax.tree.map(by_rows, nothing),
     )
 
 
@@ -197,14 +207,15 @@ def _record(
             logprobs=write(old.logprobs, drawn.logprob),
             sampler_logprobs=write(old.sampler_logprobs, drawn.sampler_logprob),
             kept=None if old.kept is None else write(old.kept, drawn.kept),
+            experts=old.experts,
         ),
     )
 
 
 def _decode(
     model: Transformer, params: Params, prompts: _Prompts, state: _Loop
-) -> tuple[jax.Array, tuple[KeyValue, ...]]:
-    """Runs the tokens drawn last through the layers: states `[P, G, D]`, and the cache with their keys."""
+) -> tuple[jax.Array, tuple[KeyValue, ...], Any]:
+    """Runs the tokens drawn last through the layers: states `[P, G, D]`, the cache with their keys, their experts."""
     time, width = state.time, prompts.memory[0].key.shape[-1]
     now = jnp.broadcast_to(time, (*state.token.shape, 1))
     times = jnp.arange(state.cache[0].key.shape[-1])[None, None]
@@ -213,7 +224,7 @@ def _decode(
         rope: jax.tree.map(lambda angles: jax.lax.dynamic_index_in_dim(angles, time, axis=1), turn)
         for rope, turn in prompts.turns.items()
     }
-    x, caches = model.embed(params, state.token), []
+    x, caches, told = model.embed(params, state.token), [], []
     layers = zip(prompts.weights.layers, model.config.kinds, prompts.memory, state.cache, strict=True)
     for weights, kind, memory, own in layers:
 
@@ -231,6 +242,8 @@ def _decode(
             softcap = model.config.attention_softcap
             return attend_shared(query[:, :, None], memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
 
-        x, _, _ = model.block(in_loop(model, weights), kind)(x, turns[kind.rope], attention)
+        x, _, routed = model.block(in_loop(model, weights), kind)(x, turns[kind.rope], attention)
         x = constrain(x, "rows", None, None)
-    return model.norm(params, x), tuple(caches)
+        told.append(model.told_experts(routed, state.token.shape))
+    experts = None if model.config.experts is None else jnp.stack(told, axis=-2)
+    return model.norm(params, x), tuple(caches), experts

@@ -199,6 +199,11 @@ def make_learner(
                 "algorithm.keep_sampling_mask=True does not go with a trust region, whose divergence is over all "
                 "tokens: leave it out"
             )
+        case PolicyGradient() if algorithm.watches_router:
+            raise ValueError(
+                f"algorithm.routing={algorithm.routing!r} and algorithm.router={algorithm.router} do not go with a "
+                "trust region: leave them out"
+            )
         case PolicyGradient():
             rule = optax.identity()
             step = make_trust_region_step(policy, algorithm, trust_region, plan=plan.of_minibatch, **drawn)

@@ -201,6 +201,7 @@ class Trainer:
             greedy=algorithm.needs_greedy,
             tokenizer=tokenizer,
             keep_mask=algorithm.keeps_mask,
+            keep_experts=algorithm.keeps_experts,
             resident=resident,
         )
         self.history = None  # of this process: a run that goes on begins with none, and proposes from prompts again

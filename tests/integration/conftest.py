@@ -85,6 +85,7 @@ def _train(
         mesh=mesh,
         greedy=algorithm.needs_greedy,
         keep_mask=algorithm.keeps_mask,
+        keep_experts=algorithm.keeps_experts,
     )
     if isinstance(algorithm, OnlinePreference):
         step = make_online_preference_step(model, optimizer, algorithm, plan)

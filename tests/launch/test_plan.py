@@ -223,7 +223,7 @@ def test_operations_are_those_of_the_traced_program(tiny_config):
     params, tokens = model.abstract_params(), jnp.zeros((rows, width), jnp.int32)
 
     def logits(params: Params) -> jax.Array:
-        return model.head_logits(params, model.causal(params, tokens)[0])
+        return model.head_logits(params, model.causal(params, tokens).states)
 
     counted = forward(model.config, width, [[]] * rows, scored=rows * width)
     heads = model.config.num_heads * model.config.head_dim

@@ -58,7 +58,7 @@ def params(trunk: Transformer, lively_params: Callable[..., Params]) -> Params:
 @pytest.fixture(scope="module")
 def plain(trunk: Transformer, params: Params, rows: Rows) -> np.ndarray:
     """States `[P, G, Tc + 1, D]` of whole sequences: the last one of the prompt, then the completion's."""
-    causal = jax.jit(lambda tokens: trunk.causal(params, tokens)[0])
+    causal = jax.jit(lambda tokens: trunk.causal(params, tokens).states)
     tokens = np.zeros((PROMPTS * GROUP, PROMPT_WIDTH + WIDTH), np.int32)
     starts = np.repeat(rows.prompt_lengths, GROUP)
     for row, start in enumerate(starts):

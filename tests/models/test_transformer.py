@@ -339,17 +339,17 @@ def test_causal_returns_keys_and_values_of_every_layer(tiny_config, lively_param
     params = lively_params(model)
     tokens = np.random.default_rng(0).integers(0, 64, (2, 6))
     collect = jax.jit(lambda p, t: model.causal(p, t, collect=True))
-    hidden, memory = collect(params, tokens)
+    hidden, memory, *_ = collect(params, tokens)
     assert memory is not None
     assert hidden.shape == (2, 6, 32)
     heads = (3, 2, config.num_kv_heads)
     assert memory.key.shape == (*heads, config.head_dim, 6)
     assert memory.value.shape == (*heads, 6, config.head_dim)
-    again, nothing = jax.jit(model.causal)(params, tokens)
+    again, nothing, *_ = jax.jit(model.causal)(params, tokens)
     assert nothing is None
     assert_close(again, hidden, tolerance=1e-6)
     # What comes later changes neither states nor memory.
-    narrow, other = collect(params, tokens[:, :4])
+    narrow, other, *_ = collect(params, tokens[:, :4])
     assert_close(narrow, hidden[:, :4])
     assert other is not None
     assert_close(other.key, memory.key[..., :4])

@@ -77,7 +77,7 @@ def logprobs_by_rounded(model: Transformer, params: Params, rollout: Rollout, dt
         return attend
 
     positions = jnp.broadcast_to(place, text.shape)
-    x, _ = model.run_layers(params, model.embed(params, text), positions, make_attention)
+    x = model.run_layers(params, model.embed(params, text), positions, make_attention).states
     states = jnp.take_along_axis(model.norm(params, x), own[..., None] - 1, axis=1)
     logprobs = jax.nn.log_softmax(model.head_logits(params, states))
     index = rollout.completion.reshape(-1, tokens)[..., None]

@@ -178,7 +178,7 @@ def test_the_distribution_is_that_of_the_model(tiny_config, lively_params):
     def exact() -> jax.Array:
         """Of each text."""
         rows = jnp.concatenate([jnp.repeat(prompt, len(texts), axis=0), jnp.asarray(texts)], axis=1)
-        hidden, _ = model.causal(params, rows)
+        hidden = model.causal(params, rows).states
         logprobs = jax.nn.log_softmax(model.head_logits(params, hidden[:, 3:6]) / 0.7)
         return jnp.exp(jnp.sum(jnp.take_along_axis(logprobs, jnp.asarray(texts)[..., None], axis=-1), axis=(1, 2)))
 

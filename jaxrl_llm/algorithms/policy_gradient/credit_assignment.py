@@ -109,6 +109,8 @@ class CreditAssignment:
         prompts = len(batch.mask)
         batch = batch._replace(seeds=jax.random.bits(step_key(state, 2), (prompts,)))
         sampled = batch._replace(mask=signals.mask)  # the estimator reads completions that no loss does, too
+        if algorithm.routing == "compared":
+            sampled = sampled.with_own_experts()
         if algorithm.needs_reference:
             ref_logprobs = self._reference_logprobs(state, sampled, reference)
             signals = signals._replace(ref_logprobs=ref_logprobs)
@@ -141,6 +143,8 @@ class CreditAssignment:
     def _values(self, state: TrainState, batch: LearnerBatch, lengths: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The critic's values `[P, G, Tc]`, and, where read, those `[P, G]` of the state after the last token."""
         assert self.critic is not None
+        if not self.critic.shares_trunk:
+            batch = batch.with_own_experts()
         params = state.params if state.critic is None else state.critic.params
         if "final_values" not in self.algorithm.needs:
             return self._pass_over(batch, self.critic.values, params), None

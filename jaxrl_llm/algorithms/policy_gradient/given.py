@@ -59,6 +59,11 @@ class GivenAdvantages(Objective):
                 "algorithm.keep_sampling_mask=True: given rows do not say what their tokens were drawn from; leave it "
                 "out"
             )
+        if self.algorithm.watches_router:
+            raise ValueError(
+                f"algorithm.routing={self.algorithm.routing!r} and algorithm.router={self.algorithm.router}: given "
+                "rows are scored by the experts of the model, whose routers are not watched; leave them out"
+            )
         check_fields("GivenAdvantages", self, observation_coef=not_negative(self.observation_coef))
 
     @property

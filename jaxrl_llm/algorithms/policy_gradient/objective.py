@@ -12,6 +12,7 @@ from jaxrl_llm.advantages import overlong_penalty
 from jaxrl_llm.algorithms.interfaces import Advantage, Algorithm, Need
 from jaxrl_llm.algorithms.policy_gradient.estimators import GroupAdvantage
 from jaxrl_llm.algorithms.policy_gradient.surrogates import Clipped, PolicyTokens, Reduction, Surrogate
+from jaxrl_llm.algorithms.router import RouterLosses
 from jaxrl_llm.checks import at_least, changes, check_fields, not_negative, one_of, positive
 from jaxrl_llm.logprobs import TokenScores
 from jaxrl_llm.losses import (
@@ -31,6 +32,7 @@ from jaxrl_llm.losses import (
 from jaxrl_llm.records import Mean, Metrics
 
 CorrectionRule = Literal["tis", "mis", "icepop", "geometric"]
+Routing = Literal["own", "compared", "replayed"]
 
 
 class LearnerBatch(NamedTuple):
@@ -67,11 +69,19 @@ class LearnerBatch(NamedTuple):
     `Rollout`."""
     observations: jax.Array | None = None
     """`[P, G, Tc]` bool: tokens that tools or an environment answered, for losses of given rows that learn them."""
+    experts: jax.Array | None = None
+    """`[P, G, Tc, L, k]`: the experts that computed each token in the sampler; see `Rollout`."""
+    prompt_experts: jax.Array | None = None
+    """`[P, Tp, L, k]`: the same of prompts."""
     numbers: jax.Array | None = None
     """`[P, G]`: which completions they are in the batch, where something is told of single ones."""
     layout: Any = None
     """Where the texts lie in rows of tokens, if these were laid out ahead (`jaxrl_llm.data.trees`); then prompts are
     not read."""
+
+    def with_own_experts(self) -> LearnerBatch:
+        """The rows of which nothing is known of the sampler's experts."""
+        return self._replace(experts=None, prompt_experts=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +199,13 @@ class PolicyGradient(Algorithm):
     """Score tokens by the distribution that they were drawn from, renormalised over what sampling.top_k, and after it
     top_p and min_p, had left when they were drawn: log-probs, old and new, of policy and reference, entropies and KL
     (DeepSeek-V3.2's "keep sampling mask"). Otherwise they are scored at the sampling temperature over all tokens."""
+    routing: Routing = "own"
+    """Which experts compute a token in the learner, where the model has some: those that its own router chooses, or
+    those that computed it in the sampler (`replayed`, "R3", Ma et al. 2025), log-probs old and new, of policy and
+    reference; their shares are the learner's own, with their gradient. `compared`: its own, and as with `replayed` the
+    metric `sampling/routing_mismatch` says for how many tokens and layers both would choose other sets."""
+    router: RouterLosses | None = None
+    """Balance the load of experts and keep the router's logits small, and tell metrics of it."""
     value: ValueObjective = ValueObjective()
     """How the critic is trained, where the advantage has one."""
 
@@ -204,6 +221,7 @@ class PolicyGradient(Algorithm):
             entropy_coef=not_negative(self.entropy_coef),
             aggregation=one_of(self.aggregation, AggregationMode),
             max_length=at_least(self.max_length, 1, optional=True),
+            routing=one_of(self.routing, Routing),
         )
         if not self.needs_critic:
             for path, value in changes(self.value, ValueObjective(), "algorithm.value"):
@@ -269,6 +287,16 @@ class PolicyGradient(Algorithm):
     def keeps_mask(self) -> bool:
         """As set."""
         return self.keep_sampling_mask
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether they are replayed or compared."""
+        return self.routing != "own"
+
+    @property
+    def watches_router(self) -> bool:
+        """Whether the policy's loss, or a metric beside it, reads what routers did."""
+        return self.keeps_experts or self.router is not None
 
     def start(self) -> Any:
         """The estimator's memory."""

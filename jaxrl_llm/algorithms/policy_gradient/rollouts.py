@@ -23,6 +23,11 @@ def read_rollout(
             "algorithm.keep_sampling_mask=True reads which tokens each was drawn from, and this rollout has them not: "
             "sample it with Sampler(…, keep_mask=True) and sampling.top_k"
         )
+    if algorithm.keeps_experts and rollout.experts is None:
+        raise ValueError(
+            f"algorithm.routing={algorithm.routing!r} reads which experts computed each token, and this rollout has "
+            "them not: sample it with Sampler(…, keep_experts=True), of a model that has experts"
+        )
     computed = _num_tokens(rollout)
     if algorithm.needs_greedy and feedback.greedy is None:
         rollout, feedback = _without_greedy(algorithm, rollout, feedback)
@@ -66,6 +71,8 @@ def read_rollout(
         seeds=jnp.zeros(shape[:1], jnp.uint32),
         model_logprobs=rollout.logprobs,
         kept=rollout.kept if algorithm.keeps_mask else None,
+        experts=rollout.experts if algorithm.keeps_experts else None,
+        prompt_experts=rollout.prompt_experts if algorithm.keeps_experts else None,
     )
     return signals, batch, rollout_metrics(rollout, total, feedback.scored) | {"num_tokens": computed}
 

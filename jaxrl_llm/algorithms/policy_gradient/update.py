@@ -22,10 +22,11 @@ from jaxrl_llm.algorithms.policy_gradient.credit_assignment import NOTHING, OBSE
 from jaxrl_llm.algorithms.policy_gradient.critic import Critic
 from jaxrl_llm.algorithms.policy_gradient.objective import LearnerBatch, PolicyGradient
 from jaxrl_llm.algorithms.policy_gradient.rollouts import sampling_gap
+from jaxrl_llm.algorithms.router import check_has_experts
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.state import step_key
 from jaxrl_llm.logprobs import TokenScores
-from jaxrl_llm.losses import aggregation_normalizer
+from jaxrl_llm.losses import RouterTokens, aggregation_normalizer
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.rows import layout_of
 from jaxrl_llm.models.transformer import Transformer
@@ -88,6 +89,9 @@ def make_update_step(
         algorithm, scorer, plan.of_batch, keeps_old=plan.optimizer_steps > 1, truncated=truncated, critic=critic
     )
     _check(algorithm, plan, critic)
+    if algorithm.watches_router:
+        setting = f"algorithm.routing={algorithm.routing!r}" if algorithm.keeps_experts else "algorithm.router"
+        check_has_experts(policy, setting)
     losses = _Losses(algorithm, scorer, truncated, critic, observed.by_token)
     optimizer_step = _make_optimizer_step(losses, optimizer, plan)
 
@@ -160,12 +164,15 @@ class _Normalizers(NamedTuple):
 
     policy: jax.Array
     tokens: jax.Array
+    trained: jax.Array
+    """Tokens that the policy is trained on."""
 
     @classmethod
     def of(cls, algorithm: PolicyGradient, rows: LearnerBatch) -> _Normalizers:
         """Those of all rows of the optimizer step."""
         trained_values = rows.mask if rows.value_mask is None else rows.value_mask
-        return cls(algorithm.normalizer(rows.mask), aggregation_normalizer(trained_values, mode="token-mean"))
+        tokens, trained = (aggregation_normalizer(mask, mode="token-mean") for mask in (trained_values, rows.mask))
+        return cls(algorithm.normalizer(rows.mask), tokens, trained)
 
 
 class _Scores(NamedTuple):
@@ -174,6 +181,8 @@ class _Scores(NamedTuple):
     scores: TokenScores
     values: jax.Array | None
     """`[P, G, Tc]` of a critic that shares the trunk."""
+    router: RouterTokens | None
+    """`[P, G, Tc]`: what routers did, where that is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,20 +209,29 @@ class _Losses:
 
     def _scores(self, params: Params, texts: Any) -> _Scores:
         layout = layout_of(texts)
-        hidden = self.scorer.policy.hidden(params, layout)
+        policy, router = self.scorer.policy, None
+        if self.algorithm.watches_router:
+            hidden, router = policy.watched(params, layout, replay=self.algorithm.routing == "replayed")
+        else:
+            hidden = policy.hidden(params, layout)
         scores, values = self.scorer.of_hidden(params, hidden, layout), None
         if self.critic is not None and self.critic.shares_trunk:
             values = self.critic.values_of(params, hidden)
-        return layout.unpack(_Scores(scores, values))
+        return layout.unpack(_Scores(scores, values, router))
 
     def _of_scores(self, made: _Scores, batch: LearnerBatch, normalizers: _Normalizers) -> tuple[jax.Array, Metrics]:
-        scores, values = made
+        scores, values, router = made
         value, metrics = self.algorithm.loss(scores, batch, normalizers.policy)
         if batch.old_logprobs is None:
             logprobs = jax.lax.stop_gradient(scores.logprobs)
             metrics |= sampling_gap(logprobs, batch, temperature=self.scorer.temperature, truncated=self.truncated)
         if batch.numbers is not None:
             metrics |= _seen(scores, batch, self.by_token)
+        if router is not None and self.algorithm.router is not None:
+            extra, own = self.algorithm.router(router, batch.mask, normalizers.trained)
+            value, metrics = value + extra, metrics | own
+        if router is not None and self.algorithm.keeps_experts:
+            metrics["sampling/routing_mismatch"] = Mean.of(jax.lax.stop_gradient(router.differs), batch.mask)
         if values is not None:
             extra, own = self.algorithm.value_loss(values, batch, normalizers.tokens)
             value, metrics = value + self.algorithm.value.coef * extra, metrics | own
@@ -267,7 +285,7 @@ def _make_optimizer_step(
         if critic_step is None:
             return carry._replace(policy=policy), trained
         assert carry.critic is not None  # a critic with a step of its own has a state of its own
-        critic, own = critic_step(carry.critic, rows, normalizers.tokens)
+        critic, own = critic_step(carry.critic, rows.with_own_experts(), normalizers.tokens)
         own = {f"vf/{name}" if name in _OF_A_STEP else name: record for name, record in own.items()}
         return _Carry(policy, critic), own | trained
 

@@ -225,6 +225,56 @@ def test_known_checkpoints():
     assert config.num_parameters == 494_032_768
 
 
+def _entries(kind: str, *sizes: int, **more: Any) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings")
+    return {"model_type": kind, **dict(zip(names, sizes, strict=True)), **more}
+
+
+KNOWN = {
+    "gemma-2-2b": (
+        _entries("gemma2", 256_000, 2304, 9216, 26, 8, 4, 8192, head_dim=256, cache_implementation="hybrid"),
+        2_614_341_888,
+    ),
+    "gemma-3-1b": (
+        _entries(
+            *("gemma3_text", 262_144, 1152, 6912, 26, 4, 1, 32_768),
+            **{"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6, "rope_scaling": None},
+            **{"rope_theta": 1_000_000, "rope_local_base_freq": 10_000, "attn_logit_softcapping": None},
+        ),
+        999_885_952,
+    ),
+    "phi-4-mini": (
+        _entries(
+            *("phi3", 200_064, 3072, 8192, 32, 24, 8, 131_072),
+            **{"partial_rotary_factor": 0.75, "sliding_window": 262_144, "tie_word_embeddings": True},
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+            original_max_position_embeddings=4096,
+        ),
+        3_836_021_760,
+    ),
+    "olmo-2-1b": (_entries("olmo2", 100_352, 2048, 8192, 16, 16, 16, 4096, rope_theta=500_000), 1_484_916_736),
+    "smollm3-3b": (
+        _entries("smollm3", 128_256, 2048, 11_008, 36, 16, 4, 65_536, no_rope_layers=[1, 1, 1, 0] * 9, rope_theta=5e6),
+        3_075_098_624,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_of_known_checkpoints(name):
+    """As their model cards count them."""
+    entries, parameters = KNOWN[name]
+    config = family_of(entries).read_config(entries)
+    assert config.num_parameters == parameters
+    assert family_for(config).model_type == entries["model_type"]
+    if name == "gemma-3-1b":
+        kinds = [(kind.window, kind.rope) for kind in config.layer_kinds]
+        assert kinds == [(512, RopeConfig(1e4))] * 5 + [(None, RopeConfig(1e6))] + kinds[6:]
+    if name == "phi-4-mini":
+        assert config.longest_text == 4096 and config.with_long_rope().longest_text == 131_072
+
+
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [

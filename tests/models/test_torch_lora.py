@@ -8,13 +8,16 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config, save_adapters
+from jaxrl_llm.models.checkpoints.peft import _tensor_names, load_adapters, load_lora_config, save_adapters
 from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_config, load_params, save_pretrained
 from jaxrl_llm.models.config import LoraConfig, Params
-from jaxrl_llm.models.lora import add_adapters, merge_adapters
+from jaxrl_llm.models.families import family_for
+from jaxrl_llm.models.lora import add_adapters, join, merge_adapters, split_adapters
+from jaxrl_llm.models.stack import flat
 from jaxrl_llm.models.transformer import Transformer
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
@@ -117,3 +120,34 @@ def test_what_peft_can_and_we_cannot(settings: Any, message: str, golden_module:
     peft.get_peft_model(base, config).save_pretrained(str(tmp_path / "adapters"))
     with pytest.raises(ValueError, match=message):
         load_lora_config(tmp_path / "adapters", load_config(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("case", ["gemma2", "olmo2", "smollm3", "phi3_partial_tied"])
+def test_gradients_of_adapters(case: str, golden_module: Any, tokens: np.ndarray, tmp_path: Any) -> None:
+    """Of a weighted sum of logits, by every adapter; of one that parts share, the sum over these."""
+    base = golden_module.torch_model(case)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(base, settings).eval()
+    adapted.save_pretrained(str(tmp_path / "adapters"))
+    config = load_config(tmp_path / "base")
+    model = Transformer(dataclasses.replace(config, lora=load_lora_config(tmp_path / "adapters", config)))
+    params = load_adapters(tmp_path / "adapters", model, load_params(tmp_path / "base", model))
+    weights = np.random.default_rng(1).normal(size=(*tokens.shape, 48)).astype(np.float32) / tokens.size
+
+    (adapted(torch.tensor(tokens)).logits * torch.tensor(weights)).sum().backward()
+    expected = {
+        name.replace(".default.", "."): p.grad.numpy() for name, p in adapted.named_parameters() if "lora" in name
+    }
+    adapters, rest = split_adapters(params)
+    gradient = jax.jit(jax.grad(lambda some: jnp.sum(model.logits(join(some, rest), tokens) * weights)))(adapters)
+    found: dict[str, list[np.ndarray]] = {}
+    for path, name in _tensor_names(family_for(config)).items():
+        for layer, rows in enumerate(np.asarray(flat(gradient)[path])):
+            found.setdefault(name.format(layer=layer), []).append(rows)
+    ours = {name: np.sum(parts, axis=0) if "lora_A" in name else np.concatenate(parts) for name, parts in found.items()}
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, atol=2e-5 * max(1, np.abs(value).max()), rtol=1e-4, err_msg=name)
+    assert max(np.abs(value).max() for value in expected.values()) > 0.01

@@ -22,7 +22,7 @@ from jaxrl_llm.models.families import family_for
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed only to compare with it: pip install -e '.[parity]'")
 
@@ -68,16 +68,23 @@ def test_both_directions(case, golden_module, tmp_path, load_case):
 
 
 @pytest.mark.parametrize(
-    "case", ["gemma2", "gemma3_long", "olmo2", "smollm3_window", "phi3", "phi3_longrope", "phi3_longrope_long"]
+    ("case", "sizes"),
+    [
+        *((case, None) for case in ("gemma2", "gemma3_long", "olmo2", "smollm3_window", "phi3", "phi3_longrope_long")),
+        ("olmo2", MeshConfig(fsdp=2, tensor=4)),  # twice as many heads of keys and values as there are
+        ("gemma3_long", MeshConfig(data=2, tensor=2, fsdp=2)),
+    ],
 )
-def test_greedy_texts_are_those_of_generate(case, golden_module, tmp_path, load_case):
-    """Our sampler, its caches read layer by layer; prompts of different lengths at once."""
+def test_greedy_texts_are_those_of_generate(case, sizes, golden_module, tmp_path, load_case):
+    """Our sampler, its caches read layer by layer; prompts of different lengths at once; of one device and of eight."""
     model = golden_module.torch_model(case)
     model.save_pretrained(tmp_path / "torch")
     transformer, params = load_case(case, tmp_path / "torch")
     batch = golden_module.tokens(case)
     sampling = SamplingConfig(max_tokens=8, temperature=0.0)
-    sampler = Sampler(transformer, sampling, group=1, stop_tokens=(), mesh=make_mesh(devices=jax.devices()[:1]))
+    mesh = make_mesh(devices=jax.devices()[:1]) if sizes is None else make_mesh(sizes)
+    params = jax.device_put(params, transformer.shardings(mesh))
+    sampler = Sampler(transformer, sampling, group=2, stop_tokens=(), mesh=mesh)
     rollout = sampler(params, batch["prompt"], batch["prompt_lengths"], np.zeros(2, np.uint32), 0)
     for prompt, length, ours in zip(batch["prompt"], batch["prompt_lengths"], rollout.completion[:, 0], strict=True):
         ids = torch.tensor(prompt[None, :length].astype(np.int64))

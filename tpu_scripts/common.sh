@@ -84,3 +84,20 @@ tpus() {
 on_all_workers() {
   tpus tpu-vm ssh "$NAME" --worker=all --command="$1"
 }
+
+# Words as one line that a shell reads back.
+words() {
+  printf '%q ' "$@"
+}
+
+# The folder that --run-dir=/FOLDER among these words names.
+run_folder() {
+  local word
+  for word in "$@"; do
+    if [[ $word == --run-dir=/* ]]; then
+      printf '%s' "${word#--run-dir=}"
+      return
+    fi
+  done
+  die "say --run-dir=/FOLDER after the script, on storage that outlives the slice and all workers share"
+}

@@ -2,21 +2,30 @@
 # Starts the same command on every worker, in the background.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+RUN_DIR=""
+
 usage() {
   cat <<EOF
 Usage: launch.sh --name NAME --zone ZONE [options] -- experiments/FILE.py [ARGUMENTS]
 
 Starts "python experiments/FILE.py --distributed ARGUMENTS" on every worker. The run outlives the connection; its
-output goes to ~/$REMOTE_REPOSITORY/runs/launch.log of each worker. A worker that still has a run refuses.
+output goes to ~/$REMOTE_REPOSITORY/runs/launch.log of each worker, its exit status to launch.status beside it. A worker
+that still has a run refuses.
 
+  --go-on FOLDER     add --resume where this run folder, which all workers share, holds a run
 $COMMON_OPTIONS
 EOF
 }
 
-own_option() { :; }
+own_option() {
+  case $1 in
+    --go-on) RUN_DIR=$(value_of "${@:1:2}"); CONSUMED=2 ;;
+  esac
+}
 
 parse_options "$@"
 ((${#ARGUMENTS[@]} > 0)) || die "nothing to run: name a script after --; see --help"
+line=$(words "${ARGUMENTS[@]}")
 set -- "${ARGUMENTS[@]}"
 script=$1
 shift
@@ -24,7 +33,9 @@ shift
 # jax.distributed.initialize() finds the other workers by itself on a TPU, and is right on a single one too.
 command=("$script" --distributed "$@")
 
-# Runs on the workers. setsid frees the run from the connection; its process id is kept for stop.sh.
+# Runs on the workers. setsid frees the run from the connection; the shell around it, whose process id is kept for
+# stop.sh, writes down how it ended: its status, or "stopped" after a SIGTERM (stop.sh, or a machine that goes down).
+around='trap "stopped=stopped" TERM; "$@"; echo "${stopped:-$?}" > runs/launch.status'
 on_all_workers "set -eu
 cd ~/$REMOTE_REPOSITORY
 mkdir -p runs
@@ -32,7 +43,11 @@ if [ -f runs/launch.pid ] && kill -0 \"\$(cat runs/launch.pid)\" 2>/dev/null; th
   echo \"\$(hostname): a run is active (process \$(cat runs/launch.pid)); end it with stop.sh\" >&2
   exit 1
 fi
-setsid nohup ~/$REMOTE_ENVIRONMENT/bin/python$(printf ' %q' "${command[@]}") > runs/launch.log 2>&1 < /dev/null &
+rm -f runs/launch.status
+printf '%s' $(printf %q "$line") > runs/launch.line
+set -- ~/$REMOTE_ENVIRONMENT/bin/python$(printf ' %q' "${command[@]}")
+${RUN_DIR:+if [ -e $(printf %q "$RUN_DIR")/config.json ]; then set -- \"\$@\" --resume; fi}
+setsid nohup bash -c $(printf %q "$around") run \"\$@\" > runs/launch.log 2>&1 < /dev/null &
 echo \$! > runs/launch.pid"
 
 $DRY_RUN || cat <<EOF

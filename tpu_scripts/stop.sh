@@ -30,7 +30,7 @@ on_all_workers "set -eu
 cd ~/$REMOTE_REPOSITORY
 [ -f runs/launch.pid ] || { echo \"\$(hostname): nothing was launched\"; exit 0; }
 pid=\$(cat runs/launch.pid)
-kill -TERM \"\$pid\" 2>/dev/null || { echo \"\$(hostname): the run had ended\"; exit 0; }
+kill -TERM -- \"-\$pid\" 2>/dev/null || { echo \"\$(hostname): the run had ended\"; exit 0; }
 for _ in \$(seq $SECONDS_TO_SAVE); do
   kill -0 \"\$pid\" 2>/dev/null || { echo \"\$(hostname): stopped\"; exit 0; }
   sleep 1

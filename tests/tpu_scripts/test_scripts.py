@@ -1,150 +1,20 @@
-"""The TPU scripts against a gcloud that plays a slice of two workers on this machine."""
+"""The TPU scripts, each by itself, against a gcloud that plays a slice of two workers on this machine."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "tpu_scripts"
 NAMES = ("create", "setup", "launch", "stop", "fetch", "delete")
 WHERE = ("--name", "my-tpu", "--zone", "us-east5-a")
 REQUIRED = {"create": ("--type", "v6e-8"), "launch": ("--", "experiments/x.py")}
 
-FAKE_GCLOUD = """\
-#!{python}
-# Writes down its arguments; copies and runs commands in one home folder per worker, as ssh and scp would.
-import json, os, pathlib, shutil, subprocess, sys
 
-cloud = pathlib.Path({cloud!r})
-arguments = sys.argv[1:]
-with open(cloud / "calls.jsonl", "a") as calls:
-    calls.write(json.dumps(arguments) + "\\n")
-flags = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
-words = [a for a in arguments if not a.startswith("--")][2:]  # after: compute tpus
-workers = ["0", "1"] if flags.get("worker") == "all" else [flags.get("worker")]
-if words[:2] == ["queued-resources", "describe"]:
-    first, *rest = (cloud / "states").read_text().split()
-    (cloud / "states").write_text(" ".join(rest or [first]))
-    print(first)
-elif words[:2] == ["tpu-vm", "ssh"]:
-    for worker in workers:
-        home = cloud / ("worker" + worker)
-        path = str(cloud / "worker_bin") + ":" + os.environ["PATH"]
-        environment = dict(os.environ, HOME=str(home), PATH=path)
-        subprocess.run(["bash", "-c", flags["command"]], env=environment, cwd=home, check=True)
-elif words[:2] == ["tpu-vm", "scp"]:
-    source, destination = words[2:]
-    for worker in workers:
-        home = cloud / ("worker" + worker)
-        if source.startswith("my-tpu:"):
-            source = home / source.partition(":")[2]
-            shutil.copytree(source, pathlib.Path(destination) / source.name, dirs_exist_ok=True)
-        else:
-            shutil.copy(source, home / destination.partition(":")[2])
-"""
-
-# The workers' own python3: it makes the environment, whose python is the next script.
-WORKER_PYTHON3 = """\
-#!/bin/bash
-echo "$*" >> ~/python3_calls
-if [[ "$*" == *"uv venv"* ]]; then
-  environment=${@: -1}
-  mkdir -p "$environment/bin" && cp "$(dirname "$0")/environment_python" "$environment/bin/python"
-fi
-"""
-
-# Stands for a training run: writes down where it is and what it was given, and saves upon SIGTERM.
-ENVIRONMENT_PYTHON = """\
-#!{python}
-import json, os, pathlib, signal, sys, time
-
-if sys.argv[1] == "-c":
-    sys.exit(0)
-def save(*_):
-    pathlib.Path("runs/saved").touch()
-    sys.exit(0)
-signal.signal(signal.SIGTERM, save)
-print("output of the run", flush=True)
-pathlib.Path("runs/started.tmp").write_text(json.dumps([os.getcwd(), *sys.argv[1:]]))
-os.rename("runs/started.tmp", "runs/started")
-time.sleep(30)
-"""
-
-
-@dataclass
-class Cloud:
-    """A folder that holds the fake gcloud's records, its two workers, and a clone with the scripts."""
-
-    folder: Path
-
-    @property
-    def repository(self) -> Path:
-        return self.folder / "repository"
-
-    def worker(self, index: int) -> Path:
-        return self.folder / f"worker{index}"
-
-    def calls(self) -> list[list[str]]:
-        records = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-
-    def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [self.repository / "tpu_scripts" / f"{name}.sh", *arguments],
-            cwd=self.folder,
-            env=dict(os.environ, PATH=f"{self.folder / 'bin'}:{os.environ['PATH']}", POLL_SECONDS="0"),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def git(self, *arguments: str) -> None:
-        identity = ("-c", "user.name=tester", "-c", "user.email=tester@example.org")
-        subprocess.run(["git", *identity, *arguments], cwd=self.repository, check=True, capture_output=True)
-
-
-def write_executable(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-@pytest.fixture
-def cloud(tmp_path: Path) -> Cloud:
-    cloud = Cloud(tmp_path)
-    write_executable(tmp_path / "bin" / "gcloud", FAKE_GCLOUD.format(python=sys.executable, cloud=str(tmp_path)))
-    write_executable(tmp_path / "worker_bin" / "python3", WORKER_PYTHON3)
-    write_executable(tmp_path / "worker_bin" / "environment_python", ENVIRONMENT_PYTHON.format(python=sys.executable))
-    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
-    shutil.copytree(SCRIPTS, cloud.repository / "tpu_scripts")
-    (cloud.repository / "kept.txt").write_text("first")
-    cloud.git("init", "-q")
-    cloud.git("add", ".")
-    cloud.git("commit", "-qm", "first")
-    for index in (0, 1):
-        cloud.worker(index).mkdir()
-    return cloud
-
-
-def wait_for(path: Path) -> Path:
-    for _ in range(200):
-        if path.exists():
-            return path
-        time.sleep(0.05)
-    raise AssertionError(f"{path} has not appeared in 10 s")
-
-
-def test_whole_life_of_a_slice(cloud: Cloud):
+def test_whole_life_of_a_slice(cloud: Any):
     run = cloud.script
 
     created = run("create", *WHERE, "--type", "v6e-16", "--spot")
@@ -165,7 +35,7 @@ def test_whole_life_of_a_slice(cloud: Cloud):
     launched = run("launch", *WHERE, "--", *line)
     assert launched.returncode == 0, launched.stderr
     for index in (0, 1):
-        folder, *arguments = json.loads(wait_for(cloud.worker(index) / "jaxrl_llm/runs/started").read_text())
+        folder, *arguments = json.loads(cloud.wait_for(cloud.worker(index) / "jaxrl_llm/runs/started").read_text())
         assert folder == str(cloud.worker(index) / "jaxrl_llm")
         assert arguments == [line[0], "--distributed", *line[1:]]
 
@@ -190,7 +60,7 @@ def test_whole_life_of_a_slice(cloud: Cloud):
     ]
 
 
-def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Cloud):
+def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Any):
     assert cloud.script("setup", *WHERE).returncode == 0
     remote = cloud.worker(0) / "jaxrl_llm"
     (remote / "runs").mkdir()
@@ -217,7 +87,7 @@ def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Cloud):
         ("v4-8", "tpu-ubuntu2204-base"),
     ],
 )
-def test_create_asks_for_the_runtime_of_the_type(cloud: Cloud, accelerator: str, runtime: str):
+def test_create_asks_for_the_runtime_of_the_type(cloud: Any, accelerator: str, runtime: str):
     options = ("--project", "mine", "--reserved", "--valid-for", "6h")
     assert cloud.script("create", *WHERE, "--type", accelerator, *options).returncode == 0
     assert cloud.calls()[0] == [
@@ -227,7 +97,7 @@ def test_create_asks_for_the_runtime_of_the_type(cloud: Cloud, accelerator: str,
     ]
 
 
-def test_create_fails_when_the_request_fails(cloud: Cloud):
+def test_create_fails_when_the_request_fails(cloud: Any):
     (cloud.folder / "states").write_text("PROVISIONING FAILED")
     failed = cloud.script("create", *WHERE, "--type", "v6e-8")
     assert failed.returncode == 2
@@ -235,7 +105,7 @@ def test_create_fails_when_the_request_fails(cloud: Cloud):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_prints_commands_and_runs_none(cloud: Cloud, name: str):
+def test_dry_run_prints_commands_and_runs_none(cloud: Any, name: str):
     result = cloud.script(name, *WHERE, "--dry-run", *REQUIRED.get(name, ()))
     assert result.returncode == 0, result.stderr
     assert cloud.calls() == []
@@ -248,8 +118,8 @@ def test_dry_run_prints_commands_and_runs_none(cloud: Cloud, name: str):
     assert "--zone=us-east5-a" in words
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_help_needs_nothing_else(cloud: Cloud, name: str):
+@pytest.mark.parametrize("name", [*NAMES, "run", "xpk"])
+def test_help_needs_nothing_else(cloud: Any, name: str):
     result = cloud.script(name, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"Usage: {name}.sh")
@@ -279,7 +149,7 @@ def test_help_needs_nothing_else(cloud: Cloud, name: str):
         ("delete --name my-tpu --zone us-east5-a", "say --yes"),
     ],
 )
-def test_wrong_arguments_are_refused(cloud: Cloud, line: str, message: str):
+def test_wrong_arguments_are_refused(cloud: Any, line: str, message: str):
     result = cloud.script(*shlex.split(line))
     assert result.returncode == 2
     assert message in result.stderr

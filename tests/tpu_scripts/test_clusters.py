@@ -1,0 +1,75 @@
+"""What is handed to XPK and to SkyPilot: the command, and what it does on a host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "tpu_scripts"
+WHERE = ("--cluster", "pods", "--name", "first", "--zone", "us-east5-a")
+
+
+def on_a_host(text: str, home: Path, **environment: str) -> list[str]:
+    """The words that a shell text runs Python with, where that is a stand-in and nothing is installed."""
+    tools = home / "jaxrl_llm_venv" / "bin"
+    tools.mkdir(parents=True, exist_ok=True)
+    for name in ("python", "pip"):
+        (tools / name).write_text('#!/bin/bash\n[ "$0" = "${0%pip}" ] && printf "%s\\n" "$@"; exit 0\n')
+        (tools / name).chmod(0o755)
+    environment |= {"HOME": str(home), "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_xpk_is_given_a_workload_that_goes_on_after_a_restart(cloud: Any) -> None:
+    record = cloud.folder / "bin" / "xpk"
+    record.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {cloud.folder}/xpk\n')
+    record.chmod(0o755)
+    folder = cloud.folder / "shared"
+    line = ("experiments/x.py", f"--run-dir={folder}", "--a.b=c d", "--mesh.data=2")
+    done = cloud.script("xpk", *WHERE, "--project", "mine", "--type", "tpu7x-128", "--slices", "2", "--", *line)
+    assert done.returncode == 0, done.stderr
+    *words, command, _ = (cloud.folder / "xpk").read_text().split("\0")
+    assert words == [
+        *("workload", "create", "--cluster=pods", "--workload=first", "--zone=us-east5-a", "--project=mine"),
+        *("--tpu-type=tpu7x-128", "--num-slices=2", "--max-restarts=50", "--restart-on-exit-codes=1"),
+        *("--termination-grace-period-seconds=300", "--base-docker-image=python:3.12"),
+        f"--script-dir={cloud.repository}",
+    ]
+    expected = [line[0], "--distributed", *line[1:]]
+    assert on_a_host(command.removeprefix("--command="), cloud.folder) == expected
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert on_a_host(command.removeprefix("--command="), cloud.folder) == [*expected, "--resume"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--type", "tpu7x", "--", "x.py", "--run-dir=/a"), "--type 'tpu7x' is no TPU type"),
+        (("--type", "v6e-8", "--slices", "0", "--", "x.py", "--run-dir=/a"), "--slices '0'"),
+        (("--type", "v6e-8", "--", "x.py"), "say --run-dir=/FOLDER"),
+        (("--type", "v6e-8"), "nothing to run"),
+    ],
+)
+def test_what_xpk_cannot_run_is_refused(cloud: Any, options: tuple[str, ...], message: str) -> None:
+    refused = cloud.script("xpk", *WHERE, "--dry-run", *options)
+    assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_skypilot_runs_the_line_on_every_host_and_goes_on(tmp_path: Path) -> None:
+    task = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
+    assert task["resources"]["accelerators"].startswith("tpu-") and task["resources"]["use_spot"]
+    line = f"experiments/x.py --run-dir={tmp_path / 'shared'} --a.b=c"
+    expected = [*line.split(), "--distributed"]
+    assert on_a_host(task["run"], tmp_path, LINE=line) == expected
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/config.json").touch()
+    assert on_a_host(task["run"], tmp_path, LINE=line) == [*expected, "--resume"]
+    (mount,) = task["file_mounts"]
+    assert f"--run-dir={mount}/" in task["envs"]["LINE"]

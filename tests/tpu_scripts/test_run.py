@@ -1,0 +1,138 @@
+"""The script that makes a whole run, on slices that are taken away, do not answer, cost too much."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WHERE = ("--name", "my-tpu", "--zone", "us-east5-a")
+
+
+def line(cloud: Any, *options: str, hours: str = "1") -> tuple[str, ...]:
+    """What is given to run.sh."""
+    run = ("--", "experiments/x.py", f"--run-dir={cloud.folder / 'shared'}", "--a.b=c d")
+    return (*WHERE, "--type", "v6e-16", "--spot", "--hours", hours, *options, *run)
+
+
+def launches(cloud: Any, worker: int = 0) -> list[str]:
+    file: Path = cloud.folder / f"launches_worker{worker}"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def requests(cloud: Any) -> list[str]:
+    """The creations and deletions that were asked for."""
+    return [call[3] for call in cloud.calls() if call[2] == "queued-resources" and call[3] != "describe"]
+
+
+@pytest.fixture
+def empty(cloud: Any) -> Any:
+    """A cloud without a slice."""
+    (cloud.folder / "states").unlink()
+    return cloud
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again_and_the_run_goes_on(empty: Any) -> None:
+    (empty.folder / "plan").write_text("taken end")
+    done = empty.script("run", *line(empty, "--prepare", "touch ~/mounted"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert requests(empty) == ["create", "delete", "create", "delete"]
+    for worker in (0, 1):
+        first, second = launches(empty, worker)
+        assert first == f"experiments/x.py --distributed --run-dir={empty.folder / 'shared'} --a.b=c d"
+        assert second == f"{first} --resume"
+        assert (empty.worker(worker) / "mounted").exists()
+    assert "is SUSPENDED: asks for it again" in done.stdout and "the run has ended" in done.stdout
+    assert "output of the run" in done.stdout
+    assert (empty.folder / "fetched/my-tpu/runs/launch.status").read_text() == "0\n"
+
+
+def test_ctrl_c_leaves_the_run_alone_and_the_same_command_attends_to_it_again(empty: Any) -> None:
+    begun = empty.begin("run", *line(empty))
+    empty.wait_for(empty.worker(0) / "jaxrl_llm/runs/started")
+    assert begun.poll() is None
+    os.killpg(begun.pid, signal.SIGINT)
+    out, err = begun.communicate(timeout=30)
+    assert begun.returncode == 130 and "COSTS ON" in out, out + err
+    assert requests(empty) == ["create"]
+
+    again = empty.begin("run", *line(empty))
+    assert empty.script("stop", *WHERE).returncode == 0
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0 and "the run was stopped" in out, out + err
+    assert requests(empty) == ["create", "delete"] and len(launches(empty)) == 1
+    assert (empty.folder / "fetched/my-tpu/runs/saved").exists()
+
+
+def test_when_the_hours_are_spent_the_run_saves_and_the_slice_goes(empty: Any) -> None:
+    done = empty.script("run", *line(empty, hours="0.0003"))
+    assert done.returncode == 3 and "the 0.0003 hours are spent" in done.stdout, done.stdout + done.stderr
+    assert requests(empty) == ["create", "delete"]
+    if launches(empty):
+        assert (empty.folder / "fetched/my-tpu/runs/saved").exists()
+
+
+def test_a_slice_that_cannot_be_set_up_goes_and_costs_nothing_more(empty: Any) -> None:
+    (empty.folder / "worker_bin/python3").write_text("#!/bin/bash\necho no network >&2; exit 1\n")
+    done = empty.script("run", *line(empty))
+    assert done.returncode == 1 and "attempt 3 of 3" in done.stdout, done.stdout + done.stderr
+    assert requests(empty) == ["create", "delete"] and not launches(empty)
+
+
+@pytest.mark.parametrize(
+    ("plan", "status", "times", "told"),
+    [
+        ("fail end", 0, 2, "launched again (1 of 1)"),
+        ("fail fail", 1, 2, "the run failed 2 times"),
+        ("refuse", 2, 1, "refuses its settings"),
+    ],
+)
+def test_a_run_that_fails_is_launched_again_a_few_times(
+    empty: Any, plan: str, status: int, times: int, told: str
+) -> None:
+    (empty.folder / "plan").write_text(plan)
+    done = empty.script("run", *line(empty, "--failures", "1"))
+    assert (done.returncode, len(launches(empty))) == (status, times), done.stdout + done.stderr
+    assert told in done.stdout and requests(empty) == ["create", "delete"]
+
+
+def test_what_another_run_uses_is_left_to_it(empty: Any) -> None:
+    assert empty.script("create", *WHERE, "--type", "v6e-16").returncode == 0
+    assert empty.script("setup", *WHERE).returncode == 0
+    assert empty.script("launch", *WHERE, "--", "experiments/y.py").returncode == 0
+    refused = empty.script("run", *line(empty))
+    assert refused.returncode == 2 and "another run is active" in refused.stderr
+    assert requests(empty) == ["create"]
+    empty.script("stop", *WHERE)
+
+
+def test_dry_run_prints_every_command_and_runs_none(empty: Any) -> None:
+    told = empty.script("run", *line(empty, "--dry-run", "--prepare", "mount it"))
+    assert told.returncode == 0, told.stderr
+    assert not empty.calls()
+    echo = 'gcloud() { printf "%s %s\\n" "$3" "$4"; }; git() { :; }; mkdir() { :; };'
+    commands = subprocess.run(["bash", "-c", echo + told.stdout], capture_output=True, text=True, check=True).stdout
+    asked, there = ["queued-resources create", "queued-resources describe"], ["tpu-vm ssh", "tpu-vm scp"]
+    set_up = [there[1], there[0]]
+    assert commands.splitlines() == [*asked, *set_up, *there[:1] * 3, there[1], "queued-resources delete"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--type", "v6e-8", "--", "x.py", "--run-dir=/a"), "--hours ''"),
+        (("--type", "v6e-8", "--hours", "soon", "--", "x.py", "--run-dir=/a"), "--hours 'soon'"),
+        (("--type", "v6e-8", "--hours", "1", "--", "x.py", "--run-dir=runs/a"), "say --run-dir=/FOLDER"),
+        (("--hours", "1", "--", "x.py", "--run-dir=/a"), "--type is missing"),
+        (("--type", "v6e-8", "--hours", "1", "--", "x", "--run-dir=/a"), "'x' is no Python script"),
+        (("--type", "v6e-8", "--hours", "1", "--python", "3", "--", "x.py", "--run-dir=/a"), "--python '3'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_costs(empty: Any, options: tuple[str, ...], message: str) -> None:
+    refused = empty.script("run", *WHERE, *options)
+    assert refused.returncode == 2 and message in refused.stderr
+    assert not empty.calls()

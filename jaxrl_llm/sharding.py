@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
@@ -54,7 +55,8 @@ class MeshConfig:
     """Devices along each mesh axis; one of them may be −1: whatever is left over."""
 
     data: int = 1
-    """Replicas of the parameters; rows of the batch are split over data × fsdp."""
+    """Replicas of the parameters; rows of the batch are split over data × fsdp. With several TPU slices, a multiple of
+    their number: it is what goes over the network between them."""
     fsdp: int = -1
     """Shards of the parameters along the embedding; also splits rows."""
     context: int = 1
@@ -91,11 +93,28 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (default: all), axes in the order of `MESH_AXES`."""
+    """The mesh of `config` over `devices` (default: all), axes in the order of `MESH_AXES`.
+
+    Where the devices belong to several slices of TPUs, `data` is what goes over the network between them: parameters
+    are there once in each slice (or oftener), and a gradient is all that crosses in an update.
+
+    Raises:
+        ValueError: the sizes do not fit the devices, or `data` not the slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = (config or MeshConfig()).sizes(len(devices))
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=list(devices))
+    shape, automatic = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    if (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=automatic, devices=list(devices))
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"the devices are {slices} slices, between which only mesh.data may be split: set mesh.data={slices}, or "
+            f"a multiple of it, instead of {sizes['data']}"
+        )
+    inner = (sizes["data"] // slices, *shape[1:])
+    outer = (slices, *(1 for _ in inner[1:]))
+    placed = mesh_utils.create_hybrid_device_mesh(inner, outer, list(devices), allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=automatic)
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxrl_llm import sharding
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.transformer import Transformer
@@ -274,3 +275,41 @@ def test_the_samplers_mesh():
         ):
             sampling_mesh(mesh, impossible)
     assert row_shards(sampling_mesh(partial_mesh(), 4)) == 2
+
+
+# ---- Several slices -------------------------------------------------------------------------------
+
+
+class FakeDevice(SimpleNamespace):
+    """What a mesh asks of a TPU of one of several slices."""
+
+    __hash__ = object.__hash__
+
+
+def two_slices() -> list[Any]:
+    """Two slices of four chips, dealt out as a runtime may list them: by turns."""
+    return [
+        FakeDevice(id=10 * part + chip, slice_index=part, process_index=part, platform="cpu", device_kind="cpu")
+        for chip in range(4)
+        for part in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=2), MeshConfig(data=4, tensor=2, fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2)], ids=repr
+)
+def test_data_alone_goes_from_slice_to_slice(config: MeshConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: made.append(devices))
+    make_mesh(config, two_slices())
+    (devices,) = made
+    sizes = config.sizes(8)
+    assert devices.shape == tuple(sizes[axis] for axis in MESH_AXES)
+    of_slice = np.vectorize(lambda device: device.slice_index)(devices)
+    for row, first in enumerate(of_slice[:, 0, 0, 0, 0]):
+        assert (of_slice[row] == first).all() and first == row // (sizes["data"] // 2)
+
+
+def test_slices_that_data_does_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the devices are 2 slices, .* set mesh.data=2, .* instead of 1"):
+        make_mesh(MeshConfig(), two_slices())

@@ -12,6 +12,7 @@ from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
 from jaxrl_llm.training.on_policy import Trainer
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
+from jaxrl_llm.training.run.distributed import ending_with_the_others
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.star.trainer import StarTrainer
@@ -28,7 +29,7 @@ def plain_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError, Impo
         kinds: which errors; by default those that settings, data and files cause.
     """
     try:
-        with naming_phase("start"):
+        with naming_phase("start"), ending_with_the_others():
             yield
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)

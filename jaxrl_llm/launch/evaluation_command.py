@@ -134,8 +134,7 @@ def _run(config: EvaluationRun) -> Evaluation:
     if config.data is None:
         raise ValueError("no prompts given: pass --data=<file, hf:…, tfds:… or reasoning_gym:…>")
     if config.distributed:
-        cluster = config.cluster
-        initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+        initialize(**vars(config.cluster))
     enable_persistent_cache()
     mesh = make_mesh(config.mesh)
     sampling_mesh(mesh, config.sampling.tensor)

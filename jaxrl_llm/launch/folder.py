@@ -20,7 +20,13 @@ from jaxrl_llm.launch.defaults import default_settings
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.settings import CONFIG_FILE, check_names, check_resumed, check_step, remarks_on_resuming
 from jaxrl_llm.training.compilation import enable_persistent_cache
-from jaxrl_llm.training.run.distributed import ClusterConfig, from_main_process, initialize, is_main_process
+from jaxrl_llm.training.run.distributed import (
+    ClusterConfig,
+    from_main_process,
+    how_to_resume,
+    initialize,
+    is_main_process,
+)
 from jaxrl_llm.training.run.resume import find_run
 from jaxrl_llm.training.run.setup import RunSetup
 
@@ -48,12 +54,13 @@ def prepare(config: RunConfigT) -> RunConfigT:
         raise ValueError("--resume needs --run-dir=<folder of the run>")
     if config.distributed:
         cluster = config.cluster
-        initialize(cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+        initialize(**vars(cluster))
     elif config.cluster != ClusterConfig():
         raise ValueError("--cluster.* says where other processes are: add --distributed, or leave it out")
     enable_persistent_cache()
     check_step(config)
     folder = Path(from_main_process(config.run_dir or _new_folder(config.name)))
+    how_to_resume(f"--resume --run-dir={folder}")
     saved, remarks = find_run(folder, config.settings(), resume=config.resume), []
     if config.resume:
         remarks = check_resumed(folder, saved) + remarks_on_resuming(folder, config)

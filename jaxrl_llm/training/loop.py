@@ -16,7 +16,7 @@ from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.run.checkpoint import Checkpointer
 from jaxrl_llm.training.run.compiling import CompilationNews
 from jaxrl_llm.training.run.completions import CompletionsConfig, CompletionsWriter, Rows
-from jaxrl_llm.training.run.distributed import any_process, ending_with_the_others, is_main_process
+from jaxrl_llm.training.run.distributed import any_process, at, ending_with_the_others, is_main_process
 from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state, unsaved
@@ -149,8 +149,12 @@ class Stage(Protocol):
         ...
 
 
+class _StopNow(Exception):
+    """A step is left undone, between two of its phases."""
+
+
 def run_stage(stage: Stage) -> TrainingResult:
-    """Trains to the last step, or until SIGTERM or Ctrl-C; then saves and returns.
+    """Trains to the last step, or until the end of the phase in which SIGTERM or Ctrl-C comes; then saves and returns.
 
     Raises:
         RunError: it cannot go on, a reward function failed for instance; the steps before are saved.
@@ -281,22 +285,30 @@ class Loop:
         last = self.length.steps
         if self.step == 0 and self.length.evaluate_every:
             self._evaluate()
-        stopping, began = False, time.perf_counter()
+        stopping, began = self.step < last and self._asked_to_stop(), time.perf_counter()
         while self.step < last and not stopping:
-            outcome = self._iterate()
+            try:
+                outcome = self._iterate()
+            except _StopNow:
+                self._save(None)  # the state is still that of the step before
+                return True
             ended = time.perf_counter()
             self._log(outcome, ended - began)
             logged = time.perf_counter()
             evaluation = self._evaluate() if self._due(self.length.evaluate_every) else None
-            stopping = self.step < last and any_process(self.stop.requested)
-            if stopping:
-                self.stop.request("another process was stopped")  # kept where this one was not
+            stopping = self.step < last and self._asked_to_stop()
             self._unsaved |= stopping or self._due(self.length.checkpoint_every)
             # What may be good waits for a step that shows it: a checkpoint too many displaces one that is.
             if self._unsaved and (not self._skipped.in_a_row or stopping or self.step == last):
                 self._save(evaluation)
             began = ended + time.perf_counter() - logged  # evaluations and checkpoints are no part of a step
         return stopping
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was; equal on all."""
+        if asked := any_process(self.stop.requested):
+            self.stop.request("another process was stopped")  # kept where this one was not
+        return asked
 
     def _iterate(self) -> Outcome:
         """One step; the state, the position in the data and `step` change together, at its end."""
@@ -306,12 +318,17 @@ class Loop:
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Times a phase, and warns of programs that it compiles when it is not its first time."""
+        """Times a phase, and warns of programs that it compiles when it is not its first time.
+
+        Raises:
+            _StopNow: the run is to stop, and the step has further phases.
+        """
         self.report.phase(name)
         self.news.place = name
         counter = self.stage.compilations
         began, mark = time.perf_counter(), counter.mark()
-        with naming_phase(name):
+        step = self.step + (name in self.stage.phases)
+        with naming_phase(name), at(f"{name} of step {step}"):
             yield
         first = name not in self._seconds
         self._seconds[name] = time.perf_counter() - began
@@ -319,6 +336,8 @@ class Loop:
             programs = ", ".join(f"{program} ({count}×)" for program, count in again.items())
             text = f"compiled again after step {self.step} ({name}): {programs}; a shape or a static argument changed"
             warnings.warn(text, RecompilationWarning, stacklevel=3)
+        if name in self.stage.phases[:-1] and self._asked_to_stop():
+            raise _StopNow
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.length.steps)
@@ -378,7 +397,7 @@ class Loop:
 
     def _save(self, evaluation: dict[str, float] | None) -> None:
         self._unsaved = False
-        if self.checkpoints is None or self._skipped.suspicious:
+        if self.checkpoints is None or self._skipped.suspicious or self.step == 0:
             return
         run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
         with self._phase("checkpoint"):
@@ -390,6 +409,11 @@ class Loop:
         if self.checkpoints is None:
             self.report.message(f"{what}; nothing was saved, since training.checkpoint_every is 0.")
             return
-        self.checkpoints.wait()
         folder = self.stage.setup.folder
+        if self.step == 0:
+            self.report.message(
+                f"Stopped before the first step, with nothing to save. Begin again with --resume --run-dir={folder}"
+            )
+            return
+        self.checkpoints.wait()
         self.report.message(f"{what} and saved. Go on with the same command and --resume --run-dir={folder}")

@@ -1,17 +1,19 @@
 """A run small enough for tests: sums, a character tokenizer, a random model.
 
-Also a script: `--signal=SIGKILL --signal-at=update:3` sends itself a signal in the middle of step 3, and
-`--signal-at=checkpoint:4` while the checkpoint of step 4 is being written.
+Also a script: `--signal=SIGKILL --signal-at=update:3` sends itself a signal in that phase of step 3 (others are
+`sample`, `reward` and `evaluate`), and `--signal-at=checkpoint:4` while the checkpoint of step 4 is being written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +114,21 @@ def send_signal(trainer: Trainer, name: str, place: str) -> None:
     def send() -> None:
         os.kill(os.getpid(), getattr(signal, name))
 
-    if phase == "update":
-        update = trainer.update
+    if phase != "checkpoint":
 
-        def update_or_send(state: Any, *args: Any) -> Any:
-            if int(state.step) + 1 == int(step):
-                send()
-            return update(state, *args)
+        def sending(enter: Any, at: int) -> Any:
+            @contextlib.contextmanager
+            def entered(name: str) -> Iterator[None]:
+                with enter(name):
+                    if (name, at) == (phase, int(step)):
+                        send()
+                    yield
 
-        trainer.update = update_or_send
+            return entered
+
+        iterate, evaluate = trainer.iterate, trainer.evaluate
+        trainer.iterate = lambda number, enter: iterate(number, sending(enter, number))
+        trainer.evaluate = lambda enter: evaluate(sending(enter, int(trainer.state.step)))
     else:  # arrays are written, and the first folder of the unfinished checkpoint gets its final name
         # Such a hook stays for as long as the process: of this run alone, it does nothing to tests after this one.
         unfinished = os.path.join(trainer.setup.folder, "checkpoints", f"{step}.")
@@ -128,10 +136,12 @@ def send_signal(trainer: Trainer, name: str, place: str) -> None:
 
 
 def digest(tree: Any) -> str:
-    """A hash of every bit of every array."""
+    """A hash of every bit of every array, as far as this process holds it."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        total.update(np.asarray(leaf).tobytes())
+        whole = getattr(leaf, "is_fully_addressable", True)
+        for part in [leaf] if whole else [shard.data for shard in leaf.addressable_shards]:
+            total.update(np.asarray(part).tobytes())
     return total.hexdigest()
 
 
@@ -143,8 +153,7 @@ def main(args: list[str] | None = None) -> None:
     if config.signal:
         send_signal(trainer, config.signal, config.signal_at)
     result = train(trainer)
-    if jax.process_count() == 1:
-        print("digest", digest(trainer.state))
+    print("digest", digest(trainer.state))
     finish(config, policy, result, seconds=1.0)
 
 

@@ -255,11 +255,12 @@ def test_the_address_of_the_others_is_given_by_flags(
     config: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     joined: list[Any] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **silence: joined.append((*args, silence)))
     flags = ["--cluster.coordinator-address=host:1234", "--cluster.num-processes=1", "--cluster.process-id=0"]
-    cli.start(cli.parse(config, ["--distributed", *flags]))
+    cli.start(cli.parse(config, ["--distributed", *flags, "--cluster.lost-after=60"]))
     cli.start(cli.parse(config, ["--distributed"]))
-    assert joined == [("host:1234", 1, 0), (None, None, None)]
+    assert [given[:3] for given in joined] == [("host:1234", 1, 0), (None, None, None)]
+    assert [given[3]["heartbeat_timeout_seconds"] for given in joined] == [60, 30]
     with pytest.raises(SystemExit) as ended:
         cli.start(cli.parse(config, flags))
     assert ended.value.code == 2

@@ -333,6 +333,19 @@ def test_both_programs_compile_for_a_slice(model_path: str, tmp_path: Path):
     assert (tmp_path / "hlo/update.hlo.txt").read_text().startswith("HloModule jit_update_step")
 
 
+@pytest.mark.slow
+@needs_libtpu
+def test_between_two_slices_nothing_is_gathered(model_path: str, tmp_path: Path):
+    """What crosses the network between slices is sent by MegaScale; all other collectives stay within a slice."""
+    split = ("--slice", "2xv5e:2x2", "--mesh.data", "2", "--mesh.fsdp", "4", "--dump", str(tmp_path / "hlo"))
+    told = run(*arguments(model_path, *split))
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("2xv5e:2x2, 8 × TPU v5 lite, mesh data 2 × fsdp 4")
+    update = (tmp_path / "hlo/update.hlo.txt").read_text()
+    assert "megascale_target" in update
+    assert set(re.findall(r"replica_groups=(\S+?\}\})", update)) == {"{{0,1,2,3}}"}
+
+
 @needs_libtpu
 def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
     """Left to itself XLA makes loops of narrow products of it, slow to run and to compile."""

@@ -355,8 +355,32 @@ def test_a_signal_saves_and_returns(make, tiny: ModuleType, capfd: pytest.Captur
     assert checkpoints_of(trainer) >= {"3"}
     captured = capfd.readouterr()
     assert f"Stopped after step 3 ({name}) and saved. Go on with the same command and --resume" in captured.out
-    assert captured.err == f"\n{name}: Stopping after this step; Ctrl-C again aborts.\n"
+    assert captured.err == f"\n{name}: Stopping as soon as this phase ends; Ctrl-C again aborts.\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("place", "done"),
+    [
+        ("evaluate:0", 0),
+        ("sample:3", 2),
+        pytest.param("reward:4", 3, marks=pytest.mark.slow),
+        pytest.param("evaluate:2", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_in_any_phase_saves_and_what_goes_on_is_the_same(
+    make, whole: Trainer, tiny: ModuleType, capsys: pytest.CaptureFixture[str], place: str, done: int
+) -> None:
+    trainer = make(base=FULL)
+    tiny.send_signal(trainer, "SIGTERM", place)
+    assert (trainer.run().step, int(trainer.state.step)) == (done, done)
+    said = "Stopped before the first step, with nothing to save" if not done else f"Stopped after step {done} (SIGTERM)"
+    assert said in capsys.readouterr().out
+    assert checkpoints_of(trainer) >= ({str(done)} if done else set())
+    resumed = make(base=FULL, resume=True)
+    resumed.run()
+    assert tiny.digest(resumed.state) == tiny.digest(whole.state)
+    assert metrics_of(resumed) == metrics_of(whole)
 
 
 def test_a_second_signal_while_the_last_checkpoint_is_written(make, tiny: ModuleType) -> None:

@@ -21,8 +21,8 @@ class Plan:
     UNREAD: ClassVar[tuple[str, ...]] = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay")
     """Settings that change nothing of it, and are not on the page of the usual ones."""
     slice: str = "v5e:2x4"
-    """Generation and chips of the slice: v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …; local: the devices
-    of this machine."""
+    """Generation and chips of the slice: v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …; 2xv5e:4x4: two of
+    them; local: the devices of this machine."""
     size: Size = "qwen2.5-1.5b"
     """The model's shape, unless `model.path` names a checkpoint."""
     layers: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 def slice_devices(name: str) -> list[Any]:
     """The devices of a TPU slice, to compile for, of which none is looked for; or this machine's, of `local`.
 
+    Several slices are written `2xv5e:4x4`.
+
     Raises:
         ValueError: there is no such slice.
         ImportError: libtpu is not installed.
@@ -59,12 +62,16 @@ def slice_devices(name: str) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     # It could be written and not be read: a program cannot be loaded without its device.
     jax.config.update("jax_enable_compilation_cache", False)
-    generation, _, chips = name.partition(":")
+    several = re.fullmatch(r"(\d+)x([a-z].*)", name)
+    count, one = (int(several[1]), several[2]) if several else (1, name)
+    generation, _, chips = one.partition(":")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    if count > 1:
+        options["num_slices"] = count
     if chips == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+        return list(topologies.get_topology_desc(one, platform="tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"slice={name!r} cannot be compiled for; name one such as v5e:2x4, or {LOCAL} ({error})"

@@ -11,16 +11,26 @@ import dataclasses
 import json
 import os
 import re
-import sys
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as _of_jax  # its client has no public name
 from jax.experimental import multihost_utils
 
-_OF_ANOTHER = re.compile(r"peer|heartbeat|coordination service|barrier|preempted", re.IGNORECASE)
+from jaxrl_llm.training.run.lookout import Lookout
+
+_OF_ANOTHER = re.compile(r"gloo|peer|heartbeat|coordination service|barrier|preempted", re.IGNORECASE)
 """Words of collectives that fail because a process is gone."""
+
+_TOGETHER = 300_000
+"""Milliseconds that the others may take to begin, as JAX has it."""
+
+_lookout: Lookout | None = None
+"""Of this process, as JAX's client is, once it has joined others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +43,33 @@ class ClusterConfig:
     """How many processes there are."""
     process_id: int | None = None
     """Which one this is, from 0."""
+    lost_after: int = 30
+    """Seconds of silence after which a process is lost, which ends the others."""
+
+    def __post_init__(self) -> None:
+        """Rejects what cannot be meant."""
+        if self.lost_after < 5:
+            raise ValueError(f"cluster.lost_after={self.lost_after} must be at least 5 seconds: a host may falter")
 
 
 def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    lost_after: int = 30,
 ) -> None:
     """Joins this process to the others. Call it first, before anything else of JAX, and only when asked for.
 
     On TPU pods and under Slurm, Open MPI or Kubernetes JAX finds all three values itself: leave them None, or give
     those that it should not look for.
 
+    From then on a process that is lost ends the others, and one that they wait for is named (`Lookout`).
+
     Args:
         coordinator_address: `host:port` of process 0; None: `JAX_COORDINATOR_ADDRESS`, if it is set.
         num_processes: How many processes there are.
         process_id: Which one this is, from 0.
+        lost_after: Seconds of silence after which a process is lost.
 
     Raises:
         ValueError: If something is neither given nor detected, or cannot be meant.
@@ -64,7 +85,12 @@ def initialize(
         "process_id": process_id,
     }
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=lost_after,
+        )
     except ValueError as error:
         missing = [name for name, value in given.items() if value is None]
         if not missing:
@@ -78,6 +104,28 @@ def initialize(
         raise ConnectionError(
             f"process {process_id} of {num_processes} could not join the others at {coordinator_address}: {error}"
         ) from error
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it, for notices that nothing here asks for
+    global _lookout
+    joined = _of_jax.global_state
+    if joined.client is not None and joined.num_processes > 1:
+        where = str(joined.coordinator_address)
+        _lookout = Lookout(joined.client, where, joined.process_id, joined.num_processes, lost_after)
+        _lookout.begin()
+        # Together and now: while the processes tell each other of their devices, no thread of Python runs.
+        joined.client.wait_at_barrier("jaxrl_llm/devices", _TOGETHER)
+        jax.devices()
+
+
+def how_to_resume(flags: str) -> None:
+    """Lets what is said where a process is lost name the flags to go on with."""
+    if _lookout is not None:
+        _lookout.resume = flags
+
+
+def at(place: str) -> contextlib.AbstractContextManager[None]:
+    """Names what all processes do in the same order, and where they may wait for each other; for the `Lookout`."""
+    return contextlib.nullcontext() if _lookout is None else _lookout.at(place)
 
 
 def is_main_process() -> bool:
@@ -93,7 +141,8 @@ def any_process(flag: bool) -> bool:
     """
     if jax.process_count() == 1:
         return bool(flag)
-    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+    with at("a common decision"):
+        return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
 def from_main_process(value: Any) -> Any:
@@ -110,10 +159,11 @@ def from_main_process(value: Any) -> Any:
     # Two broadcasts, because every process must bring arrays of one shape: first the length, then the text.
     # int32 and not uint8, since the broadcast is a sum over the processes.
     text = np.frombuffer(json.dumps(value).encode() if is_main_process() else b"", np.uint8).astype(np.int32)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    padded = np.zeros(length, np.int32)
-    padded[: text.size] = text
-    received = multihost_utils.broadcast_one_to_all(padded)
+    with at("a decision of process 0"):
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+        padded = np.zeros(length, np.int32)
+        padded[: text.size] = text
+        received = multihost_utils.broadcast_one_to_all(padded)
     return json.loads(np.asarray(received).astype(np.uint8).tobytes())
 
 
@@ -129,28 +179,20 @@ def from_all_processes(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = np.asarray(multihost_utils.process_allgather(np.int32(text.size)))
-    texts = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - text.size))))
+    with at("an exchange of results"):
+        lengths = np.asarray(multihost_utils.process_allgather(np.int32(text.size)))
+        texts = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - text.size))))
     return [json.loads(one[:length].tobytes()) for one, length in zip(texts, lengths, strict=True)]
 
 
 @contextlib.contextmanager
 def ending_with_the_others() -> Iterator[None]:
-    """Ends this process, with one line and status 1, where a collective says that another process is gone.
-
-    At once, and not by way of what closes files: that would wait for the lost process until the runtime aborts this
-    one. A checkpoint that was being written is left unfinished, as by a kill.
-    """
+    """Ends this process, with a line that says who and status 1, where a collective fails since another one is gone."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # gloo's come as either
         cause = " ".join(str(error).split())
-        if jax.process_count() == 1 or not _OF_ANOTHER.search(cause):
-            raise
-        line = (
-            f"error: process {jax.process_index()} of {jax.process_count()} lost another one of this run "
-            f"({cause:.200}); go on with the same command and --resume in all of them, from the latest checkpoint\n"
-        )
-        sys.stdout.flush()
-        os.write(2, line.encode())
-        os._exit(1)
+        known = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in cause
+        if _lookout is not None and known and _OF_ANOTHER.search(cause):
+            _lookout.someone_is_lost(cause)
+        raise

@@ -1,4 +1,4 @@
-"""Stopping a run cleanly: SIGTERM and Ctrl-C set a flag that the trainer reads between steps."""
+"""Stopping a run cleanly: SIGTERM and Ctrl-C set a flag that the trainer reads between phases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GracefulStop:
             would look as if the signal were ignored), or None for silence.
     """
 
-    def __init__(self, notice: str | None = "Stopping after this step; Ctrl-C again aborts.") -> None:
+    def __init__(self, notice: str | None = "Stopping as soon as this phase ends; Ctrl-C again aborts.") -> None:
         self.notice = notice
         self._reason: str | None = None
         self._previous: dict[signal.Signals, Any] = {}

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -52,7 +54,7 @@ def test_addresses_that_do_not_work_say_what_to_do() -> None:
 
 
 def test_no_cluster_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_cluster(*args: object) -> None:
+    def no_cluster(*args: object, **kwargs: object) -> None:
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
@@ -61,7 +63,7 @@ def test_no_cluster_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_that_do_not_come_together_are_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_answer(*args: object) -> None:
+    def no_answer(*args: object, **kwargs: object) -> None:
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr(jax.distributed, "initialize", no_answer)
@@ -70,10 +72,24 @@ def test_processes_that_do_not_come_together_are_no_bug(monkeypatch: pytest.Monk
 
 
 def test_errors_that_no_other_process_caused_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count, text in ((1, "Connection closed by peer"), (2, "INVALID_ARGUMENT: shapes")):
-        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+    asked: list[str] = []
+    for there, text in ((False, "Connection closed by peer"), (True, "INVALID_ARGUMENT: shapes")):
+        lookout = SimpleNamespace(someone_is_lost=asked.append) if there else None
+        monkeypatch.setattr(distributed, "_lookout", lookout)
         with pytest.raises(jax.errors.JaxRuntimeError, match=text), distributed.ending_with_the_others():
             raise jax.errors.JaxRuntimeError(text)
+    assert not asked
+
+
+def test_errors_that_another_process_may_have_caused_ask_the_lookout(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(distributed, "_lookout", SimpleNamespace(someone_is_lost=asked.append))
+    for error in (jax.errors.JaxRuntimeError("Connection closed by peer"), ValueError("Gloo AllGather failed: reset")):
+        with pytest.raises(type(error)), distributed.ending_with_the_others():
+            raise error
+    with pytest.raises(ValueError), distributed.ending_with_the_others():
+        raise ValueError("data names a peer")
+    assert asked == ["Connection closed by peer", "Gloo AllGather failed: reset"]
 
 
 TWO_PROCESSES = """
@@ -152,3 +168,32 @@ def test_two_processes_agree(two_processes, tmp_path: Path) -> None:
         abstract = {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}
         restored, _ = checkpointer.restore(abstract)
     np.testing.assert_array_equal(restored["w"], np.arange(8, dtype=np.float32))
+
+
+LATE = """
+import sys, time
+from jaxrl_llm.training.run import distributed, lookout
+
+address, process = sys.argv[1], int(sys.argv[2])
+lookout._BEAT, lookout._FIRST_WORD = 0.4, 2.0
+distributed.initialize(address, 2, process, 10)
+distributed.how_to_resume("--resume --run-dir=here")
+with distributed.at("reward of step 3"):
+    if process == 1:
+        time.sleep(8)
+        raise RuntimeError("only here")
+distributed.any_process(False)
+"""
+
+
+def test_who_keeps_the_others_waiting_is_named_and_who_has_ended_ends_them(two_processes) -> None:
+    first, second = two_processes(LATE, timeout=120)
+    assert first.returncode == 1 and "RuntimeError: only here" in second.stderr
+    said = [line for line in first.stderr.splitlines() if "process 0 of 2" in line]
+    where = "in 'a common decision'"
+    late = r"process 1 has not arrived, it has been in 'reward of step 3' for \d s"
+    assert re.match(rf"process 0 of 2: waiting for [23] s {where}: {late}", said[0]), said
+    assert said[-1] == (
+        f"error: process 0 of 2 waits {where} for process 1, which has ended, after 'reward of step 3'; its own output "
+        "says why. Go on with the same command and --resume --run-dir=here in all of them, from the latest checkpoint"
+    )

@@ -2,7 +2,7 @@
 
 Parameters and activations carry *logical* axis names; one table of rules maps them to the mesh axes
 `data` (rows), `fsdp` (rows, and parameters cut along the embedding), `context` (the time axis of rows, and parameters
-as `fsdp`), `tensor` (heads, MLP, vocabulary).
+as `fsdp`), `expert` (experts; outside of them as `fsdp`), `tensor` (heads, MLP, vocabulary).
 
 The learner wants `fsdp`: it reads each weight a few times a step. The sampler reads all of them for every token and
 wants `tensor`: it sees the same devices as a mesh of its own (`sampling_mesh`), on which the rules say what it wants.
@@ -20,24 +20,25 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")
+"""From those along which devices talk least to those along which they talk most: neighbours are near one another."""
 
 HOST = "pinned_host"
 """The kind of memory that belongs to the host and that devices read and write."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "rows": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
     "rows_of_replica": "data",
     "time": "context",
     "entries_activation": "context",
-    "embed_of_context": "fsdp",
+    "embed_of_context": ("fsdp", "expert"),
     "heads_activation": "tensor",
     "vocab_activation": "tensor",
     # parameters
     "layers": None,
     "vocab": "tensor",
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "context", "expert"),
     "expert": "expert",
     "embed_of_expert": ("fsdp", "context"),
     "router": None,
@@ -55,8 +56,8 @@ class MeshConfig:
     """Devices along each mesh axis; one of them may be −1: whatever is left over."""
 
     data: int = 1
-    """Replicas of the parameters; rows of the batch are split over data × fsdp. With several TPU slices, a multiple of
-    their number: it is what goes over the network between them."""
+    """Replicas of the parameters; rows of the batch are split over data × fsdp × expert. With several TPU slices, a
+    multiple of their number: it is what goes over the network between them."""
     fsdp: int = -1
     """Shards of the parameters along the embedding; also splits rows."""
     context: int = 1
@@ -66,7 +67,8 @@ class MeshConfig:
     tensor: int = 1
     """Shards of heads, MLP and vocabulary."""
     expert: int = 1
-    """Shards of experts (not implemented yet: must be 1)."""
+    """Shards of the experts of a mixture: in layers that have some, devices along it gather one another's tokens, and
+    each computes those of its experts. Everywhere else it is as fsdp, and to the sampler it is more rows."""
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Devices along each axis, the −1 filled in.
@@ -75,8 +77,6 @@ class MeshConfig:
             ValueError: the product does not fit the number of devices, or an axis cannot be used yet.
         """
         sizes = dataclasses.asdict(self)
-        if self.expert != 1:
-            raise ValueError(f"mesh.expert={self.expert}: the expert axis is not implemented yet; set mesh.expert=1")
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
             raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {sizes}")
@@ -118,7 +118,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Number of pieces into which rows are cut: data × fsdp, of which one that the mesh lacks counts as 1.
+    """Number of pieces into which rows are cut: data × fsdp × expert, of which one that the mesh lacks counts as 1.
 
     Args:
         mesh: the device mesh; `None`: the ambient one (`jax.set_mesh`), or 1 where none is set. In a function that
@@ -144,7 +144,7 @@ def replicas() -> int:
 
 
 def token_shards() -> int:
-    """Number of pieces into which the tokens of the ambient mesh's rows are cut: data × fsdp × context."""
+    """Number of pieces into which the tokens of the ambient mesh's rows are cut: data × fsdp × expert × context."""
     return row_shards() * context_shards()
 
 
@@ -302,9 +302,9 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
 def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
     """The devices of `mesh` as the sampler sees them: `tensor` of them share a copy of the weights, which rows need.
 
-    Nothing is cut along the embedding there, and all that is not `tensor` (or `expert`) splits rows. Devices that
-    share a copy are neighbours on `mesh`: those along its `tensor` axis, and along the axes before it if these are
-    not enough.
+    Nothing is cut along the embedding there, nor are experts dealt out, and all that is not `tensor` splits rows.
+    Devices that share a copy are neighbours on `mesh`: those along its `tensor` axis, and along the axes before it if
+    these are not enough.
 
     Args:
         mesh: the learner's.
@@ -313,14 +313,14 @@ def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
     Raises:
         ValueError: it is no multiple of the mesh's own, or the devices cannot be dealt so.
     """
-    own, expert = head_shards(mesh), mesh.shape.get("expert", 1)
+    own = head_shards(mesh)
     tensor = own if tensor is None else tensor
-    if tensor % own or mesh.size % (tensor * expert):
+    if tensor % own or mesh.size % tensor:
         raise ValueError(
-            f"sampling.tensor={tensor} must be a multiple of the mesh's tensor={own} that divides its "
-            f"{mesh.size // expert} devices{' of each expert' * (expert > 1)}"
+            f"sampling.tensor={tensor} must be a multiple of the mesh's tensor={own} that divides its {mesh.size} "
+            "devices"
         )
-    return _with_sizes(mesh, data=mesh.size // (tensor * expert), tensor=tensor, expert=expert)
+    return _with_sizes(mesh, data=mesh.size // tensor, tensor=tensor)
 
 
 def common_mesh(mesh: Mesh, other: Mesh) -> Mesh:
@@ -362,12 +362,11 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
         dtype: type to decode with.
         mesh: the learner's.
     """
-    tensor, expert = head_shards(), mesh.shape.get("expert", 1)
-    between = None
+    tensor, between = head_shards(), None
     if tensor != head_shards(mesh):
-        rows = mesh.size // (tensor * expert)
+        rows = mesh.size // tensor
         data = math.gcd(rows, mesh.shape.get("data", 1))  # copies of the weights, as far as the sampler has them
-        between = _with_sizes(mesh, data=data, fsdp=rows // data, tensor=tensor, expert=expert).abstract_mesh
+        between = _with_sizes(mesh, data=data, fsdp=rows // data, tensor=tensor).abstract_mesh
 
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
         leaf = leaf if is_read_wide(names) else leaf.astype(dtype)

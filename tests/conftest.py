@@ -73,8 +73,8 @@ def examples() -> dict[str, Any]:
 def mesh() -> Mesh:
     """Eight devices as data 2 × fsdp 2 × tensor 2, with the axis names of every mesh of the package."""
     return jax.make_mesh(
-        (2, 2, 1, 2, 1),
-        ("data", "fsdp", "context", "tensor", "expert"),
+        (2, 2, 1, 1, 2),
+        ("data", "fsdp", "context", "expert", "tensor"),
         axis_types=(AxisType.Auto,) * 5,
     )
 

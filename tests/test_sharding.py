@@ -40,11 +40,12 @@ from jaxrl_llm.sharding import (
     [
         (MeshConfig(), 8, (1, 8, 1, 1, 1)),
         (MeshConfig(), 1, (1, 1, 1, 1, 1)),
-        (MeshConfig(tensor=4), 8, (1, 2, 1, 4, 1)),
+        (MeshConfig(tensor=4), 8, (1, 2, 1, 1, 4)),
         (MeshConfig(data=-1, fsdp=2), 8, (4, 2, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 1, 2, 1)),
-        (MeshConfig(fsdp=1, tensor=-1), 6, (1, 1, 1, 6, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 1, 1, 2)),
+        (MeshConfig(fsdp=1, tensor=-1), 6, (1, 1, 1, 1, 6)),
         (MeshConfig(context=4), 8, (1, 2, 4, 1, 1)),
+        (MeshConfig(expert=4), 8, (1, 2, 1, 4, 1)),
         (MeshConfig(fsdp=1, context=-1), 8, (1, 1, 8, 1, 1)),
     ],
 )
@@ -55,7 +56,6 @@ def test_sizes(config, devices, expected):
 @pytest.mark.parametrize(
     ("config", "devices", "message"),
     [
-        (MeshConfig(expert=2), 8, r"mesh\.expert=2: the expert axis is not implemented yet"),
         (MeshConfig(context=3), 8, "8 devices cannot be split"),
         (MeshConfig(data=-1, fsdp=-1), 8, "at most one of them -1"),
         (MeshConfig(data=0), 8, "must be positive"),
@@ -275,6 +275,8 @@ def test_the_samplers_mesh():
         ):
             sampling_mesh(mesh, impossible)
     assert row_shards(sampling_mesh(partial_mesh(), 4)) == 2
+    with_experts = sampling_mesh(make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)))
+    assert row_shards(with_experts) == 4 and with_experts.shape["expert"] == 1
 
 
 # ---- Several slices -------------------------------------------------------------------------------

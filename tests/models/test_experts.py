@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models.config import ExpertsConfig, LayerKind, LoraConfig
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, LoraConfig, Params
 from jaxrl_llm.models.experts import top_experts
 from jaxrl_llm.models.kernels.grouped import grouped_outer, grouped_product
 from jaxrl_llm.models.lora import merge_adapters
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 
 EXPERTS = ExpertsConfig(count=8, per_token=2, width=12)
 
@@ -90,6 +91,46 @@ def test_layer_is_that_of_a_loop_over_experts(moe_config, lively_params, lora):
         for made in (ours, looped)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * jnp.max(jnp.abs(b))), found, expected)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert": 4, "fsdp": 2},
+        {"data": 2, "expert": 2, "tensor": 2},
+        pytest.param({"fsdp": 2, "context": 2, "expert": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_eight_devices_compute_what_one_does(moe_config, lively_params, sizes):
+    """States and gradients, of rows that devices do not divide, too; each device holds its part of the experts."""
+    kinds = {"layer_kinds": (LayerKind(experts=True),), "num_layers": 1}
+    model, rng = Transformer(moe_config(**kinds, remat="full")), np.random.default_rng(3)
+    params, tokens = lively_params(model), rng.integers(0, 64, (5, 9))
+    want = rng.normal(size=(5, 9, 32)).astype("f")
+
+    def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+        states = model.causal(params, tokens).states
+        return jnp.sum(states * want), states
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    (_, expected), slopes = jax.jit(both)(params)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    shardings = model.shardings(mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings)
+        (_, states), ours = jax.jit(both, out_shardings=((None, None), shardings))(placed)
+    gate = placed["layers"]["experts"]["gate"]["weight"]
+    assert gate.sharding.shard_shape(gate.shape)[1] == EXPERTS.count // sizes["expert"]
+    np.testing.assert_allclose(states, expected, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-6), ours, slopes)
+
+
+def test_the_mesh_must_divide_the_experts(moe_config):
+    with pytest.raises(
+        ValueError, match=r"6 entries along 'expert', which mesh axis 'expert' of size 4 does not divide"
+    ):
+        Transformer(moe_config(experts=ExpertsConfig(6, 2, 12))).shardings(make_mesh(MeshConfig(expert=4)))
 
 
 def test_parameters_are_counted(moe_config):

@@ -114,6 +114,7 @@ def _sampler(beside: _Beside) -> Program:
         group=plan.samples,
         stop_tokens=(0,),
         mesh=mesh,
+        keep_experts=plan.algorithm.keeps_experts,
         resident=bytes_per_device((state, reference)),
         memory=None if chip is None else chip.hbm_gib * GIB,
     )
@@ -145,6 +146,12 @@ def _update(beside: _Beside, optimizer: Any) -> Program:
         logprobs=array(p, g, tc, dtype=jnp.float32),
         sampler_logprobs=array(p, g, tc, dtype=jnp.float32),
     )
+    if plan.algorithm.keeps_experts and model.config.experts is not None:
+        of_token = model.config.num_layers, model.config.experts.per_token
+        rollout = rollout.replace(
+            experts=array(p, g, tc, *of_token, dtype=jnp.int16),
+            prompt_experts=array(p, plan.prompt_tokens, *of_token, dtype=jnp.int16),
+        )
     step = make_update_step(model, optimizer, plan.algorithm, plan.update)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     trained, _ = split_trainable(state.params)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 
 Size = Literal[
     "smollm2-135m",
@@ -16,6 +16,7 @@ Size = Literal[
     "qwen3-0.6b",
     "qwen3-4b",
     "qwen3-32b",
+    "qwen3-30b-a3b",
     "llama3.1-8b",
 ]
 _QWEN: Any = {
@@ -34,6 +35,11 @@ SIZES: Mapping[Size, ModelConfig] = MappingProxyType(
         "qwen3-0.6b": ModelConfig(151_936, 1024, 3072, 28, 16, 8, 128, tie_embeddings=True, **_QWEN3),
         "qwen3-4b": ModelConfig(151_936, 2560, 9728, 36, 32, 8, 128, tie_embeddings=True, **_QWEN3),
         "qwen3-32b": ModelConfig(151_936, 5120, 25_600, 64, 64, 8, 128, **_QWEN3),
+        "qwen3-30b-a3b": ModelConfig(
+            *(151_936, 2048, 6144, 48, 32, 4, 128),
+            experts=ExpertsConfig(128, 8, 768),
+            **(_QWEN3 | {"layer_kinds": (LayerKind(rope=RopeConfig(theta=1e6), experts=True),)}),
+        ),
         "llama3.1-8b": ModelConfig(128_256, 4096, 14_336, 32, 32, 8, 128, max_position_embeddings=131_072),
     }
 )

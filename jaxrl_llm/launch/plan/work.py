@@ -148,7 +148,8 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
     if budget is not None:
         pieces = -(-p * (plan.prompt_tokens + g * longest) // (budget * row_shards(mesh)))
     turns, size = plan.update.epochs * pieces, jnp.dtype(config.dtype).itemsize
-    weights = config.num_parameters * size // head_shards(mesh)
+    dense, experts = _parameters(config)
+    weights = (dense + experts // mesh.shape["expert"]) * size // head_shards(mesh)
     passes = 1 + 2 + (config.remat not in ("none", "dots"))
     read = weights * (turns * passes + others * pieces) + 2 * steps * state
     flops = (3 * plan.update.epochs + others) * pass_.total
@@ -156,7 +157,10 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
 
     tokens = (plan.prompt_tokens * p + p * g * longest) // (pieces * row_shards(mesh) * context_shards(mesh))
     sums = 2 * config.num_layers * tokens * config.embed_dim
-    moved = (turns * (passes - 1) + others * pieces) * (_weights(config, mesh) + _sum(sums, head_shards(mesh)) * size)
+    # Along `expert` tokens go to all devices, and what these give comes back in float32.
+    exchanged = sum(kind.experts for kind in config.kinds) * tokens * config.embed_dim * (mesh.shape["expert"] - 1)
+    of_pass = _weights(config, mesh) + _sum(sums, head_shards(mesh)) * size + exchanged * (size + 4)
+    moved = (turns * (passes - 1) + others * pieces) * of_pass
     gradients = 0 if config.lora else turns * _weights(config, mesh, dtype=config.gradient_sums)
     kept = int(tokens * config.num_layers * _kept(config, head_shards(mesh)))
     hops = 2 * config.num_layers * (turns * (passes - 1) + others * pieces) * _hops(head_shards(mesh))
@@ -165,9 +169,17 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
 
 def _weights(config: ModelConfig, mesh: Mesh, *, dtype: str | None = None) -> float:
     """Bytes of all weights, or of their gradients, that a device has from, or gives to, those that hold other parts."""
-    tensor = head_shards(mesh)
+    (dense, experts), tensor, shards = _parameters(config), head_shards(mesh), mesh.shape["expert"]
     parts = mesh.size // tensor // mesh.shape["data"]
-    return config.num_parameters * jnp.dtype(dtype or config.dtype).itemsize / tensor * (1 - 1 / parts)
+    moved = dense * (1 - 1 / parts) + experts / shards * (1 - shards / parts)
+    return moved * jnp.dtype(dtype or config.dtype).itemsize / tensor
+
+
+def _parameters(config: ModelConfig) -> tuple[int, int]:
+    """How many there are outside of experts, and in them."""
+    routers = 0 if config.experts is None else config.embed_dim * config.experts.count
+    experts = sum(config.mlp_weights(kind) - routers for kind in config.kinds if kind.experts)
+    return config.num_parameters - experts, experts
 
 
 def _sum(numbers: int, shards: int) -> float:
@@ -183,12 +195,15 @@ def _hops(shards: int) -> int:
 def _kept(config: ModelConfig, tensor: int) -> float:
     """Bytes of a token that the backward pass finds of a layer (`ModelConfig.remat`)."""
     heads, keys = config.num_heads * config.head_dim / tensor, 2 * config.num_kv_heads * config.head_dim / tensor
-    dots = 2 * config.embed_dim + 2 * config.mlp_dim / tensor + heads + keys
+    width, given = config.mlp_dim, config.embed_dim
+    if config.experts is not None:
+        width, given = config.experts.per_token * config.experts.width, config.experts.per_token * config.embed_dim
+    dots = config.embed_dim + given + 2 * width / tensor + heads + keys
     numbers = {
         "offload": 0,
         "full": config.embed_dim,
         "attention": config.embed_dim + heads,
         "dots": dots,
-        "none": dots + config.mlp_dim / tensor + config.embed_dim,
+        "none": dots + width / tensor + config.embed_dim,
     }
     return numbers[config.remat] * jnp.dtype(config.dtype).itemsize

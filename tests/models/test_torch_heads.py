@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import chex
 import jax
 import numpy as np
 import pytest
 
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
+from jaxrl_llm.models.config import RopeConfig
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
@@ -55,7 +58,14 @@ def of_torch(model, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens), attention_mask=torch.tensor(tokens != PAD).long()).logits.numpy()
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "qk_norm": True}], ids=["llama", "qwen3_untied"])
+GEMMA = {"norm_offset": 1.0, "scale_embeddings": True, "qk_norm": True, "norms": "sandwich", "activation": "gelu_tanh"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False, "qk_norm": True}, GEMMA, {"rope": RopeConfig(partial=0.5)}],
+    ids=["llama", "qwen3_untied", "gemma3", "phi3"],
+)
 def test_reward_model_in_both_directions(changes, tiny_config, lively_params, rows, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -70,6 +80,8 @@ def test_reward_model_in_both_directions(changes, tiny_config, lively_params, ro
     loaded, arrays, _ = load_score_model(tmp_path / "theirs", remat="none")
     assert loaded == model
     chex.assert_trees_all_equal(arrays, params)
+    written = json.loads((folder / "config.json").read_text())["architectures"]
+    assert written == [type(theirs).__name__]
 
 
 def test_process_reward_model_in_both_directions(tiny_config, lively_params, rows, tmp_path):

@@ -461,6 +461,15 @@ def test_init_is_small_noise_that_differs_between_layers_and_keys(tiny_config):
     assert not np.array_equal(params["embed"]["weight"], other["embed"]["weight"])
 
 
+def test_embeddings_are_scaled_in_the_type_of_activations(tiny_config, lively_params):
+    """√32 = 5.657 is 5.65625 in bfloat16, and the product is rounded there."""
+    model = Transformer(tiny_config(dtype="bfloat16", param_dtype="bfloat16", scale_embeddings=True))
+    params, tokens = lively_params(model), np.array([[3, 0, 63]])
+    rows = np.asarray(params["embed"]["weight"], np.float32)[tokens]
+    ours = jax.jit(lambda params: model.embed(params, tokens).astype(jnp.float32))(params)
+    np.testing.assert_array_equal(ours, (rows * np.float32(5.65625)).astype(jnp.bfloat16).astype(np.float32))
+
+
 def test_param_dtype_is_that_of_storage(tiny_config):
     abstract = Transformer(tiny_config(param_dtype="bfloat16", **EVERYTHING)).abstract_params()
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("bfloat16")}

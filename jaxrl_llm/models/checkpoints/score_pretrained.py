@@ -148,7 +148,7 @@ def _description(model: ScoreModel, params: Params, tokenizer: Any) -> dict[str,
     family, labels = family_for(model.config), [f"LABEL_{number}" for number in range(model.outputs)]
     kind, dtype = "Token" if model.bias else "Sequence", str(params["embed"]["weight"].dtype)
     return {
-        "architectures": [family.architecture.replace("CausalLM", f"{kind}Classification")],
+        "architectures": [f"{family.scores or family.architecture.removesuffix('ForCausalLM')}For{kind}Classification"],
         "model_type": family.model_type,
         **family.write_config(model.config),
         "id2label": {str(number): label for number, label in enumerate(labels)},  # transformers counts these

@@ -55,6 +55,9 @@ class Family:
     """Whether a checkpoint of this family can have this configuration."""
     tensor_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: DECODER_NAMES)
     """Parameter → tensor name. Parameters of one name are its rows, one after another in this order."""
+    scores: str | None = None
+    """What classes with a head of scores are called before `ForSequenceClassification`, where that is not what
+    `architecture` begins with."""
 
 
 def read_decoder(config: Json) -> dict[str, Any]:

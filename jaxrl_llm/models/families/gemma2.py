@@ -40,12 +40,12 @@ def read_gemma(config: Json) -> dict[str, Any]:
 
     The scales of norms are stored without the 1 that is added to them, and embeddings without their √D.
     """
-    bias = config.get("attention_bias", False)
+    bias, sizes, scalar = config.get("attention_bias", False), read_decoder(config), config["query_pre_attn_scalar"]
     return {
-        **read_decoder(config),
+        **sizes,
         "norm_offset": 1.0,
         "scale_embeddings": True,
-        "query_scalar": float(config["query_pre_attn_scalar"]),
+        "query_scalar": None if scalar == sizes["head_dim"] else float(scalar),
         "attention_bias": bias,
         "output_bias": bias,
     }
@@ -60,13 +60,14 @@ def read_windows(config: Json, pattern: int) -> tuple[LayerKind, ...]:
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_gemma` and `read_windows`."""
+    """The inverse of `read_gemma` and `read_windows`; transformers wants a window, though no layer has one."""
     scalar, entries = config.query_scalar or config.head_dim, write_decoder(config)
+    windows = (kind.window for kind in config.layer_kinds if kind.window is not None)
     return {
         **entries,
         "hidden_activation": entries["hidden_act"],
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
-        "sliding_window": next((kind.window for kind in config.layer_kinds if kind.window is not None), None),
+        "sliding_window": next(windows, DEFAULTS["sliding_window"]),
         "layer_types": write_layer_types(config),
         "attention_bias": config.attention_bias,
     }

@@ -97,5 +97,6 @@ GEMMA3 = Family(
         "layers.attention.query_norm.scale": "model.layers.{layer}.self_attn.q_norm.weight",
         "layers.attention.key_norm.scale": "model.layers.{layer}.self_attn.k_norm.weight",
     },
+    scores="Gemma3Text",
 )
 """Five layers with a window and wavelengths of their own, then one without; no soft-cap on scores."""

@@ -28,7 +28,7 @@ from jaxrl_llm.models.checkpoints.pretrained import (
     save_pretrained,
 )
 from jaxrl_llm.models.checkpoints.weights import load_weights
-from jaxrl_llm.models.families import QWEN3, family_of
+from jaxrl_llm.models.families import PHI3, QWEN3, family_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import parameter_shardings
 
@@ -97,9 +97,16 @@ def test_sharded_arrays_hold_the_same_values(checkpoint, mesh):
     chex.assert_trees_all_equal(load_params(folder, transformer, shardings(transformer)), whole)
 
 
-def test_only_the_slices_of_the_devices_are_read(checkpoint, mesh):
+@pytest.mark.parametrize(
+    ("case", "family", "tensor", "pieces"),
+    [
+        ("qwen3", QWEN3, "q_proj", [48 * 32 // 4] * 4),
+        ("phi3", PHI3, "qkv_proj", [32 * 32 // 4] * 12),  # three parameters
+    ],
+)
+def test_only_the_slices_of_the_devices_are_read(case, family, tensor, pieces, checkpoint, mesh):
     """Each value is read once, in pieces no larger than a device's share, though two devices hold each."""
-    folder = checkpoint("qwen3")
+    folder = checkpoint(case)
     source = SafetensorsSource(folder)
     transformer = Transformer(load_config(folder))
     shardings = parameter_shardings(mesh, transformer.logical_axes(), transformer.abstract_params())
@@ -113,11 +120,11 @@ def test_only_the_slices_of_the_devices_are_read(checkpoint, mesh):
             read.setdefault(name, []).append(piece.size)
             return piece
 
-    load_weights(Recorder(), QWEN3.tensor_names, transformer, shardings, where="test")
+    load_weights(Recorder(), family.tensor_names, transformer, shardings, where="test")
     assert {name: sum(sizes) for name, sizes in read.items()} == {
         name: int(np.prod(shape)) for name, shape in source.shapes.items()
     }
-    assert read["model.layers.0.self_attn.q_proj.weight"] == [48 * 32 // 4] * 4
+    assert read[f"model.layers.0.self_attn.{tensor}.weight"] == pieces
 
 
 def test_loaded_parameters_can_be_donated(checkpoint):
@@ -284,11 +291,12 @@ def test_round_trip_of_random_parameters_in_bfloat16(checkpoint, tmp_path):
     chex.assert_trees_all_equal(from_pretrained(folder, param_dtype="bfloat16")[1], params)
 
 
-def test_large_models_are_split_and_sharded_parameters_gathered(checkpoint, tmp_path, mesh):
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+def test_large_models_are_split_and_sharded_parameters_gathered(case, checkpoint, tmp_path, mesh):
     def shardings(transformer):
         return parameter_shardings(mesh, transformer.logical_axes(), transformer.abstract_params())
 
-    transformer, params = from_pretrained(checkpoint("llama"), shardings=shardings)
+    transformer, params = from_pretrained(checkpoint(case), shardings=shardings)
     folder = save_pretrained(tmp_path / "export", transformer, params, max_shard_bytes=16_000)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())

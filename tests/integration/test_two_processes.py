@@ -49,7 +49,7 @@ def shared_characters(prompts, completions, answer, log_extra):
 
 tiny.CONFIG = dataclasses.replace(tiny.CONFIG, rewards=(shared_characters,))
 out["failed"] = run("failed", lean)
-signal = ["--signal=SIGTERM", "--signal-at=update:3"] if process == 1 else []
+signal = ["--signal=SIGTERM", "--signal-at=sample:4"] if process == 1 else []
 out["resumed"] = run("failed", lean, "--resume", *signal)
 print(json.dumps(out))
 """

@@ -87,7 +87,7 @@ def test_a_slice_that_cannot_be_set_up_goes_and_costs_nothing_more(empty: Any) -
     ("plan", "status", "times", "told"),
     [
         ("fail end", 0, 2, "launched again (1 of 1)"),
-        ("fail fail", 1, 2, "the run failed 2 times"),
+        pytest.param("fail fail", 1, 2, "the run failed 2 times", marks=pytest.mark.slow),
         ("refuse", 2, 1, "refuses its settings"),
     ],
 )

@@ -93,7 +93,7 @@ def test_errors_that_another_process_may_have_caused_ask_the_lookout(monkeypatch
 
 
 TWO_PROCESSES = """
-import json, sys
+import json, re, signal, sys
 from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
@@ -109,7 +109,8 @@ address, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 distributed.initialize(address, 2, process)
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-out = {"main": distributed.is_main_process()}
+caught = re.search(r"SigCgt:\\s*(\\w+)", Path("/proc/self/status").read_text())[1]
+out = {"main": distributed.is_main_process(), "SIGTERM ends it": not int(caught, 16) >> (signal.SIGTERM - 1) & 1}
 
 x = jax.make_array_from_process_local_data(rows, np.arange(4.0) + 4 * process)
 out["sum"] = float(jax.jit(lambda x: x.sum())(x))  # needs both halves
@@ -150,6 +151,7 @@ def test_two_processes_agree(two_processes, tmp_path: Path) -> None:
     assert second.pop("restored") == [[4.0, 5.0], [6.0, 7.0]]
     assert first == second
     assert first == {
+        "SIGTERM ends it": True,
         "sum": 28.0,
         "stop": [False, True, True],
         "name": "run 0 ∑",

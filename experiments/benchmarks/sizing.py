@@ -23,6 +23,8 @@ SLICES = {
     "qwen3-0.6b": ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"),
     "qwen3-4b": ("v5e:4x8", "v5p:2x2x2", "v6e:4x4"),
     "llama3.1-8b": ("v5e:8x8", "v5p:2x2x4", "v6e:4x8"),
+    "gemma3-12b": ("v5e:8x8", "v5p:2x4x4", "v6e:4x8"),
+    "qwen3-30b-a3b": ("v5e:16x16", "v5p:4x4x4", "v6e:8x8"),
     "qwen3-32b": ("v5e:16x16", "v5p:4x4x4", "v6e:8x8"),
 }
 """Models, and a slice of each generation that is large enough."""

@@ -32,6 +32,7 @@ from jaxrl_llm.launch.plan.hlo import Collective, collectives
 from jaxrl_llm.launch.plan.programs import GIB, Program, build
 from jaxrl_llm.launch.plan.search import found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
+from jaxrl_llm.launch.plan.sizes import SIZES
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
 from jaxrl_llm.launch.plan.work import Work, forward
@@ -284,6 +285,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as for a user."""
     command = [sys.executable, "-m", "jaxrl_llm", "plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_sizes_have_the_parameters_that_were_published():
+    billions = {name: round(config.num_parameters / 1e9, 2) for name, config in SIZES.items()}
+    published = {"qwen3-0.6b": 0.6, "qwen3-4b": 4.02, "qwen3-32b": 32.76, "qwen3-30b-a3b": 30.53}
+    published |= {"llama3.1-8b": 8.03, "gemma3-12b": 11.77, "qwen2.5-7b": 7.62, "smollm2-135m": 0.13}
+    assert billions | published == billions
 
 
 # ---- Search --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxrl_llm.models.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
+from jaxrl_llm.models.families.gemma3 import GEMMA3
 
 Size = Literal[
     "smollm2-135m",
@@ -17,6 +18,7 @@ Size = Literal[
     "qwen3-4b",
     "qwen3-32b",
     "qwen3-30b-a3b",
+    "gemma3-12b",
     "llama3.1-8b",
 ]
 _QWEN: Any = {
@@ -39,6 +41,20 @@ SIZES: Mapping[Size, ModelConfig] = MappingProxyType(
             *(151_936, 2048, 6144, 48, 32, 4, 128),
             experts=ExpertsConfig(128, 8, 768),
             **(_QWEN3 | {"layer_kinds": (LayerKind(rope=RopeConfig(theta=1e6), experts=True),)}),
+        ),
+        "gemma3-12b": GEMMA3.read_config(
+            {
+                "vocab_size": 262_208,
+                "hidden_size": 3840,
+                "intermediate_size": 15_360,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "sliding_window": 1024,
+                "max_position_embeddings": 131_072,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rms_norm_eps": 1e-6,
+            }
         ),
         "llama3.1-8b": ModelConfig(128_256, 4096, 14_336, 32, 32, 8, 128, max_position_embeddings=131_072),
     }

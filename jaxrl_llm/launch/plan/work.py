@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
-from jaxrl_llm.models.config import ModelConfig, Remat
+from jaxrl_llm.models.config import LayerKind, ModelConfig, Remat
 from jaxrl_llm.sampling.traffic import Traffic
 from jaxrl_llm.sharding import context_shards, head_shards, row_shards, sampling_mesh
 
@@ -162,7 +162,7 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
     of_pass = _weights(config, mesh) + _sum(sums, head_shards(mesh)) * size + exchanged * (size + 4)
     moved = (turns * (passes - 1) + others * pieces) * of_pass
     gradients = 0 if config.lora else turns * _weights(config, mesh, dtype=config.gradient_sums)
-    kept = int(tokens * config.num_layers * _kept(config, head_shards(mesh)))
+    kept = int(tokens * sum(_kept(config, kind, head_shards(mesh)) for kind in config.kinds))
     hops = 2 * config.num_layers * (turns * (passes - 1) + others * pieces) * _hops(head_shards(mesh))
     return Work(flops / mesh.size, again / mesh.size, read, turns, "piece", moved + gradients, kept, hops)
 
@@ -192,11 +192,11 @@ def _hops(shards: int) -> int:
     return 2 * (shards // 2)
 
 
-def _kept(config: ModelConfig, tensor: int) -> float:
+def _kept(config: ModelConfig, kind: LayerKind, tensor: int) -> float:
     """Bytes of a token that the backward pass finds of a layer (`ModelConfig.remat`)."""
     heads, keys = config.num_heads * config.head_dim / tensor, 2 * config.num_kv_heads * config.head_dim / tensor
     width, given = config.mlp_dim, config.embed_dim
-    if config.experts is not None:
+    if kind.experts and config.experts is not None:
         width, given = config.experts.per_token * config.experts.width, config.experts.per_token * config.embed_dim
     dots = config.embed_dim + given + 2 * width / tensor + heads + keys
     numbers = {

@@ -369,12 +369,25 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
         between = _with_sizes(mesh, data=data, fsdp=rows // data, tensor=tensor).abstract_mesh
 
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
-        leaf = leaf if is_read_wide(names) else leaf.astype(dtype)
+        leaf = leaf.astype(dtype_read(names, leaf.dtype, dtype))
         if between is not None:
             leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(between, spec(between, names)))
         return constrain(leaf, *names)
 
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def dtype_read(names: tuple[str | None, ...], own: Any, dtype: Any) -> Any:
+    """The type in which a parameter of its `own` type is read where one computes in `dtype`.
+
+    Norms and routers are read in float32, and what is rounded to integers and their scales as it is.
+    """
+    return own if is_read_wide(names) or is_rounded(own) else dtype
+
+
+def is_rounded(dtype: Any) -> bool:
+    """Whether it is the type of integers or of their scales, which no compute type takes the place of."""
+    return (not jax.dtypes.issubdtype(dtype, np.floating) and dtype != jax.dtypes.bfloat16) or dtype == np.float16
 
 
 def is_read_wide(names: tuple[str | None, ...]) -> bool:

@@ -135,7 +135,7 @@ def load_model(
     if sampled_on is not None:
         model.shardings(sampled_on)  # raises if there are none
     name = Path(path).name or path
-    with LoadingBar(name, bytes_of(model.base.abstract_params()), enabled=jax.process_index() == 0) as bar:
+    with LoadingBar(name, bytes_of(model.floats.abstract_params()), enabled=jax.process_index() == 0) as bar:
         params = load_params(path, model, shardings, told=bar)
     if source.adapters is not None:
         return model, load_adapters(source.adapters, model, params, shardings)

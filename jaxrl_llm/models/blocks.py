@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxrl_llm.logprobs import outer_product
 from jaxrl_llm.models.config import DType, LayerKind, LoraTarget, ModelConfig, Norms
 from jaxrl_llm.models.experts import Experts, Routed
+from jaxrl_llm.models.integers import Blocks, blocks_product
 from jaxrl_llm.models.operands import ACTIVATIONS, LINEAR, operand
 from jaxrl_llm.models.rope import Rotation, rotate
 from jaxrl_llm.sharding import constrain, dealt_again, gathered
@@ -114,7 +115,12 @@ class Linear(nnx.Module):
         `[out, rank]` zero, so that the output is that of the weight alone.
         """
         dtype = jnp.dtype(config.param_dtype)
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out, inner), dtype), axes=axes)
+        weight = 0.02 * jax.random.normal(rngs.params(), (out, inner), dtype)
+        rounded = None if config.base_dtype is None or name is None else Blocks.of(weight, config.base_dtype)
+        weight, scale, offset = (weight, None, None) if rounded is None else rounded
+        self.weight = nnx.Param(weight, axes=axes)
+        self.weight_scale = None if scale is None else nnx.Param(scale, axes=axes)
+        self.weight_offset = None if offset is None else nnx.Param(offset, axes=axes)
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
         lora = config.lora if config.lora is not None and name in config.lora.targets else None
         self.scale = 0.0 if lora is None else lora.scale
@@ -130,7 +136,11 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inner]` to `[..., out]`."""
         product = functools.partial(_product, self.dtype, self.gradient_sums)
-        y = product(self.axes, x, self.weight[...])
+        if self.weight_scale is None:
+            y = product(self.axes, x, self.weight[...])
+        else:
+            offset = None if self.weight_offset is None else self.weight_offset[...]
+            y = blocks_product(self.dtype, self.axes, x, Blocks(self.weight[...], self.weight_scale[...], offset))
         if self.lora_a is not None and self.lora_b is not None:
             (out, inner), rank = self.axes, "lora_rank"
             narrow = product((rank, inner), x, self.lora_a[...])

@@ -13,6 +13,7 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu_tanh"]
 Norms = Literal["pre", "post", "sandwich"]
 DType = Literal["float32", "bfloat16"]
+BaseDType = Literal["int8", "int4"]
 AttentionKernel = Literal["auto", "dense", "blockwise", "splash", "splash_interpret"]
 Remat = Literal["none", "full", "dots", "attention", "offload"]
 LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -244,6 +245,9 @@ class ModelConfig:
     """Type of activations and matrix products; norms, softmax and logits are float32 always."""
     param_dtype: DType = "float32"
     """Type in which parameters are stored."""
+    base_dtype: BaseDType | None = None
+    """Type of integers as which the weights of the layers' linear maps are kept (`integers.py`), in place of
+    `param_dtype`: they are not trained, adapters beside them are."""
     gradient_sums: DType = "float32"
     """Type in which gradients of the layers' weights leave their products, to be summed over devices. In bfloat16,
     where activations are, half as much is moved, and a gradient is off by 0.4 % on 8 devices, by 1.6 to 1.9 % on 256
@@ -303,6 +307,10 @@ class ModelConfig:
         for field, options in (choices | {"remat": Remat, "attention": AttentionKernel}).items():
             if getattr(self, field) not in get_args(options):
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
+        if self.base_dtype not in (None, *get_args(BaseDType)):
+            raise ValueError(f"ModelConfig.base_dtype={self.base_dtype!r} is not one of {get_args(BaseDType)}, or None")
+        if self.base_dtype is not None and self.experts is not None:
+            raise ValueError(f"base_dtype={self.base_dtype} with {self.experts.count} experts is not implemented")
         if (self.gradient_sums, self.dtype) == ("bfloat16", "float32"):
             raise ValueError(
                 "gradient_sums=bfloat16 would round gradients that dtype=float32 asks to be exact: set dtype=bfloat16, "
@@ -332,6 +340,8 @@ class ModelConfig:
                 f"model.batch_invariant=True with {self.experts.count} experts: what their products sum depends on the "
                 f"batch; {way_out.replace('one of them and ', '')}, and let the learner replay the sampler's choice"
             )
+        if self.base_dtype is not None:
+            raise ValueError(f"model.batch_invariant=True with base_dtype={self.base_dtype}: {way_out}")
         if self.remat != "full":
             raise ValueError(
                 f"model.remat={self.remat!r} would have no effect: with model.batch_invariant the backward pass finds "

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models.config import DType, ModelConfig, Params
+from jaxrl_llm.models.integers import blocks_in, with_floats
+from jaxrl_llm.sharding import is_rounded
 
 ADAPTERS = ("lora_a", "lora_b")
 """Names of an adapter's leaves."""
@@ -59,6 +61,14 @@ def split_adapters(params: Any) -> tuple[Params, Params]:
 def without_adapters(params: Any) -> Params:
     """The base: the same arrays, those of the adapters left out. A tree without adapters is itself."""
     return split_adapters(params)[1] if has_adapters(params) else params
+
+
+def read_by_sampler(tree: Any, config: ModelConfig) -> Any:
+    """Of a tree like a model's parameters what its sampler reads.
+
+    Adapters are merged into floats, and are left out; beside integers they stay what they are.
+    """
+    return tree if config.base_dtype else without_adapters(tree)
 
 
 def join(one: Any, other: Any) -> Any:
@@ -144,7 +154,9 @@ def in_compute_type(params: Params, dtype: DType) -> Params:
     """
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
-        is_read_wide = path[-1].key == "scale" or path[-2].key == "router" or path[0].key not in TRUNK
+        is_read_wide = (
+            is_rounded(leaf.dtype) or path[-1].key == "scale" or path[-2].key == "router" or path[0].key not in TRUNK
+        )
         return leaf if is_read_wide or leaf.dtype.itemsize <= jnp.dtype(dtype).itemsize else leaf.astype(dtype)
 
     return jax.tree.map_with_path(one, params)
@@ -166,7 +178,8 @@ def _like(tree: Any, part: Any) -> Any:
 def merge_adapters(params: Params, config: ModelConfig) -> Params:
     """Parameters of the plain model that computes the same: W + (alpha / rank)·B·A in place of W.
 
-    Computed in float32 and rounded to the type of W. Pure; parameters without adapters are returned as they are.
+    Computed in float32 and rounded to the type of W, or to `param_dtype` where W was rounded to integers. Pure;
+    parameters without adapters and integers are returned as they are.
 
     Args:
         params: of the model that `config` describes, heads beside it included.
@@ -176,14 +189,16 @@ def merge_adapters(params: Params, config: ModelConfig) -> Params:
         ValueError: the parameters have adapters, of which `config` knows nothing.
     """
     if not has_adapters(params):
-        return params
+        return with_floats(params, config.param_dtype)
     if config.lora is None:
         raise ValueError("the parameters have LoRA adapters, but ModelConfig.lora is None: how they scale is not known")
     if "lora_a" not in params:
         return {name: merge_adapters(part, config) if isinstance(part, dict) else part for name, part in params.items()}
+    dtype = params["weight"].dtype if blocks_in(params) is None else config.param_dtype
+    params = with_floats(params, jnp.float32)
     weight, a, b = (params[name].astype(jnp.float32) for name in ("weight", *ADAPTERS))
     product = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
-    merged = (weight + config.lora.scale * product).astype(params["weight"].dtype)
+    merged = (weight + config.lora.scale * product).astype(dtype)
     return {name: part for name, part in params.items() if name not in ADAPTERS} | {"weight": merged}
 
 

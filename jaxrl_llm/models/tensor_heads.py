@@ -16,9 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_llm.models.config import ModelConfig, Params
+from jaxrl_llm.models.integers import LEAVES
 from jaxrl_llm.sharding import constrain, head_shards
 
-_AXES = {"weight": ("kv_heads", "embed"), "lora_b": ("kv_heads", "lora_rank"), "bias": ("kv_heads",)}
+_AXES = {
+    **dict.fromkeys(LEAVES, ("kv_heads", "embed")),
+    "lora_b": ("kv_heads", "lora_rank"),
+    "bias": ("kv_heads",),
+}
 """Of the leaves of a linear layer those that have its outputs as an axis."""
 
 

@@ -155,6 +155,11 @@ class Transformer:
         """The model without adapters."""
         return Transformer(dataclasses.replace(self.config, lora=None))
 
+    @functools.cached_property
+    def floats(self) -> Transformer:
+        """The model as checkpoints have it: without adapters, and no weight rounded to integers."""
+        return Transformer(dataclasses.replace(self.config, lora=None, base_dtype=None))
+
     def layers(self, params: Params) -> list[Params]:
         """The parameters of each layer, cut out of the stacked ones."""
         return self.stack.each(params["layers"])

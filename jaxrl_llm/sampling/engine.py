@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrl_llm.device_memory import readable, smallest_device_memory
 from jaxrl_llm.models.config import DType, Params
-from jaxrl_llm.models.lora import merge_adapters, without_adapters
+from jaxrl_llm.models.lora import merge_adapters, read_by_sampler
 from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import choose
@@ -99,7 +99,7 @@ class Sampler:
         self.dtype = jnp.dtype(dtype or model.config.dtype)
         if model.config.batch_invariant:
             self._check_batch_invariant()
-        self._axes = without_adapters(model.logical_axes())
+        self._axes = read_by_sampler(model.logical_axes(), model.config)
         self._resident, self._memory = resident, memory
         if config.slots == "auto" and memory is None:
             self._memory = smallest_device_memory(mesh)
@@ -310,7 +310,7 @@ class Sampler:
     ) -> Rollout:
         """The program, to be compiled under `jax.set_mesh`, on its own or as a part of another; see `__call__`."""
         trunk = {name: params[name] for name in self._axes}  # heads have no part in it
-        merged = merge_adapters(trunk, self.model.config)
+        merged = trunk if self.model.config.base_dtype else merge_adapters(trunk, self.model.config)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
             given = (prompt, prompt_lengths, key, step, limits, history)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.lora import has_adapters, without_adapters
+from jaxrl_llm.models.lora import has_adapters, read_by_sampler
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Sizes, as_kept
@@ -25,7 +25,7 @@ from jaxrl_llm.sampling.decode import Loop
 from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.together import rooms
-from jaxrl_llm.sharding import head_shards, is_read_wide, on_cpu, parameter_shardings
+from jaxrl_llm.sharding import dtype_read, head_shards, on_cpu, parameter_shardings
 
 MARGIN = 1 / 16
 """Of a device's memory what is left to the compiler."""
@@ -189,12 +189,13 @@ class Footprint:
     @functools.cached_property
     def _ours(self) -> Params:
         """Parameters as the sampler has them, stacked."""
-        axes = without_adapters(self.model.logical_axes())
+        axes = read_by_sampler(self.model.logical_axes(), self.model.config)
 
         def one(names: tuple[str | None, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return leaf if is_read_wide(names) else jax.ShapeDtypeStruct(leaf.shape, self.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype_read(names, leaf.dtype, self.dtype))
 
-        cast = jax.tree.map(one, axes, without_adapters(self.model.abstract_params()), is_leaf=_is_names)
+        given = read_by_sampler(self.model.abstract_params(), self.model.config)
+        cast = jax.tree.map(one, axes, given, is_leaf=_is_names)
         shapes = jax.eval_shape(lambda params: with_whole_heads(params, self.model.config), cast)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -210,9 +211,9 @@ class Footprint:
             same = ours.sharding.shard_shape(ours.shape) == given.sharding.shard_shape(given.shape)
             return not same or ours.dtype != given.dtype or self._widened > 1
 
-        base = without_adapters(self._given)
+        base = read_by_sampler(self._given, self.model.config)
         changed = jax.tree.map(lambda ours, given: ours if differs(ours, given) else None, self._ours, base)
-        merged = base["layers"] if has_adapters(self._given) else {}
+        merged = base["layers"] if has_adapters(self._given) and not has_adapters(base) else {}
         return self._widened * bytes_per_device(changed) + bytes_per_device(merged)
 
     @functools.cached_property

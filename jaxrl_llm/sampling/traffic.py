@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrl_llm.models.config import DType
-from jaxrl_llm.models.lora import without_adapters
+from jaxrl_llm.models.lora import read_by_sampler
 from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import pages_read, slot_attention
 from jaxrl_llm.sampling.caches import Sizes, Slots, as_kept, bytes_of, page_tokens
 from jaxrl_llm.sampling.logits import CacheDType, SlotAttention
-from jaxrl_llm.sharding import head_shards, parameter_shardings
+from jaxrl_llm.sharding import head_shards, is_rounded, parameter_shardings
 
 
 class Traffic(NamedTuple):
@@ -103,20 +103,19 @@ def traffic(
     return Traffic(_weights(model, mesh, dtype, asked), page * sum(of_window[kind.window] for kind in config.kinds))
 
 
-def _weights(model: Transformer, mesh: Mesh, dtype: DType | None, slots: int) -> int:
-    """Bytes of the layers and the head on one device; a row of the embedding for each slot is left out.
-
-    Of experts those that some slot meets, if each token chose evenly among all.
-    """
-    axes = without_adapters(model.logical_axes())
+def _weights(model: Transformer, mesh: Mesh, dtype: DType | None) -> int:
+    """Bytes of the layers and the head on one device; a row of the embedding for each slot is left out."""
+    axes = read_by_sampler(model.logical_axes(), model.config)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(
-            lambda params: with_whole_heads(params, model.config), without_adapters(model.abstract_params())
+            lambda params: with_whole_heads(params, model.config),
+            read_by_sampler(model.abstract_params(), model.config),
         )
     placed = parameter_shardings(mesh, axes, shapes)
-    sizes = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), shapes, placed)
-    read = sum(jax.tree.leaves((sizes["layers"], model.head(sizes))))
-    if (experts := model.config.experts) is not None:
-        of_experts = sum(jax.tree.leaves({name: sizes["layers"]["experts"][name] for name in ("gate", "up", "down")}))
-        read -= round(of_experts * (1 - experts.per_token / experts.count) ** slots)
-    return read * jnp.dtype(dtype or model.config.dtype).itemsize
+
+    def size(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> int:
+        read = leaf.dtype if is_rounded(leaf.dtype) else jnp.dtype(dtype or model.config.dtype)
+        return math.prod(sharding.shard_shape(leaf.shape)) * read.itemsize
+
+    sizes = jax.tree.map(size, shapes, placed)
+    return sum(jax.tree.leaves((sizes["layers"], model.head(sizes))))

@@ -187,7 +187,8 @@ def save_pretrained(
     """
     folder = Path(os.path.expanduser(folder))
     family = family_for(transformer.config)
-    params = jax.jit(merge_adapters, static_argnums=1)(params, transformer.config) if has_adapters(params) else params
+    if has_adapters(params) or transformer.config.base_dtype:
+        params = jax.jit(merge_adapters, static_argnums=1)(params, transformer.config)
     writer = jax.process_index() == 0
     agree_on_problem(overwrite_problem(folder, overwrite=overwrite) if writer else None, folder)
     if writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.integers import Blocks, blocks_in, with_blocks
 from jaxrl_llm.models.stack import Stack
 from jaxrl_llm.models.transformer import Transformer
 
@@ -121,14 +123,30 @@ def load_weights(
     Raises:
         ValueError: tensors are missing, unexpected, of the wrong shape, or not finite; they are named.
     """
-    abstract = transformer.abstract_params()
+    abstract = transformer.floats.abstract_params()
     wanted = leaves(abstract, names, transformer.stack)
     tied = names["lm_head.weight"] if transformer.config.tie_embeddings else None
     check_tensors(wanted, source.shapes, tied=tied, head=names["lm_head.weight"], where=where)
     if transformer.config.tie_embeddings and names["lm_head.weight"] in source.shapes:
         _check_tied(source, names["embed.weight"], names["lm_head.weight"], where=where)
-    arrays = load_leaves(source, wanted, shardings, where=where, told=told)
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+    kept = transformer.base.abstract_params()
+
+    def finish(leaf: Leaf, array: jax.Array) -> Any:
+        """The parameter as it is kept: where that is integers, the float one goes at once."""
+        linear = _at(kept, leaf.path.removesuffix(".weight")) if leaf.path.endswith(".weight") else {}
+        if transformer.config.base_dtype is None or blocks_in(linear) is None:
+            return array
+        placed = None if shardings is None else blocks_in(_at(shardings, leaf.path.removesuffix(".weight")))
+        return jax.jit(Blocks.of, static_argnums=1, out_shardings=placed)(array, transformer.config.base_dtype)
+
+    places = None if shardings is None else [_at(shardings, leaf.path) for leaf in wanted]
+    arrays = load_leaves(source, wanted, places, where=where, told=told, finish=finish)
+    return with_blocks(jax.tree.unflatten(jax.tree.structure(abstract), arrays))
+
+
+def _at(tree: Any, path: str) -> Any:
+    """What lies in a tree at keys that are joined by dots."""
+    return functools.reduce(lambda part, key: part[key], path.split("."), tree)
 
 
 def load_leaves(
@@ -138,7 +156,8 @@ def load_leaves(
     *,
     where: str,
     told: Callable[[int], None] = lambda size: None,
-) -> list[jax.Array]:
+    finish: Callable[[Leaf, jax.Array], Any] = lambda leaf, array: array,
+) -> list[Any]:
     """Reads parameters onto their devices; without shardings, onto the default one.
 
     Args:
@@ -147,6 +166,7 @@ def load_leaves(
         shardings: tree of them like the parameters, or `None`.
         where: the checkpoint's name for error messages.
         told: is called with the bytes of each piece that has been read; together they are those of all parameters.
+        finish: what becomes of each before the next one is read.
 
     Raises:
         ValueError: a tensor has values that are NaN, infinite or too large for the parameters' type; it is named.
@@ -155,10 +175,14 @@ def load_leaves(
     if len(placements) != len(wanted):
         raise ValueError(f"{where}: {len(placements)} shardings for {len(wanted)} parameters")
     reader = _Reader(source, told, bad=set())
-    arrays = [_load_leaf(reader, leaf, place) for leaf, place in zip(wanted, placements, strict=True)]
+    arrays, are_here = [], True
+    for leaf, place in zip(wanted, placements, strict=True):
+        array = _load_leaf(reader, leaf, place)
+        are_here = are_here and array.is_fully_addressable
+        arrays.append(finish(leaf, array))
     tensors = [(leaf, tensor) for leaf in wanted for tensor in leaf.tensors]
     bad = np.array([tensor in reader.bad for _, tensor in tensors])
-    if not all(array.is_fully_addressable for array in arrays):
+    if not are_here:
         # Every process must hear of each tensor, also of one whose slices lie elsewhere.
         bad = np.any(multihost_utils.process_allgather(bad), axis=0)
     for leaf, tensor in itertools.compress(tensors, bad):

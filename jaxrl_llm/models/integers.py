@@ -1,0 +1,134 @@
+"""Weights that are not trained, kept as small integers: W = q·scale + offset, a scale for each 32 entries of a row.
+
+Of 8 bits: q from −127 to 127, scale = max |W| / 127, no offset (GGUF's Q8_0). Of 4 bits: q from 0 to 15, offset =
+min W, scale = (max W − min W) / 15 (Q4_1). Scales and offsets are float16, as there, so that blocks of a GGUF file in
+these formats come out as they are in it. Adapters are trained beside them (Dettmers et al. 2023, QLoRA).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.config import BaseDType, DType, Params
+from jaxrl_llm.models.operands import operand
+from jaxrl_llm.sharding import gathered
+
+BLOCK = 32
+"""Entries of a row that share a scale."""
+
+_Axes = tuple[str, str]
+
+
+class Blocks(NamedTuple):
+    """A weight `[..., out, in]`."""
+
+    values: jax.Array
+    """Of 8 bits int8 `[..., out, in]`; of 4 uint8 `[..., out, in / 2]`, entries 2n and 2n + 1 in a byte, the first in
+    its low bits."""
+    scale: jax.Array
+    """`[..., out, in / 32]` float16."""
+    offset: jax.Array | None
+    """The same, of 4 bits."""
+
+    @classmethod
+    def of(cls, weight: jax.Array, dtype: BaseDType) -> Blocks:
+        """The nearest integers of a weight.
+
+        Raises:
+            ValueError: its rows are not whole blocks.
+        """
+        *outer, inner = weight.shape
+        if inner % BLOCK:
+            raise ValueError(
+                f"model.base_dtype={dtype} keeps weights in blocks of {BLOCK} entries of a row, and a weight of shape "
+                f"{list(weight.shape)} has rows of {inner}; leave it out"
+            )
+        blocks = weight.astype(jnp.float32).reshape(*outer, -1, BLOCK)
+        if dtype == "int8":
+            low, scale = None, jnp.max(jnp.abs(blocks), axis=-1) / 127
+        else:
+            low = jnp.min(blocks, axis=-1).astype(jnp.float16)
+            scale = (jnp.max(blocks, axis=-1) - low.astype(jnp.float32)) / 15
+        scale = scale.astype(jnp.float16)
+        steps = scale.astype(jnp.float32)[..., None]
+        above = blocks if low is None else blocks - low.astype(jnp.float32)[..., None]
+        steps = jnp.round(above / jnp.where(steps > 0, steps, 1))
+        if low is None:
+            values = jnp.clip(steps, -127, 127).astype(jnp.int8)
+        else:
+            pairs = jnp.clip(steps, 0, 15).astype(jnp.uint8).reshape(*outer, -1, 2)
+            values = pairs[..., 0] | pairs[..., 1] << 4
+        return cls(values.reshape(*outer, -1), scale, low)
+
+    def floats(self, dtype: Any) -> jax.Array:
+        """The weight, computed in float32 and rounded to a type."""
+        values, outer = self.values, self.scale.shape[:-1]
+        if self.offset is not None:
+            values = jnp.stack([values & 15, values >> 4], axis=-1)
+        wide = values.astype(jnp.float32).reshape(*self.scale.shape, BLOCK)
+        wide = wide * self.scale.astype(jnp.float32)[..., None]
+        if self.offset is not None:
+            wide = wide + self.offset.astype(jnp.float32)[..., None]
+        return wide.reshape(*outer, -1).astype(dtype)
+
+
+LEAVES = ("weight", "weight_scale", "weight_offset")
+"""Where a linear layer's parameters have values, scale and offset."""
+
+
+def blocks_in(linear: Params) -> Blocks | None:
+    """Those of a linear layer's parameters; `None`: its weight is of floats."""
+    return (
+        Blocks(linear["weight"], linear["weight_scale"], linear.get("weight_offset")) if LEAVES[1] in linear else None
+    )
+
+
+def with_blocks(params: Any) -> Any:
+    """A tree of parameters in which blocks that stand for weights are the leaves of their linear layers."""
+    if not isinstance(params, dict):
+        return params
+    if isinstance(params.get("weight"), Blocks):
+        found = zip(LEAVES, params["weight"], strict=True)
+        return params | {name: leaf for name, leaf in found if leaf is not None}
+    return {name: with_blocks(part) for name, part in params.items()}
+
+
+def with_floats(params: Any, dtype: Any) -> Any:
+    """A tree of parameters with floats in place of integers. Pure; of a tree without integers it is itself."""
+    if not isinstance(params, dict):
+        return params
+    if (blocks := blocks_in(params)) is not None:
+        return {name: leaf for name, leaf in params.items() if name not in LEAVES} | {"weight": blocks.floats(dtype)}
+    return {name: with_floats(part, dtype) for name, part in params.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blocks_product(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> jax.Array:
+    """x·Wᵀ in the type of x, its factors numbers of `dtype`; W, which is gathered as integers, has no gradient."""
+    return _forward(dtype, axes, x, blocks)[0]
+
+
+def _factor(dtype: DType, axes: _Axes, blocks: Blocks, x: jax.Array) -> jax.Array:
+    whole = jax.tree.map(lambda leaf: gathered(leaf, *axes), blocks)
+    return operand(dtype, whole.floats(x.dtype))
+
+
+def _forward(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> tuple[jax.Array, tuple[Blocks, jax.Array]]:
+    x = operand(dtype, x)
+    like = jnp.zeros((), x.dtype)
+    return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, blocks, x)), (blocks, like)
+
+
+def _backward(
+    dtype: DType, axes: _Axes, saved: tuple[Blocks, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    blocks, like = saved
+    gradient = operand(dtype, gradient)
+    return jnp.einsum("...o,oi->...i", gradient, _factor(dtype, axes, blocks, like)), None
+
+
+blocks_product.defvjp(_forward, _backward)

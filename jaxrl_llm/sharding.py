@@ -387,7 +387,7 @@ def dtype_read(names: tuple[str | None, ...], own: Any, dtype: Any) -> Any:
 
 def is_rounded(dtype: Any) -> bool:
     """Whether it is the type of integers or of their scales, which no compute type takes the place of."""
-    return (not jax.dtypes.issubdtype(dtype, np.floating) and dtype != jax.dtypes.bfloat16) or dtype == np.float16
+    return dtype not in (np.float32, jax.numpy.bfloat16)
 
 
 def is_read_wide(names: tuple[str | None, ...]) -> bool:

@@ -103,19 +103,26 @@ def traffic(
     return Traffic(_weights(model, mesh, dtype, asked), page * sum(of_window[kind.window] for kind in config.kinds))
 
 
-def _weights(model: Transformer, mesh: Mesh, dtype: DType | None) -> int:
-    """Bytes of the layers and the head on one device; a row of the embedding for each slot is left out."""
-    axes = read_by_sampler(model.logical_axes(), model.config)
+def _weights(model: Transformer, mesh: Mesh, dtype: DType | None, slots: int) -> int:
+    """Bytes of the layers and the head on one device; a row of the embedding for each slot is left out.
+
+    Of experts those that some slot meets, if each token chose evenly among all.
+    """
+    config = model.config
+    axes = read_by_sampler(model.logical_axes(), config)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(
-            lambda params: with_whole_heads(params, model.config),
-            read_by_sampler(model.abstract_params(), model.config),
+            lambda params: with_whole_heads(params, config), read_by_sampler(model.abstract_params(), config)
         )
     placed = parameter_shardings(mesh, axes, shapes)
 
     def size(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> int:
-        read = leaf.dtype if is_rounded(leaf.dtype) else jnp.dtype(dtype or model.config.dtype)
+        read = leaf.dtype if is_rounded(leaf.dtype) else jnp.dtype(dtype or config.dtype)
         return math.prod(sharding.shard_shape(leaf.shape)) * read.itemsize
 
     sizes = jax.tree.map(size, shapes, placed)
-    return sum(jax.tree.leaves((sizes["layers"], model.head(sizes))))
+    read = sum(jax.tree.leaves((sizes["layers"], model.head(sizes))))
+    if (experts := config.experts) is not None:
+        of_experts = sum(jax.tree.leaves({name: sizes["layers"]["experts"][name] for name in ("gate", "up", "down")}))
+        read -= round(of_experts * (1 - experts.per_token / experts.count) ** slots)
+    return read

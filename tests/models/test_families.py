@@ -10,10 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.config import ModelSource
 from jaxrl_llm.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxrl_llm.models.families import FAMILIES, family_for, family_of
 from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sharding import make_mesh
 
 CASES = sorted(path.stem for path in Path(__file__).with_name("golden").glob("*.npz"))
 TOLERANCE = 1e-4
@@ -271,8 +275,26 @@ def test_parameters_of_known_checkpoints(name):
     if name == "gemma-3-1b":
         kinds = [(kind.window, kind.rope) for kind in config.layer_kinds]
         assert kinds == [(512, RopeConfig(1e4))] * 5 + [(None, RopeConfig(1e6))] + kinds[6:]
-    if name == "phi-4-mini":
-        assert config.longest_text == 4096 and config.with_long_rope().longest_text == 131_072
+
+
+def test_longrope_reads_texts_of_its_first_context_unless_asked():
+    entries, _ = KNOWN["phi-4-mini"]
+    config = family_of(entries).read_config(entries)
+    assert config.longest_text == 4096 and "model.long_rope=True: 131072" in config.way_to_longer
+    longer = ModelSource(long_rope=True).applied_to(config)
+    assert longer.longest_text == 131_072 and not longer.way_to_longer
+    with pytest.raises(ValueError, match=r"model.long_rope=True would have no effect"):
+        ModelSource(long_rope=True).applied_to(ModelConfig(32, 16, 32, 1, 2, 2, 8))
+    sampler = Sampler(
+        Transformer(config),
+        SamplingConfig(max_tokens=96),
+        group=1,
+        stop_tokens=(),
+        mesh=make_mesh(devices=jax.devices()[:1]),
+    )
+    sampler.check_length(4000)
+    with pytest.raises(ValueError, match=r"model's 4096 positions \(model.long_rope=True"):
+        sampler.check_length(4001)
 
 
 @pytest.mark.parametrize(

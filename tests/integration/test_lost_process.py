@@ -138,7 +138,8 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
             flush=True,
         )
         assert took < 60, err
-        if alive and status:
+        # Once all have come to their ends there is nothing to lose, and JAX alone complains.
+        if alive and status and "Shutdown barrier" not in err:
             assert status == 1 and f"lost process {victim}" in said[-1], err
         begun = (folder / "run/config.json").exists()
         assert digests(Pair(folder, *["--resume"] * begun).both(120)) == expected

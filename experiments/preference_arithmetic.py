@@ -207,8 +207,8 @@ def main(args: list[str] | None = None) -> TrainingResult:
         rows = load_rows(config, policy.tokenizer, train_rows=training, eval_rows=held_out)
         trainer = make_offline_trainer(config, policy, mesh, rows=rows)
     result = train(trainer)
-    after = measured(result.params)
-    if is_main_process():
+    after = {} if result.stopped else measured(result.params)
+    if after and is_main_process():
         for name, value in before.items():
             print(f"{name:40s} {value:8.3f} → {after[name]:8.3f}")
     next_steps = ("another method:  python experiments/preference_arithmetic.py --preset=kto",)

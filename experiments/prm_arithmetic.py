@@ -295,9 +295,11 @@ def main(args: list[str] | None = None) -> TrainingResult:
         trainer = make_offline_trainer(config, judge, mesh, rows=(training.estimated, testing.estimated))
     result = train(trainer)
     judge = dataclasses.replace(judge, params=result.params)
+    finish(config, judge, result, seconds=time.perf_counter() - began, panels=OFFLINE_PANELS)
+    if result.stopped:
+        return result
     steps = step_accuracy(judge, testing, mesh)
     found = choices(config, policy, judge, held_out, mesh)
-    finish(config, judge, result, seconds=time.perf_counter() - began, panels=OFFLINE_PANELS)
     if is_main_process():
         for name, share in steps.items():
             print(f"steps told right, {name:26s} {share:.3f}")

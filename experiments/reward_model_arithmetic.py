@@ -167,8 +167,10 @@ def main(args: list[str] | None = None) -> TrainingResult:
         trainer = make_offline_trainer(config, judge, mesh, rows=rows)
     result = train(trainer)
     judge = dataclasses.replace(judge, params=result.params)
-    found = best_samples(config, policy, judge, held_out, mesh)
     finish(config, judge, result, seconds=time.perf_counter() - began, panels=OFFLINE_PANELS)
+    if result.stopped:
+        return result
+    found = best_samples(config, policy, judge, held_out, mesh)
     with jax.set_mesh(mesh):
         statistics = jax.jit(make_score_statistics(model))(result.params, rows[0].batch(range(min(512, len(rows[0])))))
     if is_main_process():

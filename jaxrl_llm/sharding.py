@@ -42,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     "embed_of_expert": ("fsdp", "context"),
     "router": None,
+    "shared_gate": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",

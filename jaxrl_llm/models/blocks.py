@@ -214,9 +214,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
-        """The three projections."""
-        d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
+    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs, *, width: int | None = None):
+        """The three projections; `width`: F, if it is not that of the model."""
+        d, f, bias = config.embed_dim, width or config.mlp_dim, config.mlp_bias
         self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="gate")
         self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
         self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
@@ -252,6 +252,11 @@ class Block(nnx.Module):
         self.mlp_norm = norm("pre", "sandwich")
         self.mlp = None if kind.experts else MLP(config, kind, rngs)
         self.experts = Experts(config, kind, rngs) if kind.experts else None
+        if not kind.experts or config.experts is None or config.experts.shared is None:
+            self.shared = self.shared_gate = None
+        else:
+            self.shared = MLP(config, kind, rngs, width=config.experts.shared)
+            self.shared_gate = Linear(1, config.embed_dim, ("shared_gate", "embed"), False, config, rngs)
         self.mlp_post_norm = norm("post", "sandwich")
 
     def __call__(
@@ -282,6 +287,8 @@ class Block(nnx.Module):
         read, routed = _normed(x, self.mlp_norm), None
         if self.experts is not None:
             given, routed = self.experts(read, chosen)
+            if self.shared is not None and self.shared_gate is not None:
+                given += jax.nn.sigmoid(self.shared_gate(read)) * self.shared(read)
         else:
             assert self.mlp is not None
             given = self.mlp(read)

@@ -148,6 +148,9 @@ class ExpertsConfig:
     normalize: bool = True
     """Whether the shares of the k add up to 1 (Mixtral; Qwen3-MoE's `norm_topk_prob`), or are what softmax over all
     experts gives them."""
+    shared: int | None = None
+    """F of one more, which computes every token, and of which a sigmoid says how much is taken (Qwen2-MoE); `None`:
+    there is none."""
 
     def __post_init__(self) -> None:
         """Rejects mixtures that cannot be."""
@@ -157,6 +160,7 @@ class ExpertsConfig:
             count=positive(self.count),
             per_token=(1 <= self.per_token <= self.count, f"be 1 to count={self.count}"),
             width=positive(self.width),
+            shared=positive(self.shared, optional=True),
         )
 
 
@@ -414,7 +418,8 @@ class ModelConfig:
             return 3 * self.embed_dim * self.mlp_dim
         assert self.experts is not None
         experts = self.experts.per_token if active else self.experts.count
-        return self.embed_dim * (3 * experts * self.experts.width + self.experts.count)
+        shared = 0 if self.experts.shared is None else 3 * self.experts.shared + 1
+        return self.embed_dim * (3 * experts * self.experts.width + self.experts.count + shared)
 
 
 def _shortest_period(kinds: tuple[LayerKind, ...], layers: int) -> tuple[LayerKind, ...]:

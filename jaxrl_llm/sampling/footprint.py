@@ -149,7 +149,8 @@ class Footprint:
         heads = (2 * config.num_heads + 2 * self._value.shape[0]) * config.head_dim
         mlp, copies = 3 * config.mlp_dim, 0
         if (experts := config.experts) is not None:  # each token once for each of its experts
-            mlp, copies = max(mlp, 3 * experts.per_token * experts.width), 2 * experts.per_token * config.embed_dim
+            mlp = max(mlp, 3 * (experts.per_token * experts.width + (experts.shared or 0)))
+            copies = 2 * experts.per_token * config.embed_dim
         in_layer = 4 * config.embed_dim + copies + self._part(heads + mlp)
         return prompts * batch.width * (made + in_layer * self._value.dtype.itemsize)
 

@@ -94,6 +94,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 12}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_MOE, "shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "mlp_only_layers": [0]},
+    ),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "norm_topk_prob": True}),
     "qwen3_moe_some_dense": (
         "qwen3_moe",

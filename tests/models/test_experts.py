@@ -133,8 +133,9 @@ def test_the_mesh_must_divide_the_experts(moe_config):
         Transformer(moe_config(experts=ExpertsConfig(6, 2, 12))).shardings(make_mesh(MeshConfig(expert=4)))
 
 
-def test_parameters_are_counted(moe_config):
-    config = moe_config()
+@pytest.mark.parametrize("shared", [None, 20])
+def test_parameters_are_counted(moe_config, shared):
+    config = moe_config(experts=dataclasses.replace(EXPERTS, shared=shared))
     assert sum(leaf.size for leaf in jax.tree.leaves(Transformer(config).abstract_params())) == config.num_parameters
 
 

@@ -176,6 +176,17 @@ def test_transformers_reads_the_exported_config_as_the_original(golden_config, g
         assert rope.items() <= ours["rope_parameters"].items(), case
 
 
+def test_every_second_layer_has_experts(golden_config):
+    config = golden_config("qwen2_moe")
+    listed, stepped = (
+        family_of(config).read_config({**config, **change})
+        for change in ({"mlp_only_layers": [0, 2]}, {"mlp_only_layers": [], "decoder_sparse_step": 2})
+    )
+    assert listed == stepped
+    with pytest.raises(ValueError, match="leave no layer with experts"):
+        family_of(config).read_config({**config, "decoder_sparse_step": 9})
+
+
 def test_known_checkpoints():
     """Entries of well-known config.json files, which spell things differently."""
     llama32 = {

@@ -204,7 +204,7 @@ def torch_greedy_text(model, prompt, tokenizer) -> str:
 
 
 def test_greedy_text_of_experts(golden_module, tmp_path):
-    model, length = golden_module.torch_model("qwen3_moe_some_dense"), 5
+    model, length = golden_module.torch_model("qwen2_moe"), 5
     model.save_pretrained(tmp_path)
     tokens = golden_module.tokens("qwen3_moe")["prompt"][:, :length]
     sampler = Sampler(

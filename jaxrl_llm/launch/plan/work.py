@@ -177,8 +177,10 @@ def _weights(config: ModelConfig, mesh: Mesh, *, dtype: str | None = None) -> fl
 
 def _parameters(config: ModelConfig) -> tuple[int, int]:
     """How many there are outside of experts, and in them."""
-    routers = 0 if config.experts is None else config.embed_dim * config.experts.count
-    experts = sum(config.mlp_weights(kind) - routers for kind in config.kinds if kind.experts)
+    experts = 0
+    if config.experts is not None:
+        of_layer = 3 * config.embed_dim * config.experts.count * config.experts.width
+        experts = of_layer * sum(kind.experts for kind in config.kinds)
     return config.num_parameters - experts, experts
 
 
@@ -197,7 +199,9 @@ def _kept(config: ModelConfig, kind: LayerKind, tensor: int) -> float:
     heads, keys = config.num_heads * config.head_dim / tensor, 2 * config.num_kv_heads * config.head_dim / tensor
     width, given = config.mlp_dim, config.embed_dim
     if kind.experts and config.experts is not None:
-        width, given = config.experts.per_token * config.experts.width, config.experts.per_token * config.embed_dim
+        experts = config.experts
+        width = experts.per_token * experts.width + (experts.shared or 0)
+        given = experts.per_token * config.embed_dim
     dots = config.embed_dim + given + 2 * width / tensor + heads + keys
     numbers = {
         "offload": 0,

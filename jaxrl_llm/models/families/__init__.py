@@ -17,13 +17,14 @@ from jaxrl_llm.models.families.mixtral import MIXTRAL
 from jaxrl_llm.models.families.olmo2 import OLMO2
 from jaxrl_llm.models.families.phi3 import PHI3
 from jaxrl_llm.models.families.qwen2 import QWEN2
+from jaxrl_llm.models.families.qwen2_moe import QWEN2_MOE
 from jaxrl_llm.models.families.qwen3 import QWEN3
 from jaxrl_llm.models.families.qwen3_moe import QWEN3_MOE
 from jaxrl_llm.models.families.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3),
-    *(QWEN3_MOE, MIXTRAL),
+    *(QWEN2_MOE, QWEN3_MOE, MIXTRAL),
     *(GEMMA2, GEMMA3, OLMO2, SMOLLM3, PHI3),
 )
 """All families; of those that express a configuration, the one that it came from or else the first is its export."""

@@ -51,6 +51,7 @@ def _expresses(config: ModelConfig) -> bool:
         and plain_kinds(config, experts=True)
         and config.experts is not None
         and config.experts.normalize
+        and config.experts.shared is None
         and config.experts.width == config.mlp_dim
         and not (config.attention_bias or config.output_bias or config.mlp_bias)
         and plain_logits(config)

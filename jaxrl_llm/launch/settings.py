@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrl_llm.algorithms.optimizer import make_schedule
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, StarExperiment, flatten
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, ModelConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import row_split
 from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
@@ -219,6 +219,10 @@ def check_step(config: RunConfig) -> None:
         check_memory(mesh, needs, settings)
 
 
+# With all that a setting may speak of; whether the model has it is not known yet.
 _ANY_MODEL = ModelConfig(
-    vocab_size=8, embed_dim=8, mlp_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, tie_embeddings=True
+    *(8, 8, 8, 1, 1, 1, 8),
+    tie_embeddings=True,
+    layer_kinds=(LayerKind(experts=True),),
+    experts=ExpertsConfig(count=1, per_token=1, width=8),
 )

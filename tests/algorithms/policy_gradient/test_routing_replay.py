@@ -16,6 +16,7 @@ from jaxrl_llm.algorithms.policy_gradient.objective import Correction, PolicyGra
 from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
 from jaxrl_llm.algorithms.router import RouterLosses
 from jaxrl_llm.algorithms.state import make_train_state
+from jaxrl_llm.launch.settings import check_step
 from jaxrl_llm.models.config import ExpertsConfig, LayerKind, Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -140,3 +141,7 @@ def test_what_lacks_experts_is_refused(tiny_config, model, params, rollout):
         make_update_step(dense, SGD, PolicyGradient(router=RouterLosses(1.0)))
     with pytest.raises(ValueError, match="has them not"):
         update(model, params, rollout.replace(experts=None), "replayed")
+
+
+def test_settings_are_taken_before_the_model_is_known(tiny):
+    check_step(dataclasses.replace(tiny.CONFIG, algorithm=PolicyGradient(routing="replayed", router=RouterLosses(1.0))))

@@ -44,8 +44,8 @@ class Blocks(NamedTuple):
         *outer, inner = weight.shape
         if inner % BLOCK:
             raise ValueError(
-                f"model.base_dtype={dtype} keeps weights in blocks of {BLOCK} entries of a row, and a weight of shape "
-                f"{list(weight.shape)} has rows of {inner}; leave it out"
+                f"{dtype} weights (model.base_dtype, sampling.weights_dtype) are in blocks of {BLOCK} entries of a "
+                f"row, and one of shape {list(weight.shape)} has rows of {inner}; leave it out"
             )
         blocks = weight.astype(jnp.float32).reshape(*outer, -1, BLOCK)
         if dtype == "int8":
@@ -95,6 +95,19 @@ def with_blocks(params: Any) -> Any:
         found = zip(LEAVES, params["weight"], strict=True)
         return params | {name: leaf for name, leaf in found if leaf is not None}
     return {name: with_blocks(part) for name, part in params.items()}
+
+
+def rounded(params: Params, dtype: BaseDType) -> Params:
+    """Parameters of a model whose layers' linear maps are integers in place of floats. Pure; has no adapters."""
+
+    def one(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if "weight" in tree:
+            return tree | {"weight": Blocks.of(tree["weight"], dtype)}
+        return {name: one(part) for name, part in tree.items()}
+
+    return with_blocks(params | {"layers": one(params["layers"])})
 
 
 def with_floats(params: Any, dtype: Any) -> Any:

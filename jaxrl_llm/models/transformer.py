@@ -22,7 +22,7 @@ from jaxrl_llm.losses.router import RouterTokens, router_tokens
 from jaxrl_llm.models import batch_invariant as invariant
 from jaxrl_llm.models.attention import KeyValue, Visibility
 from jaxrl_llm.models.blocks import Attend, Block, Frame, RMSNorm
-from jaxrl_llm.models.config import LayerKind, ModelConfig, Params, RopeConfig
+from jaxrl_llm.models.config import BaseDType, LayerKind, ModelConfig, Params, RopeConfig
 from jaxrl_llm.models.experts import Routed
 from jaxrl_llm.models.kernels.seam import attention
 from jaxrl_llm.models.lookup import look_up
@@ -159,6 +159,10 @@ class Transformer:
     def floats(self) -> Transformer:
         """The model as checkpoints have it: without adapters, and no weight rounded to integers."""
         return Transformer(dataclasses.replace(self.config, lora=None, base_dtype=None))
+
+    def rounded(self, dtype: BaseDType) -> Transformer:
+        """The model without adapters whose layers' linear maps are integers."""
+        return Transformer(dataclasses.replace(self.config, lora=None, base_dtype=dtype))
 
     def layers(self, params: Params) -> list[Params]:
         """The parameters of each layer, cut out of the stacked ones."""

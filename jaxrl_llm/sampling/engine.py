@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrl_llm.device_memory import readable, smallest_device_memory
 from jaxrl_llm.models.config import DType, Params
+from jaxrl_llm.models.integers import rounded
 from jaxrl_llm.models.lora import merge_adapters, read_by_sampler
 from jaxrl_llm.models.tensor_heads import with_whole_heads
 from jaxrl_llm.models.transformer import Transformer
@@ -99,11 +100,27 @@ class Sampler:
         self.dtype = jnp.dtype(dtype or model.config.dtype)
         if model.config.batch_invariant:
             self._check_batch_invariant()
-        self._axes = read_by_sampler(model.logical_axes(), model.config)
+        self._read = self._model_read()
+        self._axes = read_by_sampler(self._read.logical_axes(), self._read.config)
         self._resident, self._memory = resident, memory
         if config.slots == "auto" and memory is None:
             self._memory = smallest_device_memory(mesh)
         self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
+
+    def _model_read(self) -> Transformer:
+        """The model, or the one with rounded weights that completions are drawn from.
+
+        Raises:
+            ValueError: its weights cannot be rounded.
+        """
+        dtype, config = self.config.weights_dtype, self.model.config
+        if dtype is None:
+            return self.model
+        others = {"model.base_dtype": config.base_dtype, "model.batch_invariant": config.batch_invariant}
+        others["a mixture of experts"] = config.experts
+        if names := [name for name, value in others.items() if value]:
+            raise ValueError(f"sampling.weights_dtype={dtype} is not for {names[0]}: leave out one of them")
+        return self.model.rounded(dtype)
 
     def _check_batch_invariant(self) -> None:
         """Raises ValueError for settings with which its numbers would not be the learner's."""
@@ -256,8 +273,9 @@ class Sampler:
         split, shards = self.row_split(prompts), row_shards(self._own_mesh)
         batch = Batch(prompts * split // shards, self.group // split, width, self.config.max_tokens, shards)
         return Footprint(
-            *(self.model, self.config, self.mesh, self._own_mesh, self.dtype, batch, self._resident, self.kept),
+            *(self._read, self.config, self.mesh, self._own_mesh, self.dtype, batch, self._resident, self.kept),
             keep_experts=self.keep_experts,
+            learner=None if self._read is self.model else self.model,
         )
 
     def slots(self, prompts: int, width: int) -> int:
@@ -311,12 +329,14 @@ class Sampler:
         """The program, to be compiled under `jax.set_mesh`, on its own or as a part of another; see `__call__`."""
         trunk = {name: params[name] for name in self._axes}  # heads have no part in it
         merged = trunk if self.model.config.base_dtype else merge_adapters(trunk, self.model.config)
+        if self.config.weights_dtype is not None:
+            merged = rounded(merged, self.config.weights_dtype)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
             given = (prompt, prompt_lengths, key, step, limits, history)
             given = everywhere(given, common_mesh(self.mesh, self._own_mesh))
             given = everywhere(given, self._own_mesh)
-            rollout = self._sample(with_whole_heads(ours, self.model.config), *given)
+            rollout = self._sample(with_whole_heads(ours, self._read.config), *given)
         return everywhere(rollout, self.mesh)
 
     def _sample(
@@ -341,7 +361,7 @@ class Sampler:
             is_last = jnp.broadcast_to(jnp.arange(group) == group - 1, (prompts, group))
             greedy = is_last.reshape(keys.shape)
         rollout = sample(
-            self.model,
+            self._read,
             params,
             rows,
             lengths,

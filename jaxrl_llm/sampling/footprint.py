@@ -76,6 +76,8 @@ class Footprint:
     """Ids that are written down of those that each token was drawn from."""
     keep_experts: bool = False
     """Whether each token's experts are written down."""
+    learner: Transformer | None = None
+    """The model that is trained, where `model` is one with rounded weights in its place."""
 
     def most_slots(self, memory: float) -> int:
         """How many completions can be in flight on devices of so many bytes; 0: not one."""
@@ -181,7 +183,7 @@ class Footprint:
 
     @functools.cached_property
     def _given(self) -> Params:
-        return self.model.abstract_params_on(self.learner_mesh)
+        return (self.learner or self.model).abstract_params_on(self.learner_mesh)
 
     @functools.cached_property
     def _resident(self) -> int:
@@ -212,6 +214,8 @@ class Footprint:
             same = ours.sharding.shard_shape(ours.shape) == given.sharding.shard_shape(given.shape)
             return not same or ours.dtype != given.dtype or self._widened > 1
 
+        if self.learner is not None:
+            return bytes_per_device(self._ours)  # rounded
         base = read_by_sampler(self._given, self.model.config)
         changed = jax.tree.map(lambda ours, given: ours if differs(ours, given) else None, self._ours, base)
         merged = base["layers"] if has_adapters(self._given) and not has_adapters(base) else {}

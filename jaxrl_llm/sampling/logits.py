@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxrl_llm.checks import check_fields, count, one_of
 from jaxrl_llm.logprobs import IMPOSSIBLE
 from jaxrl_llm.models.batch_invariant import scores_by_tile
+from jaxrl_llm.models.config import BaseDType
 
 SlotAttention = Literal["auto", "xla", "pallas", "pallas_interpret"]
 Speculate = Literal["off", "prompt", "history"]
@@ -59,6 +60,10 @@ class SamplingConfig:
     """Type in which keys and values are kept until completions have ended (`None`: that in which layers make them).
     int8 has a float32 scale for each token and head, and room for up to twice or four times the slots. What is drawn is
     drawn by the kept numbers, so that sampler and learner differ by more (sampling/logp_gap_mean, _max)."""
+    weights_dtype: BaseDType | None = None
+    """Round the weights of the layers' linear maps to int8 or int4, with a scale for each 32, before sampling (`None`:
+    they are the model's): a token then reads half or a third of bfloat16. Adapters are merged first. Sampler and
+    learner differ by more (sampling/logp_gap_mean, _max): pair it with algorithm.correction."""
     tensor: int | None = None
     """Devices that share one copy of the weights while sampling: a multiple of mesh.tensor that divides the devices,
     the others split rows (`None`: mesh.tensor, so that each device holds its part of that whole)."""
@@ -83,6 +88,10 @@ class SamplingConfig:
             self,
             speculate=one_of(self.speculate, Speculate),
             speculative_tokens=count(self.speculative_tokens),
+            weights_dtype=(
+                self.weights_dtype in (None, *get_args(BaseDType)),
+                f"be None, or one of {get_args(BaseDType)}",
+            ),
             cache_dtype=(
                 self.cache_dtype in (None, *get_args(CacheDType)),
                 f"be None, or one of {get_args(CacheDType)}",

@@ -16,7 +16,7 @@ from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import LoraConfig, Params
-from jaxrl_llm.models.integers import BLOCK, Blocks, with_floats
+from jaxrl_llm.models.integers import BLOCK, Blocks, rounded, with_floats
 from jaxrl_llm.models.lora import add_adapters, join, merge_adapters, split_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
@@ -36,19 +36,6 @@ def made(tiny_config, lively_params, request):
     params = join(rounded(base, request.param), adapters)
     assert jax.tree.structure(params) == jax.tree.structure(model.abstract_params())
     return model, params, plain, with_floats(params, "float32")
-
-
-def rounded(params: Any, dtype: Any) -> Any:
-    """A tree whose layers' linear maps are integers."""
-
-    def one(tree: Any) -> Any:
-        if not isinstance(tree, dict) or "weight" not in tree:
-            return {name: one(part) for name, part in tree.items()} if isinstance(tree, dict) else tree
-        blocks = Blocks.of(tree["weight"], dtype)
-        leaves = {"weight": blocks.values, "weight_scale": blocks.scale, "weight_offset": blocks.offset}
-        return tree | {name: leaf for name, leaf in leaves.items() if leaf is not None}
-
-    return params | {"layers": one(params["layers"])}
 
 
 both = pytest.mark.parametrize("made", ["int8", "int4"], indirect=True)
@@ -141,6 +128,35 @@ def test_sampling_is_that_of_the_floats(made):
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}])
+def test_a_sampler_may_round_the_weights(tiny_config, lively_params, sizes):
+    """Merged with their adapters: it draws as a model of the rounded weights does, and tells its log-probs."""
+    model = Transformer(tiny_config(**SIZES))
+    params, devices = lively_params(model), jax.devices() if sizes else jax.devices()[:1]
+    mesh = make_mesh(MeshConfig(**sizes or {}), devices)
+    on_mesh = jax.device_put(params, model.shardings(mesh))
+    settings = SamplingConfig(max_tokens=6, slots=1)
+    given = np.tile(TOKENS, (2, 1)), np.array([7, 5, 6, 7]), np.zeros(2, np.uint32), 0
+
+    def sampled(model: Transformer, params: Params, mesh: Any, **changes: Any) -> Any:
+        config = dataclasses.replace(settings, **changes)
+        return Sampler(model, config, group=2, stop_tokens=(0,), mesh=mesh)(params, *given)
+
+    ours = sampled(model, on_mesh, mesh, weights_dtype="int8")
+    integers = rounded(merge_adapters(params, model.config), "int8")
+    theirs = sampled(model.rounded("int8"), integers, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert np.array_equal(ours.completion, theirs.completion)
+    np.testing.assert_allclose(ours.sampler_logprobs, theirs.sampler_logprobs, atol=1e-4)
+    exact = sampled(model, on_mesh, mesh)
+    assert not np.array_equal(ours.sampler_logprobs, exact.sampler_logprobs)
+    sampler, less = (
+        Sampler(model, dataclasses.replace(settings, weights_dtype=dtype), group=2, stop_tokens=(), mesh=mesh)
+        for dtype in (None, "int8")
+    )
+    name = "the sampler's own weights"
+    assert sizes is None or less.footprint(4, 7).needs(1)[name] < 0.6 * sampler.footprint(4, 7).needs(1)[name]
+
+
 @both
 def test_checkpoints_are_read_to_integers_and_written_as_floats(made, tmp_path, lively_params):
     model, _, plain, _ = made
@@ -177,3 +193,6 @@ def test_what_is_not_trained_needs_adapters(tiny_config):
         ModelSource(path="x", base_dtype="int4")
     with pytest.raises(ValueError, match="int3"):
         tiny_config(base_dtype="int3")
+    model = Transformer(tiny_config(**SIZES, base_dtype="int8"))
+    with pytest.raises(ValueError, match=r"sampling\.weights_dtype=int4 is not for model\.base_dtype"):
+        Sampler(model, SamplingConfig(weights_dtype="int4"), group=2, stop_tokens=(), mesh=make_mesh())

@@ -55,6 +55,7 @@ def base_of(source: ModelSource) -> ModelSource:
         source,
         path=paths[0],
         param_dtype=saved["model.param_dtype"],
+        base_dtype=saved.get("model.base_dtype"),
         long_rope=saved.get("model.long_rope", False),
         lora=LoraConfig(
             rank=saved["model.lora.rank"],

@@ -111,7 +111,7 @@ class Sampler:
         """The model, or the one with rounded weights that completions are drawn from.
 
         Raises:
-            ValueError: its weights cannot be rounded.
+            ValueError: its weights cannot be rounded, or what they become not be cut.
         """
         dtype, config = self.config.weights_dtype, self.model.config
         if dtype is None:
@@ -120,7 +120,9 @@ class Sampler:
         others["a mixture of experts"] = config.experts
         if names := [name for name, value in others.items() if value]:
             raise ValueError(f"sampling.weights_dtype={dtype} is not for {names[0]}: leave out one of them")
-        return self.model.rounded(dtype)
+        read = self.model.rounded(dtype)
+        read.shardings(self._own_mesh)  # raises if there are none
+        return read
 
     def _check_batch_invariant(self) -> None:
         """Raises ValueError for settings with which its numbers would not be the learner's."""

@@ -16,7 +16,9 @@ import numpy as np
 from jaxrl_llm.algorithms.batching import MicroBatches
 from jaxrl_llm.algorithms.offline import Objective, make_offline_evaluation, make_offline_step, make_reference_pass
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates, make_optimizer, make_schedule
+from jaxrl_llm.algorithms.router import check_has_experts
 from jaxrl_llm.algorithms.state import abstract_train_state, make_train_state
+from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
@@ -130,6 +132,8 @@ class OfflineTrainer:
         self.dataset, self.eval_dataset = dataset, eval_dataset if self.evaluation.every else None
 
         # All that can be wrong is found before anything is compiled.
+        if isinstance(objective, SupervisedObjective) and objective.router is not None:
+            check_has_experts(model, f"objective.router={objective.router}")
         self.saved = setup.find()
         if self.evaluation.every and eval_dataset is None:
             raise ValueError(f"evaluation.every={self.evaluation.every}, but there are no held-out rows")

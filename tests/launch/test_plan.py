@@ -182,6 +182,8 @@ def test_numbers_that_do_not_fit_the_mesh_are_refused(model_path: str):
     mesh = make_mesh(MeshConfig(), jax.devices()[:3])
     with pytest.raises(ValueError, match=r"mesh\.fsdp"):
         build(small(model_path), mesh)
+    with pytest.raises(ValueError, match=r"search=-1 must be at least 0"):
+        Plan(search=-1)
 
 
 @pytest.mark.parametrize(("limit", "word"), [(1.0, "DOES NOT FIT"), (2.0, "fits"), (None, "a device\n")])

@@ -23,14 +23,24 @@ from jaxrl_llm.training.on_policy import TrainingConfig
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_the_parameters_of_a_step(rank, tiny: ModuleType, tmp_path: Path):
-    """Also of adapters, whose base no checkpoint holds, and onto another mesh."""
+@pytest.mark.parametrize(
+    ("rank", "base_dtype", "sizes"), [(0, None, {"fsdp": 8}), (2, "int4", {"data": 4, "fsdp": 2})], ids=["all", "int4"]
+)
+def test_the_parameters_of_a_step(
+    rank, base_dtype, sizes, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of adapters, whose base, here of integers, no checkpoint holds, and onto another mesh."""
+    monkeypatch.setitem(tiny.SIZES, "embed_dim", 64)
     checkpoint = tiny.save_checkpoint(tmp_path / "tiny")
     config = Experiment(
         name="run",
         rewards=(tiny.shared_characters,),
-        model=ModelSource(str(checkpoint), lora=LoraConfig(rank=rank), template_arguments={"assistant": "a"}),
+        model=ModelSource(
+            str(checkpoint),
+            base_dtype=base_dtype,
+            lora=LoraConfig(rank=rank),
+            template_arguments={"assistant": "a"},
+        ),
         data=DataConfig(max_prompt_length=40),
         sampling=SamplingConfig(max_tokens=4),
         training=TrainingConfig(steps=1, prompts_per_step=4, samples_per_prompt=2, checkpoint_every=1),
@@ -40,8 +50,8 @@ def test_the_parameters_of_a_step(rank, tiny: ModuleType, tmp_path: Path):
     trainer = make_trainer(start(config), policy, ONE_DEVICE, train_rows=tiny.TRAIN_ROWS)
     trainer.run()
     saved = ModelSource(str(tmp_path / "run" / "checkpoints" / "1"))
-    loaded = load_policy(saved, make_mesh(MeshConfig(fsdp=8)))
-    assert loaded.model.config.lora == policy.model.config.lora
+    loaded = load_policy(saved, make_mesh(MeshConfig(**sizes)))
+    assert loaded.model.config == policy.model.config
     assert loaded.stop_tokens == policy.stop_tokens
     changed = 0
     for ours, theirs, before in zip(

@@ -196,3 +196,6 @@ def test_what_is_not_trained_needs_adapters(tiny_config):
     model = Transformer(tiny_config(**SIZES, base_dtype="int8"))
     with pytest.raises(ValueError, match=r"sampling\.weights_dtype=int4 is not for model\.base_dtype"):
         Sampler(model, SamplingConfig(weights_dtype="int4"), group=2, stop_tokens=(), mesh=make_mesh())
+    settings, mesh = SamplingConfig(weights_dtype="int8", slots=1), make_mesh(MeshConfig(tensor=8, fsdp=1))
+    with pytest.raises(ValueError, match=r"weight_scale has 4 entries along 'heads'.* mesh axis 'tensor' of size 8"):
+        Sampler(Transformer(tiny_config(**SIZES)), settings, group=2, stop_tokens=(), mesh=mesh)

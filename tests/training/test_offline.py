@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
+from jaxrl_llm.algorithms.router import RouterLosses
 from jaxrl_llm.algorithms.scorer import Scorer
 from jaxrl_llm.algorithms.supervised import SupervisedObjective
 from jaxrl_llm.data.demonstrations import DemonstrationDataset, DemonstrationFormat
@@ -313,6 +314,7 @@ def test_another_run_is_not_gone_on_with(make) -> None:
     [
         ({"eval_dataset": None}, "evaluation.every=2, but there are no held-out rows"),
         ({"objective": AnchoredObjective()}, "training rows: the objective reads ref_logprobs, but rows have prompt, "),
+        ({"objective": SupervisedObjective(router=RouterLosses(1.0))}, r"objective\.router=.* no layer .* has experts"),
         ({"update": {"micro_batches": 3}}, r"8 prompts × 1 samples .* update\.micro_batches=3"),
         ({"seed": -1}, "seed must be between 0 and"),
         ({"optimizer": {"warmup_steps": 4, "schedule": "linear"}}, "warmup_steps=4 leaves nothing of 4 optimizer"),

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.launch.plan.sizes import Size
 from jaxrl_llm.sampling.logits import CacheDType, SlotAttention
@@ -66,6 +67,11 @@ class Plan:
     """File for all of it as JSON."""
     picture: str | None = None
     """File for the memory of both programs as bars, .png or .svg."""
+
+    def __post_init__(self) -> None:
+        """Rejects counts that cannot be meant."""
+        counts = {"prompts": 1, "samples": 1, "prompt_tokens": 1, "completion_tokens": 1, "search": 0}
+        check_fields("plan", self, **{name: count(getattr(self, name), least=n) for name, n in counts.items()})
 
     @property
     def mean_written(self) -> int:

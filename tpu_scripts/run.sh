@@ -83,11 +83,12 @@ follow() {
 
 spent() { [[ -n $DEADLINE ]] && ((SECONDS >= DEADLINE)); }
 
-# Returns with a slice that is ACTIVE.
+# Returns with a slice that is ACTIVE. While there is none the hours stand still.
 have_slice() {
-  local now
+  local now away=""
   while true; do
     now=$(state)
+    case $now in ACTIVE | UNKNOWN) ;; *) away=${away:-$SECONDS} ;; esac
     case $now in
       ACTIVE) break ;;
       NONE) script create ${CREATE[@]+"${CREATE[@]}"} || finish 1 "there is no slice" ;;
@@ -98,7 +99,11 @@ have_slice() {
       *) say "$now"; sleep "$POLL_SECONDS" ;;
     esac
   done
-  [[ -n $DEADLINE ]] || DEADLINE=$((SECONDS + BUDGET))
+  if [[ -z $DEADLINE ]]; then
+    DEADLINE=$((SECONDS + BUDGET))
+  else
+    DEADLINE=$((DEADLINE + SECONDS - ${away:-$SECONDS}))
+  fi
 }
 
 # Sets up a slice that has nothing of the run, and launches it; a worker may not answer at once.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "tpu_scripts"
 WHERE = ("--name", "my-tpu", "--zone", "us-east5-a")
 
 
@@ -74,6 +75,15 @@ def test_when_the_hours_are_spent_the_run_saves_and_the_slice_goes(empty: Any) -
     assert requests(empty) == ["create", "delete"]
     if launches(empty):
         assert (empty.folder / "fetched/my-tpu/runs/saved").exists()
+
+
+def test_the_hours_stand_still_while_there_is_no_slice() -> None:
+    cut = f"""eval "$(sed -n '/^have_slice()/,/^}}/p' {SCRIPTS}/run.sh)" """
+    stand_ins = "state() { echo $there; }; script() { there=ACTIVE; SECONDS=$((SECONDS + 5000)); }; CREATE=(--spot)"
+    run = "there=ACTIVE BUDGET=100 DEADLINE=; have_slice; first=$DEADLINE; have_slice; echo $((DEADLINE - first))"
+    away = "there=NONE; have_slice; echo $((DEADLINE - first))"
+    told = subprocess.run(["bash", "-euc", "\n".join((cut, stand_ins, run, away))], capture_output=True, text=True)
+    assert [int(words) // 10 for words in told.stdout.split()] == [0, 500], told.stderr
 
 
 def test_a_slice_that_cannot_be_set_up_goes_and_costs_nothing_more(empty: Any) -> None:

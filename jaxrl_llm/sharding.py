@@ -45,8 +45,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "shared_gate": None,
     "heads": "tensor",
     "kv_heads": "tensor",
+    "sinks": "tensor",
     "mlp": "tensor",
     "norm": None,
+    "whole": None,
     "lora_rank": None,
 }
 """Logical axis → mesh axis. An axis that is absent or `None` is not sharded."""
@@ -355,7 +357,7 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
     From the learner's layout they get there by way of one that is cut along the embedding *and* over the sampler's
     `tensor`: an all-to-all, and then a gathering of what a device needs. XLA's direct way is by whole weights.
 
-    Scales of norms and routers keep their type: these are computed in float32, in the learner, too.
+    Scales of norms, routers and sinks keep their type: these are computed in float32, in the learner, too.
 
     Args:
         params: tree of parameters, laid out on `mesh`.
@@ -381,7 +383,7 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
 def dtype_read(names: tuple[str | None, ...], own: Any, dtype: Any) -> Any:
     """The type in which a parameter of its `own` type is read where one computes in `dtype`.
 
-    Norms and routers are read in float32, and what is rounded to integers and their scales as it is.
+    Norms, routers and sinks are read in float32, and what is rounded to integers and their scales as it is.
     """
     return own if is_read_wide(names) or is_rounded(own) else dtype
 
@@ -393,7 +395,7 @@ def is_rounded(dtype: Any) -> bool:
 
 def is_read_wide(names: tuple[str | None, ...]) -> bool:
     """Whether a parameter whose axes bear these names is read in float32, whatever the compute type."""
-    return "norm" in names or "router" in names
+    return not {"norm", "router", "sinks"}.isdisjoint(names)
 
 
 def state_shardings(

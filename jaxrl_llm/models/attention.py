@@ -70,6 +70,7 @@ def dense_attention(
     value: jax.Array,
     visible: Visibility,
     *,
+    sinks: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -80,13 +81,14 @@ def dense_attention(
         key: `[B, Tk, K, H]`, rotated; query head n reads key head n // (N/K).
         value: `[B, Tk, K, H]`.
         visible: which keys each query sees.
+        sinks: `[N]` float32 of each head, or `None`: a score beside those of the keys, whose value is 0.
         window: how many levels of the tree a query sees, its own included; `None`: all.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
 
     Returns:
         `[B, Tq, N, H]` in the type of the queries; softmax in float32.
     """
-    return attend(query, KeyValue.of(key, value), visible.mask(window), softcap=softcap)
+    return attend(query, KeyValue.of(key, value), visible.mask(window), sinks=sinks, softcap=softcap)
 
 
 class SharedPrompt(NamedTuple):
@@ -112,6 +114,7 @@ def dense_shared_attention(
     visible: Visibility,
     shared: SharedPrompt,
     *,
+    sinks: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -122,16 +125,15 @@ def dense_shared_attention(
     (of_prompt, own), (prompt_depth, own_depth) = shared.split(query), shared.split(visible.depth)
     causal = causal_mask(prompt_depth, prompt_depth, window)
     prompt, memory = zip(*(shared.split(x) for x in (key, value)), strict=True)
-    to_shared = attend(of_prompt, KeyValue.of(*prompt), causal, softcap=softcap)
+    to_shared = attend(of_prompt, KeyValue.of(*prompt), causal, sinks=sinks, softcap=softcap)
     if not shared.group:
         return to_shared
     is_prompt = (visible.end[:, : shared.prompt_width] > shared.prompt_width)[:, None, None]  # [B, 1, 1, Tp]
     if window is not None:
         is_prompt = is_prompt & causal_mask(own_depth, prompt_depth[:, None], window)
     times = jnp.arange(shared.width)[None, None]
-    mixed = attend_shared(
-        own, KeyValue.of(*prompt), KeyValue.of(*memory), is_prompt, causal_mask(times, times, window), softcap=softcap
-    )
+    own_mask, keys = causal_mask(times, times, window), (KeyValue.of(*prompt), KeyValue.of(*memory))
+    mixed = attend_shared(own, *keys, is_prompt, own_mask, sinks=sinks, softcap=softcap)
     return jnp.concatenate([to_shared, mixed.reshape(len(query), -1, *mixed.shape[3:])], axis=1)
 
 
@@ -156,13 +158,16 @@ def _logits(scores: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Ar
     return jnp.where(mask, scores, _MASKED)
 
 
-def attend(query: jax.Array, memory: KeyValue, mask: jax.Array, *, softcap: float | None) -> jax.Array:
+def attend(
+    query: jax.Array, memory: KeyValue, mask: jax.Array, *, sinks: jax.Array | None = None, softcap: float | None
+) -> jax.Array:
     """softmax(q·k/√H)·v within each row; softmax in float32.
 
     Args:
         query: `[B, Tq, N, H]`.
         memory: of Tk tokens a row; query head n reads key head n // (N/K).
         mask: bool `[B, Tq, Tk]`.
+        sinks: as of `dense_attention`.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
 
     Returns:
@@ -171,7 +176,12 @@ def attend(query: jax.Array, memory: KeyValue, mask: jax.Array, *, softcap: floa
     batch, length, heads, head_dim = query.shape
     grouped = _by_kv_head(query, memory.value.shape[-3])  # [B, K, Tq, N/K, H]
     scores = _product(grouped, memory.key)
-    weights = jax.nn.softmax(_logits(scores, mask[:, None, :, None, :], softcap), axis=-1)
+    scores = _logits(scores, mask[:, None, :, None, :], softcap)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        beside = jnp.broadcast_to(_sinks_by_kv_head(sinks, memory.value.shape[-3])[..., None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
     mixed = _product(weights.astype(query.dtype), memory.value)
     mixed = jnp.swapaxes(mixed, 1, 2).reshape(batch, length, heads, head_dim)
     return checkpoint_name(mixed.astype(query.dtype), ATTENTION)
@@ -184,6 +194,7 @@ def attend_shared(
     prompt_mask: jax.Array,
     own_mask: jax.Array,
     *,
+    sinks: jax.Array | None = None,
     softcap: float | None,
 ) -> jax.Array:
     """Attention of G completions to the prompt that they share and to their own tokens: one softmax over both.
@@ -197,6 +208,7 @@ def attend_shared(
         own: keys and values of Tk tokens of each completion.
         prompt_mask: bool `[P, 1 or G, 1 or Tq, Tp]`.
         own_mask: bool `[P or 1, G or 1, Tq, Tk]`.
+        sinks: as of `dense_attention`.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
 
     Returns:
@@ -210,15 +222,24 @@ def attend_shared(
     to_own = _logits(to_own, own_mask[:, :, None, :, None, :], softcap)
 
     peak = jnp.maximum(jnp.swapaxes(jnp.max(to_prompt, axis=-1), 1, 2), jnp.max(to_own, axis=-1))
+    if sinks is not None:
+        sinks = _sinks_by_kv_head(sinks, own.value.shape[-3])
+        peak = jnp.maximum(peak, sinks)
     peak = jax.lax.stop_gradient(peak)  # [P, G, K, Tq, N/K]
     to_prompt = jnp.exp(to_prompt - jnp.swapaxes(peak, 1, 2)[..., None])
     to_own = jnp.exp(to_own - peak[..., None])
     total = jnp.swapaxes(jnp.sum(to_prompt, axis=-1), 1, 2) + jnp.sum(to_own, axis=-1)
+    total = total if sinks is None else total + jnp.exp(sinks - peak)
 
     mixed = jnp.swapaxes(_product(to_prompt.astype(query.dtype), prompt.value, rows=3), 1, 2)
     mixed = (mixed + _product(to_own.astype(query.dtype), own.value)) / total[..., None]
     mixed = jnp.swapaxes(mixed, 2, 3).reshape(prompts, group, length, heads, head_dim)
     return checkpoint_name(mixed.astype(query.dtype), ATTENTION)
+
+
+def _sinks_by_kv_head(sinks: jax.Array, kv_heads: int) -> jax.Array:
+    """`[N]` → `[K, 1, N/K]`: beside `[…, K, Tq, N/K]`, that is queries by the head that they read."""
+    return sinks.reshape(kv_heads, 1, -1)
 
 
 def _by_kv_head(query: jax.Array, kv_heads: int) -> jax.Array:

@@ -14,15 +14,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_llm.logprobs import outer_product
-from jaxrl_llm.models.config import DType, LayerKind, LoraTarget, ModelConfig, Norms
+from jaxrl_llm.models.config import Activation, DType, LayerKind, LoraTarget, ModelConfig, Norms
 from jaxrl_llm.models.experts import Experts, Routed
 from jaxrl_llm.models.integers import Blocks, blocks_product
-from jaxrl_llm.models.operands import ACTIVATIONS, LINEAR, operand
+from jaxrl_llm.models.operands import GATES, LINEAR, operand
 from jaxrl_llm.models.rope import Rotation, rotate
 from jaxrl_llm.sharding import constrain, dealt_again, gathered
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens → mixed values `[..., N, H]`."""
+Attend = Callable[..., jax.Array]
+"""Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens and, as `sinks`, the heads' `[N]` float32 or
+`None` → mixed values `[..., N, H]`."""
 Projected = tuple[jax.Array, jax.Array]
 """Keys (rotated) and values of some tokens, both `[..., K, H]`."""
 
@@ -180,6 +181,8 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(n if self.over_heads else h, config) if config.qk_norm else None
         self.key_norm = RMSNorm(k if self.over_heads else h, config) if config.qk_norm else None
         self.query_factor = 1.0 if config.query_scalar is None else (h / config.query_scalar) ** 0.5
+        sinks = jnp.zeros((config.num_heads,), jnp.dtype(config.param_dtype)) if config.attention_sinks else None
+        self.sinks = None if sinks is None else nnx.Param(sinks, axes=("sinks",))
         self.head_dim = h
 
     def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -199,6 +202,11 @@ class Attention(nnx.Module):
         if turn is not None:
             key, query = rotate(key, turn), rotate(query, turn)
         return query, key, value
+
+    @property
+    def sink_logits(self) -> jax.Array | None:
+        """What stands beside the scores of each query head, `[N]` float32, if the model has that."""
+        return None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
     def gather(self, mixed: jax.Array) -> jax.Array:
         """Maps what the heads give, `[..., N, H]`, to `[..., D]`."""
@@ -220,15 +228,12 @@ class MLP(nnx.Module):
         self.gate = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="gate")
         self.up = Linear(f, d, ("mlp", "embed"), bias, config, rngs, name="up")
         self.down = Linear(d, f, ("embed", "mlp"), bias, config, rngs, name="down")
-        self.activation = ACTIVATIONS[kind.activation]
+        self.activation: Activation = kind.activation
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., D]`."""
-
-        def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-            return self.activation(gate) * up
-
+        gated = GATES[self.activation]
         if self.config.remat == "none":  # no layer is computed again, but this, which is little work, is
             gated = jax.checkpoint(gated, prevent_cse=not self.config.scan_layers)
         return self.down(gated(self.gate(x), self.up(x)))
@@ -272,7 +277,7 @@ class Block(nnx.Module):
         """
         x = checkpoint_name(x, RESIDUAL)
         query, key, value = self.project(x, turn)
-        x, routed = self.finish(x, attention(query, key, value), chosen)
+        x, routed = self.finish(x, attention(query, key, value, sinks=self.attention.sink_logits), chosen)
         return x, (key, value), routed
 
     def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from jaxrl_llm.checks import check_fields, one_of, positive
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 Norms = Literal["pre", "post", "sandwich"]
 DType = Literal["float32", "bfloat16"]
 BaseDType = Literal["int8", "int4"]
@@ -117,7 +117,7 @@ class LayerKind:
     rope: RopeConfig | None = RopeConfig()
     """Rotary position embedding; `None`: queries and keys are not turned (NoPE, SmolLM3)."""
     activation: Activation = "silu"
-    """Nonlinearity of the MLP's gate."""
+    """Nonlinearity of the MLP's gate; `clamped_swiglu` is one of gate and up together (`operands.py`)."""
     norms: Norms = "pre"
     """Where RMS norms are: on what attention and MLP read (`pre`), on what they give, before it is added to the
     residual stream (`post`, OLMo 2), or both (`sandwich`, Gemma 2 and 3)."""
@@ -151,6 +151,8 @@ class ExpertsConfig:
     shared: int | None = None
     """F of one more, which computes every token, and of which a sigmoid says how much is taken (Qwen2-MoE); `None`:
     there is none."""
+    bias: bool = False
+    """Biases on the router and on the projections of each expert (GPT-OSS)."""
 
     def __post_init__(self) -> None:
         """Rejects mixtures that cannot be."""
@@ -237,6 +239,9 @@ class ModelConfig:
     """Bias on the attention's output projection."""
     mlp_bias: bool = False
     """Bias on the MLP's projections."""
+    attention_sinks: bool = False
+    """A learned number of each query head stands beside the scores of the keys, in the softmax's sum alone: it takes
+    weight to itself and gives no value (GPT-OSS)."""
     tie_embeddings: bool = False
     """Use the embedding as the LM head."""
     scale_embeddings: bool = False
@@ -349,6 +354,8 @@ class ModelConfig:
             )
         if self.base_dtype is not None:
             raise ValueError(f"model.batch_invariant=True with base_dtype={self.base_dtype}: {way_out}")
+        if self.attention_sinks:
+            raise ValueError(f"model.batch_invariant=True with attention_sinks is not implemented: {way_out}")
         if self.remat != "full":
             raise ValueError(
                 f"model.remat={self.remat!r} would have no effect: with model.batch_invariant the backward pass finds "
@@ -409,8 +416,11 @@ class ModelConfig:
         attention = d * (qkv + self.num_heads * h)
         normed = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2
         attention += normed * h * self.qk_norm + qkv * self.attention_bias + d * self.output_bias
+        attention += self.num_heads * self.attention_sinks
         dense = sum(not kind.experts for kind in self.kinds)
         mlps = dense * (2 * f + d) * self.mlp_bias + sum(self.mlp_weights(kind) for kind in self.kinds)
+        if self.experts is not None and self.experts.bias:
+            mlps += (self.num_layers - dense) * self.experts.count * (2 * self.experts.width + d + 1)
         norms = sum(4 if kind.norms == "sandwich" else 2 for kind in self.kinds)
         embeddings = self.vocab_size * d * (2 - self.tie_embeddings)
         return embeddings + self.num_layers * attention + mlps + (norms + 1) * d

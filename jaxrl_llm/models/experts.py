@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.models.config import Activation, DType, ExpertsConfig, LayerKind, LoraTarget, ModelConfig, Params
 from jaxrl_llm.models.kernels.grouped import grouped_outer, grouped_product
-from jaxrl_llm.models.operands import ACTIVATIONS, LINEAR, operand
+from jaxrl_llm.models.operands import GATES, LINEAR, operand
 from jaxrl_llm.sharding import MESH_AXES, gathered, row_shards, spec
 
 _EXPERT = "expert"
@@ -58,7 +58,7 @@ def top_experts(logits: jax.Array, config: ExpertsConfig, chosen: jax.Array | No
 
 
 class Stacked(nnx.Module):
-    """A linear layer of each expert: weight `[E, out, inner]`, and an adapter of each where one is configured."""
+    """A linear layer of each expert: weight `[E, out, inner]`, and a bias and an adapter where they are configured."""
 
     def __init__(
         self,
@@ -70,11 +70,13 @@ class Stacked(nnx.Module):
         *,
         name: LoraTarget,
     ):
-        """As `Linear`, without a bias."""
+        """As `Linear`."""
         assert config.experts is not None
         count, dtype = config.experts.count, jnp.dtype(config.param_dtype)
         weight = 0.02 * jax.random.normal(rngs.params(), (count, out, inner), dtype)
         self.weight = nnx.Param(weight, axes=("expert", *axes))
+        bias = jnp.zeros((count, out), dtype) if config.experts.bias else None
+        self.bias = None if bias is None else nnx.Param(bias, axes=("expert", "mlp" if axes[0] == "mlp" else "whole"))
         if config.lora is None or name not in config.lora.targets:
             self.lora_a = self.lora_b = None
         else:
@@ -87,7 +89,7 @@ class Stacked(nnx.Module):
     @property
     def leaves(self) -> dict[str, nnx.Param[jax.Array]]:
         """The parameters by name."""
-        named = {"weight": self.weight, "lora_a": self.lora_a, "lora_b": self.lora_b}
+        named = {"weight": self.weight, "bias": self.bias, "lora_a": self.lora_a, "lora_b": self.lora_b}
         return {name: leaf for name, leaf in named.items() if leaf is not None}
 
 
@@ -95,15 +97,17 @@ class Router(nnx.Module):
     """The logits of experts, in float32 whatever the compute type."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Weight `[E, D]` from N(0, 0.02²)."""
+        """Weight `[E, D]` from N(0, 0.02²), bias zero where there is one."""
         assert config.experts is not None
         shape, dtype = (config.experts.count, config.embed_dim), jnp.dtype(config.param_dtype)
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype), axes=("router", "embed"))
+        self.bias = nnx.Param(jnp.zeros(shape[:1], dtype), axes=("router",)) if config.experts.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., D]` to `[..., E]`."""
         weight = gathered(self.weight[...].astype(jnp.float32), "router", "embed")
-        return jnp.einsum("...d,ed->...e", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        logits = jnp.einsum("...d,ed->...e", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)
 
 
 class Experts(nnx.Module):
@@ -135,7 +139,7 @@ class Experts(nnx.Module):
         axes = {
             name: {key: leaf.get_metadata()["axes"] for key, leaf in leaves.items()} for name, leaves in linear.items()
         }
-        of_device = _OfDevice(config, self.config, ACTIVATIONS[self.activation], axes)
+        of_device = _OfDevice(config, self.config, self.activation, axes)
         y, experts = _over_mesh(of_device, x, logits, chosen, weights)
         return y, Routed(experts, logits)
 
@@ -172,7 +176,7 @@ class _OfDevice(NamedTuple):
 
     experts: ExpertsConfig
     config: ModelConfig
-    activation: Any
+    activation: Activation
     axes: dict[str, dict[str, tuple[str, ...]]]
     """Logical names of the axes of each weight."""
 
@@ -204,12 +208,12 @@ class _OfDevice(NamedTuple):
         inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
         sizes = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
         rows: Any = _dealt(x, order, inverse, k)
-        linear = functools.partial(self._linear, weights, sizes)
-        made = linear("down", self.activation(linear("gate", rows)) * linear("up", rows))
+        linear = functools.partial(self._linear, weights, sizes, group[order])
+        made = linear("down", GATES[self.activation](linear("gate", rows), linear("up", rows)))
         of_token = _permuted(made, inverse, order).reshape(count, k, -1)
         return jnp.einsum("nk,nkd->nd", shares, of_token.astype(jnp.float32))
 
-    def _linear(self, weights: Params, sizes: jax.Array, name: str, rows: jax.Array) -> jax.Array:
+    def _linear(self, weights: Params, sizes: jax.Array, group: jax.Array, name: str, rows: jax.Array) -> jax.Array:
         leaves, axes = weights[name], self.axes[name]
 
         def product(leaf: str, rows: jax.Array) -> jax.Array:
@@ -220,7 +224,16 @@ class _OfDevice(NamedTuple):
         if "lora_a" in leaves:
             assert self.config.lora is not None
             y = y + self.config.lora.scale * product("lora_b", product("lora_a", rows))
+        if "bias" in leaves:
+            y = y + operand(self.config.dtype, self._bias(leaves["bias"], axes["bias"], group).astype(y.dtype))
         return checkpoint_name(y, LINEAR)
+
+    def _bias(self, bias: jax.Array, axes: tuple[str, ...], group: jax.Array) -> jax.Array:
+        """That of each row's expert, float32; 0 of rows that are other devices', and of all where others add it."""
+        bias = jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))[group]
+        if axes[-1] == "mlp" or _size("tensor") == 1:
+            return bias
+        return jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0)
 
 
 def _size(axis: str) -> int:

@@ -149,14 +149,14 @@ def start_reference(
 def in_compute_type(params: Params, dtype: DType) -> Params:
     """Parameters that are only computed with, no wider than the model's `dtype`: half the memory of float32 ones.
 
-    Products take them in that type anyway. Norms and routers of experts are computed in float32, and their parameters
-    stay as they are, as do heads beside the model. What need not be narrowed is the same arrays.
+    Products take them in that type anyway. Norms, sinks and routers of experts are computed in float32, and their
+    parameters stay as they are, as do heads beside the model. What need not be narrowed is the same arrays.
     """
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
-        is_read_wide = (
-            is_rounded(leaf.dtype) or path[-1].key == "scale" or path[-2].key == "router" or path[0].key not in TRUNK
-        )
+        *_, module, name = (entry.key for entry in path)
+        by_name = name in ("scale", "sinks") or module == "router" or path[0].key not in TRUNK
+        is_read_wide = is_rounded(leaf.dtype) or by_name
         return leaf if is_read_wide or leaf.dtype.itemsize <= jnp.dtype(dtype).itemsize else leaf.astype(dtype)
 
     return jax.tree.map_with_path(one, params)

@@ -89,10 +89,12 @@ class _Mixed(NamedTuple):
     """`[S, K, Q·N/K, H]`: the values under these."""
 
     @classmethod
-    def nothing(cls, query: jax.Array) -> _Mixed:
-        """Before the first page, for queries `[S, K, Q·N/K, H]`."""
-        numbers = jnp.zeros(query.shape[:-1], jnp.float32)
-        return cls(jnp.full_like(numbers, _MASKED), numbers, jnp.zeros(query.shape, jnp.float32))
+    def nothing(cls, query: jax.Array, sinks: jax.Array | None) -> _Mixed:
+        """Before the first page, for queries `[S, K, Q·N/K, H]`; sinks `[K, Q·N/K]` are in it."""
+        numbers, mixed = jnp.zeros(query.shape[:-1], jnp.float32), jnp.zeros(query.shape, jnp.float32)
+        if sinks is None:
+            return cls(jnp.full_like(numbers, _MASKED), numbers, mixed)
+        return cls(numbers + sinks, numbers + 1, mixed)
 
     def with_page(
         self, at: jax.Array, scores: jax.Array, seen: jax.Array, mix: Callable[[jax.Array], jax.Array]
@@ -205,6 +207,7 @@ def attend_in_flight(
     clock: jax.Array,
     sizes: Sizes,
     *,
+    sinks: jax.Array | None = None,
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
@@ -221,6 +224,7 @@ def attend_in_flight(
         walk: the pages to be read, made for the same window.
         clock: `[S]`, places of the first of these tokens.
         sizes: of the memory.
+        sinks: as of `dense_attention`.
         window: how many tokens a query sees, its own included; `None`: all.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
 
@@ -234,7 +238,8 @@ def attend_in_flight(
     now = clock[:, None] + jnp.arange(queries)
     position = (slots.prompt_length - slots.start)[:, None] + now
     reading = _Reading(grouped, now, position, memory, jnp.int32(layer), slots, walk, sizes, window, softcap)
-    so_far = jax.lax.fori_loop(0, walk.prompt_count, reading.with_prompt, _Mixed.nothing(grouped))
+    sinks = None if sinks is None else jnp.tile(sinks.reshape(kv_heads, -1), queries)
+    so_far = jax.lax.fori_loop(0, walk.prompt_count, reading.with_prompt, _Mixed.nothing(grouped, sinks))
     so_far = jax.lax.fori_loop(0, walk.own_count, reading.with_own, so_far)
     mixed = so_far.result.reshape(count, kv_heads, queries, -1, head_dim)
     return jnp.moveaxis(mixed, 1, 2).reshape(query.shape).astype(query.dtype)

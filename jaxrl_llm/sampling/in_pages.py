@@ -97,6 +97,7 @@ def attend_in_pages(
     clock: jax.Array,
     sizes: Sizes,
     *,
+    sinks: jax.Array | None = None,
     window: int | None,
     softcap: float | None,
     interpret: Any = False,
@@ -109,15 +110,15 @@ def attend_in_pages(
     mesh = jax.sharding.get_abstract_mesh()
     free = set(MESH_AXES).intersection(mesh.auto_axes)
     if not free:
-        return attend(query, memory, jnp.int32(layer), slots, pages, clock)
+        return attend(query, memory, jnp.int32(layer), slots, pages, clock, sinks)
     heads, caches, whole = (spec(mesh, axes) for axes in ((None, None, _HEADS, None), (None, None, None, _HEADS), ()))
     return jax.shard_map(
         attend,
-        in_specs=(heads, caches, whole, whole, whole, whole),
+        in_specs=(heads, caches, whole, whole, whole, whole, spec(mesh, (_HEADS,))),
         out_specs=heads,
         axis_names=free,
         check_vma=False,  # a Pallas kernel does not tell over which axes its results differ
-    )(query, memory, jnp.int32(layer), slots, pages, clock)
+    )(query, memory, jnp.int32(layer), slots, pages, clock, sinks)
 
 
 _HEADS = "heads_activation"
@@ -130,6 +131,7 @@ def _attend(
     slots: Slots,
     pages: Pages,
     clock: jax.Array,
+    sinks: jax.Array | None,
     *,
     window: int | None,
     softcap: float | None,
@@ -164,6 +166,7 @@ def _attend(
         memory.own,
         layer,
         pages,
+        sinks=None if sinks is None else jnp.tile(sinks.reshape(kv_heads, -1), near * queries),
         softcap=softcap,
         interpret=interpret,
     )

@@ -73,10 +73,12 @@ def _decode(
         x, memory = carry
         own = memory[layer.place]
 
-        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        def attention(
+            query: jax.Array, key: jax.Array, value: jax.Array, *, sinks: jax.Array | None = None
+        ) -> jax.Array:
             nonlocal own
             own = _remembered(plan, state, own, layer, key, value)
-            return _attended(plan, turn, state, own, layer, query, position)
+            return _attended(plan, turn, state, own, layer, query, position, sinks)
 
         x, _, routed = model.block(weights, layer.kind)(x, turns[layer.kind.rope], attention)
         x, told = constrain(x, None, None, None), model.told_experts(routed, token.shape)
@@ -105,7 +107,14 @@ def _remembered(plan: Plan, state: State, memory: Memory, layer: Layer, key: jax
 
 
 def _attended(
-    plan: Plan, turn: Turn, state: State, memory: Memory, layer: Layer, query: jax.Array, position: jax.Array
+    plan: Plan,
+    turn: Turn,
+    state: State,
+    memory: Memory,
+    layer: Layer,
+    query: jax.Array,
+    position: jax.Array,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """What queries `[S, 1 + k, N, H]` at these positions read of a layer's memory, which has their own keys."""
     ways: Any = {"window": layer.kind.window, "softcap": plan.model.config.attention_softcap}
@@ -113,6 +122,7 @@ def _attended(
         read = read_by_depth(memory, layer.number, turn.slots, plan.sizes)
         return attend_by_depth(query, position, read, kv_heads=plan.value.shape[0], **ways)
     walk, clock = turn.walks[layer.kind.window], state.start + state.time
+    ways["sinks"] = sinks
     return plan.attention.attend(query, memory, layer.number, turn.slots, walk, clock, plan.sizes, **ways)
 
 

@@ -228,7 +228,7 @@ def _decode(
     layers = zip(prompts.weights.layers, model.config.kinds, prompts.memory, state.cache, strict=True)
     for weights, kind, memory, own in layers:
 
-        def attention(query, key, value, kind=kind, memory=memory, own=own) -> jax.Array:
+        def attention(query, key, value, *, sinks, kind=kind, memory=memory, own=own) -> jax.Array:
             own = KeyValue(
                 jax.lax.dynamic_update_slice(own.key, key[..., None], (0, 0, 0, 0, time)),
                 jax.lax.dynamic_update_slice(own.value, value[..., None, :], (0, 0, 0, time, 0)),
@@ -239,8 +239,8 @@ def _decode(
                 position = prompts.lengths[:, None, None] + now
                 to_prompt = is_prompt & causal_mask(position, jnp.arange(width)[None, None], kind.window)
             to_own = causal_mask(now, times, kind.window)
-            softcap = model.config.attention_softcap
-            return attend_shared(query[:, :, None], memory, own, to_prompt, to_own, softcap=softcap)[:, :, 0]
+            ways: Any = {"sinks": sinks, "softcap": model.config.attention_softcap}
+            return attend_shared(query[:, :, None], memory, own, to_prompt, to_own, **ways)[:, :, 0]
 
         x, _, routed = model.block(in_loop(model, weights), kind)(x, turns[kind.rope], attention)
         x = constrain(x, "rows", None, None)

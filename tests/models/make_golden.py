@@ -103,6 +103,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_MOE, "num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts_per_tok": 3, "head_dim": 12},
     ),
+    "gpt_oss_long": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 3,
+            "sliding_window": 6,
+            "intermediate_size": 20,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False, beta_fast=4.0),
+        },
+    ),
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 11, "sliding_window": 5, **_SOFTCAPS}),
     "gemma2_plain": (
         "gemma2",

@@ -89,6 +89,8 @@ def test_every_case_has_a_golden_file(golden_module):
         ("phi3", {"window": None}),
         ("phi3_partial_tied", {"rope": RopeConfig()}),
         ("phi3_longrope_long", {"rope": RopeConfig(partial=0.75)}),
+        ("gpt_oss_long", {"window": None}),
+        ("gpt_oss_long", {"activation": "silu"}),
     ],
 )
 def test_golden_logits_depend_on_what_they_check(case, change, checkpoint, golden_module, load_case):
@@ -147,6 +149,7 @@ def test_config_survives_both_spellings(case, golden_config):
         ("smollm3", "smollm3"),
         ("phi3", "mistral"),  # but for what its tensors are called
         ("phi3_partial_tied", "phi3"),
+        ("gpt_oss_long", "gpt_oss"),
     ],
 )
 def test_family_of_export(case, expected, golden_config):

@@ -69,7 +69,7 @@ def logprobs_by_rounded(model: Transformer, params: Params, rollout: Rollout, dt
             weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
             return jnp.einsum("bnqk,bknh->bqnh", weights, value)
 
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, sinks: None) -> jax.Array:
             of_prompt = (place < length)[..., None, None]
             coarse = mixed(query, rounded(key, dtype), rounded(value, dtype))
             return jnp.where(of_prompt, mixed(query, key, value), coarse)

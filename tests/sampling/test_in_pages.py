@@ -83,7 +83,10 @@ def test_pages_are_those_in_which_a_slot_sees_something(near, at_a_time, steps, 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_no_other_page_is_read(dtype: str):
-    """They hold no numbers, or scales that are none; heads of 64, whose values are read turned around."""
+    """They hold no numbers, or scales that are none; heads of 64, whose values are read turned around.
+
+    A sink takes its share of what is seen, also of a slot that sees nothing.
+    """
     rng, window = np.random.default_rng(1), 300
     sizes = Sizes(page=128, block=1, alike=1, slots=4, places=2, prompt_pages=3, tokens=500, drafts=0)
     slots, clock = drawn(rng, sizes, 490)
@@ -96,6 +99,7 @@ def test_no_other_page_is_read(dtype: str):
 
     memory = jax.tree.map(some, Memory.empty(sizes, 2, window, value))
     query = jnp.asarray(rng.normal(size=(4, 1, 2, 64)), jnp.float32)
+    sinks = jnp.array([1.0, 4.0]) if dtype == "float32" else None
     read: dict[Any, int] = {}
     for slot in np.flatnonzero(slots.active):
         read |= seen(sizes, slots, clock, 1, window, int(slot))
@@ -122,6 +126,7 @@ def test_no_other_page_is_read(dtype: str):
                     attention.walk(sizes, slots, clock, 1, window),
                     clock,
                     sizes,
+                    sinks=sinks,
                     window=window,
                     softcap=None,
                 )
@@ -177,7 +182,8 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
         mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=slice_devices(sys.argv[2])[:1])
         sizes = Sizes(page=128, block=1, alike=1, slots=32, places=32, prompt_pages=8, tokens=1024, drafts=0)
 
-        def temporaries(kv_heads, heads, size, queries, dtype="bfloat16", cache=None, window=None, softcap=None):
+        def temporaries(kv_heads, heads, size, queries, dtype="bfloat16", cache=None, sinks=None, **ways):
+            window = ways.setdefault("window", None)
             array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
             value, dtype = array(kv_heads, size, dtype=jnp.dtype(cache or dtype)), jnp.dtype(dtype)
             memory = jax.eval_shape(lambda: Memory.empty(sizes, 2, window, value))
@@ -187,8 +193,8 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
                 def layer(carry, number):
                     query, memory = carry
                     memory = memory.with_tokens(number, token, token, clock[0])
-                    return (attention.attend(query, memory, number, slots, pages, clock, sizes, window=window,
-                                             softcap=softcap), memory), None
+                    return (attention.attend(query, memory, number, slots, pages, clock, sizes, sinks=sinks,
+                                             **{"softcap": None, **ways}), memory), None
                 return jax.lax.scan(layer, (query, memory), jnp.arange(2))[0]
             query = array(32, queries, heads, size, dtype=dtype)
             slots = Slots(array(32, dtype=jnp.bool_), array(32), array(32), array(32))
@@ -201,6 +207,7 @@ def test_compiles_without_a_copy_of_the_caches(generation: str):
         print([
             temporaries(4, 8, 128, 1),
             temporaries(8, 16, 64, 1),
+            temporaries(2, 16, 64, 1, window=128, sinks=jnp.arange(16.0)),
             temporaries(2, 4, 256, 3, window=300, softcap=50.0),
             temporaries(2, 4, 128, 1, dtype="float32"),
             temporaries(2, 4, 128, 1, dtype="float32", cache="bfloat16"),

@@ -14,7 +14,7 @@ from typing import get_args
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.models.checkpoints.weights import Index, TensorSource
+from jaxrl_llm.models.checkpoints.weights import Index, Layout, TensorSource
 from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig, Params
 from jaxrl_llm.models.families import Family
 from jaxrl_llm.models.stack import flat, nested
@@ -24,14 +24,29 @@ _PART = "#"
 
 
 def modules(family: Family) -> dict[str, tuple[str, ...]]:
-    """The linear layers of a block, as a checkpoint has them → their parts, as paths in our parameters."""
+    """The linear layers of a block, as a checkpoint has them → their parts, as paths in our parameters.
+
+    Experts whose tensors have a layout of their own (GPT-OSS) are no such layers.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for path, tensor in family.tensor_names.items():
         *_, target, kind = path.split(".")
-        if kind == "weight" and target in get_args(LoraTarget):
+        if kind == "weight" and target in get_args(LoraTarget) and Layout.split(tensor)[1] == Layout():
             module = tensor.removesuffix(".weight")
             found[module] = (*found.get(module, ()), path.removesuffix(".weight"))
     return found
+
+
+def unwritable(family: Family, lora: LoraConfig) -> str | None:
+    """Why PEFT has no such adapters, or `None` where it has."""
+    known = {path.split(".")[-1] for paths in modules(family).values() for path in paths}
+    lost = [target for target in lora.targets if target not in known]
+    if not lost:
+        return None
+    return (
+        f"PEFT has no adapters of {', '.join(lost)} of {family.model_type}, whose experts lie in one tensor: keep them "
+        f"merged into the model, as save_pretrained writes it, or train lora.targets without {', '.join(lost)}"
+    )
 
 
 def written_as(family: Family, lora: LoraConfig) -> LoraConfig:

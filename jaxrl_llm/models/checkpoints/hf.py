@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxrl_llm.models.checkpoints.weights import Index, Leaf, leaves
+from jaxrl_llm.models.checkpoints.mxfp4 import PACKED
+from jaxrl_llm.models.checkpoints.weights import Index, Layout, Leaf, leaves
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.entries import shown
 from jaxrl_llm.models.stack import Stack
@@ -76,7 +77,8 @@ class SafetensorsSource:
 
         Raises:
             ValueError: no safetensors files, a shard that lies elsewhere, is missing, truncated or corrupt, a tensor
-                that is not in the file where the index places it, or in two, or that is no float; each is named.
+                that is not in the file where the index places it, or in two, or that is no float and none of
+                `mxfp4`'s bytes; each is named.
         """
         self._files: dict[str, Any] = {}
         self._places: dict[str, str] = {}
@@ -107,7 +109,7 @@ class SafetensorsSource:
             raise ValueError(f"{path} is truncated or corrupt: {error}") from error
         for name in file.keys():  # noqa: SIM118 (no mapping)
             view = file.get_slice(name)
-            if view.get_dtype() not in _FLOATS:
+            if view.get_dtype() not in _FLOATS and not (view.get_dtype() == "U8" and name.endswith(PACKED)):
                 raise ValueError(
                     f"{path}: tensor {name!r} is {view.get_dtype()}; only {', '.join(_FLOATS)} are read: "
                     "use the unquantised checkpoint"
@@ -274,14 +276,17 @@ def _plan_shards(tree: list[Leaf], max_bytes: int | None) -> list[dict[str, _Par
         if size > room and shards[-1]:
             shards.append({})
             room = max_bytes
-        shards[-1][tensor] = sorted(parts, key=lambda part: part[0].first_row)
+        shards[-1][tensor] = sorted(parts, key=lambda part: (part[0].first_row, part[0].layout.first))
         room -= size
     return shards
 
 
 def _joined(parts: _Parts, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     found = [arrays[leaf.path].reshape(len(leaf.tensors), *leaf.own_shape)[number] for leaf, number in parts]
-    return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
+    layout = parts[0][0].layout
+    if layout == Layout():
+        return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
+    return np.ascontiguousarray(layout.tensor(found))
 
 
 def _gather(array: jax.Array) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import jax
 from jax.experimental import multihost_utils
 
-from jaxrl_llm.models.checkpoints.fused_adapters import Parted, modules, names_read, to_peft, written_as
+from jaxrl_llm.models.checkpoints.fused_adapters import Parted, modules, names_read, to_peft, unwritable, written_as
 from jaxrl_llm.models.checkpoints.hf import (
     SafetensorsSource,
     overwrite_problem,
@@ -83,13 +83,15 @@ def save_adapters(
         The folder.
 
     Raises:
-        ValueError: there are no adapters, no family expresses the configuration, or the folder exists and must not
-            be overwritten.
+        ValueError: there are no adapters, no family expresses the configuration, PEFT has none such, or the folder
+            exists and must not be overwritten.
     """
     folder, lora = Path(os.path.expanduser(folder)), _lora_of(model)
     if not has_adapters(params):
         raise ValueError("these parameters have no adapters to save")
     family, weights = family_for(model.config), model.base.abstract_params()
+    if problem := unwritable(family, lora):
+        raise ValueError(problem)
     adapters = to_peft(split_adapters(params)[0], weights, family, lora)
     stack = Transformer(dataclasses.replace(model.config, lora=written_as(family, lora))).stack
     names, writer = _tensor_names(family), jax.process_index() == 0

@@ -25,6 +25,7 @@ from jaxrl_llm.models.checkpoints.hf import (
     write_weights,
 )
 from jaxrl_llm.models.checkpoints.locate import locate
+from jaxrl_llm.models.checkpoints.mxfp4 import Unpacked
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
 from jaxrl_llm.models.checkpoints.weights import load_weights
 from jaxrl_llm.models.config import DType, ModelConfig, Params, Remat
@@ -129,7 +130,8 @@ def load_params(
         source = GGUFSource(path)
         return load_weights(source, source.architecture.names, transformer, shardings, where=str(path), told=told)
     names = read_description(path)[0].tensor_names
-    return load_weights(SafetensorsSource(path), names, transformer, shardings, where=str(path), told=told)
+    source = Unpacked(SafetensorsSource(path))
+    return load_weights(source, names, transformer, shardings, where=str(path), told=told)
 
 
 def load_generation_config(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:

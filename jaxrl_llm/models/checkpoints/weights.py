@@ -39,6 +39,49 @@ class TensorSource(Protocol):
         ...
 
 
+class Layout(NamedTuple):
+    """How a parameter lies in a tensor, if otherwise than as it is: the tensor's columns in turns, or turned over.
+
+    In tables of names it is written behind the tensor's as NumPy would read the parameter out of it: `x[..., 1::2].mT`.
+    """
+
+    first: int = 0
+    every: int = 1
+    """The first column that is its own, and how many parameters the columns belong to, in turns."""
+    turned: bool = False
+    """Whether the last two axes are the other way round, `[…, in, out]`."""
+
+    @classmethod
+    def split(cls, name: str) -> tuple[str, Layout]:
+        """The tensor's name, and the layout that is written behind it."""
+        match = re.fullmatch(r"(.*?)(?:\[\.\.\., (\d+)::(\d+)\])?(\.mT)?", name)
+        assert match is not None
+        tensor, first, every, turned = match.groups()
+        return tensor, cls(int(first or 0), int(every or 1), turned is not None)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, of a parameter's."""
+        *rest, row, column = shape if len(shape) > 1 else (1, *shape)
+        if self.turned:
+            row, column = column, row
+        return (*rest, row, column * self.every)[-len(shape) :]
+
+    def index(self, place: Index) -> Index:
+        """Where in the tensor a part of the parameter lies, and what of others between it."""
+        *rest, last = (*place[:-2], place[-1], place[-2]) if self.turned else place
+        return (*rest, slice(last.start * self.every, last.stop * self.every))
+
+    def own(self, part: np.ndarray) -> np.ndarray:
+        """That part of the parameter, out of that of the tensor."""
+        part = part[..., self.first :: self.every]
+        return np.swapaxes(part, -1, -2) if self.turned else part
+
+    def tensor(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor of all parameters whose columns it has, in their order."""
+        columns = np.stack([np.swapaxes(part, -1, -2) if self.turned else part for part in parts], axis=-1)
+        return columns.reshape(*columns.shape[:-2], -1)
+
+
 class Leaf(NamedTuple):
     """One parameter: where it is in the tree, and the tensors that make it up."""
 
@@ -54,6 +97,8 @@ class Leaf(NamedTuple):
     """Where it begins in a tensor that holds several parameters, one below the other."""
     rows: int | None = None
     """How many rows such a tensor has."""
+    layout: Layout = Layout()
+    """How it lies in each of the tensors."""
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -63,7 +108,8 @@ class Leaf(NamedTuple):
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each of the tensors."""
-        return self.own_shape if self.rows is None else (self.rows, *self.own_shape[1:])
+        shape = self.own_shape if self.rows is None else (self.rows, *self.own_shape[1:])
+        return self.layout.stored(shape)
 
 
 def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
@@ -72,7 +118,7 @@ def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
     Args:
         tree: a model's parameters, or some of them.
         names: parameter → tensor name, `{layer}` standing for each layer, `{expert}` for each expert. Parameters of one
-            name are its rows, one after another in this order.
+            name are its rows, one after another in this order, or what the layout behind it says.
         stack: says which layers have a parameter.
     """
     found: dict[str, Leaf] = {}
@@ -83,9 +129,10 @@ def leaves(tree: Params, names: Mapping[str, str], stack: Stack) -> list[Leaf]:
         inner = path.removeprefix("layers.")
         owners = (None,) if inner == path else stack.owners[inner]
         experts = range(leaf.shape[1]) if "{expert}" in names[path] else (None,)
-        tensors = tuple(names[path].format(layer=layer, expert=expert) for layer in owners for expert in experts)
+        name, layout = Layout.split(names[path])
+        tensors = tuple(name.format(layer=layer, expert=expert) for layer in owners for expert in experts)
         stacked = (inner != path) + (experts != (None,))
-        found[path] = Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors, stacked)
+        found[path] = Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors, stacked, layout=layout)
     sharing: dict[str, list[str]] = {}
     for path, name in names.items():
         if path in found:
@@ -197,8 +244,8 @@ class _Reader(NamedTuple):
     bad: set[str]
     """Tensors in which something is not finite."""
 
-    def read(self, tensor: str, index: Index, out: np.ndarray) -> None:
-        out[...] = self.source.read(tensor, index)
+    def read(self, tensor: str, place: Index, layout: Layout, out: np.ndarray) -> None:
+        out[...] = layout.own(self.source.read(tensor, layout.index(place)))
         if not _is_finite(out):
             self.bad.add(tensor)
         self.told(out.nbytes)
@@ -240,7 +287,7 @@ def _read_slice(reader: _Reader, leaf: Leaf, index: Index) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named
         wanted = np.arange(len(leaf.tensors)).reshape(leaf.shape[: leaf.stacked])[index[: leaf.stacked]]
         for number, tensor in np.ndenumerate(wanted):
-            reader.read(leaf.tensors[tensor], place, out[(*number, ...)])
+            reader.read(leaf.tensors[tensor], place, leaf.layout, out[(*number, ...)])
     return out
 
 

@@ -7,10 +7,11 @@ import itertools
 from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.entries import Json, check_entries, shown
-from jaxrl_llm.models.families.base import Family
+from jaxrl_llm.models.families.base import Family, plain_attention
 from jaxrl_llm.models.families.config_json import CONFIG
 from jaxrl_llm.models.families.gemma2 import GEMMA2
 from jaxrl_llm.models.families.gemma3 import GEMMA3
+from jaxrl_llm.models.families.gpt_oss import GPT_OSS
 from jaxrl_llm.models.families.llama import LLAMA
 from jaxrl_llm.models.families.mistral import MISTRAL
 from jaxrl_llm.models.families.mixtral import MIXTRAL
@@ -24,7 +25,7 @@ from jaxrl_llm.models.families.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3),
-    *(QWEN2_MOE, QWEN3_MOE, MIXTRAL),
+    *(QWEN2_MOE, QWEN3_MOE, MIXTRAL, GPT_OSS),
     *(GEMMA2, GEMMA3, OLMO2, SMOLLM3, PHI3),
 )
 """All families; of those that express a configuration, the one that it came from or else the first is its export."""
@@ -73,14 +74,15 @@ def family_for(config: ModelConfig) -> Family:
     Raises:
         ValueError: none of them can have this configuration.
     """
-    possible = [family for family in FAMILIES if family.expresses(config)]
+    known = FAMILIES if plain_attention(config) else (GPT_OSS,)
+    possible = [family for family in known if family.expresses(config)]
     if possible:
         return next((family for family in possible if family.model_type == config.family), possible[0])
     traits = {
         name: getattr(config, name)
         for name in (
             *("embed_dim", "num_heads", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
-            *("layer_kinds", "experts", "attention_softcap", "logit_softcap"),
+            *("layer_kinds", "experts", "attention_sinks", "attention_softcap", "logit_softcap"),
             *("norm_offset", "scale_embeddings", "query_scalar"),
         )
     }

@@ -54,7 +54,8 @@ class Family:
     expresses: Callable[[ModelConfig], bool]
     """Whether a checkpoint of this family can have this configuration."""
     tensor_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: DECODER_NAMES)
-    """Parameter → tensor name. Parameters of one name are its rows, one after another in this order."""
+    """Parameter → tensor name. Parameters of one name are its rows, one after another in this order, unless a layout
+    is written behind it (`checkpoints/weights.py`)."""
     scores: str | None = None
     """What classes with a head of scores are called before `ForSequenceClassification`, where that is not what
     `architecture` begins with."""
@@ -165,6 +166,12 @@ def plain_logits(config: ModelConfig) -> bool:
     """Whether the model has none of Gemma's soft-caps and factors: no other family here has them."""
     factors = config.attention_softcap, config.logit_softcap, config.query_scalar
     return factors == (None, None, None) and not config.norm_offset and not config.scale_embeddings
+
+
+def plain_attention(config: ModelConfig) -> bool:
+    """Whether the model has none of GPT-OSS's sinks, gates and biases of experts: no other family has them."""
+    gates = any(kind.activation == "clamped_swiglu" for kind in config.layer_kinds)
+    return not (config.attention_sinks or gates or (config.experts is not None and config.experts.bias))
 
 
 def plain_kinds(config: ModelConfig, *, partial: bool = False, experts: bool = False) -> bool:

@@ -99,6 +99,8 @@ CONFIG: Table = {
     "num_experts_per_tok": whole("experts that compute a token", 1, 10**6),
     "moe_intermediate_size": whole("width of an expert", 1, 10**7),
     "shared_expert_intermediate_size": whole("width of the expert that computes all tokens", 1, 10**7),
+    "swiglu_alpha": number_between("GPT-OSS: slope of the gate's sigmoid", 0, 1e3).or_null(),
+    "swiglu_limit": number_between("GPT-OSS: what gate and up are clamped to", 0, 1e6).or_null(),
     "qkv_bias": truth("whether queries, keys and values have biases"),
     "norm_topk_prob": truth("whether the shares of a token's experts add up to 1"),
     "decoder_sparse_step": whole("of so many layers one has experts", 1, 10**4),

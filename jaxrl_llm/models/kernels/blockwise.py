@@ -6,6 +6,9 @@ length is not known to the compiler, so that JAX is told the derivatives (`deriv
 
     forward      s = c·tanh(q·k/√H / c),  lse = log Σ exp s,  out = Σ exp(s − lse) v
     pull (Jᵀ g)  p = exp(s − lse),  δ = ⟨g, out⟩,  dv = Σ p g,  ds = p (⟨g, v⟩ − δ) ∂s,  dq = Σ ds k,  dk = Σ ds q
+
+A sink is a score that does not depend on the query, of a key whose value is 0: the online softmax begins with it, and
+its slope is −Σ p δ.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ def blockwise_attention(
     value: jax.Array,
     visible: Visibility,
     *,
+    sinks: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
     block_size: int | None = None,
@@ -47,6 +51,7 @@ def blockwise_attention(
         key: `[B, Tk, K, H]`, rotated; query head n reads key head n // (N/K).
         value: `[B, Tk, K, H]`.
         visible: which keys each query sees; may be traced.
+        sinks: as of `dense_attention`.
         window: how many levels of the tree a query sees, its own included; `None`: all.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
         block_size: queries, and keys, of one block; need not divide Tq or Tk. `None` chooses by platform and size.
@@ -61,7 +66,7 @@ def blockwise_attention(
         raise ValueError(f"block_size must be at least 1 token, got {block_size}; None chooses one")
     size = block_size or default_block_size(max(query.shape[1], key.shape[1]))
     cut = Blockwise(Blocks(window, min(size, query.shape[1]), min(size, key.shape[1])), softcap)
-    inputs, visible = _alike(Inputs(query, key, value), visible)
+    inputs, visible = _alike(Inputs(query, key, value, sinks), visible)
     output: Output = attend(cut, inputs, visible)
     return output.mixed
 
@@ -117,7 +122,7 @@ def _wide(inputs: Inputs) -> Inputs:
 
     XLA's CPU has no product of bfloat16, and cuts no part of such an array without a wider copy of the whole.
     """
-    return Inputs(*(x.astype(jnp.float32) for x in inputs)) if on_cpu() else inputs
+    return jax.tree.map(lambda x: x.astype(jnp.float32), inputs) if on_cpu() else inputs
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
@@ -152,8 +157,14 @@ def _usable(inputs: Inputs) -> jax.Array:
     return jnp.all(jnp.isfinite(inputs.key) & jnp.isfinite(inputs.value), axis=(2, 3), keepdims=True)
 
 
+def _of_queries(sinks: jax.Array, query: jax.Array) -> jax.Array:
+    """`[N]` → `[K, queries · N/K]`, beside queries of that shape and as many numbers each."""
+    by_head = sinks.reshape(len(query), -1)
+    return jnp.tile(by_head, query.shape[1] // by_head.shape[1])
+
+
 def _forward(cut: Blockwise, inputs: Inputs, visible: Visibility) -> Output:
-    (query, key, value), blocks = _wide(inputs), cut.blocks
+    (query, key, value, sinks), blocks = _wide(inputs), cut.blocks
     usable = _usable(inputs)  # 0 times a NaN would be one; a NaN in a key is masked, or makes the output NaN
     key, value = jnp.where(usable, key, jnp.nan), jnp.where(usable, value, 0)
     query = blocks.of_queries(query * query.shape[-1] ** -0.5, key.shape[2])
@@ -174,7 +185,12 @@ def _forward(cut: Blockwise, inputs: Inputs, visible: Visibility) -> Output:
             return higher, total, mixed
 
         zeros = jnp.zeros(query.shape, jnp.float32)
-        peak, total, mixed = _over_keys(queries, add, (zeros[..., 0] + _LOWEST, zeros[..., 0], zeros))
+        peak, total = zeros[..., 0] + _LOWEST, zeros[..., 0]
+        if sinks is not None:
+            beside = _of_queries(sinks, query)
+            peak = jax.lax.stop_gradient(beside)
+            total = jnp.exp(beside - peak)
+        peak, total, mixed = _over_keys(queries, add, (peak, total, zeros))
         total = jnp.where(total == 0, 1, total)
         return (mixed / total[..., None]).astype(inputs.query.dtype), peak + jnp.log(total)
 
@@ -184,7 +200,7 @@ def _forward(cut: Blockwise, inputs: Inputs, visible: Visibility) -> Output:
 
 def _pull(cut: Blockwise, inputs: Inputs, visible: Visibility, output: Output, cotangent: jax.Array) -> Inputs:
     """Jᵀ g of the mixed values."""
-    (query, key, value), blocks = _wide(inputs), cut.blocks
+    (query, key, value, sinks), blocks = _wide(inputs), cut.blocks
     kv_heads, scale = key.shape[2], query.shape[-1] ** -0.5
     usable = _usable(inputs)
     key, value = blocks.of_keys(jnp.where(usable, key, 0)), blocks.of_keys(jnp.where(usable, value, 0))
@@ -196,7 +212,7 @@ def _pull(cut: Blockwise, inputs: Inputs, visible: Visibility, output: Output, c
     arrays = (jnp.where(read if x.ndim == 3 else read[..., None], x, 0) for x in arrays)
     arrays = tuple(blocks.of_queries(x, kv_heads) for x in arrays)
 
-    def of_queries(carry: tuple[jax.Array, ...], block: tuple) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def of_queries(carry: tuple[jax.Array, ...], block: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
         (query, gradient, mixed, normalizer), queries = block
         # Here, as XLA's CPU (jaxlib 0.10) takes a hundred times as long for the same sum over whole rows.
         shift = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1)
@@ -215,9 +231,14 @@ def _pull(cut: Blockwise, inputs: Inputs, visible: Visibility, output: Output, c
             )
 
         to_query, *sums = _over_keys(queries, add, (jnp.zeros(query.shape, jnp.float32), *carry))
-        return tuple(sums), (to_query * scale).astype(inputs.query.dtype)
+        to_sinks = None
+        if sinks is not None:
+            slope = jnp.exp(_of_queries(sinks, query) - normalizer) * shift
+            to_sinks = -jnp.sum(slope.reshape(kv_heads, -1, len(sinks) // kv_heads), axis=1)
+        return tuple(sums), ((to_query * scale).astype(inputs.query.dtype), to_sinks)
 
     zeros = jnp.zeros_like(jnp.swapaxes(key, 2, 3), jnp.float32)
-    (to_key, to_value), to_query = jax.lax.scan(of_queries, (zeros, zeros), (arrays, queries))
+    (to_key, to_value), (to_query, to_sinks) = jax.lax.scan(of_queries, (zeros, zeros), (arrays, queries))
     to_query = blocks.to_queries(to_query, inputs.query)
-    return Inputs(to_query, blocks.to_keys(to_key, inputs.key), blocks.to_keys(to_value, inputs.value))
+    to_sinks = None if to_sinks is None else jnp.sum(to_sinks, axis=0).reshape(-1)
+    return Inputs(to_query, blocks.to_keys(to_key, inputs.key), blocks.to_keys(to_value, inputs.value), to_sinks)

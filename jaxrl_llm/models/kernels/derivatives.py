@@ -29,6 +29,8 @@ class Inputs(NamedTuple):
     """`[B, Tk, K, H]`."""
     value: jax.Array
     """`[B, Tk, K, H]`."""
+    sinks: jax.Array | None = None
+    """`[N]` float32: a score of each head beside those of the keys, whose value is 0; `None`: there is none."""
 
 
 class Output(NamedTuple):
@@ -37,7 +39,7 @@ class Output(NamedTuple):
     mixed: jax.Array
     """`[B, Tq, N, H]`."""
     normalizer: jax.Array
-    """Float32 of each query and head, laid out as the method wants it: log Σ exp s."""
+    """Float32 of each query and head, laid out as the method wants it: log Σ exp s, sinks included."""
 
 
 class Method(Protocol):

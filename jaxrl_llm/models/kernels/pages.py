@@ -102,6 +102,7 @@ def attend_to_pages(
     layer: jax.Array | int,
     pages: Pages,
     *,
+    sinks: jax.Array | None = None,
     softcap: float | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -118,6 +119,7 @@ def attend_to_pages(
         second: `[l, I', J']` before them.
         layer: which of the l it is.
         pages: of each unit.
+        sinks: `[K, m]` float32 of the rows of each unit, or `None`: scores beside those of tokens, of value 0.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
         interpret: run as plain JAX, on any device, slowly.
 
@@ -140,17 +142,20 @@ def attend_to_pages(
     def of_unit(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda step, layer, unit, *_: (unit[step], *(0 for _ in shape)))
 
+    if sinks is not None:
+        sinks = jnp.broadcast_to(jnp.pad(sinks, [(0, 0), (0, filled)])[..., None], (*query.shape[1:3], LANES))
     block, dtype, parts = query.shape[1:], query.dtype, jax.tree.leaves(first)
     caches = [*parts, *jax.tree.leaves(second)]
     if not interpret:  # small ones XLA would bring elsewhere, whole
         caches = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in caches]
     stored = [pl.BlockSpec(memory_space=pltpu.HBM)] * len(caches)
+    beside = [] if sinks is None else [pl.BlockSpec(sinks.shape, lambda *_: (0, 0, 0))]
     mixed = pl.pallas_call(
-        functools.partial(_kernel, softcap=softcap, turned=turned),
+        functools.partial(_kernel, with_sinks=sinks is not None, softcap=softcap, turned=turned),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pages.count,),
-            in_specs=[of_unit(*block), of_unit(*seen.shape[1:]), *stored],
+            in_specs=[of_unit(*block), of_unit(*seen.shape[1:]), *beside, *stored],
             out_specs=of_unit(*block),
             scratch_shapes=[
                 *(pltpu.VMEM((2, pages.at_a_time, *part.shape[3:]), part.dtype) for part in parts),
@@ -164,7 +169,7 @@ def attend_to_pages(
         compiler_params=pltpu.CompilerParams(dimension_semantics=["arbitrary"], disable_bounds_checks=True),
         interpret=interpret,
         name="attend_to_pages",
-    )(jnp.full(1, layer, jnp.int32), *pages[:3], query, seen, *caches)
+    )(jnp.full(1, layer, jnp.int32), *pages[:3], query, seen, *([] if sinks is None else [sinks]), *caches)
     return mixed[:, :, :count]
 
 
@@ -176,10 +181,12 @@ def _kernel(
     query: Any,
     rows: Any,
     *refs: Any,
+    with_sinks: bool,
     softcap: float | None,
     turned: bool,
 ) -> None:
     """One step: some pages of one unit."""
+    sinks, refs = (refs[0], refs[1:]) if with_sinks else (None, refs)
     *stored, arrived, peak, total, mixed = refs
     count = (len(stored) - 1) // 3  # arrays of a cache: two caches, the output, the pages of a step
     caches, out, here = (stored[:count], stored[count : 2 * count]), stored[2 * count], stored[2 * count + 1 :]
@@ -202,8 +209,8 @@ def _kernel(
 
     @pl.when((step == 0) | (unit[jnp.maximum(step - 1, 0)] != unit[step]))
     def _():
-        peak[...] = jnp.full_like(peak, _LEAST)
-        total[...] = jnp.zeros_like(total)
+        peak[...] = jnp.full_like(peak, _LEAST) if sinks is None else sinks[...]
+        total[...] = jnp.full_like(total, 0.0 if sinks is None else 1.0)
         mixed[...] = jnp.zeros_like(mixed)
 
     _await_pages(begin, caches, here, arrived, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 
@@ -47,6 +48,7 @@ def attention(
     value: jax.Array,
     visible: Visibility,
     *,
+    sinks: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
     implementation: AttentionKernel = "auto",
@@ -59,6 +61,7 @@ def attention(
         key: As `dense_attention`; of the same tokens, `[B, T, K, H]`.
         value: As `dense_attention`.
         visible: As `dense_attention`.
+        sinks: As `dense_attention`.
         window: As `dense_attention`.
         softcap: As `dense_attention`.
         implementation: which kernel.
@@ -72,8 +75,9 @@ def attention(
     """
     longest = query.shape[1] if shared is None else shared.prompt_width + shared.width
     chosen = choose(implementation, longest)
+    ways: Any = {"sinks": sinks, "window": window, "softcap": softcap}
     if chosen != "dense":
-        return over_mesh(_KERNELS[chosen], query, key, value, visible, window=window, softcap=softcap)
+        return over_mesh(_KERNELS[chosen], query, key, value, visible, **ways)
     if shared is not None:
-        return dense_shared_attention(query, key, value, visible, shared, window=window, softcap=softcap)
-    return dense_attention(query, key, value, visible, window=window, softcap=softcap)
+        return dense_shared_attention(query, key, value, visible, shared, **ways)
+    return dense_attention(query, key, value, visible, **ways)

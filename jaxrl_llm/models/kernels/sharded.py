@@ -31,9 +31,11 @@ def over_mesh(
     key: jax.Array,
     value: jax.Array,
     visible: Visibility,
+    *,
+    sinks: jax.Array | None = None,
     **settings: Any,
 ) -> jax.Array:
-    """`attention(query, key, value, visible, **settings)` on each device's rows, heads and queries.
+    """`attention(query, key, value, visible, sinks=sinks, **settings)` on each device's rows, heads and queries.
 
     Those axes of the ambient mesh (`jax.set_mesh`) that a `shard_map` around the caller has taken are left alone;
     without others, or without a mesh, the function is called as it is. Where devices do not divide the rows,
@@ -45,6 +47,7 @@ def over_mesh(
         key: `[B, Tk, K, H]`.
         value: `[B, Tk, K, H]`.
         visible: which keys each query sees.
+        sinks: `[N]` of the heads, or `None`.
         **settings: handed on.
 
     Raises:
@@ -53,26 +56,28 @@ def over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     free = set(MESH_AXES).intersection(mesh.auto_axes)
     if not free:
-        return attention(query, key, value, visible, **settings)
+        return attention(query, key, value, visible, sinks=sinks, **settings)
     heads, rows, splits_time = spec(mesh, _HEADS), spec(mesh, ("rows", "time")), context_shards(mesh) > 1
     _check(mesh, heads, query.shape, "query")
     _check(mesh, heads, key.shape, "key and value")
     count = len(query)
     query, key, value, visible = jax.tree.map(functools.partial(_filled, mesh), (query, key, value, visible))
 
-    def of_device(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visibility) -> jax.Array:
+    def of_device(
+        query: jax.Array, key: jax.Array, value: jax.Array, visible: Visibility, sinks: jax.Array | None
+    ) -> jax.Array:
         if splits_time:
             key, value = _whole_rows(key), _whole_rows(value)
             visible = Visibility(*visible[:2], *map(_whole_rows, visible[2:]))
-        return attention(query, key, value, visible, **settings)
+        return attention(query, key, value, visible, sinks=sinks, **settings)
 
     mixed = jax.shard_map(
         of_device,
-        in_specs=(heads, heads, heads, rows),
+        in_specs=(heads, heads, heads, rows, spec(mesh, ("heads_activation",))),
         out_specs=heads,
         axis_names=free,
         check_vma=False,  # a Pallas kernel does not tell over which axes its results differ
-    )(query, key, value, visible)
+    )(query, key, value, visible, sinks)
     return mixed if len(mixed) == count else mixed[:count]
 
 

@@ -53,17 +53,24 @@ class _Splash(NamedTuple):
 
     def forward(self, inputs: Inputs, visible: Visibility) -> Output:
         """Attention; the normalizer is `[N, blocks, 1, block]`, blocks being those of all rows."""
-        query, key, value = map(_by_head, inputs)
+        query, key, value = map(_by_head, inputs[:3])
         out, lse = _forward(self, query, key, value, visible)
+        if inputs.sinks is not None:
+            whole = jnp.logaddexp(lse, _beside(inputs.sinks))
+            share = jnp.exp(lse - whole).reshape(*out.shape[:2], 1)
+            out, lse = (out * share).astype(out.dtype), whole
         return Output(_by_row(out, len(inputs.query)), lse)
 
     def pull(self, inputs: Inputs, visible: Visibility, output: Output, cotangent: jax.Array) -> Inputs:
         """Jᵀ g."""
         delta = jnp.sum(output.mixed.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)  # [B, Tq, N]
         delta = jnp.moveaxis(delta, 2, 0).reshape(output.normalizer.shape)
-        query, key, value, d_out = map(_by_head, (*inputs, cotangent))
+        query, key, value, d_out = map(_by_head, (*inputs[:3], cotangent))
         gradients = _backward(self, query, key, value, d_out, visible, output.normalizer, delta)
-        return Inputs(*(_by_row(x, len(inputs.query)) for x in gradients))
+        to_sinks = None
+        if inputs.sinks is not None:
+            to_sinks = -jnp.sum(jnp.exp(_beside(inputs.sinks) - output.normalizer) * delta, axis=(1, 2, 3))
+        return Inputs(*(_by_row(x, len(inputs.query)) for x in gradients))._replace(sinks=to_sinks)
 
     def plain(self) -> Blockwise:
         """Second derivatives are those of plain JAX."""
@@ -76,6 +83,7 @@ def splash_attention(
     value: jax.Array,
     visible: Visibility,
     *,
+    sinks: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
     interpret: bool = False,
@@ -91,6 +99,8 @@ def splash_attention(
         key: `[B, Tk, K, H]`, rotated; query head n reads key head n // (N/K).
         value: `[B, Tk, K, H]`.
         visible: which keys each query sees; it sees itself at least.
+        sinks: as of `dense_attention`. The kernels know nothing of them: their weight is taken off the output by way of
+            the log-sum-exp, and gradients need no more than the two of them.
         window: how many levels of the tree a query sees, its own included; `None`: all.
         softcap: c in c·tanh(·/c) on the scores, or `None`.
         interpret: run as plain JAX, on any device, slowly.
@@ -117,7 +127,7 @@ def splash_attention(
         key_depth=_pad(visible.key_depth, block[1], "edge"),
         end=_pad(visible.end, block[1]),  # 0: nobody sees these keys
     )
-    inputs = Inputs(_pad(query, block[0]), _pad(key, block[1]), _pad(value, block[1]))
+    inputs = Inputs(_pad(query, block[0]), _pad(key, block[1]), _pad(value, block[1]), sinks)
     output: Output = attend(_Splash(window, softcap, block, interpret), inputs, visible)
     return output.mixed[:, : lengths[0]]
 
@@ -130,6 +140,11 @@ def _block(length: int) -> int:
 def _pad(x: jax.Array, block: int, mode: str = "constant") -> jax.Array:
     missing = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], mode=mode) if missing else x
+
+
+def _beside(sinks: jax.Array) -> jax.Array:
+    """`[N]`, beside normalizers."""
+    return sinks[:, None, None, None]
 
 
 def _by_head(x: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ these formats come out as they are in it. Adapters are trained beside them (Dett
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,9 @@ from jaxrl_llm.sharding import gathered
 
 BLOCK = 32
 """Entries of a row that share a scale."""
+
+BYTES: Mapping[BaseDType, float] = MappingProxyType({"int8": 1 + 2 / BLOCK, "int4": 1 / 2 + 4 / BLOCK})
+"""Of an entry, with its part of scale and offset."""
 
 _Axes = tuple[str, str]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -35,8 +36,8 @@ from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.sizes import SIZES
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
-from jaxrl_llm.launch.plan.work import Work, forward
-from jaxrl_llm.models.config import Params
+from jaxrl_llm.launch.plan.work import Work, forward, update_work
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 
@@ -232,6 +233,22 @@ def test_operations_are_those_of_the_traced_program(tiny_config):
     heads = model.config.num_heads * model.config.head_dim
     unseen = 4 * heads * 3 * rows * (width * width - width * (width + 1) // 2)
     assert products_of(logits, params) == counted.total + unseen
+
+
+def test_frozen_weights_have_no_gradient_and_integers_are_read_as_such(tiny_config):
+    """By hand, of two layers with embeddings of their own, 4 prompts × 4 completions in 2 pieces."""
+    config = tiny_config(num_layers=2, embed_dim=64, mlp_dim=128, head_dim=16, num_heads=4, num_kv_heads=4)
+    sizes = {"prompts": 4, "samples": 4, "prompt_tokens": 8, "completion_tokens": 8}
+    plan, lora = Plan(**sizes, update=UpdateConfig(micro_batches=2)), LoraConfig(2)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    configs = config, dataclasses.replace(config, lora=lora), dataclasses.replace(config, lora=lora, base_dtype="int4")
+    plain, adapted, rounded = (update_work(c, mesh, plan, state=0, reference=False) for c in configs)
+    linear, once = 2 * (4 * 64 * 64 + 3 * 64 * 128), forward(config, 8, [[8] * 4] * 4, scored=128)
+    assert plain.flops == 3 * once.total / 2
+    assert adapted.flops == rounded.flops == (2 * (once.products + once.head) + 3 * once.attention) / 2
+    assert (plain.read, adapted.read) == (2 * 3 * 4 * config.num_parameters, 2 * 2 * 4 * config.num_parameters)
+    assert adapted.read - rounded.read == 2 * 2 * linear * (4 - 0.625)
+    assert adapted.sent - rounded.sent == 2 * 2 * linear * (4 - 0.625) / 2
 
 
 def test_windows_bound_what_is_seen(tiny_config):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Remat
+from jaxrl_llm.models.integers import BYTES
 from jaxrl_llm.sampling.traffic import Traffic
 from jaxrl_llm.sharding import context_shards, head_shards, row_shards, sampling_mesh
 
@@ -35,6 +36,10 @@ class Forward(NamedTuple):
     def total(self) -> int:
         """All."""
         return sum(self)
+
+    def backward(self, *, frozen: bool) -> int:
+        """Those of the backward pass: gradients of what is multiplied, on both sides unless weights are `frozen`."""
+        return (1 if frozen else 2) * (self.products + self.head) + 2 * self.attention
 
     def again(self, remat: Remat) -> int:
         """Of it what the backward pass computes a second time, so as not to keep it."""
@@ -63,9 +68,7 @@ def forward(
         unfed: tokens of each completion that do not go through the layers: the last one that is drawn.
         scored: how many distributions are made.
     """
-    heads = config.num_heads * config.head_dim
-    attention = config.embed_dim * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
-    weights = sum(attention + config.mlp_weights(kind, active=True) for kind in config.kinds)
+    heads, weights = config.num_heads * config.head_dim, _linear(config, active=True)
     fed = [length - unfed for group in completions for length in group]
     tokens = len(completions) * prompt_tokens + sum(fed)
     pairs = sum(
@@ -75,6 +78,12 @@ def forward(
     )
     head = 2 * config.embed_dim * config.vocab_size
     return Forward(2 * tokens * weights, 4 * heads * pairs, scored * head)
+
+
+def _linear(config: ModelConfig, *, active: bool = False) -> int:
+    """Entries of the matrices of all layers; `active`: of experts those that a token meets."""
+    attention = 2 * config.embed_dim * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return sum(attention + config.mlp_weights(kind, active=active) for kind in config.kinds)
 
 
 def _seen(before: int, tokens: int, window: int | None) -> int:
@@ -131,7 +140,9 @@ def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read:
 
 
 def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, reference: bool) -> Work:
-    """Optimizer steps on a batch: a forward pass, twice that backward; the reference's forward pass before it.
+    """Optimizer steps on a batch: a forward pass and the one backward; the reference's forward pass before it.
+
+    Adapters themselves are left out: of weights that they lie beside there is no gradient, which is all that differs.
 
     Args:
         config: of the model.
@@ -148,11 +159,12 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
     if budget is not None:
         pieces = -(-p * (plan.prompt_tokens + g * longest) // (budget * row_shards(mesh)))
     turns, size = plan.update.epochs * pieces, jnp.dtype(config.dtype).itemsize
-    dense, experts = _parameters(config)
-    weights = (dense + experts // mesh.shape["expert"]) * size // head_shards(mesh)
-    passes = 1 + 2 + (config.remat not in ("none", "dots"))
-    read = weights * (turns * passes + others * pieces) + 2 * steps * state
-    flops = (3 * plan.update.epochs + others) * pass_.total
+    dense, experts = _bytes(config, config.dtype)
+    weights = int(dense + experts / mesh.shape["expert"]) // head_shards(mesh)
+    gathers, frozen = 2 + (config.remat not in ("none", "dots")), config.lora is not None
+    read = weights * (turns * (gathers + (not frozen)) + others * pieces) + 2 * steps * state
+    flops = plan.update.epochs * pass_.backward(frozen=frozen)
+    flops += (plan.update.epochs + others) * pass_.total
     again = plan.update.epochs * pass_.again(config.remat)
 
     tokens = (plan.prompt_tokens * p + p * g * longest) // (pieces * row_shards(mesh) * context_shards(mesh))
@@ -160,28 +172,29 @@ def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, refe
     # Along `expert` tokens go to all devices, and what these give comes back in float32.
     exchanged = sum(kind.experts for kind in config.kinds) * tokens * config.embed_dim * (mesh.shape["expert"] - 1)
     of_pass = _weights(config, mesh) + _sum(sums, head_shards(mesh)) * size + exchanged * (size + 4)
-    moved = (turns * (passes - 1) + others * pieces) * of_pass
-    gradients = 0 if config.lora else turns * _weights(config, mesh, dtype=config.gradient_sums)
+    moved = (turns * gathers + others * pieces) * of_pass
+    gradients = 0 if frozen else turns * _weights(config, mesh, dtype=config.gradient_sums)
     kept = int(tokens * sum(_kept(config, kind, head_shards(mesh)) for kind in config.kinds))
-    hops = 2 * config.num_layers * (turns * (passes - 1) + others * pieces) * _hops(head_shards(mesh))
+    hops = 2 * config.num_layers * (turns * gathers + others * pieces) * _hops(head_shards(mesh))
     return Work(flops / mesh.size, again / mesh.size, read, turns, "piece", moved + gradients, kept, hops)
 
 
 def _weights(config: ModelConfig, mesh: Mesh, *, dtype: str | None = None) -> float:
     """Bytes of all weights, or of their gradients, that a device has from, or gives to, those that hold other parts."""
-    (dense, experts), tensor, shards = _parameters(config), head_shards(mesh), mesh.shape["expert"]
+    (dense, experts), tensor, shards = _bytes(config, dtype or config.dtype), head_shards(mesh), mesh.shape["expert"]
     parts = mesh.size // tensor // mesh.shape["data"]
     moved = dense * (1 - 1 / parts) + experts / shards * (1 - shards / parts)
-    return moved * jnp.dtype(dtype or config.dtype).itemsize / tensor
+    return moved / tensor
 
 
-def _parameters(config: ModelConfig) -> tuple[int, int]:
-    """How many there are outside of experts, and in them."""
-    experts = 0
+def _bytes(config: ModelConfig, dtype: str) -> tuple[float, float]:
+    """Bytes of the parameters outside of experts, and in them, in a type; what is kept as integers is read as these."""
+    experts, size = 0, jnp.dtype(dtype).itemsize
     if config.experts is not None:
         of_layer = 3 * config.embed_dim * config.experts.count * config.experts.width
         experts = of_layer * sum(kind.experts for kind in config.kinds)
-    return config.num_parameters - experts, experts
+    rounded, each = (0, 0) if config.base_dtype is None else (_linear(config), BYTES[config.base_dtype])
+    return (config.num_parameters - experts - rounded) * size + rounded * each, experts * size
 
 
 def _sum(numbers: int, shards: int) -> float:

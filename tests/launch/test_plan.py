@@ -174,6 +174,19 @@ def test_what_a_token_reads_is_told_of_slots(model_path: str):
         build(small(model_path, **slots, written=21), mesh)
 
 
+def test_what_a_token_reads_of_rounded_weights():
+    """All but embedding and head, which a token reads in bfloat16, in 1 + 2/32 bytes for 2."""
+    plan = Plan(size="smollm2-135m", layers=1, programs=("sampler",), prompts=2, slots=2, completion_tokens=8)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    floats, integers = (
+        build(dataclasses.replace(plan, sampling_weights_dtype=dtype), mesh)[0] for dtype in (None, "int8")
+    )
+    linear = 576 * (2 * 576 + 2 * 192 + 3 * 1536)
+    assert floats.work.read - integers.work.read == floats.work.turns * linear * (2 - 1.0625)
+    own = "the sampler's own weights"
+    assert integers.parts[own] < floats.parts[own]
+
+
 def test_the_example_of_the_command_has_flags_that_there_are():
     plan = read_flags(Plan(), shlex.split(EXAMPLES["plan"])[2:], "")
     assert (plan.slice, plan.mesh.fsdp) == ("v5e:2x4", 8)

@@ -106,6 +106,7 @@ def _sampler(beside: _Beside) -> Program:
         tensor=plan.sampling_tensor,
         attention=plan.sampling_attention,
         cache_dtype=plan.sampling_cache_dtype,
+        weights_dtype=plan.sampling_weights_dtype,
     )
     chip, p, width = CHIPS.get(mesh.devices.flat[0].device_kind), plan.prompts, plan.prompt_tokens
     sampler = Sampler(
@@ -120,7 +121,8 @@ def _sampler(beside: _Beside) -> Program:
     )
     sampler.check_length(width)
     slots = sampler.slots(p, width)
-    needs, read = sampler.footprint(p, width).needs(slots), _traffic(plan, model, mesh, slots)
+    decoded = model if settings.weights_dtype is None else model.rounded(settings.weights_dtype)
+    needs, read = sampler.footprint(p, width).needs(slots), _traffic(plan, decoded, mesh, slots)
     chosen = sampler.how_slots_are_chosen(p, width)
     return Program(
         "sampler",

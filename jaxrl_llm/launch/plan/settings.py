@@ -11,6 +11,7 @@ from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.launch.plan.sizes import Size
+from jaxrl_llm.models.config import BaseDType
 from jaxrl_llm.sampling.logits import CacheDType, SlotAttention
 from jaxrl_llm.sharding import MeshConfig
 
@@ -46,6 +47,8 @@ class Plan:
     """How completions in flight attend."""
     sampling_cache_dtype: CacheDType | None = None
     """Type in which keys and values are kept; `None`: the model's."""
+    sampling_weights_dtype: BaseDType | None = None
+    """Integers to which the layers' linear maps are rounded before sampling; `None`: they are the model's."""
     written: int | None = None
     """Tokens that these have on average when it is told what one more reads; `None`: half of the longest."""
     update: UpdateConfig = UpdateConfig(micro_batches=8)

@@ -18,7 +18,7 @@ from jaxrl_llm.sampling.sampled import Sampled, Wanted, unknown_experts
 from jaxrl_llm.sampling.stop_texts import StopTexts
 from jaxrl_llm.sampling.weights import Weights
 
-_STEPS_BETWEEN_LOOKS = 8
+STEPS_BETWEEN_LOOKS = 8
 """Tokens that are decoded, at most, before ended slots take up new completions."""
 
 _PROMPT_TOKENS = 1024
@@ -98,7 +98,7 @@ class Plan(NamedTuple):
     @property
     def steps(self) -> int:
         """Passes before ended slots take up new completions."""
-        return min(_STEPS_BETWEEN_LOOKS, max(1, self.sizes.tokens // (16 * self.ahead)))
+        return min(STEPS_BETWEEN_LOOKS, max(1, self.sizes.tokens // (16 * self.ahead)))
 
 
 class Batch(NamedTuple):

@@ -117,6 +117,11 @@ class Footprint:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._caches(self._loop(slots))
 
+    def fills(self, slots: int) -> int:
+        """How often prompts are computed, some at a time."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return -(-self.batch.prompts // self._prompts_at_a_time(self._loop(slots)))
+
     # ---- Parts of it, where the ambient mesh is the sampler's ------------------------------------------
 
     def _loop(self, slots: int) -> Loop:
@@ -144,9 +149,7 @@ class Footprint:
 
     def _reading(self, loop: Loop) -> int:
         """Of the prompts that are computed at a time: what layers make, and what one of them computes."""
-        config, batch, prompts = self.model.config, self.batch, self.batch.prompts
-        if not loop.together:
-            prompts = prompts_at_a_time(self._sizes(loop.slots), batch.width, batch.group, loop.slots)
+        config, batch, prompts = self.model.config, self.batch, self._prompts_at_a_time(loop)
         made = self._token if loop.together else 2 * self._token  # as it is made, and as pages
         heads = (2 * config.num_heads + 2 * self._value.shape[0]) * config.head_dim
         mlp, copies = 3 * config.mlp_dim, 0
@@ -155,6 +158,12 @@ class Footprint:
             copies = 2 * experts.per_token * config.embed_dim
         in_layer = 4 * config.embed_dim + copies + self._part(heads + mlp)
         return prompts * batch.width * (made + in_layer * self._value.dtype.itemsize)
+
+    def _prompts_at_a_time(self, loop: Loop) -> int:
+        batch = self.batch
+        if loop.together:
+            return batch.prompts
+        return prompts_at_a_time(self._sizes(loop.slots), batch.width, batch.group, loop.slots)
 
     def _drawing(self, rows: int) -> int:
         """Of the tokens that are drawn at a time."""

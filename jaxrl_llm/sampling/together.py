@@ -23,7 +23,7 @@ from jaxrl_llm.sampling.stop_texts import StopTexts, stops
 from jaxrl_llm.sampling.weights import Weights, in_loop
 from jaxrl_llm.sharding import constrain
 
-_STEPS_BETWEEN_LOOKS = 8
+STEPS_BETWEEN_LOOKS = 8
 """Tokens that are decoded, at most, before devices have to agree again on whether all completions have ended."""
 
 ROOM = 128
@@ -117,7 +117,7 @@ def sample_together(
 
         def steps(state: _Loop) -> _Loop:
             """One or an eighth of those before; those after the end of all change nothing that is returned."""
-            count = jnp.minimum(jnp.clip(state.time // 8, 1, _STEPS_BETWEEN_LOOKS), last - state.time)
+            count = jnp.minimum(jnp.clip(state.time // 8, 1, STEPS_BETWEEN_LOOKS), last - state.time)
             return jax.lax.fori_loop(0, count, step, state)
 
         return jax.lax.while_loop(lambda state: jnp.any(state.active) & (state.time < last), steps, state)

@@ -106,11 +106,11 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 def test_collectives_are_found_where_they_run():
     assert [tuple(one) for one in collectives(HLO)] == [
-        ("all-gather", 64, "once", 1, False),
-        ("all-reduce", 8 + 5, "once", 1, False),
-        ("all-reduce", 1, "loop 1", 1, True),
-        ("collective-permute", 24, "loop 1 inner", 9, True),
-        ("reduce-scatter", 128, "loop 1", 1, True),  # written down once for each fusion it is part of
+        ("all-gather", 64, "once", 1, 0),
+        ("all-reduce", 8 + 5, "once", 1, 0),
+        ("all-reduce", 1, "loop 1", 1, 1),
+        ("collective-permute", 24, "loop 1 inner", 9, 1),
+        ("reduce-scatter", 128, "loop 1", 1, 1),  # written down once for each fusion it is part of
     ]
 
 
@@ -132,9 +132,9 @@ def test_collectives_of_a_real_program(mesh: Mesh):
 
     shapes = [jax.ShapeDtypeStruct((16,), jnp.float32, sharding=sharding) for sharding in (split, whole)]
     text = jax.jit(program, out_shardings=whole).lower(*shapes).compile().as_text()
-    found = {(one.kind, one.place, one.times, one.is_open) for one in collectives(text)}
-    assert ("all-gather", "once", 1, False) in found
-    assert ("all-reduce", "loop 1", 5, False) in found
+    found = {(one.kind, one.place, one.times, one.open_loops) for one in collectives(text)}
+    assert ("all-gather", "once", 1, 0) in found
+    assert ("all-reduce", "loop 1", 5, 0) in found
 
 
 # ---- Programs ------------------------------------------------------------------------------------
@@ -200,10 +200,26 @@ def test_numbers_that_do_not_fit_the_mesh_are_refused(model_path: str):
         Plan(search=-1)
 
 
+def test_what_is_sent_counts_loops_as_often_as_they_turn():
+    """A token of 64 at a time in two loops that look for the end after each 8th, and prompts, read 3 times."""
+    found = [
+        Collective("all-gather", 1000, "once"),
+        Collective("all-reduce", 10, "loop 1", 1, 1),  # at each look
+        Collective("all-reduce", 1, "loop 1 inner", 8 * 2, 1),  # in two layers of each token
+        Collective("all-reduce", 1, "loop 2 inner", 8 * 2, 1),
+        Collective("all-to-all", 100, "loop 2 inner", 5, 2),  # within a loop over prompts
+    ]
+    report = Report(1.0, 0, 0, 0, 0, 0, found, "")
+    work = Work(flops=0, again=0, read=0, turns=64, turn="token", stride=8, fills=3)
+    assert report.sent(work) == {"all-gather": 1000, "all-reduce": 10 * 4 + 2 * 64, "all-to-all": 1500}
+    pieces = Work(flops=0, again=0, read=0, turns=4, turn="piece")
+    assert report.sent(pieces)["all-reduce"] == 4 * (10 + 16 + 16)
+
+
 @pytest.mark.parametrize(("limit", "word"), [(1.0, "DOES NOT FIT"), (2.0, "fits"), (None, "a device\n")])
 def test_verdict_counts_what_stays_in_memory(limit: float | None, word: str):
     half = GIB // 2
-    report = Report(1.0, half, 0, half, half, half, [Collective("all-gather", GIB, "loop 1", 2, True)], "")
+    report = Report(1.0, half, 0, half, half, half, [Collective("all-gather", GIB, "loop 1", 2, 1)], "")
     work = Work(flops=2e12, again=1e12, read=5e9, turns=3, turn="piece")
     program = Program("update", None, (), (), {"parameters": half, "gradients": half // 2}, work)
     chip = None if limit is None else Chip(limit, tflops=1, hbm_gbps=10, ici_gbps=1)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.launch.plan.hlo import Collective, collectives
 from jaxrl_llm.launch.plan.programs import Program
+from jaxrl_llm.launch.plan.work import Work
 
 _HELD = ("parameters", "optimizer", "reference")
 """What lies in memory before a program begins, and stays."""
@@ -52,12 +53,13 @@ class Report(NamedTuple):
         known = {name: size for name, size in {**parts, "batch": max(0, held)}.items() if size}
         return {**known, OTHERS: max(0, made + min(0, held))}
 
-    def sent(self, turns: int) -> dict[str, int]:
-        """Bytes that a device takes from others, by kind of collective, where open loops turn so often."""
-        total: dict[str, int] = collections.defaultdict(int)
+    def sent(self, work: Work) -> dict[str, int]:
+        """Bytes that a device takes from others, by kind of collective, where open loops turn as `work` says."""
+        loops = {one.place.removesuffix(" inner") for one in self.collectives if one.open_loops == 1}
+        total: dict[str, float] = collections.defaultdict(float)
         for one in self.collectives:
-            total[one.kind] += one.bytes * one.times * (turns if one.is_open else 1)
-        return dict(total)
+            total[one.kind] += one.bytes * one.times * work.runs(one.open_loops, len(loops))
+        return {kind: round(size) for kind, size in total.items()}
 
 
 def compile_program(program: Program, mesh: Mesh) -> Report:

@@ -32,8 +32,8 @@ class Collective(NamedTuple):
     """`once`, `loop 2`: each time around the program's second loop, `loop 2 inner`: in loops within that."""
     times: int = 1
     """How often it runs, loops counted whose length is written in the program."""
-    is_open: bool = False
-    """It is also in a loop whose length the numbers decide: until all rows have ended, say."""
+    open_loops: int = 0
+    """Loops around it whose length the numbers decide: until all rows have ended, say."""
 
 
 def collectives(text: str) -> list[Collective]:
@@ -52,7 +52,7 @@ def collectives(text: str) -> list[Collective]:
             lines.append(line)
     if entry is None:
         raise ValueError("the text is no HLO module: it has no ENTRY computation")
-    return list(_walk(bodies, entry, _Around("once", 1, False), itertools.count(1), set()))
+    return list(_walk(bodies, entry, _Around("once", 1, 0), itertools.count(1), set()))
 
 
 class _Around(NamedTuple):
@@ -60,12 +60,12 @@ class _Around(NamedTuple):
 
     place: str
     times: int
-    is_open: bool
+    open_loops: int
 
     def within(self, numbers: Iterator[int], turns: int | None) -> _Around:
         """Inside a further loop, of so many turns if that is known."""
         place = f"loop {next(numbers)}" if self.place == "once" else f"{self.place.removesuffix(' inner')} inner"
-        return _Around(place, self.times * (turns or 1), self.is_open or turns is None)
+        return _Around(place, self.times * (turns or 1), self.open_loops + (turns is None))
 
 
 def _walk(

@@ -122,7 +122,8 @@ def _sampler(beside: _Beside) -> Program:
     sampler.check_length(width)
     slots = sampler.slots(p, width)
     decoded = model if settings.weights_dtype is None else model.rounded(settings.weights_dtype)
-    needs, read = sampler.footprint(p, width).needs(slots), _traffic(plan, decoded, mesh, slots)
+    footprint, read = sampler.footprint(p, width), _traffic(plan, decoded, mesh, slots)
+    needs = footprint.needs(slots)
     chosen = sampler.how_slots_are_chosen(p, width)
     return Program(
         "sampler",
@@ -130,7 +131,7 @@ def _sampler(beside: _Beside) -> Program:
         (state.params, beside.array(p, width), beside.array(p), state.key, beside.array()),
         resident=(state.opt_state, reference),
         parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
-        work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values()))),
+        work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values())), fills=footprint.fills(slots)),
         remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
         slots=slots,
     )

@@ -50,7 +50,7 @@ def describe(program: Program, report: Report, chip: Chip | None) -> str:
 
 def record(program: Program, report: Report, chip: Chip | None) -> dict[str, Any]:
     """The same as plain numbers: bytes, operations and seconds of one device."""
-    work, sent = program.work, report.sent(program.work.turns)
+    work, sent = program.work, report.sent(program.work)
     seconds = {} if chip is None else work.seconds(chip, sum(sent.values()))
     return {
         "program": program.name,

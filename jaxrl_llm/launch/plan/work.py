@@ -15,6 +15,7 @@ from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.models.config import LayerKind, ModelConfig, Remat
 from jaxrl_llm.models.integers import BYTES
+from jaxrl_llm.sampling.flight import STEPS_BETWEEN_LOOKS
 from jaxrl_llm.sampling.traffic import Traffic
 from jaxrl_llm.sharding import context_shards, head_shards, row_shards, sampling_mesh
 
@@ -111,6 +112,21 @@ class Work(NamedTuple):
     """Bytes that the backward pass finds of the layers, at least."""
     hops: int = 0
     """From a chip to the next, one after another, at least: of the sums along `tensor`."""
+    stride: int = 1
+    """Turns that a loop of known length makes within the open one, between two looks for the end."""
+    fills: int | None = None
+    """How often an open loop within the open one turns: prompts that are read, some at a time; `None`: as often."""
+
+    def runs(self, open_loops: int, loops: int) -> float:
+        """How often what is within so many open loops runs, known ones apart.
+
+        Args:
+            open_loops: around it, one in the other.
+            loops: that are beside each other in the program: a sampler's turns are dealt to them.
+        """
+        if open_loops > 1 and self.fills is not None:
+            return self.fills
+        return self.turns / self.stride / (loops if self.stride > 1 else 1) if open_loops else 1
 
     def seconds(self, chip: Chip, sent: float) -> dict[str, float]:
         """How long each limit alone would let it take: a roofline.
@@ -126,8 +142,8 @@ class Work(NamedTuple):
         }
 
 
-def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read: Traffic) -> Work:
-    """Sampling with so many slots, of which a token of each reads `read`."""
+def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read: Traffic, *, fills: int) -> Work:
+    """Sampling with so many slots, of which a token of each reads `read`, and prompts are read so many times."""
     p, g, longest = plan.prompts, plan.samples, plan.completion_tokens
     pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, unfed=1, scored=p + p * g * (longest - 1))
     groups = mesh.size // head_shards(sampling_mesh(mesh, plan.sampling_tensor))
@@ -136,7 +152,17 @@ def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read:
     sums = 2 * config.num_layers * slots * config.embed_dim
     sent = _weights(config, mesh) + turns * _sum(sums, shards) * jnp.dtype(config.dtype).itemsize
     hops = turns * 2 * config.num_layers * _hops(shards)
-    return Work(pass_.total / mesh.size, 0, turns * (read.weights + read.pages), turns, "token", sent, hops=hops)
+    return Work(
+        flops=pass_.total / mesh.size,
+        again=0,
+        read=turns * (read.weights + read.pages),
+        turns=turns,
+        turn="token",
+        sent=sent,
+        hops=hops,
+        stride=STEPS_BETWEEN_LOOKS,
+        fills=fills,
+    )
 
 
 def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, reference: bool) -> Work:

@@ -92,6 +92,11 @@ def blocks_in(linear: Params) -> Blocks | None:
     )
 
 
+def has_blocks(params: Params) -> bool:
+    """Whether some linear layer of a tree has integers."""
+    return LEAVES[1] in params or any(has_blocks(part) for part in params.values() if isinstance(part, dict))
+
+
 def with_blocks(params: Any) -> Any:
     """A tree of parameters in which blocks that stand for weights are the leaves of their linear layers."""
     if not isinstance(params, dict):
@@ -117,7 +122,7 @@ def rounded(params: Params, dtype: BaseDType) -> Params:
 
 def with_floats(params: Any, dtype: Any) -> Any:
     """A tree of parameters with floats in place of integers. Pure; of a tree without integers it is itself."""
-    if not isinstance(params, dict):
+    if not isinstance(params, dict) or not has_blocks(params):
         return params
     if (blocks := blocks_in(params)) is not None:
         return {name: leaf for name, leaf in params.items() if name not in LEAVES} | {"weight": blocks.floats(dtype)}

@@ -325,7 +325,7 @@ def test_prompts_with_a_common_beginning(model, params, rollout):
     chex.assert_trees_all_close(jax.device_get(on_mesh.params), made[0][0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_critics(own, model, params, rollout, lively_params):
     scores = ScoreModel(model, lm_head=not own)
     # Completions that are cut off are in no loss, and yet in what advantages are whitened by.
@@ -344,7 +344,9 @@ def test_critics(own, model, params, rollout, lively_params):
     assert_same(made, (policy_params, value_params if own else None))
 
 
-@pytest.mark.parametrize("fisher", ["gauss_newton", pytest.param("hessian", marks=pytest.mark.slow), "sampled"])
+@pytest.mark.parametrize(
+    "fisher", ["gauss_newton", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hessian", "sampled"))]
+)
 def test_trust_regions(fisher, model, params, rollout):
     """Also with a loss that compares groups, which do not fit into a row."""
     algorithm = PolicyGradient(aggregation="group-mean-token-mean" if fisher == "sampled" else "seq-mean-token-mean")

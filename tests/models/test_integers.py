@@ -114,7 +114,7 @@ def test_on_eight_devices(made):
         model.shardings(make_mesh(MeshConfig(fsdp=1, tensor=8)))
 
 
-@both
+@pytest.mark.parametrize("made", ["int4"], indirect=True)
 def test_sampling_is_that_of_the_floats(made):
     model, params, plain, floats = made
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -239,7 +239,7 @@ def dppo_of_some_width() -> PolicyGradient:
 ON_POLICY = [*(preset for preset in POLICY_GRADIENTS if preset is not ppo), dppo_of_some_width]
 
 
-@pytest.mark.parametrize("preset", marked(ON_POLICY, ("grpo", "gspo", "kl_cov", "reinforce")))
+@pytest.mark.parametrize("preset", marked(ON_POLICY, ("grpo", "gspo", "kl_cov")))
 def test_on_policy_presets(preset, model, params, rollout):
     """Two minibatches, if the loss has a ratio."""
     algorithm = preset()
@@ -392,7 +392,7 @@ def of_rollout(rollout: Rollout, group: int) -> tuple[Any, ...]:
 OFFLINE = [made for made in vars(offline).values() if inspect.isfunction(made) and made.__module__ == offline.__name__]
 
 
-@pytest.mark.parametrize("preset", marked(OFFLINE, ("dpo", "aot", "wpo", "kto")))
+@pytest.mark.parametrize("preset", marked(OFFLINE, ("dpo", "wpo", "kto")))
 def test_offline_preferences(preset, model, params, rollout):
     objective, arrays = preset(), of_rollout(rollout, 2)
     if hasattr(objective, "pair_loss"):

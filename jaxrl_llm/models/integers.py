@@ -140,18 +140,14 @@ def _factor(dtype: DType, axes: _Axes, blocks: Blocks, x: jax.Array) -> jax.Arra
     return operand(dtype, whole.floats(x.dtype))
 
 
-def _forward(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> tuple[jax.Array, tuple[Blocks, jax.Array]]:
+def _forward(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> tuple[jax.Array, Blocks]:
     x = operand(dtype, x)
-    like = jnp.zeros((), x.dtype)
-    return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, blocks, x)), (blocks, like)
+    return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, blocks, x)), blocks
 
 
-def _backward(
-    dtype: DType, axes: _Axes, saved: tuple[Blocks, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, None]:
-    blocks, like = saved
+def _backward(dtype: DType, axes: _Axes, blocks: Blocks, gradient: jax.Array) -> tuple[jax.Array, None]:
     gradient = operand(dtype, gradient)
-    return jnp.einsum("...o,oi->...i", gradient, _factor(dtype, axes, blocks, like)), None
+    return jnp.einsum("...o,oi->...i", gradient, _factor(dtype, axes, blocks, gradient)), None
 
 
 blocks_product.defvjp(_forward, _backward)

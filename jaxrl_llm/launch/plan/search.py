@@ -203,15 +203,10 @@ def found_table(found: Sequence[Found]) -> str:
     head += [f"{name}: GiB, s" for name in ("sampler", "update")]
     rows = [head]
     for one in found:
-        plan, programs = (
-            one.plan,
-            [
-                f"{told['needed'] / GIB:.1f}, {max(told['seconds'].values()):.3g} ({told['limit']})"
-                for told in one.records
-            ],
-        )
+        plan, records = one.plan, one.records
+        programs = [f"{r['needed'] / GIB:.1f}, {max(r['seconds'].values()):.3g} ({r['limit']})" for r in records]
         budget = plan.update.tokens_per_micro_batch
-        chosen = [plan.sampling_tensor, one.records[0]["slots"], f"{budget:,}", plan.model.remat]
+        chosen = [plan.sampling_tensor, records[0]["slots"], f"{budget:,}", plan.model.remat]
         rows.append([told_mesh(one.mesh).removeprefix("mesh "), *map(str, chosen), *programs])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -146,9 +146,9 @@ def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read:
     """Sampling with so many slots, of which a token of each reads `read`, and prompts are read so many times."""
     p, g, longest = plan.prompts, plan.samples, plan.completion_tokens
     pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, unfed=1, scored=p + p * g * (longest - 1))
-    groups = mesh.size // head_shards(sampling_mesh(mesh, plan.sampling_tensor))
-    turns = max(1, -(-p * g // groups) // slots) * longest
     shards = head_shards(sampling_mesh(mesh, plan.sampling_tensor))
+    groups = mesh.size // shards
+    turns = max(1, -(-p * g // groups) // slots) * longest
     sums = 2 * config.num_layers * slots * config.embed_dim
     sent = _weights(config, mesh) + turns * _sum(sums, shards) * jnp.dtype(config.dtype).itemsize
     hops = turns * 2 * config.num_layers * _hops(shards)

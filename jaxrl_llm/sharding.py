@@ -53,6 +53,17 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 """Logical axis → mesh axis. An axis that is absent or `None` is not sharded."""
 
+_BLOCKS = "blocks of "
+
+
+def blocks_of(axis: str) -> str:
+    """The name of an axis with an entry for several of another one each; it is an array's last. See `spec`."""
+    return _BLOCKS + axis
+
+
+def _has_blocks(axis: str | None) -> bool:
+    return axis is not None and axis.startswith(_BLOCKS)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -159,7 +170,7 @@ def head_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
 def _pieces(axis: str, mesh: Mesh | AbstractMesh | None) -> int:
     """Number of pieces into which a logical axis is cut on a mesh, or on the ambient one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return math.prod(mesh.shape[name] for name in _mesh_axes(mesh, axis))
+    return _product(mesh, _mesh_axes(mesh, axis))
 
 
 def platform() -> str:
@@ -173,9 +184,33 @@ def on_cpu() -> bool:
     return platform() == "cpu"
 
 
-def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None]) -> PartitionSpec:
-    """The partition on `mesh` of an array whose dimensions have these logical names."""
-    return PartitionSpec(*(_mesh_axes(mesh, axis) or None for axis in axes))
+def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int] = ()) -> PartitionSpec:
+    """The partition on `mesh` of an array whose dimensions have these logical names.
+
+    Of an axis of blocks there are less than of that which they are of: a mesh axis that does not divide it cuts the
+    axis before it in its place, if that has a name and so many entries, or else nothing.
+
+    Args:
+        mesh: the device mesh.
+        axes: the names.
+        shape: of the array; needed where one is an axis of blocks.
+    """
+    parts = [_mesh_axes(mesh, axis) for axis in axes]
+    if axes and _has_blocks(axes[-1]):
+        *_, rows, blocks = shape
+        *_, of_rows, wanted = parts
+        of_blocks: tuple[str, ...] = ()
+        for name in wanted:
+            if blocks % _product(mesh, (*of_blocks, name)) == 0:
+                of_blocks = (*of_blocks, name)
+            elif axes[-2] is not None and rows % _product(mesh, (*of_rows, name)) == 0:
+                of_rows = (*of_rows, name)
+        parts[-2:] = of_rows, of_blocks
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def _product(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _mesh_axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
@@ -183,7 +218,7 @@ def _mesh_axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
 
     Those that a `shard_map` around the caller has taken are left out: there every array is one device's part.
     """
-    rule = () if axis is None else RULES[axis] or ()
+    rule = () if axis is None else RULES[axis.removeprefix(_BLOCKS)] or ()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     return tuple(name for name in ((rule,) if isinstance(rule, str) else rule) if name in free)
 
@@ -247,8 +282,8 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     def one(path: Any, names: tuple[str | None, ...], leaf: Any) -> NamedSharding:
         for dimension, name in zip(leaf.shape, names, strict=True):
             axes = [axis for axis in _mesh_axes(mesh, name) if mesh.shape[axis] > 1]
-            shards = math.prod(mesh.shape[axis] for axis in axes)
-            if dimension % shards:
+            shards = _product(mesh, axes)
+            if dimension % shards and not _has_blocks(name):
                 where = jax.tree_util.keystr(path, simple=True, separator=".")
                 many = len(axes) > 1
                 raise ValueError(
@@ -256,20 +291,25 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
                     f"{'axes' if many else 'axis'} {' × '.join(map(repr, axes))} of size {shards} "
                     f"{'do' if many else 'does'} not divide; choose a mesh.{' × mesh.'.join(axes)} that does"
                 )
-        return NamedSharding(mesh, spec(mesh, names))
+        return NamedSharding(mesh, spec(mesh, names, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None, shape: Sequence[int] | None = None) -> jax.Array:
     """Keeps `x` laid out by its logical axes on the ambient mesh (`jax.set_mesh`); without one, does nothing.
 
     An axis that the mesh lacks counts as one of size 1.
+
+    Args:
+        x: the array.
+        axes: names of its axes.
+        shape: of an array as which it is laid out, where that is not its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if set(MESH_AXES).isdisjoint(mesh.auto_axes):
         return x
-    return jax.lax.with_sharding_constraint(x, spec(mesh, axes))
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape if shape is None else shape))
 
 
 def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
@@ -293,7 +333,7 @@ def dealt_again(gradient: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def _whole_along_embed(axes: Sequence[str | None]) -> tuple[str | None, ...]:
-    return tuple(None if axis == "embed" else axis for axis in axes)
+    return tuple(None if axis in ("embed", blocks_of("embed")) else axis for axis in axes)
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
@@ -374,7 +414,7 @@ def gather_for_sampling(params: Any, axes: Any, dtype: Any, mesh: Mesh) -> Any:
     def one(names: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
         leaf = leaf.astype(dtype_read(names, leaf.dtype, dtype))
         if between is not None:
-            leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(between, spec(between, names)))
+            leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(between, spec(between, names, leaf.shape)))
         return constrain(leaf, *names)
 
     return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))

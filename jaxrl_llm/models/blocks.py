@@ -19,7 +19,7 @@ from jaxrl_llm.models.experts import Experts, Routed
 from jaxrl_llm.models.integers import Blocks, blocks_product
 from jaxrl_llm.models.operands import GATES, LINEAR, operand
 from jaxrl_llm.models.rope import Rotation, rotate
-from jaxrl_llm.sharding import constrain, dealt_again, gathered
+from jaxrl_llm.sharding import blocks_of, constrain, dealt_again, gathered
 
 Attend = Callable[..., jax.Array]
 """Queries `[..., N, H]`, keys and values `[..., K, H]` of the same tokens and, as `sinks`, the heads' `[N]` float32 or
@@ -119,9 +119,10 @@ class Linear(nnx.Module):
         weight = 0.02 * jax.random.normal(rngs.params(), (out, inner), dtype)
         rounded = None if config.base_dtype is None or name is None else Blocks.of(weight, config.base_dtype)
         weight, scale, offset = (weight, None, None) if rounded is None else rounded
-        self.weight = nnx.Param(weight, axes=axes)
-        self.weight_scale = None if scale is None else nnx.Param(scale, axes=axes)
-        self.weight_offset = None if offset is None else nnx.Param(offset, axes=axes)
+        in_blocks = axes if rounded is None else (axes[0], blocks_of(axes[1]))
+        self.weight = nnx.Param(weight, axes=in_blocks)
+        self.weight_scale = None if scale is None else nnx.Param(scale, axes=in_blocks)
+        self.weight_offset = None if offset is None else nnx.Param(offset, axes=in_blocks)
         self.bias = nnx.Param(jnp.zeros((out,), dtype), axes=axes[:1]) if bias else None
         lora = config.lora if config.lora is not None and name in config.lora.targets else None
         self.scale = 0.0 if lora is None else lora.scale
@@ -141,7 +142,8 @@ class Linear(nnx.Module):
             y = product(self.axes, x, self.weight[...])
         else:
             offset = None if self.weight_offset is None else self.weight_offset[...]
-            y = blocks_product(self.dtype, self.axes, x, Blocks(self.weight[...], self.weight_scale[...], offset))
+            axes = self.axes[0], blocks_of(self.axes[1])
+            y = blocks_product(self.dtype, axes, x, Blocks(self.weight[...], self.weight_scale[...], offset))
         if self.lora_a is not None and self.lora_b is not None:
             (out, inner), rank = self.axes, "lora_rank"
             narrow = product((rank, inner), x, self.lora_a[...])

@@ -8,6 +8,7 @@ these formats come out as they are in it. Adapters are trained beside them (Dett
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.models.config import BaseDType, DType, Params
 from jaxrl_llm.models.operands import operand
-from jaxrl_llm.sharding import gathered
+from jaxrl_llm.sharding import blocks_of, constrain, gathered, head_shards
 
 BLOCK = 32
 """Entries of a row that share a scale."""
@@ -26,6 +27,7 @@ BYTES: Mapping[BaseDType, float] = MappingProxyType({"int8": 1 + 2 / BLOCK, "int
 """Of an entry, with its part of scale and offset."""
 
 _Axes = tuple[str, str]
+"""Logical names of the axes of blocks: rows, and blocks of something."""
 
 
 class Blocks(NamedTuple):
@@ -35,7 +37,7 @@ class Blocks(NamedTuple):
     """Of 8 bits int8 `[..., out, in]`; of 4 uint8 `[..., out, in / 2]`, entries 2n and 2n + 1 in a byte, the first in
     its low bits."""
     scale: jax.Array
-    """`[..., out, in / 32]` float16."""
+    """`[..., out, in / 32]` float16; more where a device has parts of blocks (`with_whole_blocks`)."""
     offset: jax.Array | None
     """The same, of 4 bits."""
 
@@ -74,7 +76,7 @@ class Blocks(NamedTuple):
         values, outer = self.values, self.scale.shape[:-1]
         if self.offset is not None:
             values = jnp.stack([values & 15, values >> 4], axis=-1)
-        wide = values.astype(jnp.float32).reshape(*self.scale.shape, BLOCK)
+        wide = values.astype(jnp.float32).reshape(*self.scale.shape, -1)
         wide = wide * self.scale.astype(jnp.float32)[..., None]
         if self.offset is not None:
             wide = wide + self.offset.astype(jnp.float32)[..., None]
@@ -107,17 +109,72 @@ def with_blocks(params: Any) -> Any:
     return {name: with_blocks(part) for name, part in params.items()}
 
 
-def rounded(params: Params, dtype: BaseDType) -> Params:
-    """Parameters of a model whose layers' linear maps are integers in place of floats. Pure; has no adapters."""
+def rounded(params: Params, dtype: BaseDType, axes: Params | None = None) -> Params:
+    """Parameters of a model whose layers' linear maps are integers in place of floats. Pure; has no adapters.
 
-    def one(tree: Any) -> Any:
+    Args:
+        params: of the model with floats.
+        dtype: of the integers.
+        axes: logical names of the axes of what is returned, by which floats are laid out anew before they are rounded,
+            whole blocks on a device; `None`: there is no mesh.
+    """
+
+    def one(tree: Any, names: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         if "weight" in tree:
-            return tree | {"weight": Blocks.of(tree["weight"], dtype)}
-        return {name: one(part) for name, part in tree.items()}
+            weight = tree["weight"]
+            if names:
+                *outer, inner = weight.shape
+                weight = constrain(weight, *names[LEAVES[1]], shape=(*outer, inner // BLOCK))
+            return tree | {"weight": Blocks.of(weight, dtype)}
+        return {name: one(part, names and names[name]) for name, part in tree.items()}
 
-    return with_blocks(params | {"layers": one(params["layers"])})
+    return with_blocks(params | {"layers": one(params["layers"], axes and axes["layers"])})
+
+
+_READ_IN_PARTS = {"output": "heads", "down": "mlp"}
+"""Linear maps of whose rows a device of the `tensor` axis has a part, and the name of that axis."""
+
+
+def with_whole_blocks(params: Params) -> Params:
+    """Parameters of the same function in which the ambient mesh's `tensor` axis divides the blocks of a row.
+
+    Where it does not, blocks are taken for several, and each has the scale of all of them: of 24 blocks on 16 devices
+    come 48. Other axes of a mesh cut weights for storage alone, and need no such thing.
+
+    Args:
+        params: of a model or of one of its blocks; those without integers are returned as they are.
+    """
+    if not has_blocks(params):
+        return params
+
+    def one(tree: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if path[-1:] and path[-1] in _READ_IN_PARTS and (blocks := blocks_in(tree)) is not None:
+            rows = "embed_of_expert" if "experts" in path else "embed"
+            parted = _parted(blocks, rows, blocks_of(_READ_IN_PARTS[path[-1]]))
+            return tree | {name: leaf for name, leaf in zip(LEAVES, parted, strict=True) if leaf is not None}
+        return {name: one(part, (*path, name)) for name, part in tree.items()}
+
+    return one(params, ())
+
+
+def _parted(blocks: Blocks, *names: str) -> Blocks:
+    scale, shards = blocks.scale, head_shards()
+    if scale.shape[-1] % shards == 0:
+        return blocks
+    inner = blocks.values.shape[-1] * (1 if blocks.offset is None else 2)
+    own = inner // scale.shape[-1]
+    times = own // math.gcd(own, inner // shards)
+    outer = (None,) * (scale.ndim - 3) + ("expert",) if names[0] == "embed_of_expert" else (None,) * (scale.ndim - 2)
+
+    def one(leaf: jax.Array) -> jax.Array:
+        whole = constrain(leaf, *outer, names[0], None)
+        return constrain(jnp.repeat(whole, times, axis=-1), *outer, *names)
+
+    return Blocks(blocks.values, one(blocks.scale), None if blocks.offset is None else one(blocks.offset))
 
 
 def with_floats(params: Any, dtype: Any) -> Any:

@@ -1,5 +1,7 @@
 """Whole heads on every device of the `tensor` axis: where there are fewer of keys and values, these are repeated.
 
+So are the scales of weights that are integers, of which each device needs those of its own entries.
+
 A device that has N/t of the query heads needs the keys and values that they read. With K heads of these and K no
 multiple of t, each is repeated until there are lcm(K, t) of them, which t divides, and which divides N as K and t do;
 query head n then reads copy n // (N / lcm(K, t)) of head n // (N / K). The weights are repeated, and not what they
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_llm.models.config import ModelConfig, Params
-from jaxrl_llm.models.integers import LEAVES
-from jaxrl_llm.sharding import constrain, head_shards
+from jaxrl_llm.models.integers import LEAVES, with_whole_blocks
+from jaxrl_llm.sharding import blocks_of, constrain, head_shards
 
 _AXES = {
-    **dict.fromkeys(LEAVES, ("kv_heads", "embed")),
+    **dict.fromkeys(LEAVES, ("kv_heads", blocks_of("embed"))),
     "lora_b": ("kv_heads", "lora_rank"),
     "bias": ("kv_heads",),
 }
@@ -43,17 +45,18 @@ def kv_heads_on(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) ->
     return math.lcm(config.num_kv_heads, shards)
 
 
-def with_whole_heads(params: Params, config: ModelConfig) -> Params:
-    """Parameters of the same function with the heads of keys and values that the ambient mesh needs.
+def with_whole_parts(params: Params, config: ModelConfig) -> Params:
+    """Parameters of the same function with the heads of keys and values, and scales, that the ambient mesh needs.
 
     Args:
-        params: of a model or of one of its blocks; those that have the heads already are returned as they are.
+        params: of a model or of one of its blocks; those that have them already are returned as they are.
         config: of the model.
 
     Raises:
         ValueError: as `kv_heads_on`.
     """
     heads = kv_heads_on(config)
+    params = with_whole_blocks(params)
     if heads == config.num_kv_heads:
         return params
 

@@ -31,7 +31,7 @@ from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.models.rows import TokenRows, layout_of
 from jaxrl_llm.models.stack import Layer, Stack, flat
-from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
+from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_parts
 from jaxrl_llm.models.time_shards import dealt_order
 from jaxrl_llm.sharding import constrain, context_shards, on_cpu, parameter_shardings
 
@@ -179,7 +179,7 @@ class Transformer:
             return invariant.TiledBlock(block, self.config.dtype)
         plain = self.config.lora is not None and not has_adapters(layer_params)
         return nnx.merge(
-            _definition((self.base if plain else self).config, kind), with_whole_heads(layer_params, self.config)
+            _definition((self.base if plain else self).config, kind), with_whole_parts(layer_params, self.config)
         )
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:

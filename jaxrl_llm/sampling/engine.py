@@ -12,7 +12,7 @@ from jaxrl_llm.device_memory import readable, smallest_device_memory
 from jaxrl_llm.models.config import DType, Params
 from jaxrl_llm.models.integers import rounded
 from jaxrl_llm.models.lora import merge_adapters, read_by_sampler
-from jaxrl_llm.models.tensor_heads import with_whole_heads
+from jaxrl_llm.models.tensor_heads import with_whole_parts
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import choose
 from jaxrl_llm.sampling.caches import page_tokens
@@ -332,13 +332,13 @@ class Sampler:
         trunk = {name: params[name] for name in self._axes}  # heads have no part in it
         merged = trunk if self.model.config.base_dtype else merge_adapters(trunk, self.model.config)
         if self.config.weights_dtype is not None:
-            merged = rounded(merged, self.config.weights_dtype)
+            merged = rounded(merged, self.config.weights_dtype, self._axes)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             ours = gather_for_sampling(merged, self._axes, self.dtype, self.mesh)
             given = (prompt, prompt_lengths, key, step, limits, history)
             given = everywhere(given, common_mesh(self.mesh, self._own_mesh))
             given = everywhere(given, self._own_mesh)
-            rollout = self._sample(with_whole_heads(ours, self._read.config), *given)
+            rollout = self._sample(with_whole_parts(ours, self._read.config), *given)
         return everywhere(rollout, self.mesh)
 
     def _sample(

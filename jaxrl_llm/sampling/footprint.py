@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import has_adapters, read_by_sampler
-from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
+from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_parts
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Sizes, as_kept
 from jaxrl_llm.sampling.decode import Loop
@@ -208,7 +208,7 @@ class Footprint:
 
         given = read_by_sampler(self.model.abstract_params(), self.model.config)
         cast = jax.tree.map(one, axes, given, is_leaf=_is_names)
-        shapes = jax.eval_shape(lambda params: with_whole_heads(params, self.model.config), cast)
+        shapes = jax.eval_shape(lambda params: with_whole_parts(params, self.model.config), cast)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,

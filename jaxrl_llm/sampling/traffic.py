@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.models.config import DType
 from jaxrl_llm.models.lora import read_by_sampler
-from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
+from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_parts
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.attention import pages_read, slot_attention
 from jaxrl_llm.sampling.caches import Sizes, Slots, as_kept, bytes_of, page_tokens
@@ -112,7 +112,7 @@ def _weights(model: Transformer, mesh: Mesh, dtype: DType | None, slots: int) ->
     axes = read_by_sampler(model.logical_axes(), config)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(
-            lambda params: with_whole_heads(params, config), read_by_sampler(model.abstract_params(), config)
+            lambda params: with_whole_parts(params, config), read_by_sampler(model.abstract_params(), config)
         )
     placed = parameter_shardings(mesh, axes, shapes)
 

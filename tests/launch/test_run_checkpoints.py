@@ -24,7 +24,7 @@ ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
-    ("rank", "base_dtype", "sizes"), [(0, None, {"fsdp": 8}), (2, "int4", {"data": 4, "fsdp": 2})], ids=["all", "int4"]
+    ("rank", "base_dtype", "sizes"), [(0, None, {"fsdp": 8}), (2, "int4", {"fsdp": 8})], ids=["all", "int4"]
 )
 def test_the_parameters_of_a_step(
     rank, base_dtype, sizes, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,12 +16,12 @@ from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import LoraConfig, Params
-from jaxrl_llm.models.integers import BLOCK, Blocks, rounded, with_floats
+from jaxrl_llm.models.integers import BLOCK, Blocks, rounded, with_floats, with_whole_blocks
 from jaxrl_llm.models.lora import add_adapters, join, merge_adapters, split_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, is_rounded, make_mesh
 
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 7)).astype(np.int32)
 SIZES = {"embed_dim": 64, "mlp_dim": 128, "num_kv_heads": 2, "head_dim": 16, "lora": LoraConfig(rank=3, alpha=6.0)}
@@ -100,18 +100,28 @@ def test_a_model_computes_what_its_floats_would(made):
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * max(1, float(jnp.abs(theirs).max())))
 
 
-@pytest.mark.parametrize("made", ["int4"], indirect=True)
-def test_on_eight_devices(made):
-    """With heads of keys and values that are repeated, and integers that are gathered."""
-    model, params, *_ = made
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+@pytest.mark.parametrize(
+    ("made", "sizes"),
+    [("int4", {"fsdp": 2, "tensor": 4}), ("int4", {"fsdp": 8}), ("int8", {"tensor": 8})],
+    indirect=["made"],
+    ids=str,
+)
+def test_on_eight_devices(made, sizes):
+    """Heads of keys and values that are repeated; 2 blocks on 8 devices, which gather them; 4 of which all read some."""
+    model, params, _, floats = made
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     on_mesh = jax.device_put(params, model.shardings(mesh))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(model.logits).lower(on_mesh, TOKENS).compile()
-        got = compiled(on_mesh, TOKENS)
+        got = jax.jit(model.logits)(on_mesh, TOKENS)
     np.testing.assert_allclose(got, jax.jit(model.logits)(params, TOKENS), atol=2e-5)
-    with pytest.raises(ValueError, match=r"weight_(scale|offset) has 4 entries along 'heads'"):
-        model.shardings(make_mesh(MeshConfig(fsdp=1, tensor=8)))
+    whole, own = ([leaf for leaf in jax.tree.leaves(tree) if is_rounded(leaf.dtype)] for tree in (params, on_mesh))
+    assert bytes_per_device(own) == bytes_per_device(whole) / 8
+    if mesh.shape["tensor"] == 8:
+        with jax.set_mesh(mesh):
+            parted = jax.jit(with_whole_blocks)(on_mesh)
+        scale = parted["layers"]["mlp"]["down"]["weight_scale"]
+        assert scale.shape == (2, 64, 8) and scale.sharding.shard_shape(scale.shape) == (2, 64, 1)
+        jax.tree.map(np.testing.assert_array_equal, with_floats(parted, "float32"), floats)
 
 
 @pytest.mark.parametrize("made", ["int4"], indirect=True)
@@ -128,7 +138,7 @@ def test_sampling_is_that_of_the_floats(made):
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}, {"tensor": 8, "fsdp": 1}])
 def test_a_sampler_may_round_the_weights(tiny_config, lively_params, sizes):
     """Merged with their adapters: it draws as a model of the rounded weights does, and tells its log-probs."""
     model = Transformer(tiny_config(**SIZES))
@@ -166,12 +176,13 @@ def test_checkpoints_are_read_to_integers_and_written_as_floats(made, tmp_path, 
     loaded = load_params(tmp_path / "base", model, told=told.append)
     jax.tree.map(np.testing.assert_array_equal, loaded, rounded(base, model.config.base_dtype))
     assert sum(told) == bytes_per_device(plain.base.abstract_params())
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
-    cut = load_params(tmp_path / "base", model, model.shardings(mesh))
+    cut = load_params(tmp_path / "base", model, model.shardings(make_mesh(MeshConfig(fsdp=8))))
     jax.tree.map(np.testing.assert_array_equal, cut, loaded)
-    assert (
-        cut["layers"]["mlp"]["up"]["weight_scale"].sharding.spec == cut["layers"]["mlp"]["up"]["weight"].sharding.spec
-    )
+    up = cut["layers"]["mlp"]["up"]
+    assert [leaf.sharding.shard_shape(leaf.shape)[1:] for leaf in (up["weight"], up["weight_scale"])] == [
+        (128, up["weight"].shape[-1] // 8),
+        (16, 2),  # rows, for there are 2 blocks in each
+    ]
 
     params = add_adapters(loaded, model, jax.random.key(0))
     save_pretrained(tmp_path / "merged", model, params)
@@ -196,6 +207,3 @@ def test_what_is_not_trained_needs_adapters(tiny_config):
     model = Transformer(tiny_config(**SIZES, base_dtype="int8"))
     with pytest.raises(ValueError, match=r"sampling\.weights_dtype=int4 is not for model\.base_dtype"):
         Sampler(model, SamplingConfig(weights_dtype="int4"), group=2, stop_tokens=(), mesh=make_mesh())
-    settings, mesh = SamplingConfig(weights_dtype="int8", slots=1), make_mesh(MeshConfig(tensor=8, fsdp=1))
-    with pytest.raises(ValueError, match=r"weight_scale has 4 entries along 'heads'.* mesh axis 'tensor' of size 8"):
-        Sampler(Transformer(tiny_config(**SIZES)), settings, group=2, stop_tokens=(), mesh=mesh)

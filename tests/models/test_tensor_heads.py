@@ -14,7 +14,7 @@ import pytest
 from jaxrl_llm.models.config import LoraConfig
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.rows import PaddedLayout
-from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_heads
+from jaxrl_llm.models.tensor_heads import kv_heads_on, with_whole_parts
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 
@@ -62,8 +62,8 @@ def test_no_head_is_cut_in_two(tiny_config, lively_params):
     model, mesh = Transformer(tiny_config(num_kv_heads=2)), make_mesh(MeshConfig(fsdp=2, tensor=4))
     whole = lively_params(model)
     with jax.set_mesh(mesh):
-        repeated = jax.jit(functools.partial(with_whole_heads, config=model.config))(whole)
-        again = jax.jit(functools.partial(with_whole_heads, config=model.config))(repeated)
+        repeated = jax.jit(functools.partial(with_whole_parts, config=model.config))(whole)
+        again = jax.jit(functools.partial(with_whole_parts, config=model.config))(repeated)
     before, after = (params["layers"]["attention"] for params in (whole, repeated))
     key, ours = before["key"]["weight"], after["key"]["weight"]
     np.testing.assert_array_equal(ours, np.repeat(np.reshape(key, (2, 2, 4, 32)), 2, axis=1).reshape(2, 16, 32))
@@ -73,7 +73,7 @@ def test_no_head_is_cut_in_two(tiny_config, lively_params):
         assert (
             repeated["layers"]["attention"][name]["weight"].shape == whole["layers"]["attention"][name]["weight"].shape
         )
-    assert with_whole_heads(whole, model.config) is whole  # of one device
+    assert with_whole_parts(whole, model.config) is whole  # of one device
 
 
 @pytest.mark.parametrize("make", [Transformer, lambda config: ScoreModel(Transformer(config))], ids=["lm", "score"])

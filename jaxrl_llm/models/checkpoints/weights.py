@@ -178,15 +178,22 @@ def load_weights(
         _check_tied(source, names["embed.weight"], names["lm_head.weight"], where=where)
     kept = transformer.base.abstract_params()
 
+    def blocks_at(tree: Params, path: str) -> Blocks | None:
+        return blocks_in(_at(tree, path.removesuffix(".weight"))) if path.endswith(".weight") else None
+
     def finish(leaf: Leaf, array: jax.Array) -> Any:
         """The parameter as it is kept: where that is integers, the float one goes at once."""
-        linear = _at(kept, leaf.path.removesuffix(".weight")) if leaf.path.endswith(".weight") else {}
-        if transformer.config.base_dtype is None or blocks_in(linear) is None:
+        if transformer.config.base_dtype is None or blocks_at(kept, leaf.path) is None:
             return array
-        placed = None if shardings is None else blocks_in(_at(shardings, leaf.path.removesuffix(".weight")))
-        return jax.jit(Blocks.of, static_argnums=1, out_shardings=placed)(array, transformer.config.base_dtype)
+        made = jax.jit(Blocks.of, static_argnums=1, out_shardings=array.sharding)(array, transformer.config.base_dtype)
+        return made if shardings is None else jax.device_put(made, blocks_at(shardings, leaf.path))
 
-    places = None if shardings is None else [_at(shardings, leaf.path) for leaf in wanted]
+    def place(leaf: Leaf) -> Any:
+        """Where its floats go: of what is rounded, whole blocks of a row to one device."""
+        blocks = blocks_at(shardings, leaf.path)
+        return _at(shardings, leaf.path) if blocks is None else blocks.scale
+
+    places = None if shardings is None else [place(leaf) for leaf in wanted]
     arrays = load_leaves(source, wanted, places, where=where, told=told, finish=finish)
     return with_blocks(jax.tree.unflatten(jax.tree.structure(abstract), arrays))
 

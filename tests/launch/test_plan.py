@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.__main__ import EXAMPLES
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.policy_gradient import presets
 from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
 from jaxrl_llm.cli import parse
 from jaxrl_llm.config import Experiment, ModelSource
@@ -30,7 +31,7 @@ from jaxrl_llm.launch.plan import command
 from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.plan.compiled import Report, compile_program
 from jaxrl_llm.launch.plan.hlo import Collective, collectives
-from jaxrl_llm.launch.plan.programs import GIB, Program, build
+from jaxrl_llm.launch.plan.programs import GIB, Program, build, model_of
 from jaxrl_llm.launch.plan.search import found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.sizes import SIZES
@@ -38,8 +39,11 @@ from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
 from jaxrl_llm.launch.plan.work import Work, forward, update_work
 from jaxrl_llm.models.config import LoraConfig, Params
+from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.learner import CriticSource, make_learner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(
@@ -159,6 +163,74 @@ def test_memory_is_that_of_the_arguments_on_one_device(model_path: str):
     assert report.collectives
 
 
+def test_parts_of_ppo_are_those_of_real_arrays(model_path: str):
+    """Policy, critic, reference and reward model on eight devices, as a trainer has them, and what stays beside each
+    program."""
+    mesh, algorithm = make_mesh(MeshConfig(fsdp=2, tensor=4)), presets.ppo()
+    plan = small(model_path, algorithm=algorithm, reward_model="policy")
+    sampler, reward, update = build(plan, mesh)
+    model, others = model_of(plan, mesh), {"optimizer": plan.optimizer, "trust_region": None}
+    shape: Any = {"iterations": 2, "plan": plan.update, "sampling": SamplingConfig(max_tokens=8), **others}
+    learner = make_learner(model, algorithm, critic=CriticSource(), **shape)
+    placed: Any = jax.tree.map(lambda leaf: leaf.sharding, learner.abstract_state(mesh))
+    start = jax.jit(learner.start, static_argnames="seed", out_shardings=placed)
+    params = jax.device_put(model.init(jax.random.key(0)), model.shardings(mesh))
+    state = start(params, None, seed=0)
+    judge = ScoreModel(model)
+    of_judge = jax.device_put(judge.from_trunk(params), judge.shardings(mesh))
+
+    def held(tree: Any, dtype: Any = None) -> int:
+        arrays = [leaf if dtype is None else leaf.astype(dtype) for leaf in jax.tree.leaves(tree)]
+        return sum(part.data.nbytes for leaf in arrays for part in leaf.addressable_shards if part.device.id == 0)
+
+    expected = {
+        "parameters": held(state.params),
+        "optimizer": held(state.replace(params=None, critic=None)),
+        "critic": held(state.critic.params),
+        "critic's optimizer": held(state.critic.opt_state),
+        "reference": held(state.params, model.config.dtype),
+        "reward model": held(of_judge, model.config.dtype),
+    }
+    for program in (sampler, reward, update):
+        assert program.parts | expected == program.parts
+    assert update.parts["gradients"] == expected["parameters"] + expected["critic"]
+    of_optimizers = expected["critic"] + held((state.opt_state, state.critic.opt_state))
+    beside_sampler = of_optimizers + expected["reference"] + expected["reward model"]
+    assert bytes_per_device(sampler.resident) == beside_sampler
+    rest = 4 * 4 * 8 * (4 + 4) + 4 * 4  # log-probs, and whether they have ended
+    assert bytes_per_device(reward.resident) == held(state) + expected["reference"] + rest
+    assert bytes_per_device(update.resident) == expected["reward model"]
+    assert bytes_per_device(update.arguments[0]) == held(state)
+
+
+def test_scores_of_a_reward_model_are_a_program(model_path: str):
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    plan = small(model_path, reward_model="policy", programs=("reward",), samples=8)
+    (program,) = build(plan, mesh)
+    report = compile_program(program, mesh)
+    assert report.arguments >= bytes_per_device(program.arguments[0])
+    told = record(program, report, None)
+    assert set(told["bytes"]) >= {"parameters", "optimizer", "reward model"}
+    assert sum(told["bytes"].values()) == pytest.approx(told["needed"], rel=0.02)
+    with pytest.raises(ValueError, match=r"reward_model='x' is none of policy, smollm2-135m, .* does not exist"):
+        build(dataclasses.replace(plan, reward_model="x"), mesh)
+
+
+@pytest.mark.parametrize("programs", [(), ("reward",)])
+def test_a_plan_of_no_program_is_refused(programs: tuple[Any, ...]):
+    with pytest.raises(ValueError, match=r"programs=\(.*\) leaves nothing to compile"):
+        Plan(programs=programs)
+
+
+def test_settings_of_a_critic_need_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_plan(["--slice=local", "--critic.shares-trunk"])
+    assert "GroupAdvantage has no critic; --preset=ppo has one" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_plan(["--slice=local", "--programs"])
+    assert "leaves nothing to compile" in capsys.readouterr().err
+
+
 def test_what_a_token_reads_is_told_of_slots(model_path: str):
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
     slots = {"slots": 2, "programs": ("sampler",), "completion_tokens": 40}
@@ -264,6 +336,32 @@ def test_operations_are_those_of_the_traced_program(tiny_config):
     assert products_of(logits, params) == counted.total + unseen
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "critic", "passes"),
+    [
+        (PolicyGradient(), CriticSource(), 1 + 2 * 3),
+        (presets.ppo(), CriticSource(), 3 + 2 * (3 + 3)),  # reference, old log-probs and values before both are trained
+        (presets.ppo(), CriticSource(shares_trunk=True), 3 + 2 * 3),
+    ],
+    ids=["grpo", "ppo", "shared"],
+)
+def test_operations_of_all_of_an_update_are_those_of_the_traced_program(
+    model_path: str, algorithm: PolicyGradient, critic: CriticSource, passes: int
+):
+    """Of two epochs of two minibatches, to the last one, but for pairs that a dense pass computes and none sees."""
+    model = ModelSource(path=model_path, attention="dense", remat="none", scan_layers=True)
+    epochs: Any = {"update": UpdateConfig(epochs=2, minibatches=2), "algorithm": algorithm, "critic": critic}
+    plan = small(model_path, model=model, reward_model="policy", programs=("reward", "update"), **epochs)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    reward, update = build(plan, mesh)
+    config, p, g, t, c = model_of(plan, mesh).config, *(plan.prompts, plan.samples), *(8, 8)
+    unseen = t * t + g * c * (t + c) - t * (t + 1) // 2 - g * (c * t + c * (c + 1) // 2)
+    unseen *= 4 * config.num_heads * config.head_dim * config.num_layers * p
+    with jax.set_mesh(mesh):
+        counted = {one.name: products_of(one.function, *one.arguments) for one in (reward, update)}
+    assert counted == {"reward": reward.work.flops + unseen, "update": update.work.flops + passes * unseen}
+
+
 def test_frozen_weights_have_no_gradient_and_integers_are_read_as_such(tiny_config):
     """By hand, of two layers with embeddings of their own, 4 prompts × 4 completions in 2 pieces."""
     config = tiny_config(num_layers=2, embed_dim=64, mlp_dim=128, head_dim=16, num_heads=4, num_kv_heads=4)
@@ -271,7 +369,7 @@ def test_frozen_weights_have_no_gradient_and_integers_are_read_as_such(tiny_conf
     plan, lora = Plan(**sizes, update=UpdateConfig(micro_batches=2)), LoraConfig(2)
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     configs = config, dataclasses.replace(config, lora=lora), dataclasses.replace(config, lora=lora, base_dtype="int4")
-    plain, adapted, rounded = (update_work(c, mesh, plan, state=0, reference=False) for c in configs)
+    plain, adapted, rounded = (update_work(c, mesh, plan, state=0) for c in configs)
     linear, once = 2 * (4 * 64 * 64 + 3 * 64 * 128), forward(config, 8, [[8] * 4] * 4, scored=128)
     assert plain.flops == 3 * once.total / 2
     assert adapted.flops == rounded.flops == (2 * (once.products + once.head) + 3 * once.attention) / 2

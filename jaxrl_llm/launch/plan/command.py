@@ -13,8 +13,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxrl_llm.algorithms.policy_gradient import presets
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.flags import read_flags
+from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME
 from jaxrl_llm.launch.plan.compiled import compile_program
 from jaxrl_llm.launch.plan.programs import Program, build
 from jaxrl_llm.launch.plan.search import Found, found_table, search
@@ -22,6 +24,16 @@ from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import CHIPS, Chip, slice_devices
 from jaxrl_llm.launch.plan.telling import describe, draw, record, told_mesh
 from jaxrl_llm.sharding import make_mesh
+
+_HOST = {"by_function", "verdicts", "reference_rewards", "roles", "tasks"}
+"""What an algorithm may read that the host makes, in shapes that no plan knows."""
+
+PRESETS = {
+    preset.__name__: PRESETS_BY_NAME[preset.__name__]
+    for preset in presets.POLICY_GRADIENTS
+    if _HOST.isdisjoint(preset().needs)
+}
+"""What `--preset` may name: what learns from one reward of a completion."""
 
 
 def run_plan(args: Sequence[str] | None = None, *, description: str = "") -> None:
@@ -35,7 +47,7 @@ def run_plan(args: Sequence[str] | None = None, *, description: str = "") -> Non
         description: for `--help`.
     """
     with plain_errors():
-        plan = read_flags(Plan(), args, description)
+        plan = read_flags(Plan(), args, description, presets=PRESETS)
         devices = slice_devices(plan.slice)
         kind = devices[0].device_kind
         chip, title = CHIPS.get(kind), f"{plan.slice}, {len(devices)} × {kind}; JAX {jax.__version__}"

@@ -14,7 +14,10 @@ from jaxrl_llm.launch.plan.hlo import Collective, collectives
 from jaxrl_llm.launch.plan.programs import Program
 from jaxrl_llm.launch.plan.work import Work
 
-_HELD = ("parameters", "optimizer", "reference")
+STATE = ("parameters", "optimizer", "critic", "critic's optimizer")
+"""Parts of what is trained."""
+
+_HELD = (*STATE, "reference", "reward model")
 """What lies in memory before a program begins, and stays."""
 
 OTHERS = "activations and others"

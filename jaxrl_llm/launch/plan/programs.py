@@ -9,22 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_llm.algorithms.optimizer import make_optimizer, make_schedule
-from jaxrl_llm.algorithms.policy_gradient.update import make_update_step
-from jaxrl_llm.algorithms.state import abstract_train_state
+from jaxrl_llm.algorithms.iteration import DeviceReward, make_device_scores
+from jaxrl_llm.algorithms.score_models.reward_model import make_reward
 from jaxrl_llm.device_memory import bytes_per_device
-from jaxrl_llm.launch.plan.settings import Plan
+from jaxrl_llm.launch.plan.settings import OWN, Plan
 from jaxrl_llm.launch.plan.sizes import SIZES
 from jaxrl_llm.launch.plan.slices import CHIPS
-from jaxrl_llm.launch.plan.work import Work, sampling_work, update_work
+from jaxrl_llm.launch.plan.work import Work, reward_work, sampling_work, update_work
 from jaxrl_llm.models.checkpoints.pretrained import load_config
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import abstract_reference, has_adapters, split_trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
 from jaxrl_llm.sharding import replicated, sampling_mesh
-from jaxrl_llm.types import Rollout
+from jaxrl_llm.training.learner import Learner, make_learner
+from jaxrl_llm.types import Rollout, TrainState
 
 GIB = 2**30
 
@@ -50,28 +52,33 @@ class Program(NamedTuple):
 
 
 def build(plan: Plan, mesh: Mesh) -> list[Program]:
-    """The sampler and the update step as the trainer makes them, with abstract arguments.
+    """The programs of a step as the trainer makes them, with abstract arguments.
+
+    They are the sampler, the reward model's scores, if there is one, and the update. Where nothing else is a reward,
+    the trainer makes one program of the three, which needs what the largest of them does.
 
     Raises:
         ValueError: the numbers do not fit the mesh or the model.
     """
     model = model_of(plan, mesh)
-    optimizer = make_optimizer(plan.optimizer, make_schedule(plan.optimizer, 1000))
-    state = abstract_train_state(
-        model, optimizer, mesh, rounding=plan.optimizer.rounding, offload=plan.optimizer.offload
+    learner = make_learner(
+        model,
+        plan.algorithm,
+        iterations=1000,
+        plan=plan.update,
+        optimizer=plan.optimizer,
+        sampling=_sampling(plan),
+        critic=plan.critic,
+        trust_region=None,
     )
+    state = learner.abstract_state(mesh)
     needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
     reference = abstract_reference(state.params, model.config.dtype) if needed else None
-
-    parameters = bytes_per_device(state.params)
-    parts = {
-        "parameters": parameters,
-        "optimizer": bytes_per_device(state) - parameters,
-        "reference": bytes_per_device(reference),
-    }
-    beside = _Beside(plan, model, mesh, state, reference, parts)
-    made = {"sampler": lambda: _sampler(beside), "update": lambda: _update(beside, optimizer)}
-    return [make() for name, make in made.items() if name in plan.programs]
+    judge = None if plan.reward_model is None else ScoreModel(Transformer(reward_config(plan, model.config)))
+    judge_params = None if judge is None else _abstract_on(mesh, judge)
+    beside = _Beside(plan, model, mesh, learner, state, reference, judge, judge_params)
+    made = {"sampler": _sampler, "reward": _reward, "update": _update}
+    return [make(beside) for name, make in made.items() if name in plan.programs and (name != "reward" or judge)]
 
 
 def model_of(plan: Plan, mesh: Mesh) -> Transformer:
@@ -83,24 +90,90 @@ def model_of(plan: Plan, mesh: Mesh) -> Transformer:
         return Transformer(plan.model.applied_to(config))
 
 
+def reward_config(plan: Plan, policy: ModelConfig) -> ModelConfig:
+    """The reward model's: computed as the policy is, and kept in the type in which it is computed.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if plan.reward_model == OWN:
+        config = policy
+    else:
+        named: Any = plan.reward_model
+        try:
+            config = SIZES[named] if named in SIZES else load_config(named)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"reward_model={named!r} is none of {OWN}, {', '.join(SIZES)}, and {error}") from error
+        computed = ("dtype", "attention", "scan_layers")
+        config = dataclasses.replace(config, **{name: getattr(policy, name) for name in computed})
+    return dataclasses.replace(config, param_dtype=config.dtype, base_dtype=None, lora=None)
+
+
+def _abstract_on(mesh: Mesh, model: ScoreModel) -> Any:
+    """Shapes, types and shardings of a score model's parameters."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract_params(),
+        model.shardings(mesh),
+    )
+
+
 class _Beside(NamedTuple):
-    """What both programs are made of."""
+    """What all programs are made of."""
 
     plan: Plan
     model: Transformer
     mesh: Mesh
-    state: Any
+    learner: Learner
+    state: TrainState
     reference: Any
-    parts: dict[str, int]
+    judge: ScoreModel | None
+    """The reward model."""
+    judge_params: Any
 
     def array(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that is whole on each device."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of a device of what stays in memory, by what it is for."""
+        state, critic = self.state.replace(critic=None), self.state.critic
+        parameters = bytes_per_device(state.params)
+        return {
+            "parameters": parameters,
+            "optimizer": bytes_per_device(state) - parameters,
+            "reference": bytes_per_device(self.reference),
+            "critic": 0 if critic is None else bytes_per_device(critic.params),
+            "critic's optimizer": 0 if critic is None else bytes_per_device(critic.opt_state),
+            "reward model": bytes_per_device(self.judge_params),
+        }
 
-def _sampler(beside: _Beside) -> Program:
-    plan, model, mesh, state, reference, parts = beside
-    settings = SamplingConfig(
+    @property
+    def rollout(self) -> Rollout:
+        """What the sampler gives, the greedy completion of each prompt among the others where there is one."""
+        plan, config, array = self.plan, self.model.config, self.array
+        p, g, tc = plan.prompts, plan.group, plan.completion_tokens
+        rollout = Rollout(
+            prompt=array(p, plan.prompt_tokens),
+            prompt_lengths=array(p),
+            completion=array(p, g, tc),
+            completion_lengths=array(p, g),
+            finished=array(p, g, dtype=jnp.bool),
+            logprobs=array(p, g, tc, dtype=jnp.float32),
+            sampler_logprobs=array(p, g, tc, dtype=jnp.float32),
+        )
+        if not plan.algorithm.keeps_experts or config.experts is None:
+            return rollout
+        of_token = config.num_layers, config.experts.per_token
+        return rollout.replace(
+            experts=array(p, g, tc, *of_token, dtype=jnp.int16),
+            prompt_experts=array(p, plan.prompt_tokens, *of_token, dtype=jnp.int16),
+        )
+
+
+def _sampling(plan: Plan) -> SamplingConfig:
+    return SamplingConfig(
         max_tokens=plan.completion_tokens,
         slots=plan.slots,
         tensor=plan.sampling_tensor,
@@ -108,6 +181,11 @@ def _sampler(beside: _Beside) -> Program:
         cache_dtype=plan.sampling_cache_dtype,
         weights_dtype=plan.sampling_weights_dtype,
     )
+
+
+def _sampler(beside: _Beside) -> Program:
+    plan, model, mesh, state = beside.plan, beside.model, beside.mesh, beside.state
+    settings = _sampling(plan)
     chip, p, width = CHIPS.get(mesh.devices.flat[0].device_kind), plan.prompts, plan.prompt_tokens
     sampler = Sampler(
         model,
@@ -115,8 +193,9 @@ def _sampler(beside: _Beside) -> Program:
         group=plan.samples,
         stop_tokens=(0,),
         mesh=mesh,
+        greedy=plan.algorithm.needs_greedy,
         keep_experts=plan.algorithm.keeps_experts,
-        resident=bytes_per_device((state, reference)),
+        resident=bytes_per_device((state, beside.reference, beside.judge_params)),
         memory=None if chip is None else chip.hbm_gib * GIB,
     )
     sampler.check_length(width)
@@ -129,43 +208,42 @@ def _sampler(beside: _Beside) -> Program:
         "sampler",
         jax.jit(sampler.sample, out_shardings=replicated(mesh)),
         (state.params, beside.array(p, width), beside.array(p), state.key, beside.array()),
-        resident=(state.opt_state, reference),
-        parts=parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
+        resident=(state.opt_state, state.critic, beside.reference, beside.judge_params),
+        parts=beside.parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
         work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values())), fills=footprint.fills(slots)),
         remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
         slots=slots,
     )
 
 
-def _update(beside: _Beside, optimizer: Any) -> Program:
-    plan, model, mesh, state, reference, parts = beside
-    p, g, tc, array = plan.prompts, plan.samples, plan.completion_tokens, beside.array
-    rollout = Rollout(
-        prompt=array(p, plan.prompt_tokens),
-        prompt_lengths=array(p),
-        completion=array(p, g, tc),
-        completion_lengths=array(p, g),
-        finished=array(p, g, dtype=jnp.bool),
-        logprobs=array(p, g, tc, dtype=jnp.float32),
-        sampler_logprobs=array(p, g, tc, dtype=jnp.float32),
+def _reward(beside: _Beside) -> Program:
+    judge, mesh = beside.judge, beside.mesh
+    assert judge is not None  # else there is no such program
+    reward: Any = make_reward(judge, plan=beside.plan.update.of_batch)
+    read = ("prompt", "prompt_lengths", "completion", "completion_lengths")
+    return Program(
+        "reward",
+        jax.jit(make_device_scores([DeviceReward("reward_model", reward)]), out_shardings=replicated(mesh)),
+        ([beside.judge_params], beside.rollout),
+        resident=(beside.state, beside.reference, beside.rollout.replace(**dict.fromkeys(read))),
+        parts=beside.parts,
+        work=reward_work(judge.config, mesh, beside.plan),
     )
-    if plan.algorithm.keeps_experts and model.config.experts is not None:
-        of_token = model.config.num_layers, model.config.experts.per_token
-        rollout = rollout.replace(
-            experts=array(p, g, tc, *of_token, dtype=jnp.int16),
-            prompt_experts=array(p, plan.prompt_tokens, *of_token, dtype=jnp.int16),
-        )
-    step = make_update_step(model, optimizer, plan.algorithm, plan.update)
+
+
+def _update(beside: _Beside) -> Program:
+    plan, mesh, state = beside.plan, beside.mesh, beside.state
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    trained, _ = split_trainable(state.params)
+    # The compiler keeps those of policy and critic at one time, though nothing asks for it.
+    trained = [split_trainable(model.params)[0] for model in (state, state.critic) if model is not None]
     gradients = bytes_per_device(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), trained))
     return Program(
         "update",
-        jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh))),
-        (state, rollout, array(p, g, dtype=jnp.float32), reference),
-        resident=(),
-        parts=parts | {"gradients": gradients},
-        work=update_work(model.config, mesh, plan, state=bytes_per_device(state), reference=reference is not None),
+        jax.jit(beside.learner.step, donate_argnums=0, out_shardings=(placed, replicated(mesh))),
+        (state, beside.rollout, beside.array(plan.prompts, plan.group, dtype=jnp.float32), beside.reference),
+        resident=beside.judge_params,
+        parts=beside.parts | {"gradients": gradients},
+        work=update_work(beside.model.config, mesh, plan, state=bytes_per_device(state)),
     )
 
 
@@ -178,7 +256,7 @@ def _traffic(plan: Plan, model: Transformer, mesh: Mesh, slots: int) -> dict[str
     longest, mean = plan.completion_tokens, plan.mean_written
     if not 1 <= 2 * mean <= longest:
         raise ValueError(f"written={mean} must be from 1 to {longest // 2}: texts have up to twice as many tokens")
-    shape: dict[str, Any] = {"group": plan.samples, "prompt_width": plan.prompt_tokens, "tokens": longest}
+    shape: dict[str, Any] = {"group": plan.group, "prompt_width": plan.prompt_tokens, "tokens": longest}
     attentions = dict.fromkeys((plan.sampling_attention, *(("xla",) if plan.sampling_attention == "auto" else ())))
     ours, written = sampling_mesh(mesh, plan.sampling_tensor), spread(slots, mean)
     shape["cache_dtype"] = plan.sampling_cache_dtype

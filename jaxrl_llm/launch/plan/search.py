@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxrl_llm.launch.plan.compiled import Report, compile_program
+from jaxrl_llm.launch.plan.compiled import STATE, Report, compile_program
 from jaxrl_llm.launch.plan.programs import GIB, build, model_of
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
@@ -164,15 +164,14 @@ def _updates(plan: Plan, mesh: Mesh) -> Iterator[Option]:
     (program,) = build(dataclasses.replace(plan, programs=("update",)), mesh)
     parts = program.parts
     longest = -(-(plan.prompt_tokens + plan.completion_tokens) // _TILE) * _TILE
-    texts = plan.prompts * plan.samples // row_shards(mesh)
+    texts = plan.prompts * plan.group // row_shards(mesh)
     asked = plan.update.tokens_per_micro_batch
     budgets = [n * longest for n in _ROWS if n <= max(1, texts)] if asked is None else [asked]
     for remat, budget in itertools.product(_REMATS, budgets):
         update = dataclasses.replace(plan.update, micro_batches=1, tokens_per_micro_batch=budget)
         model = dataclasses.replace(plan.model, remat=remat)
         one = dataclasses.replace(plan, update=update, model=model, programs=("update",))
-        state, reference = parts["parameters"] + parts["optimizer"], parts["reference"] > 0
-        work = update_work(model_of(one, mesh).config, mesh, one, state=state, reference=reference)
+        work = update_work(model_of(one, mesh).config, mesh, one, state=sum(parts[name] for name in STATE))
         yield Option(one, mesh, work, sum(parts.values()))
 
 

@@ -14,6 +14,11 @@ from jaxrl_llm.launch.plan.sizes import Size
 from jaxrl_llm.models.config import BaseDType
 from jaxrl_llm.sampling.logits import CacheDType, SlotAttention
 from jaxrl_llm.sharding import MeshConfig
+from jaxrl_llm.training.learner import CriticSource
+
+ProgramName = Literal["sampler", "reward", "update"]
+OWN = "policy"
+"""What stands for the policy's own shape where another model is named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +59,19 @@ class Plan:
     update: UpdateConfig = UpdateConfig(micro_batches=8)
     """Epochs, minibatches, micro-batches."""
     algorithm: PolicyGradient = PolicyGradient()
-    """The objective; with a KL term the reference stays in memory, too."""
+    """The objective; with a KL term the reference stays in memory, too; --preset=ppo has a critic."""
+    critic: CriticSource = CriticSource()
+    """The critic of an algorithm that is made of one (PPO): of the policy's shape, as a run makes it."""
+    reward_model: str | None = None
+    """A model whose scores of completions are rewards: one of the sizes, a checkpoint (its config.json alone is read),
+    or `policy`, for one of the policy's shape. It stays in memory in `model.dtype`, on the policy's mesh, and reads
+    completions in the pieces in which the update does."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
-    programs: tuple[Literal["sampler", "update"], ...] = ("sampler", "update")
-    """Which programs to compile."""
+    programs: tuple[ProgramName, ...] = ("sampler", "reward", "update")
+    """Which programs to compile; `reward` where there is a reward model."""
     search: int = 0
     """Find so many plans that fit, the fastest first: meshes, slots, tokens of a row and rematerialisation are tried.
     Axes of the mesh, sampling_tensor and update.tokens_per_micro_batch are kept where they are set."""
@@ -69,12 +80,29 @@ class Plan:
     json: str | None = None
     """File for all of it as JSON."""
     picture: str | None = None
-    """File for the memory of both programs as bars, .png or .svg."""
+    """File for the memory of the programs as bars, .png or .svg."""
 
     def __post_init__(self) -> None:
-        """Rejects counts that cannot be meant."""
+        """Rejects counts that cannot be meant, and plans of nothing."""
         counts = {"prompts": 1, "samples": 1, "prompt_tokens": 1, "completion_tokens": 1, "search": 0}
         check_fields("plan", self, **{name: count(getattr(self, name), least=n) for name, n in counts.items()})
+        if not self.programs or (self.reward_model is None and set(self.programs) == {"reward"}):
+            raise ValueError(
+                f"programs={self.programs} leaves nothing to compile: name sampler or update, or reward beside a "
+                "reward_model, or leave it out for all that there are"
+            )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others are, and what is missing."""
+        if self.algorithm.needs_critic:
+            return {}
+        return {"critic": f"{self.algorithm.reader} has no critic; --preset=ppo has one"}
+
+    @property
+    def group(self) -> int:
+        """Completions of each prompt, the greedy one of an algorithm that needs it among them."""
+        return self.samples + self.algorithm.needs_greedy
 
     @property
     def mean_written(self) -> int:

@@ -1,10 +1,11 @@
-"""What sampling and updating compute, read and send, in closed form, and which limit of a chip binds.
+"""What sampling, scoring and updating compute, read and send, in closed form, and which limit of a chip binds.
 
 All completions are taken to be of the greatest length, which is the most that a step can take.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Forward(NamedTuple):
     attention: int
     """Queries with the keys that they see, and the weights with the values."""
     head: int
-    """Distributions over the vocabulary."""
+    """Distributions over the vocabulary, or the one number of a critic or reward model."""
 
     @property
     def total(self) -> int:
@@ -54,20 +55,27 @@ class Forward(NamedTuple):
 
 
 def forward(
-    config: ModelConfig, prompt_tokens: int, completions: Sequence[Sequence[int]], *, unfed: int = 0, scored: int
+    config: ModelConfig,
+    prompt_tokens: int,
+    completions: Sequence[Sequence[int]],
+    *,
+    unfed: int = 0,
+    scored: int,
+    outputs: int | None = None,
 ) -> Forward:
     """A forward pass in which each prompt is computed once for all its completions.
 
     Matrix products alone, a multiplication and an addition each: 2 Σ_layers (q, k, v, o and the three of the MLP, or
     the router and those of the token's experts) a token, 4 N H a pair of query and key that sees it, 2 D V a
-    distribution.
+    distribution, 2 D a value or score.
 
     Args:
         config: of the model.
         prompt_tokens: of every prompt.
         completions: lengths, a prompt's after another's.
         unfed: tokens of each completion that do not go through the layers: the last one that is drawn.
-        scored: how many distributions are made.
+        scored: how many distributions are made, or numbers in their place.
+        outputs: entries of each; `None`: V.
     """
     heads, weights = config.num_heads * config.head_dim, _linear(config, active=True)
     fed = [length - unfed for group in completions for length in group]
@@ -77,7 +85,7 @@ def forward(
         + sum(_seen(prompt_tokens, length, kind.window) for length in fed)
         for kind in config.kinds
     )
-    head = 2 * config.embed_dim * config.vocab_size
+    head = 2 * config.embed_dim * (config.vocab_size if outputs is None else outputs)
     return Forward(2 * tokens * weights, 4 * heads * pairs, scored * head)
 
 
@@ -144,7 +152,7 @@ class Work(NamedTuple):
 
 def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read: Traffic, *, fills: int) -> Work:
     """Sampling with so many slots, of which a token of each reads `read`, and prompts are read so many times."""
-    p, g, longest = plan.prompts, plan.samples, plan.completion_tokens
+    p, g, longest = plan.prompts, plan.group, plan.completion_tokens
     pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, unfed=1, scored=p + p * g * (longest - 1))
     shards = head_shards(sampling_mesh(mesh, plan.sampling_tensor))
     groups = mesh.size // shards
@@ -165,44 +173,121 @@ def sampling_work(config: ModelConfig, mesh: Mesh, plan: Plan, slots: int, read:
     )
 
 
-def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int, reference: bool) -> Work:
-    """Optimizer steps on a batch: a forward pass and the one backward; the reference's forward pass before it.
+def update_work(config: ModelConfig, mesh: Mesh, plan: Plan, *, state: int) -> Work:
+    """Optimizer steps on a batch: a forward pass and the one backward, and the passes that come before them.
 
-    Adapters themselves are left out: of weights that they lie beside there is no gradient, which is all that differs.
+    These are of the reference, of the policy where its earlier log-probs are read, and of the critic, which is then
+    trained as the policy is. Adapters themselves are left out: of weights that they lie beside there is no gradient,
+    which is all that differs.
 
     Args:
-        config: of the model.
+        config: of the policy, and of its critic.
         mesh: the devices.
         plan: sizes and settings.
-        state: bytes of parameters and optimizer on a device.
-        reference: whether the log-probs of another model are computed.
+        state: bytes of parameters and optimizers on a device.
     """
-    p, g, longest = plan.prompts, plan.samples, plan.completion_tokens
-    pass_ = forward(config, plan.prompt_tokens, [[longest] * g] * p, scored=p * g * longest)
-    steps, others = plan.update.optimizer_steps, int(reference) + int(plan.update.optimizer_steps > 1)
-    budget = plan.update.tokens_per_micro_batch
-    pieces = plan.update.micro_batches * plan.update.minibatches
-    if budget is not None:
-        pieces = -(-p * (plan.prompt_tokens + g * longest) // (budget * row_shards(mesh)))
-    turns, size = plan.update.epochs * pieces, jnp.dtype(config.dtype).itemsize
-    dense, experts = _bytes(config, config.dtype)
-    weights = int(dense + experts / mesh.shape["expert"]) // head_shards(mesh)
-    gathers, frozen = 2 + (config.remat not in ("none", "dots")), config.lora is not None
-    read = weights * (turns * (gathers + (not frozen)) + others * pieces) + 2 * steps * state
-    flops = plan.update.epochs * pass_.backward(frozen=frozen)
-    flops += (plan.update.epochs + others) * pass_.total
-    again = plan.update.epochs * pass_.again(config.remat)
+    algorithm, steps = plan.algorithm, plan.update.optimizer_steps
+    tokens = plan.prompts * plan.group * plan.completion_tokens
+    policy = _of_batch(config, plan, scored=tokens)
+    old = steps > 1 or not algorithm.advantage.needs.isdisjoint({"old", "entropy"})
+    before = [policy] * (int(algorithm.needs_reference) + int(old))
+    parts = [_trained(config, mesh, plan, policy)]
+    if algorithm.needs_critic:
+        value = _of_batch(config, plan, scored=tokens, outputs=1)
+        # Those of what follows the last token are taken of all tokens, prompts among them.
+        every = plan.prompts * plan.prompt_tokens + tokens if "final_values" in algorithm.needs else tokens
+        values = _of_batch(config, plan, scored=every, outputs=1)
+        if plan.critic.shares_trunk:
+            before, joint = [*before, values], policy._replace(head=policy.head + value.head)
+            parts = [_trained(config, mesh, plan, joint)]
+        else:
+            trunk = _without_head(config)
+            parts += [_trained(trunk, mesh, plan, value), _passes(trunk, mesh, plan, [values])]
+    parts.append(_passes(config, mesh, plan, before))
+    total = {name: sum(getattr(one, name) for one in parts) for name in ("flops", "again", "read", "sent", "hops")}
+    total["read"] += 2 * steps * state
+    return parts[0]._replace(**total, kept=max(one.kept for one in parts))
 
-    tokens = (plan.prompt_tokens * p + p * g * longest) // (pieces * row_shards(mesh) * context_shards(mesh))
+
+def reward_work(config: ModelConfig, mesh: Mesh, plan: Plan) -> Work:
+    """Scores of a batch: one forward pass of a reward model with this `config`, and a number of each token."""
+    scored = plan.prompts * plan.group * plan.completion_tokens
+    return _passes(_without_head(config), mesh, plan, [_of_batch(config, plan, scored=scored, outputs=1)])
+
+
+def _of_batch(config: ModelConfig, plan: Plan, *, scored: int, outputs: int | None = None) -> Forward:
+    """A forward pass over all prompts and completions; `scored` and `outputs` as for `forward`."""
+    texts = [[plan.completion_tokens] * plan.group] * plan.prompts
+    return forward(config, plan.prompt_tokens, texts, scored=scored, outputs=outputs)
+
+
+def _without_head(config: ModelConfig) -> ModelConfig:
+    """The configuration with no more parameters than a score model has, but for the few of its head."""
+    return dataclasses.replace(config, tie_embeddings=True)
+
+
+def _pieces(plan: Plan, mesh: Mesh) -> int:
+    """In how many pieces a pass over the batch is made, one after another."""
+    update, budget = plan.update, plan.update.tokens_per_micro_batch
+    if budget is None:
+        return update.micro_batches * update.minibatches
+    return -(-_tokens(plan) // (budget * row_shards(mesh)))
+
+
+def _tokens(plan: Plan) -> int:
+    """Of the batch, each prompt once."""
+    return plan.prompts * (plan.prompt_tokens + plan.group * plan.completion_tokens)
+
+
+def _passes(config: ModelConfig, mesh: Mesh, plan: Plan, made: Sequence[Forward]) -> Work:
+    """Forward passes of a model over the batch, with parameters that nothing changes between them."""
+    pieces = _pieces(plan, mesh)
+    sent, hops = _layers_sent(config, mesh, plan)
+    return Work(
+        flops=sum(one.total for one in made) / mesh.size,
+        again=0,
+        read=_read_weights(config, mesh) * len(made) * pieces,
+        turns=pieces,
+        turn="piece",
+        sent=len(made) * pieces * sent,
+        hops=len(made) * pieces * hops,
+    )
+
+
+def _trained(config: ModelConfig, mesh: Mesh, plan: Plan, once: Forward) -> Work:
+    """All epochs of a model: a forward pass like `once` and its backward pass for each."""
+    epochs, pieces, frozen = plan.update.epochs, _pieces(plan, mesh), config.lora is not None
+    turns, gathers = epochs * pieces, 2 + (config.remat not in ("none", "dots"))
+    tokens = _tokens(plan) // (pieces * row_shards(mesh) * context_shards(mesh))
+    sent, hops = _layers_sent(config, mesh, plan)
+    gradients = 0 if frozen else _weights(config, mesh, dtype=config.gradient_sums)
+    return Work(
+        flops=epochs * (once.total + once.backward(frozen=frozen)) / mesh.size,
+        again=epochs * once.again(config.remat) / mesh.size,
+        read=_read_weights(config, mesh) * turns * (gathers + (not frozen)),
+        turns=turns,
+        turn="piece",
+        sent=turns * (gathers * sent + gradients),
+        kept=int(tokens * sum(_kept(config, kind, head_shards(mesh)) for kind in config.kinds)),
+        hops=turns * gathers * hops,
+    )
+
+
+def _read_weights(config: ModelConfig, mesh: Mesh) -> int:
+    """Bytes of all weights that a device reads to compute a piece."""
+    dense, experts = _bytes(config, config.dtype)
+    return int(dense + experts / mesh.shape["expert"]) // head_shards(mesh)
+
+
+def _layers_sent(config: ModelConfig, mesh: Mesh, plan: Plan) -> tuple[float, int]:
+    """Bytes that a device takes from others to compute a piece in one direction, and hops of the sums among them."""
+    tokens = _tokens(plan) // (_pieces(plan, mesh) * row_shards(mesh) * context_shards(mesh))
+    shards, size = head_shards(mesh), jnp.dtype(config.dtype).itemsize
     sums = 2 * config.num_layers * tokens * config.embed_dim
     # Along `expert` tokens go to all devices, and what these give comes back in float32.
     exchanged = sum(kind.experts for kind in config.kinds) * tokens * config.embed_dim * (mesh.shape["expert"] - 1)
-    of_pass = _weights(config, mesh) + _sum(sums, head_shards(mesh)) * size + exchanged * (size + 4)
-    moved = (turns * gathers + others * pieces) * of_pass
-    gradients = 0 if frozen else turns * _weights(config, mesh, dtype=config.gradient_sums)
-    kept = int(tokens * sum(_kept(config, kind, head_shards(mesh)) for kind in config.kinds))
-    hops = 2 * config.num_layers * (turns * gathers + others * pieces) * _hops(head_shards(mesh))
-    return Work(flops / mesh.size, again / mesh.size, read, turns, "piece", moved + gradients, kept, hops)
+    sent = _weights(config, mesh) + _sum(sums, shards) * size + exchanged * (size + 4)
+    return sent, 2 * config.num_layers * _hops(shards)
 
 
 def _weights(config: ModelConfig, mesh: Mesh, *, dtype: str | None = None) -> float:

@@ -25,6 +25,8 @@ from jaxrl_llm.__main__ import main
 from jaxrl_llm.launch import flags, stages
 from jaxrl_llm.launch.configure import configure
 from jaxrl_llm.launch.on_policy import presets_of
+from jaxrl_llm.launch.plan.command import PRESETS as PLANNED
+from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.words import read_words, take_flag, with_preset
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,7 @@ COMMANDS = (
     *((config, presets_of(config)) for config in (stages.GRPO, stages.PPO, stages.TRPO, stages.DISTILL)),
     (stages.DPO, stages.METHODS),
     (stages.SFT, {}),
+    (Plan(), PLANNED),
 )
 OTHERS = ("--config", "--resume", "--help", "--help-all", "--experiment")  # of all commands, and of `evaluate`
 STAND_INS = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")
@@ -255,6 +255,13 @@ def to_device_memory(x: jax.Array) -> jax.Array:
 def to_host_memory(x: jax.Array) -> jax.Array:
     """An array in the memory of the host; for compiled functions."""
     return x if in_host_memory(x) else jax.device_put(x, jax.memory.Space.Host)
+
+
+def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """A whole array in this process's memory; where others have parts of it, all of them must ask."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,7 @@ from jaxrl_llm.sharding import (
     everywhere,
     gather_for_sampling,
     replicated,
+    row_sharding,
     row_shards,
     sampling_mesh,
 )
@@ -38,8 +39,8 @@ class Sampler:
     Inside the program adapters are merged, and the parameters cast to the rollout type and brought to the sampler's
     own layout (`sampling_mesh`), once, before the loop, so that no weight moves per decoded token. Where `tensor` is
     more than the heads of keys and values, these are repeated (`tensor_heads.py`), and the caches hold the repeated
-    ones: a device's part of them is a whole head. The rollout is replicated over the mesh: it is small, and the host of
-    each process reads it.
+    ones: a device's part of them is a whole head. The rollout is replicated over the mesh, since it is small and the
+    host of each process reads it; what it has many of for each token (`Rollout.WIDE`) lies with its prompts' rows.
 
     Args:
         model: the transformer.
@@ -105,7 +106,7 @@ class Sampler:
         self._resident, self._memory = resident, memory
         if config.slots == "auto" and memory is None:
             self._memory = smallest_device_memory(mesh)
-        self._program = jax.jit(self.sample, out_shardings=replicated(mesh))
+        self._program = jax.jit(self.sample)
 
     def _model_read(self) -> Transformer:
         """The model, or the one with rounded weights that completions are drawn from.
@@ -273,7 +274,8 @@ class Sampler:
             ValueError: as `row_split`.
         """
         split, shards = self.row_split(prompts), row_shards(self._own_mesh)
-        batch = Batch(prompts * split // shards, self.group // split, width, self.config.max_tokens, shards)
+        returned = shards / (row_shards(self.mesh) if self._has_rows(prompts) else 1)
+        batch = Batch(prompts * split // shards, self.group // split, width, self.config.max_tokens, shards, returned)
         return Footprint(
             *(self._read, self.config, self.mesh, self._own_mesh, self.dtype, batch, self._resident, self.kept),
             keep_experts=self.keep_experts,
@@ -339,7 +341,25 @@ class Sampler:
             given = everywhere(given, common_mesh(self.mesh, self._own_mesh))
             given = everywhere(given, self._own_mesh)
             rollout = self._sample(with_whole_parts(ours, self._read.config), *given)
-        return everywhere(rollout, self.mesh)
+        return jax.tree.map(jax.lax.with_sharding_constraint, rollout, self.shardings(rollout))
+
+    def shardings(self, rollout: Any) -> Any:
+        """Where the arrays of such a rollout lie on the learner's mesh, be they abstract."""
+        whole, rows = replicated(self.mesh), row_sharding(self.mesh)
+        wide = rows if self._has_rows(rollout.prompt.shape[0]) else whole
+        return rollout.replace(
+            **{name: wide if name in rollout.WIDE else whole for name, x in vars(rollout).items() if x is not None}
+        )
+
+    def placed(self, rollout: Any) -> Any:
+        """A rollout of arrays that each process has whole, laid out as if it had been sampled so."""
+        return jax.tree.map(
+            lambda x, lies: jax.make_array_from_callback(x.shape, lies, x.__getitem__), rollout, self.shardings(rollout)
+        )
+
+    def _has_rows(self, prompts: int) -> bool:
+        """Whether so many prompts can be cut as the learner cuts rows."""
+        return prompts % row_shards(self.mesh) == 0
 
     def _sample(
         self,

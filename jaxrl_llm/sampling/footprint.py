@@ -50,6 +50,8 @@ class Batch(NamedTuple):
     """Tc, of the longest completion."""
     shards: int
     """How many of these devices, or groups of them, there are; each has as much."""
+    returned: float
+    """Of how many of them a device has what is returned with the learner's rows (`Rollout.WIDE`)."""
 
     @property
     def completions(self) -> int:
@@ -99,8 +101,10 @@ class Footprint:
                 "the sampler's own weights": self._copied + (0 if loop.in_loops else self._unstacked),
                 "keys and values": self._caches(loop),
                 "prompts that are read, or logits": max(self._reading(loop), self._drawing(rows)),
-                # in the loop, their randomness, and what is returned, of all devices
-                "tokens and log-probs": sampled * (2 + (3 + self.kept) * (1 + batch.shards)),
+                # in the loop, their randomness, and what is returned: of all devices, or of the learner's rows
+                "tokens and log-probs": round(
+                    sampled * (2 + 3 * (1 + batch.shards) + self.kept * (1 + batch.returned))
+                ),
                 **self._experts(),
             }
 
@@ -110,7 +114,8 @@ class Footprint:
         if not self.keep_experts or config.experts is None:
             return {}
         tokens = batch.prompts * batch.width + batch.completions * batch.tokens
-        return {"experts of tokens": 2 * config.num_layers * config.experts.per_token * tokens * (1 + batch.shards)}
+        of_token = 2 * config.num_layers * config.experts.per_token
+        return {"experts of tokens": round(of_token * tokens * (1 + batch.returned))}
 
     def caches(self, slots: int) -> int:
         """Keys and values of prompts and completions."""

@@ -32,7 +32,7 @@ from jaxrl_llm.models.lora import abstract_reference, has_adapters, reference_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import replicated, row_shards
+from jaxrl_llm.sharding import on_host, replicated, row_shards
 from jaxrl_llm.training.ahead import Ahead
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.completions import RecordedCompletions
@@ -295,7 +295,7 @@ class Trainer:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
         elif not on_host:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
-            shardings: Any = (placed, whole, whole, whole)
+            shardings: Any = (placed, whole, None, whole)  # the sampler says where a rollout lies
             self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
         self._rates = Rates(learner.schedule)
 
@@ -339,8 +339,10 @@ class Trainer:
             return
         self._begun = True
         sampling = self.sampler.trace(self.state.params, prompts, self._width, self.state.key)
-        whole = replicated(mesh)
-        rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sampling.out_info)
+        made, abstract = sampling.out_info, jax.ShapeDtypeStruct
+        rollout = jax.tree.map(
+            lambda x, lies: abstract(x.shape, x.dtype, sharding=lies), made, self.sampler.shardings(made)
+        )
         given = (self.state, rollout, feedback, self.reference)
         self._ahead = Ahead(mesh, {"sample": sampling.lower, "update": lambda: self._lower_update(*given)})
 
@@ -407,9 +409,11 @@ class Trainer:
                     episodes = dataclasses.replace(episodes, reference_rewards=of_reference)
             if not self.config.dynamic_sampling:
                 return rollout, episodes, {}
-            if filled.add(jax.device_get(rollout), episodes):
+            if filled.add(jax.tree.map(on_host, rollout), episodes):
                 break
-        return *filled.take(), {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
+        rollout, episodes = filled.take()
+        told = {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
+        return self.sampler.placed(rollout), episodes, told
 
     def _scored(self, rollout: Rollout, batch: PromptBatch, step: int) -> Episodes:
         stops = self.sampler.stop_tokens

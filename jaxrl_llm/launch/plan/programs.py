@@ -24,7 +24,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
-from jaxrl_llm.sharding import replicated, sampling_mesh
+from jaxrl_llm.sharding import replicated, row_sharding, row_shards, sampling_mesh
 from jaxrl_llm.training.learner import Learner, make_learner
 from jaxrl_llm.types import Rollout, TrainState
 
@@ -166,10 +166,12 @@ class _Beside(NamedTuple):
         if not plan.algorithm.keeps_experts or config.experts is None:
             return rollout
         of_token = config.num_layers, config.experts.per_token
-        return rollout.replace(
-            experts=array(p, g, tc, *of_token, dtype=jnp.int16),
-            prompt_experts=array(p, plan.prompt_tokens, *of_token, dtype=jnp.int16),
+        lies = row_sharding(self.mesh) if p % row_shards(self.mesh) == 0 else replicated(self.mesh)
+        experts, of_prompts = (
+            jax.ShapeDtypeStruct((*shape, *of_token), jnp.int16, sharding=lies)
+            for shape in ((p, g, tc), (p, plan.prompt_tokens))
         )
+        return rollout.replace(experts=experts, prompt_experts=of_prompts)
 
 
 def _sampling(plan: Plan) -> SamplingConfig:
@@ -206,7 +208,7 @@ def _sampler(beside: _Beside) -> Program:
     chosen = sampler.how_slots_are_chosen(p, width)
     return Program(
         "sampler",
-        jax.jit(sampler.sample, out_shardings=replicated(mesh)),
+        sampler.program(p),
         (state.params, beside.array(p, width), beside.array(p), state.key, beside.array()),
         resident=(state.opt_state, state.critic, beside.reference, beside.judge_params),
         parts=beside.parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},

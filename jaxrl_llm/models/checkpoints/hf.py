@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -25,6 +24,7 @@ from jaxrl_llm.models.checkpoints.weights import Index, Layout, Leaf, leaves
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.entries import shown
 from jaxrl_llm.models.stack import Stack
+from jaxrl_llm.sharding import on_host
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -243,7 +243,7 @@ def write_weights(
     gathered: dict[str, np.ndarray] = {}
     for number, shard in enumerate(plan, start=1):
         needed = {leaf.path for parts in shard.values() for leaf, _ in parts}
-        gathered = {path: gathered[path] if path in gathered else _gather(arrays[path]) for path in sorted(needed)}
+        gathered = {path: gathered[path] if path in gathered else on_host(arrays[path]) for path in sorted(needed)}
         if folder is None:
             continue
         name = file if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
@@ -287,12 +287,6 @@ def _joined(parts: _Parts, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     if layout == Layout():
         return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
     return np.ascontiguousarray(layout.tensor(found))
-
-
-def _gather(array: jax.Array) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ class Sampler:
         self._resident, self._memory = resident, memory
         if config.slots == "auto" and memory is None:
             self._memory = smallest_device_memory(mesh)
-        self._program = jax.jit(self.sample)
+        self._programs: dict[bool, Any] = {}
 
     def _model_read(self) -> Transformer:
         """The model, or the one with rounded weights that completions are drawn from.
@@ -197,7 +197,14 @@ class Sampler:
         if history is not None:
             history = self._checked(history, len(prompt))
         with jax.set_mesh(self.mesh):
-            return self._program(params, prompt, lengths, key, np.asarray(step, np.int32), limits, history)
+            return self.program(len(prompt))(params, prompt, lengths, key, np.asarray(step, np.int32), limits, history)
+
+    def program(self, prompts: int) -> Any:
+        """`sample`, jitted for so many prompts."""
+        has_rows = self._has_rows(prompts)
+        if has_rows not in self._programs:
+            self._programs[has_rows] = jax.jit(self.sample, out_shardings=self.shardings(prompts))
+        return self._programs[has_rows]
 
     def trace(self, params: Params, prompts: int, width: int, key: jax.Array) -> jax.stages.Traced:
         """What a call without limits and history compiles, before it is compiled.
@@ -211,7 +218,7 @@ class Sampler:
         tokens, lengths, step = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((prompts, width), (prompts,), ()))
         root = jax.ShapeDtypeStruct(key.shape, key.dtype)
         with jax.set_mesh(self.mesh):
-            return self._program.trace(params, tokens, lengths, root, step, None, None)
+            return self.program(prompts).trace(params, tokens, lengths, root, step, None, None)
 
     def _checked(self, history: tuple[np.ndarray, np.ndarray], prompts: int) -> tuple[np.ndarray, np.ndarray]:
         """As the program takes it.
@@ -341,21 +348,25 @@ class Sampler:
             given = everywhere(given, common_mesh(self.mesh, self._own_mesh))
             given = everywhere(given, self._own_mesh)
             rollout = self._sample(with_whole_parts(ours, self._read.config), *given)
-        return jax.tree.map(jax.lax.with_sharding_constraint, rollout, self.shardings(rollout))
+        return jax.tree.map(jax.lax.with_sharding_constraint, rollout, self.shardings(len(prompt)))
 
-    def shardings(self, rollout: Any) -> Any:
-        """Where the arrays of such a rollout lie on the learner's mesh, be they abstract."""
-        whole, rows = replicated(self.mesh), row_sharding(self.mesh)
-        wide = rows if self._has_rows(rollout.prompt.shape[0]) else whole
-        return rollout.replace(
-            **{name: wide if name in rollout.WIDE else whole for name, x in vars(rollout).items() if x is not None}
+    def shardings(self, prompts: int) -> Rollout:
+        """Where the arrays of a rollout of so many prompts lie on the learner's mesh."""
+        whole: Any = replicated(self.mesh)
+        wide: Any = row_sharding(self.mesh) if self._has_rows(prompts) else whole
+        of_experts = wide if self.keep_experts and self.model.config.experts is not None else None
+        return Rollout(
+            *(whole,) * 7,
+            kept=wide if self.kept else None,
+            passes=whole if self.config.drafts else None,
+            experts=of_experts,
+            prompt_experts=of_experts,
         )
 
     def placed(self, rollout: Any) -> Any:
         """A rollout of arrays that each process has whole, laid out as if it had been sampled so."""
-        return jax.tree.map(
-            lambda x, lies: jax.make_array_from_callback(x.shape, lies, x.__getitem__), rollout, self.shardings(rollout)
-        )
+        lies = self.shardings(len(rollout.prompt))
+        return jax.tree.map(lambda x, own: jax.make_array_from_callback(x.shape, own, x.__getitem__), rollout, lies)
 
     def _has_rows(self, prompts: int) -> bool:
         """Whether so many prompts can be cut as the learner cuts rows."""

@@ -295,7 +295,7 @@ class Trainer:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
         elif not on_host:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
-            shardings: Any = (placed, whole, None, whole)  # the sampler says where a rollout lies
+            shardings: Any = (placed, whole, self.sampler.shardings(self.config.prompts_per_step), whole)
             self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
         self._rates = Rates(learner.schedule)
 
@@ -339,9 +339,9 @@ class Trainer:
             return
         self._begun = True
         sampling = self.sampler.trace(self.state.params, prompts, self._width, self.state.key)
-        made, abstract = sampling.out_info, jax.ShapeDtypeStruct
         rollout = jax.tree.map(
-            lambda x, lies: abstract(x.shape, x.dtype, sharding=lies), made, self.sampler.shardings(made)
+            lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+            *(sampling.out_info, self.sampler.shardings(prompts)),
         )
         given = (self.state, rollout, feedback, self.reference)
         self._ahead = Ahead(mesh, {"sample": sampling.lower, "update": lambda: self._lower_update(*given)})

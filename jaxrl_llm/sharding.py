@@ -119,7 +119,11 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     sizes = (config or MeshConfig()).sizes(len(devices))
     shape, automatic = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
     if (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=automatic, devices=list(devices))
+        try:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=automatic, devices=list(devices))
+        except NotImplementedError:  # no axis of the torus is as long as one of the mesh: axes share one
+            placed = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+            return Mesh(placed, MESH_AXES, axis_types=automatic)
     if sizes["data"] % slices:
         raise ValueError(
             f"the devices are {slices} slices, between which only mesh.data may be split: set mesh.data={slices}, or "

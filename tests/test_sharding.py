@@ -81,6 +81,18 @@ def test_make_mesh_uses_the_given_devices():
     assert dict(part.shape) == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1, "expert": 1}
 
 
+def test_an_axis_may_have_a_part_of_one_of_the_torus(monkeypatch: pytest.MonkeyPatch):
+    """On 2 × 2 × 4 chips JAX itself refuses tensor=2 beside context=2 and fsdp=4."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    assert mesh.shape["fsdp"] == 4 and mesh.shape["tensor"] == 2 and mesh.axis_types == (AxisType.Auto,) * 5
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
 def test_parameters_are_cut_along_embedding_and_heads(tiny_config):
     model = Transformer(tiny_config(tie_embeddings=False, attention_bias=True, mlp_bias=True, qk_norm=True))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))

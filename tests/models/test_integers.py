@@ -107,7 +107,7 @@ def test_a_model_computes_what_its_floats_would(made):
     ids=str,
 )
 def test_on_eight_devices(made, sizes):
-    """Heads of keys and values that are repeated; 2 blocks on 8 devices, which gather them; 4 of which all read some."""
+    """Heads of keys and values that are repeated; 2 blocks on 8 devices, which gather them; 4, which all read some."""
     model, params, _, floats = made
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     on_mesh = jax.device_put(params, model.shardings(mesh))

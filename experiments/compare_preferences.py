@@ -38,9 +38,9 @@ from jaxrl_llm.data.rows import RowDataset
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.data.unpaired import UnpairedFormat
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.loop import Outcome, Phase
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainer, OfflineTrainingConfig
 from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
+from jaxrl_llm.training.stage import Outcome, Phase
 
 NAMES = (*PAIRED, *UNPAIRED)
 FAMILIES = {

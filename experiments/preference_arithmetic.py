@@ -58,9 +58,9 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, Evaluator
 from jaxrl_llm.training.episodes.scoring import RewardSum
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 from jaxrl_llm.training.run.distributed import is_main_process
+from jaxrl_llm.training.stage import TrainingResult
 
 Row = dict[str, Any]
 

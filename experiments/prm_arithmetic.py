@@ -61,9 +61,9 @@ from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
 from jaxrl_llm.training.run.distributed import is_main_process
+from jaxrl_llm.training.stage import TrainingResult
 
 DIGITS, SEPARATOR = 4, ";"
 KEY = np.zeros(2, np.uint32)

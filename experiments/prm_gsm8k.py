@@ -62,8 +62,8 @@ from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineEvaluationConfig, OfflineTrainingConfig
+from jaxrl_llm.training.stage import TrainingResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,8 +44,8 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.run.distributed import is_main_process
+from jaxrl_llm.training.stage import TrainingResult
 from jaxrl_llm.training.star.trainer import StarConfig, StarTrainer
 
 Row = dict[str, str]

@@ -35,8 +35,8 @@ from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import MeshConfig, make_mesh
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
+from jaxrl_llm.training.stage import TrainingResult
 
 __all__ = ["Completion", "Evaluation", "Policy", "Trained", "evaluate", "generate", "load", "save", "train"]
 

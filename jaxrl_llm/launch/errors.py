@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
 from jaxrl_llm.training.on_policy import Trainer
 from jaxrl_llm.training.run.damaged_files import DamagedRunError
 from jaxrl_llm.training.run.distributed import ending_with_the_others
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.memory import naming_phase
+from jaxrl_llm.training.stage import TrainingResult
 from jaxrl_llm.training.star.trainer import StarTrainer
 
 

@@ -18,8 +18,8 @@ from jaxrl_llm.launch.loading import Policy, load_policy, load_rows, load_tokeni
 from jaxrl_llm.launch.summary import Panels, finish
 from jaxrl_llm.launch.words import Presets
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.offline import OfflineTrainer
+from jaxrl_llm.training.stage import TrainingResult
 
 OfflineConfigT = TypeVar("OfflineConfigT", bound=OfflineExperiment)
 

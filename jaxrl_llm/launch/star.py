@@ -20,7 +20,7 @@ from jaxrl_llm.launch.on_policy import check_rewarded, parse
 from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
 from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.loop import TrainingResult
+from jaxrl_llm.training.stage import TrainingResult
 from jaxrl_llm.training.star.trainer import StarTrainer
 
 ReadRows = Callable[[str, int | None], RowSource]

@@ -16,13 +16,13 @@ from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.families import family_for
 from jaxrl_llm.models.heads import ScoreModel
-from jaxrl_llm.training.loop import TrainingResult
 from jaxrl_llm.training.run.curves import plot_curves
 from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.run.formatting import duration
 from jaxrl_llm.training.run.metrics import METRICS_FILE, read_metrics
 from jaxrl_llm.training.run.page.document import PAGE_FILE
 from jaxrl_llm.training.run.report import Report
+from jaxrl_llm.training.stage import TrainingResult
 
 Panels = tuple[tuple[str, ...], ...]
 

@@ -27,10 +27,11 @@ from jaxrl_llm.models.lora import start_reference
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
-from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
+from jaxrl_llm.training.loop import run_stage
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import bytes_of, check_memory
 from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.stage import Outcome, Phase, RunLength, TrainingResult
 from jaxrl_llm.training.texts import how_texts_are_read
 from jaxrl_llm.types import TrainState
 

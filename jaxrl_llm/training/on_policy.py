@@ -48,12 +48,13 @@ from jaxrl_llm.training.episodes.reward_watch import RewardWatch
 from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.episodes.telling import TrainerState
 from jaxrl_llm.training.learner import CriticSource, Learner, check_critic, check_group, make_learner
-from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
+from jaxrl_llm.training.loop import run_stage
 from jaxrl_llm.training.run.completions import CompletionsConfig
 from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import ROWS, bytes_of, check_memory, rollout_bytes
 from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.stage import Outcome, Phase, RunLength, TrainingResult
 from jaxrl_llm.training.teachers import Teacher, check_teachers, teacher_bytes
 from jaxrl_llm.training.texts import how_texts_are_read
 from jaxrl_llm.types import Rollout, TrainState

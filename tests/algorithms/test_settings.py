@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pytest
 
 from jaxrl_llm.algorithms.policy_gradient import presets
-from jaxrl_llm.algorithms.policy_gradient.estimators import GTPOAdvantage, HADWAdvantage
+from jaxrl_llm.algorithms.policy_gradient.entropy_estimators import GTPOAdvantage
+from jaxrl_llm.algorithms.policy_gradient.estimators import HADWAdvantage
 from jaxrl_llm.algorithms.policy_gradient.objective import Correction, OverlongPenalty, PolicyGradient, ValueObjective
 from jaxrl_llm.algorithms.policy_gradient.sequence_surrogates import VESPO, GeometricMeanClipped, SequenceClipped
 from jaxrl_llm.algorithms.policy_gradient.shaped_estimators import GAEAdvantage, ReinforcePlusPlusAdvantage

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxrl_llm.algorithms.interfaces import Algorithm
+from jaxrl_llm.algorithms.policy_gradient.entropy_estimators import GRPOSAdvantage, GTPOAdvantage
 from jaxrl_llm.algorithms.policy_gradient.estimators import (
     BRPOAdvantage,
     GDPOAdvantage,
     GFPOAdvantage,
     GPGAdvantage,
     GroupAdvantage,
-    GRPOSAdvantage,
-    GTPOAdvantage,
     HADWAdvantage,
     MaxRLAdvantage,
     OPOAdvantage,

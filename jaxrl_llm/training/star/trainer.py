@@ -37,13 +37,14 @@ from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluato
 from jaxrl_llm.training.episodes.reading import completion_text
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
-from jaxrl_llm.training.loop import Outcome, Phase, RunLength, TrainingResult, run_stage
+from jaxrl_llm.training.loop import run_stage
 from jaxrl_llm.training.run.distributed import from_main_process
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import check_frozen
 from jaxrl_llm.training.run.memory import check_memory, rollout_bytes
 from jaxrl_llm.training.run.report import SampledCompletion
 from jaxrl_llm.training.run.setup import RunSetup
+from jaxrl_llm.training.stage import Outcome, Phase, RunLength, TrainingResult
 from jaxrl_llm.training.star.phase_files import check_settings, once, write_settings
 from jaxrl_llm.training.star.rationales import Rationales, Record, kept_rationales
 from jaxrl_llm.training.texts import how_texts_are_read

@@ -25,6 +25,7 @@ from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rewards.by_name import find_reward
+from jaxrl_llm.sampling.engine import check_cut
 from jaxrl_llm.sharding import make_mesh, sampling_mesh
 from jaxrl_llm.training.episodes.scorable import check_scorable
 from jaxrl_llm.training.episodes.scoring import RewardSum
@@ -133,7 +134,7 @@ def load_model(
     check_memory(mesh, needs, "model.lora.rank, set model.param_dtype=bfloat16, or take a smaller model")
     shardings = model.shardings(mesh)
     if sampled_on is not None:
-        model.shardings(sampled_on)  # raises if there are none
+        check_cut(model, mesh, sampled_on)
     name = Path(path).name or path
     with LoadingBar(name, bytes_of(model.floats.abstract_params()), enabled=jax.process_index() == 0) as bar:
         params = load_params(path, model, shardings, told=bar)

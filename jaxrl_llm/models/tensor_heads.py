@@ -40,7 +40,7 @@ def kv_heads_on(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) ->
         possible = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         raise ValueError(
             f"a tensor axis of {shards} devices cannot hold whole heads: it does not divide the {heads} query heads of "
-            f"the model; set mesh.tensor (or sampling.tensor) to one of {possible}"
+            f"the model; set mesh.tensor to one of {possible}"
         )
     return math.lcm(config.num_kv_heads, shards)
 

@@ -25,6 +25,7 @@ from jaxrl_llm.sharding import (
     constrain,
     everywhere,
     gather_for_sampling,
+    head_shards,
     replicated,
     row_sharding,
     row_shards,
@@ -95,7 +96,7 @@ class Sampler:
                 raise ValueError(f"sampling.stop={config.stop!r} are found in the tokens' bytes: pass the tokenizer")
             self._stop_texts = StopTexts.of(config.stop, tokenizer, model.config.vocab_size)
         self.mesh, self._own_mesh = mesh, sampling_mesh(mesh, config.tensor)
-        model.shardings(self._own_mesh)  # raises if there are none
+        check_cut(model, mesh, self._own_mesh)
         with jax.sharding.use_abstract_mesh(self._own_mesh.abstract_mesh):
             choose(config.attention, page_tokens())  # raises if it is of another platform
         self.dtype = jnp.dtype(dtype or model.config.dtype)
@@ -122,7 +123,7 @@ class Sampler:
         if names := [name for name, value in others.items() if value]:
             raise ValueError(f"sampling.weights_dtype={dtype} is not for {names[0]}: leave out one of them")
         read = self.model.rounded(dtype)
-        read.shardings(self._own_mesh)  # raises if there are none
+        check_cut(read, self.mesh, self._own_mesh)
         return read
 
     def _check_batch_invariant(self) -> None:
@@ -420,6 +421,25 @@ def _told(needs: dict[str, int]) -> str:
     """Bytes in all, and their parts, the largest first."""
     parts = ", ".join(f"{what} {readable(size)}" for what, size in sorted(needs.items(), key=lambda item: -item[1]))
     return f"{readable(sum(needs.values()))} ({parts})"
+
+
+def check_cut(model: Transformer, mesh: jax.sharding.Mesh, own: jax.sharding.Mesh) -> None:
+    """Checks that a model can be cut as its sampler wants.
+
+    Args:
+        model: the model, or the one with rounded weights.
+        mesh: the learner's.
+        own: the sampler's (`sampling_mesh`).
+
+    Raises:
+        ValueError: a parameter or the heads cannot be divided; names the setting that `tensor` is by.
+    """
+    try:
+        model.shardings(own)
+    except ValueError as error:
+        if head_shards(own) == head_shards(mesh):
+            raise
+        raise ValueError(str(error).replace("mesh.tensor", "sampling.tensor")) from error
 
 
 def row_split(prompts: int, group: int, mesh: jax.sharding.Mesh, *, greedy: bool = False) -> int:

@@ -21,23 +21,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.__main__ import EXAMPLES
 from jaxrl_llm.algorithms.batching import UpdateConfig
+from jaxrl_llm.algorithms.optimizer import OptimizerConfig
 from jaxrl_llm.algorithms.policy_gradient import presets
-from jaxrl_llm.algorithms.policy_gradient.objective import PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.objective import Correction, PolicyGradient
+from jaxrl_llm.algorithms.policy_gradient.shaped_estimators import GAEAdvantage
 from jaxrl_llm.cli import parse
-from jaxrl_llm.config import Experiment, ModelSource
+from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.plan import command
+from jaxrl_llm.launch.plan import search as search_module
 from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.plan.compiled import Report, compile_program
 from jaxrl_llm.launch.plan.hlo import Collective, collectives
+from jaxrl_llm.launch.plan.operations import forward
 from jaxrl_llm.launch.plan.programs import GIB, Program, build, model_of
+from jaxrl_llm.launch.plan.run_flags import OF_RUN, SAME, experiment_of, run_flags
 from jaxrl_llm.launch.plan.search import found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.sizes import SIZES
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
-from jaxrl_llm.launch.plan.work import Work, forward, update_work
+from jaxrl_llm.launch.plan.work import Work, update_work
+from jaxrl_llm.launch.stages import GRPO
 from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
@@ -110,11 +116,11 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 def test_collectives_are_found_where_they_run():
     assert [tuple(one) for one in collectives(HLO)] == [
-        ("all-gather", 64, "once", 1, 0),
-        ("all-reduce", 8 + 5, "once", 1, 0),
-        ("all-reduce", 1, "loop 1", 1, 1),
-        ("collective-permute", 24, "loop 1 inner", 9, 1),
-        ("reduce-scatter", 128, "loop 1", 1, 1),  # written down once for each fusion it is part of
+        ("all-gather", 64, "once", 1, 0, 1),
+        ("all-reduce", 8 + 5, "once", 1, 0, 1),
+        ("all-reduce", 1, "loop 1", 1, 1, 1),
+        ("collective-permute", 24, "loop 1 inner", 9, 1, 1),
+        ("reduce-scatter", 128, "loop 1", 1, 1, 1),  # written down once for each fusion it is part of
     ]
 
 
@@ -286,6 +292,16 @@ def test_what_is_sent_counts_loops_as_often_as_they_turn():
     assert report.sent(work) == {"all-gather": 1000, "all-reduce": 10 * 4 + 2 * 64, "all-to-all": 1500}
     pieces = Work(flops=0, again=0, read=0, turns=4, turn="piece")
     assert report.sent(pieces)["all-reduce"] == 4 * (10 + 16 + 16)
+
+
+def test_what_is_sent_of_minibatches_counts_their_part_of_the_pieces():
+    """Two epochs of four minibatches of a batch of 8 pieces, and a pass over all of it before."""
+    found = [
+        Collective("all-gather", 1, "loop 1 inner", 3, 1),
+        Collective("all-gather", 100, "loop 2 inner", 2 * 4 * 3, 1, outside=2 * 4),
+    ]
+    work = Work(flops=0, again=0, read=0, turns=2 * 8, turn="piece", epochs=2, minibatches=4)
+    assert Report(1.0, 0, 0, 0, 0, 0, found, "").sent(work) == {"all-gather": 3 * 8 + 100 * 2 * 4 * 3 * 2}
 
 
 @pytest.mark.parametrize(("limit", "word"), [(1.0, "DOES NOT FIT"), (2.0, "fits"), (None, "a device\n")])
@@ -463,15 +479,80 @@ def test_search_finds_the_fastest_plan_that_fits(model_path: str):
     record_ = found.records[1]
     assert sum(update.parts.values()) + update.work.kept <= record_["needed"]
     assert update.work.sent <= sum(record_["sent"].values())
-    config = parse(Experiment(name="x", rewards=()), found.flags.split())
-    assert (config.mesh.fsdp, config.sampling.tensor, config.model.remat) == (2, 2, "dots")
+    assert {"--mesh.fsdp=2", "--sampling.tensor=2", "--model.remat=dots"} < set(found.flags.split())
     assert "tensor 2" in found_table([found])
+
+
+def fake_compiler(monkeypatch: pytest.MonkeyPatch, refused: Any) -> list[tuple[str, Any]]:
+    """In place of the compiler one to which all fits but what `refused` says; what it was given, in order."""
+    given: list[tuple[str, Any]] = []
+
+    def compiled(option: Any, chip: Chip, tell: Any) -> dict[str, Any] | None:
+        (name,) = option.plan.programs
+        given.append((name, option.plan))
+        seconds = {"compute": option.seconds(chip)}
+        return None if refused(name, option.plan) else {"program": name, "seconds": seconds, "slots": 1}
+
+    monkeypatch.setattr(search_module, "_compiled", compiled)
+    return given
+
+
+def test_search_goes_on_to_the_next_sampler(model_path: str, monkeypatch: pytest.MonkeyPatch):
+    """The one that the bounds put first does not fit: its mesh has another, and the first is not compiled again."""
+    best: list[int] = []
+
+    def refused(name: str, plan: Plan) -> bool:
+        best.extend([plan.sampling_tensor or 0] if name == "sampler" and not best else [])
+        return name == "sampler" and [plan.sampling_tensor] == best
+
+    given = fake_compiler(monkeypatch, refused)
+    mesh = MeshConfig(fsdp=4, tensor=2)
+    one_budget: Any = {"update": UpdateConfig(tokens_per_micro_batch=128)}
+    plan = small(model_path, mesh=mesh, reward_model="policy", algorithm=presets.ppo(), **one_budget)
+    found = list(search(plan, jax.devices(), Chip(1.0, 1e9, 1e9, 1e-3), lambda line: None, remats=("dots", "full")))
+    assert {one.plan.model.remat for one in found} == {"dots", "full"}
+    assert {dataclasses.astuple(one.plan.mesh) for one in found} == {(1, 4, 1, 2, 1)}  # as set
+    assert all(one.plan.sampling_tensor not in best for one in found)
+    for one in found:
+        assert [told["program"] for told in one.records] == ["sampler", "reward", "update"]
+    assert len(found) == 2  # each update once
+    samplers = [plan.sampling_tensor for name, plan in given if name == "sampler"]
+    assert len(samplers) == len(set(samplers)) > 1
+
+
+def test_search_keeps_what_the_command_line_sets(model_path: str):
+    plan = Plan(model=ModelSource(dtype="bfloat16"))
+    assert command._remats(plan, ["--search=1"]) == search_module.REMATS
+    assert command._remats(plan, ["--search=1", "--model.remat=full"]) == ("full",)
+    dots = Plan(model=ModelSource(dtype="bfloat16", remat="dots"))
+    assert command._remats(dots, ["--search=1", "--model.remat", "dots"]) == ("dots",)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": ModelSource(path="m", dtype="bfloat16", remat="dots", base_dtype="int8", lora=LoraConfig(8, 16.0))},
+        {"sampling_cache_dtype": "int8", "sampling_weights_dtype": "int4", "slots": 3, "sampling_attention": "xla"},
+        {"algorithm": presets.ppo(), "critic": CriticSource(optimizer=OptimizerConfig(offload=True))},
+        {"algorithm": presets.gspo(), "update": UpdateConfig(tokens_per_micro_batch=4096)},
+        {"algorithm": PolicyGradient(advantage=GAEAdvantage(lam=0.9), correction=Correction(w_max=3.0))},
+        {"optimizer": OptimizerConfig(offload=True, rounding="stochastic"), "mesh": MeshConfig(fsdp=2, tensor=4)},
+    ],
+)
+def test_flags_that_are_told_are_those_of_the_run(changes: dict[str, Any]):
+    """Read again, by the command itself, they are every setting that a run has of the plan."""
+    plan = Plan(**changes)
+    words = shlex.split(" ".join(run_flags(plan)))
+    assert parse(GRPO, words) == experiment_of(plan)
+    of_no_run = {"slice", "size", "layers", "reward_model", "written", "programs", "search", "dump", "json", "picture"}
+    assert {field.name for field in dataclasses.fields(Plan)} == {*OF_RUN, *SAME} | of_no_run
 
 
 def test_search_says_why_nothing_can_fit(model_path: str):
     with pytest.raises(ValueError, match="alone do not fit"):
         searched(model_path, Chip(1e-9, 1, 1, 1), slots=1)
-    with pytest.raises(ValueError, match=r"mesh\.tensor|sampling\.tensor"):
+    with pytest.raises(ValueError, match="--sampling-tensor=3 must be a multiple of the mesh's tensor=2"):
         searched(model_path, Chip(1.0, 1, 1, 1), sampling_tensor=3)
     with pytest.raises(SystemExit):
         run_plan(arguments(model_path, "--slice=local", "--search=1"))
@@ -482,7 +563,7 @@ def test_both_programs_compile_for_a_slice(model_path: str, tmp_path: Path):
     split = ("--mesh.fsdp", "4", "--mesh.tensor", "2")
     told = run(*arguments(model_path, *split, "--dump", str(tmp_path / "hlo")))
     assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith("v5e:2x4, 8 × TPU v5 lite, mesh fsdp 4 × tensor 2")
+    assert told.stdout.startswith(f"v5e:2x4, 8 × TPU v5 lite; JAX {jax.__version__}, mesh fsdp 4 × tensor 2")
     assert told.stdout.count(" of 15.75: fits") == 2
     assert (tmp_path / "hlo/update.hlo.txt").read_text().startswith("HloModule jit_update_step")
 
@@ -494,7 +575,7 @@ def test_between_two_slices_nothing_is_gathered(model_path: str, tmp_path: Path)
     split = ("--slice", "2xv5e:2x2", "--mesh.data", "2", "--mesh.fsdp", "4", "--dump", str(tmp_path / "hlo"))
     told = run(*arguments(model_path, *split))
     assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith("2xv5e:2x2, 8 × TPU v5 lite, mesh data 2 × fsdp 4")
+    assert told.stdout.startswith(f"2xv5e:2x2, 8 × TPU v5 lite; JAX {jax.__version__}, mesh data 2 × fsdp 4")
     update = (tmp_path / "hlo/update.hlo.txt").read_text()
     assert "megascale_target" in update
     assert set(re.findall(r"replica_groups=(\S+?\}\})", update)) == {"{{0,1,2,3}}"}
@@ -530,11 +611,9 @@ def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
 def test_small_layers_are_a_loop_on_a_slice_and_none_on_a_cpu(model_path: str):
     line = """if True:
         import sys
-        from jaxrl_llm.cli import parse
-from jaxrl_llm.config import Experiment, ModelSource
+        from jaxrl_llm.config import ModelSource
         from jaxrl_llm.launch.plan.programs import model_of
-        from jaxrl_llm.launch.plan.search import found_table, search
-from jaxrl_llm.launch.plan.settings import Plan
+        from jaxrl_llm.launch.plan.settings import Plan
         from jaxrl_llm.launch.plan.slices import slice_devices
         from jaxrl_llm.sharding import MeshConfig, make_mesh
         plan = Plan(model=ModelSource(path=sys.argv[1]))

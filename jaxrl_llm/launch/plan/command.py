@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,10 +20,11 @@ from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME
 from jaxrl_llm.launch.plan.compiled import compile_program
 from jaxrl_llm.launch.plan.programs import Program, build
-from jaxrl_llm.launch.plan.search import Found, found_table, search
+from jaxrl_llm.launch.plan.search import REMATS, Found, found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import CHIPS, Chip, slice_devices
 from jaxrl_llm.launch.plan.telling import describe, draw, record, told_mesh
+from jaxrl_llm.models.config import Remat
 from jaxrl_llm.sharding import make_mesh
 
 _HOST = {"by_function", "verdicts", "reference_rewards", "roles", "tasks"}
@@ -51,7 +53,10 @@ def run_plan(args: Sequence[str] | None = None, *, description: str = "") -> Non
         devices = slice_devices(plan.slice)
         kind = devices[0].device_kind
         chip, title = CHIPS.get(kind), f"{plan.slice}, {len(devices)} × {kind}; JAX {jax.__version__}"
-        records = _search(plan, devices, chip, title) if plan.search else _one(plan, devices, chip, title)
+        if plan.search:
+            records = _search(plan, devices, chip, title, _remats(plan, args))
+        else:
+            records = _one(plan, devices, chip, title)
         if plan.json is not None:
             _write(Path(plan.json), json.dumps({"plan": title, "programs": records}, indent=1) + "\n")
         if plan.picture is not None and (compiled := [one for one in records if "bytes" in one]):
@@ -82,7 +87,16 @@ def _compiled(plan: Plan, program: Program, mesh: Mesh, chip: Chip | None) -> di
     return record(program, report, chip)
 
 
-def _search(plan: Plan, devices: Sequence[Any], chip: Chip | None, title: str) -> list[dict[str, Any]]:
+def _remats(plan: Plan, args: Sequence[str] | None) -> tuple[Remat, ...]:
+    """What the backward pass may keep in a search: what the command line says of it, or else whatever pays."""
+    began = Plan(model=dataclasses.replace(plan.model, remat="none" if plan.model.remat == "full" else "full"))
+    is_given = read_flags(began, args, "", presets=PRESETS).model.remat == plan.model.remat
+    return (plan.model.remat,) if is_given else REMATS
+
+
+def _search(
+    plan: Plan, devices: Sequence[Any], chip: Chip | None, title: str, remats: Sequence[Remat]
+) -> list[dict[str, Any]]:
     """Plans that fit: what is known of their programs, with the flags of each.
 
     Raises:
@@ -93,12 +107,15 @@ def _search(plan: Plan, devices: Sequence[Any], chip: Chip | None, title: str) -
     print(title, flush=True)
     began, tell = time.monotonic(), functools.partial(print, flush=True)
     found: list[Found] = []
-    for number, one in enumerate(itertools.islice(search(plan, devices, chip, tell), plan.search), 1):
+    for number, one in enumerate(itertools.islice(search(plan, devices, chip, tell, remats=remats), plan.search), 1):
         found.append(one)
         tell(f"{number} of {plan.search}: {one.seconds:.3g} s a step at least: {one.flags}")
-    print(f"\n{found_table(found)}\n" if found else "no plan fits: more devices, or fewer tokens at a time, are needed")
+    if found:
+        print(f"\n{found_table(found)}\n\nof a run (jaxrl-llm grpo), with {found[0].batch}")
+    else:
+        print("no plan fits: more devices, or fewer tokens at a time, are needed")
     print(f"searched in {time.monotonic() - began:.0f} s")
-    return [record | {"flags": one.flags} for one in found for record in one.records]
+    return [record | {"flags": one.flags, "batch": one.batch} for one in found for record in one.records]
 
 
 def _write(path: Path, text: str) -> None:

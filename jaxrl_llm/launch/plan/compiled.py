@@ -61,7 +61,7 @@ class Report(NamedTuple):
         loops = {one.place.removesuffix(" inner") for one in self.collectives if one.open_loops == 1}
         total: dict[str, float] = collections.defaultdict(float)
         for one in self.collectives:
-            total[one.kind] += one.bytes * one.times * work.runs(one.open_loops, len(loops))
+            total[one.kind] += one.bytes * one.times * work.runs(one.open_loops, len(loops), one.outside)
         return {kind: round(size) for kind, size in total.items()}
 
 

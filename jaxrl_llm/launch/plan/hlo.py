@@ -34,6 +34,8 @@ class Collective(NamedTuple):
     """How often it runs, loops counted whose length is written in the program."""
     open_loops: int = 0
     """Loops around it whose length the numbers decide: until all rows have ended, say."""
+    outside: int = 1
+    """Of `times`, what loops count that are around all of these."""
 
 
 def collectives(text: str) -> list[Collective]:
@@ -52,7 +54,7 @@ def collectives(text: str) -> list[Collective]:
             lines.append(line)
     if entry is None:
         raise ValueError("the text is no HLO module: it has no ENTRY computation")
-    return list(_walk(bodies, entry, _Around("once", 1, 0), itertools.count(1), set()))
+    return list(_walk(bodies, entry, _Around("once", 1, 0, 1), itertools.count(1), set()))
 
 
 class _Around(NamedTuple):
@@ -61,11 +63,13 @@ class _Around(NamedTuple):
     place: str
     times: int
     open_loops: int
+    outside: int
 
     def within(self, numbers: Iterator[int], turns: int | None) -> _Around:
         """Inside a further loop, of so many turns if that is known."""
         place = f"loop {next(numbers)}" if self.place == "once" else f"{self.place.removesuffix(' inner')} inner"
-        return _Around(place, self.times * (turns or 1), self.open_loops + (turns is None))
+        outside = self.outside if self.open_loops or turns else self.times
+        return _Around(place, self.times * (turns or 1), self.open_loops + (turns is None), outside)
 
 
 def _walk(

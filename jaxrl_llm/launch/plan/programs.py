@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxrl_llm.algorithms.iteration import DeviceReward, make_device_scores
 from jaxrl_llm.algorithms.score_models.reward_model import make_reward
 from jaxrl_llm.device_memory import bytes_per_device
+from jaxrl_llm.launch.plan.run_flags import of_plan
 from jaxrl_llm.launch.plan.settings import OWN, Plan
 from jaxrl_llm.launch.plan.sizes import SIZES
 from jaxrl_llm.launch.plan.slices import CHIPS
@@ -55,11 +56,18 @@ def build(plan: Plan, mesh: Mesh) -> list[Program]:
     """The programs of a step as the trainer makes them, with abstract arguments.
 
     They are the sampler, the reward model's scores, if there is one, and the update. Where nothing else is a reward,
-    the trainer makes one program of the three, which needs what the largest of them does.
+    the trainer makes one program of the three, which needs somewhat more than the largest of them.
 
     Raises:
-        ValueError: the numbers do not fit the mesh or the model.
+        ValueError: the numbers do not fit the mesh or the model; what it names are settings of a plan.
     """
+    try:
+        return _build(plan, mesh)
+    except ValueError as error:
+        raise ValueError(of_plan(str(error))) from error
+
+
+def _build(plan: Plan, mesh: Mesh) -> list[Program]:
     model = model_of(plan, mesh)
     learner = make_learner(
         model,

@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.launch.plan.compiled import STATE, Report, compile_program
 from jaxrl_llm.launch.plan.programs import GIB, build, model_of
-from jaxrl_llm.launch.plan.settings import Plan
+from jaxrl_llm.launch.plan.run_flags import run_flags
+from jaxrl_llm.launch.plan.settings import Plan, ProgramName
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import record, told_mesh
 from jaxrl_llm.launch.plan.work import Work, update_work
 from jaxrl_llm.models.config import Remat
 from jaxrl_llm.sharding import MeshConfig, head_shards, make_mesh, row_shards
 
-_REMATS: tuple[Remat, ...] = ("none", "dots", "attention", "full")
+REMATS: tuple[Remat, ...] = ("none", "dots", "attention", "full")
+"""What the backward pass may keep, where nothing is said of it."""
 _ROWS = (16, 8, 4, 2, 1)
 """Longest texts that a row of tokens may hold."""
 _TENSOR, _CONTEXT, _COPIES = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)
@@ -57,7 +59,7 @@ class Found(NamedTuple):
     plan: Plan
     mesh: Mesh
     records: list[dict[str, Any]]
-    """Of sampler and update, as `record` makes them."""
+    """Of its programs in the order in which they run, as `record` makes them."""
 
     @property
     def seconds(self) -> float:
@@ -66,32 +68,41 @@ class Found(NamedTuple):
 
     @property
     def flags(self) -> str:
-        """What a run has to be given."""
-        plan, mesh = self.plan, self.plan.mesh
-        given = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(mesh).items() if size != 1}
-        given["sampling.tensor"] = plan.sampling_tensor
-        given["update.tokens-per-micro-batch"] = plan.update.tokens_per_micro_batch
-        given["model.remat"] = plan.model.remat
-        given["model.dtype"] = plan.model.dtype
-        return " ".join(f"--{name}={value}" for name, value in given.items())
+        """What a run has to be given to run so, beside its batch."""
+        return run_flags(self.plan)[0]
+
+    @property
+    def batch(self) -> str:
+        """The flags of its batch: those of every plan that is found."""
+        return run_flags(self.plan)[1]
 
 
-def search(plan: Plan, devices: Sequence[Any], chip: Chip, tell: Callable[[str], None]) -> Iterator[Found]:
+def search(
+    plan: Plan,
+    devices: Sequence[Any],
+    chip: Chip,
+    tell: Callable[[str], None],
+    *,
+    remats: Sequence[Remat] = REMATS,
+) -> Iterator[Found]:
     """Plans that fit, those first that take the least time by the bounds, until all are tried.
 
-    Sizes of `plan.mesh` other than 1 and −1, `plan.sampling_tensor` and `plan.update.tokens_per_micro_batch` are kept
-    where they are set.
+    Sizes of `plan.mesh` other than 1 and −1 (of fsdp: than −1), `plan.sampling_tensor` and
+    `plan.update.tokens_per_micro_batch` are kept where they are set. Of each mesh and update that fits, the fastest
+    sampler that does goes with it.
 
     Args:
         plan: what is to run, and where.
         devices: of the slice.
         chip: what one of them can do.
         tell: is given a line on each program that is compiled.
+        remats: what the backward pass may keep.
 
     Raises:
         ValueError: no mesh can have this model and batch, or no plan's bounds fit; says why.
     """
     compiled: dict[int, dict[str, Any] | None] = {}
+    settled: set[int] = set()
 
     def fits(option: Option) -> dict[str, Any] | None:
         """The record of a program, compiled at most once; `None`: it does not fit."""
@@ -99,32 +110,56 @@ def search(plan: Plan, devices: Sequence[Any], chip: Chip, tell: Callable[[str],
             compiled[id(option)] = _compiled(option, chip, tell)
         return compiled[id(option)]
 
-    def order(pair: tuple[Option, Option]) -> tuple[float, int]:
-        return sum(option.seconds(chip) for option in pair), pair[1].least
+    def order(options: _Options) -> tuple[float, int, int]:
+        seconds = sum(option.seconds(chip) for option in options.values())
+        return seconds, options["update"].least, options["sampler"].least
 
-    for sampler, update in sorted(_pairs(plan, devices, chip), key=order):
-        if (first := fits(update)) is not None and (second := fits(sampler)) is not None:
-            chosen = dataclasses.replace(update.plan, sampling_tensor=sampler.plan.sampling_tensor)
-            yield Found(chosen, update.mesh, [second, first])
+    for options in sorted(_choices(plan, devices, chip, remats), key=order):
+        update, sampler = options["update"], options["sampler"]
+        if id(update) in settled or any(compiled.get(id(one), True) is None for one in options.values()):
+            continue
+        records: dict[ProgramName, dict[str, Any]] = {}
+        for name, option in options.items():
+            if (told := fits(option)) is None:
+                break
+            records[name] = told
+        else:
+            settled.add(id(update))
+            tensor = sampler.plan.sampling_tensor
+            chosen = dataclasses.replace(update.plan, sampling_tensor=tensor, programs=plan.programs)
+            yield Found(chosen, update.mesh, [records[name] for name in _ORDER if name in records])
 
 
-def _pairs(plan: Plan, devices: Sequence[Any], chip: Chip) -> list[tuple[Option, Option]]:
-    """Of each mesh the best sampler with every update whose bound fits."""
-    pairs: list[tuple[Option, Option]] = []
+_Options = dict[ProgramName, Option]
+_ORDER: tuple[ProgramName, ...] = ("sampler", "reward", "update")
+
+
+def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Remat]) -> Iterator[_Options]:
+    """Of each mesh every sampler with every update, where their bounds fit, in the order in which to compile them.
+
+    Raises:
+        ValueError: there are none.
+    """
     refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
+    found, room = 0, chip.hbm_gib * GIB
     for sizes in _meshes(plan.mesh, len(devices)):
         on_mesh = dataclasses.replace(plan, mesh=sizes)
         try:
             mesh = make_mesh(sizes, devices)
-            updates = [one for one in _updates(on_mesh, mesh) if one.least <= chip.hbm_gib * GIB]
-            best = min(_samplers(on_mesh, mesh), key=lambda one: (one.seconds(chip), one.least)) if updates else None
+            updates = [one for one in _updates(on_mesh, mesh, remats) if one.least <= room]
+            samplers = [one for one in _samplers(on_mesh, mesh) if one.least <= room] if updates else []
+            rewards = _rewards(on_mesh, mesh, updates)
         except ValueError as error:  # the mesh does not divide the model or the batch, or nothing can be sampled
             refusal = error
             continue
-        pairs += [(best, update) for update in updates if best is not None]
-    if not pairs:
+        if updates and not samplers:
+            refusal = ValueError("weights, keys and values of the sampler do not fit: fewer --slots, or more devices")
+        for update, sampler in itertools.product(updates, samplers):
+            found += 1
+            budget = update.plan.update.tokens_per_micro_batch
+            yield {"update": update, "sampler": sampler, **({"reward": rewards[budget]} if rewards else {})}
+    if not found:
         raise refusal
-    return pairs
 
 
 def _meshes(asked: MeshConfig, devices: int) -> Iterator[MeshConfig]:
@@ -135,7 +170,8 @@ def _meshes(asked: MeshConfig, devices: int) -> Iterator[MeshConfig]:
     for tensor, context in itertools.product(tensors, contexts):
         if devices % (fixed * tensor * context) == 0:
             fsdp = devices // (fixed * tensor * context)
-            yield dataclasses.replace(asked, data=max(1, asked.data), fsdp=fsdp, tensor=tensor, context=context)
+            if asked.fsdp in (-1, fsdp):
+                yield dataclasses.replace(asked, data=max(1, asked.data), fsdp=fsdp, tensor=tensor, context=context)
 
 
 def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:
@@ -159,7 +195,21 @@ def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:
     return made
 
 
-def _updates(plan: Plan, mesh: Mesh) -> Iterator[Option]:
+def _rewards(plan: Plan, mesh: Mesh, updates: Sequence[Option]) -> dict[int | None, Option]:
+    """A reward model's scores, by the tokens that are computed at a time; none where there is no such model."""
+    made: dict[int | None, Option] = {}
+    if plan.reward_model is None:
+        return made
+    for update in (one.plan.update for one in updates):
+        if update.tokens_per_micro_batch not in made:
+            one = dataclasses.replace(plan, update=update, programs=("reward",))
+            (program,) = build(one, mesh)
+            held = sum(program.parts.values())
+            made[update.tokens_per_micro_batch] = Option(one, mesh, program.work, held)
+    return made
+
+
+def _updates(plan: Plan, mesh: Mesh, remats: Sequence[Remat]) -> Iterator[Option]:
     """By what the backward pass keeps, and how many tokens are computed at a time."""
     (program,) = build(dataclasses.replace(plan, programs=("update",)), mesh)
     parts = program.parts
@@ -167,7 +217,7 @@ def _updates(plan: Plan, mesh: Mesh) -> Iterator[Option]:
     texts = plan.prompts * plan.group // row_shards(mesh)
     asked = plan.update.tokens_per_micro_batch
     budgets = [n * longest for n in _ROWS if n <= max(1, texts)] if asked is None else [asked]
-    for remat, budget in itertools.product(_REMATS, budgets):
+    for remat, budget in itertools.product(remats, budgets):
         update = dataclasses.replace(plan.update, micro_batches=1, tokens_per_micro_batch=budget)
         model = dataclasses.replace(plan.model, remat=remat)
         one = dataclasses.replace(plan, update=update, model=model, programs=("update",))
@@ -178,11 +228,12 @@ def _updates(plan: Plan, mesh: Mesh) -> Iterator[Option]:
 def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> dict[str, Any] | None:
     """The record of a program that the compiler makes, if it fits."""
     plan, (program,) = option.plan, build(option.plan, option.mesh)
-    what = f"{program.name}, {told_mesh(option.mesh)}, " + (
-        f"weights over {plan.sampling_tensor}"
-        if program.name == "sampler"
-        else f"rows of {plan.update.tokens_per_micro_batch}, remat {plan.model.remat}"
-    )
+    chosen = {
+        "sampler": f"weights over {plan.sampling_tensor}",
+        "reward": f"rows of {plan.update.tokens_per_micro_batch}",
+        "update": f"rows of {plan.update.tokens_per_micro_batch}, remat {plan.model.remat}",
+    }
+    what = f"{program.name}, {told_mesh(option.mesh)}, {chosen[program.name]}"
     try:
         report: Report = compile_program(program, option.mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -197,9 +248,9 @@ def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> dict[s
 
 
 def found_table(found: Sequence[Found]) -> str:
-    """Plans that fit, a line each: what is chosen, and of sampler and update memory, least time and what binds it."""
+    """Plans that fit, a line each: what is chosen, and of each program memory, least time and what binds it."""
     head = ["mesh", "weights over", "slots", "tokens of a row", "remat"]
-    head += [f"{name}: GiB, s" for name in ("sampler", "update")]
+    head += [f"{one['program']}: GiB, s" for one in found[0].records]
     rows = [head]
     for one in found:
         plan, records = one.plan, one.records

@@ -73,8 +73,9 @@ class Plan:
     programs: tuple[ProgramName, ...] = ("sampler", "reward", "update")
     """Which programs to compile; `reward` where there is a reward model."""
     search: int = 0
-    """Find so many plans that fit, the fastest first: meshes, slots, tokens of a row and rematerialisation are tried.
-    Axes of the mesh, sampling_tensor and update.tokens_per_micro_batch are kept where they are set."""
+    """Find so many plans that fit, the fastest first: meshes, slots, tokens of a row (in place of micro-batches) and
+    rematerialisation are tried. Axes of the mesh, sampling_tensor, update.tokens_per_micro_batch and model.remat are
+    kept where they are set. Told with the flags of a run."""
     dump: str | None = None
     """Folder for the compiled programs as text (HLO)."""
     json: str | None = None

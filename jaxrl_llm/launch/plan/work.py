@@ -12,9 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrl_llm.launch.plan.operations import Forward, forward, weights_of_layers
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import Chip
-from jaxrl_llm.models.config import LayerKind, ModelConfig, Remat
+from jaxrl_llm.models.config import LayerKind, ModelConfig
 from jaxrl_llm.models.integers import BYTES
 from jaxrl_llm.sampling.flight import STEPS_BETWEEN_LOOKS
 from jaxrl_llm.sampling.traffic import Traffic
@@ -22,83 +23,6 @@ from jaxrl_llm.sharding import context_shards, head_shards, row_shards, sampling
 
 _HOP_SECONDS = 1e-6
 """From a chip to its neighbour, however little is sent: small sums, as those of a token, take nothing else."""
-
-
-class Forward(NamedTuple):
-    """Floating point operations of a forward pass, by what computes them."""
-
-    products: int
-    """Of the layers' tokens with their weights."""
-    attention: int
-    """Queries with the keys that they see, and the weights with the values."""
-    head: int
-    """Distributions over the vocabulary, or the one number of a critic or reward model."""
-
-    @property
-    def total(self) -> int:
-        """All."""
-        return sum(self)
-
-    def backward(self, *, frozen: bool) -> int:
-        """Those of the backward pass: gradients of what is multiplied, on both sides unless weights are `frozen`."""
-        return (1 if frozen else 2) * (self.products + self.head) + 2 * self.attention
-
-    def again(self, remat: Remat) -> int:
-        """Of it what the backward pass computes a second time, so as not to keep it."""
-        return {
-            "none": 0,
-            "dots": self.attention,
-            "attention": self.products,
-            "full": self.products + self.attention,
-            "offload": self.products + self.attention,
-        }[remat]
-
-
-def forward(
-    config: ModelConfig,
-    prompt_tokens: int,
-    completions: Sequence[Sequence[int]],
-    *,
-    unfed: int = 0,
-    scored: int,
-    outputs: int | None = None,
-) -> Forward:
-    """A forward pass in which each prompt is computed once for all its completions.
-
-    Matrix products alone, a multiplication and an addition each: 2 Σ_layers (q, k, v, o and the three of the MLP, or
-    the router and those of the token's experts) a token, 4 N H a pair of query and key that sees it, 2 D V a
-    distribution, 2 D a value or score.
-
-    Args:
-        config: of the model.
-        prompt_tokens: of every prompt.
-        completions: lengths, a prompt's after another's.
-        unfed: tokens of each completion that do not go through the layers: the last one that is drawn.
-        scored: how many distributions are made, or numbers in their place.
-        outputs: entries of each; `None`: V.
-    """
-    heads, weights = config.num_heads * config.head_dim, _linear(config, active=True)
-    fed = [length - unfed for group in completions for length in group]
-    tokens = len(completions) * prompt_tokens + sum(fed)
-    pairs = sum(
-        len(completions) * _seen(0, prompt_tokens, kind.window)
-        + sum(_seen(prompt_tokens, length, kind.window) for length in fed)
-        for kind in config.kinds
-    )
-    head = 2 * config.embed_dim * (config.vocab_size if outputs is None else outputs)
-    return Forward(2 * tokens * weights, 4 * heads * pairs, scored * head)
-
-
-def _linear(config: ModelConfig, *, active: bool = False) -> int:
-    """Entries of the matrices of all layers; `active`: of experts those that a token meets."""
-    attention = 2 * config.embed_dim * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return sum(attention + config.mlp_weights(kind, active=active) for kind in config.kinds)
-
-
-def _seen(before: int, tokens: int, window: int | None) -> int:
-    """Keys that so many tokens behind `before` others see, each its own among them."""
-    whole = tokens if window is None else max(0, min(tokens, window - before))
-    return whole * before + whole * (whole + 1) // 2 + (tokens - whole) * (window or 0)
 
 
 class Work(NamedTuple):
@@ -125,16 +49,27 @@ class Work(NamedTuple):
     fills: int | None = None
     """How often an open loop within the open one turns: prompts that are read, some at a time; `None`: as often."""
 
-    def runs(self, open_loops: int, loops: int) -> float:
+    epochs: int = 1
+    """Over the batch: of `turns` they count."""
+    minibatches: int = 1
+    """Of a batch, each with its part of the pieces."""
+
+    def runs(self, open_loops: int, loops: int, outside: int = 1) -> float:
         """How often what is within so many open loops runs, known ones apart.
 
         Args:
             open_loops: around it, one in the other.
             loops: that are beside each other in the program: a sampler's turns are dealt to them.
+            outside: how often loops of known length around the open ones turn: there are some around a minibatch, and
+                none around what is made of the whole batch.
         """
         if open_loops > 1 and self.fills is not None:
             return self.fills
-        return self.turns / self.stride / (loops if self.stride > 1 else 1) if open_loops else 1
+        if not open_loops:
+            return 1
+        if self.stride > 1:
+            return self.turns / self.stride / loops
+        return self.turns / self.epochs / (self.minibatches if outside > 1 else 1)
 
     def seconds(self, chip: Chip, sent: float) -> dict[str, float]:
         """How long each limit alone would let it take: a roofline.
@@ -270,6 +205,8 @@ def _trained(config: ModelConfig, mesh: Mesh, plan: Plan, once: Forward) -> Work
         sent=turns * (gathers * sent + gradients),
         kept=int(tokens * sum(_kept(config, kind, head_shards(mesh)) for kind in config.kinds)),
         hops=turns * gathers * hops,
+        epochs=epochs,
+        minibatches=plan.update.minibatches,
     )
 
 
@@ -304,7 +241,7 @@ def _bytes(config: ModelConfig, dtype: str) -> tuple[float, float]:
     if config.experts is not None:
         of_layer = 3 * config.embed_dim * config.experts.count * config.experts.width
         experts = of_layer * sum(kind.experts for kind in config.kinds)
-    rounded, each = (0, 0) if config.base_dtype is None else (_linear(config), BYTES[config.base_dtype])
+    rounded, each = (0, 0) if config.base_dtype is None else (weights_of_layers(config), BYTES[config.base_dtype])
     return (config.num_parameters - experts - rounded) * size + rounded * each, experts * size
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from jaxrl_llm import __version__
+from jaxrl_llm.collector import importing
 from jaxrl_llm.extras import MissingExtraError
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
@@ -85,7 +86,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"error: {what}; {hint} {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        from jaxrl_llm.launch.stages import RUN
+        with importing():
+            from jaxrl_llm.launch.stages import RUN
     except MissingExtraError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

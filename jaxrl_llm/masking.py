@@ -213,11 +213,14 @@ def segment_total(x: ArrayLike, mask: ArrayLike, segment_ids: ArrayLike | None =
 def segment_first(mask: ArrayLike, segment_ids: ArrayLike | None = None) -> Array:
     """Marks the first valid token of each segment (of each row, without ids), to count segments."""
     mask = check_mask(mask, segment_ids=segment_ids)
+    if segment_ids is None:
+        width = mask.shape[-1]
+        places = jnp.arange(width)
+        first = jnp.min(jnp.where(mask, places, width), axis=-1, keepdims=True, initial=width)
+        return mask & (places == first)
     rank = jnp.cumsum(mask, axis=-1)
-    if segment_ids is not None:
-        starts = jnp.roll(_segment_ends(segment_ids), 1, axis=-1)
-        rank -= jax.lax.cummax(jnp.where(starts, rank - mask, 0), axis=mask.ndim - 1)
-    return mask & (rank == 1)
+    starts = jnp.roll(_segment_ends(segment_ids), 1, axis=-1)
+    return mask & (rank - jax.lax.cummax(jnp.where(starts, rank - mask, 0), axis=mask.ndim - 1) == 1)
 
 
 def segment_last(mask: ArrayLike, segment_ids: ArrayLike | None = None) -> Array:

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "jaxrl_llm"
 
 ROOMS = (
-    ("checks", "extras", "masking", "sharding"),
+    ("checks", "collector", "extras", "masking", "sharding"),
     ("device_memory", "logprobs", "records"),
     ("losses",),
     ("advantages", "types"),

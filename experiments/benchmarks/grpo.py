@@ -25,27 +25,30 @@ import statistics
 import time
 from typing import Any
 
-import jax
-from device import computed_flops, device_peak_gib, matmul_peak, temporaries_gib
-from measure import (
-    WORKS,
-    Bystanders,
-    Work,
-    conventional_flops,
-    peak_rss_gib,
-    process_age,
-    publish,
-    run_and_read,
-    summarise,
-)
-from works import Benchmark, Learner, prepare
+from jaxrl_llm.collector import importing
 
-from jaxrl_llm import __version__
-from jaxrl_llm.cli import plain_errors
-from jaxrl_llm.launch.flags import read_flags
-from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sharding import make_mesh
-from jaxrl_llm.training.compilation import CompilationCounter, enable_persistent_cache
+with importing():  # as the command does
+    import jax
+    from device import computed_flops, device_peak_gib, matmul_peak, temporaries_gib
+    from measure import (
+        WORKS,
+        Bystanders,
+        Work,
+        conventional_flops,
+        peak_rss_gib,
+        process_age,
+        publish,
+        run_and_read,
+        summarise,
+    )
+    from works import Benchmark, Learner, prepare
+
+    from jaxrl_llm import __version__
+    from jaxrl_llm.cli import plain_errors
+    from jaxrl_llm.launch.flags import read_flags
+    from jaxrl_llm.models.transformer import Transformer
+    from jaxrl_llm.sharding import make_mesh
+    from jaxrl_llm.training.compilation import CompilationCounter, enable_persistent_cache
 
 # ---- Measuring -----------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig
 from jaxrl_llm.sharding import MeshConfig, replicated
@@ -124,7 +125,8 @@ def make_update(config: Benchmark, mesh: jax.sharding.Mesh, model: Transformer) 
     state = abstract_train_state(model, optimizer, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_update_step(model, optimizer, PolicyGradient(kl_coef=config.kl_coef), plan)
-    program = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
+    out, options = (placed, replicated(mesh)), compiler_options(model.config, mesh)
+    program = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
     return Update(program, state, jax.jit(lambda p: make_train_state(p, optimizer, 0), out_shardings=placed))
 
 

@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -129,7 +130,8 @@ def _clip(bound: float) -> optax.GradientTransformationExtraArgs:
         updates: Any, state: Any, params: Any = None, *, grad_norm: jax.Array | None = None, **_: Any
     ) -> tuple[Any, Any]:
         norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
-        return jax.tree.map(lambda g: jax.lax.select(norm < bound, g, g / norm * bound), updates), state
+        factor = jnp.where(norm < bound, 1.0, bound / norm)
+        return jax.tree.map(lambda g: factor * g, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.identity().init, update)
 

@@ -35,6 +35,7 @@ from jaxrl_llm.launch.summary import finish
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
 from jaxrl_llm.models.config import ModelConfig, Params
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
@@ -183,7 +184,8 @@ def fine_tune(
     with jax.set_mesh(mesh):
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
         state = jax.jit(lambda p: make_train_state(p, optimizer, seed))(params)
-        step = jax.jit(make_offline_step(model, optimizer, SupervisedObjective()), donate_argnums=0)
+        step = make_offline_step(model, optimizer, SupervisedObjective())
+        step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(model.config, mesh))
         metrics = {}
         for _ in range(settings.steps):
             state, metrics = step(state, shown.batch(order.integers(len(shown), size=settings.batch_size)))

@@ -103,8 +103,8 @@ class SharedPrompt(NamedTuple):
 
     def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`[B, Tp + G·Tc, …]` → `[B, Tp, …]` and `[B, G, Tc, …]`."""
-        own = x[:, self.prompt_width :]
-        return x[:, : self.prompt_width], own.reshape(len(x), self.group, self.width, *x.shape[2:])
+        of_prompt, own = jax.lax.split(x, (self.prompt_width, self.group * self.width), axis=1)
+        return of_prompt, own.reshape(len(x), self.group, self.width, *x.shape[2:])
 
 
 def dense_shared_attention(

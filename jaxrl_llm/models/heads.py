@@ -79,7 +79,7 @@ class ScoreModel:
 
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def logical_axes(self) -> Params:
         """Logical axis names of each parameter: the tree of `init` with tuples as leaves."""

@@ -11,12 +11,12 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.models.config import BaseDType, DType, LoraTarget, Params
+from jaxrl_llm.models.config import BaseDType, DType, Params
 from jaxrl_llm.models.operands import operand
 from jaxrl_llm.sharding import blocks_of, constrain, gathered, head_shards
 
@@ -112,8 +112,6 @@ def with_blocks(params: Any) -> Any:
 def rounded(params: Params, dtype: BaseDType, axes: Params | None = None) -> Params:
     """Parameters of a model whose layers' linear maps are integers in place of floats. Pure; has no adapters.
 
-    Routers of experts stay floats, as does what gates a shared one.
-
     Args:
         params: of the model with floats.
         dtype: of the integers.
@@ -121,20 +119,18 @@ def rounded(params: Params, dtype: BaseDType, axes: Params | None = None) -> Par
             whole blocks on a device; `None`: there is no mesh.
     """
 
-    def one(name: str, tree: Any, names: Any) -> Any:
+    def one(tree: Any, names: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         if "weight" in tree:
-            if name not in get_args(LoraTarget):
-                return tree
             weight = tree["weight"]
             if names:
                 *outer, inner = weight.shape
                 weight = constrain(weight, *names[LEAVES[1]], shape=(*outer, inner // BLOCK))
             return tree | {"weight": Blocks.of(weight, dtype)}
-        return {name: one(name, part, names and names[name]) for name, part in tree.items()}
+        return {name: one(part, names and names[name]) for name, part in tree.items()}
 
-    return with_blocks(params | {"layers": one("layers", params["layers"], axes and axes["layers"])})
+    return with_blocks(params | {"layers": one(params["layers"], axes and axes["layers"])})
 
 
 _READ_IN_PARTS = {"output": "heads", "down": "mlp"}

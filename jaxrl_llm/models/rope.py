@@ -107,11 +107,26 @@ def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> Rotation:
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
-    """Turns the planes (i, i + R) of `x` `[..., heads, H]` by `turn` `[..., R]`, in float32; the rest stays."""
+    """Turns the planes (i, i + R) of `x` `[..., heads, H]` by `turn` `[..., R]`, in float32; the rest stays.
+
+    The derivative by `x` turns back; `turn` has none.
+    """
     cos, sin = turn.cos[..., None, :], turn.sin[..., None, :]
     planes = cos.shape[-1]
     ends = [end for end in (planes, 2 * planes) if end < x.shape[-1]]
     first, second, *rest = jnp.split(x.astype(jnp.float32), ends, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)
     return turned.astype(x.dtype)
+
+
+def _rotate_forward(x: jax.Array, turn: Rotation) -> tuple[jax.Array, Rotation]:
+    return rotate(x, turn), turn
+
+
+def _rotate_backward(turn: Rotation, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return rotate(gradient, Rotation(turn.cos, -turn.sin)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -59,6 +59,11 @@ def _definition(config: ModelConfig, kind: LayerKind) -> nnx.GraphDef:
     return nnx.split(_abstract_block(config, kind))[0]
 
 
+@functools.lru_cache(maxsize=1024)
+def _abstract_params(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: Transformer(config).init(jax.random.key(0)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Transformer:
     """A transformer without its parameters: hashable, static under `jit`; every method is pure.
@@ -88,7 +93,7 @@ class Transformer:
 
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: leaf, _abstract_params(self.config))
 
     def abstract_params_on(self, mesh: Mesh) -> Params:
         """Shapes, types and shardings of the parameters on a mesh.

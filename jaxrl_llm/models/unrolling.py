@@ -1,6 +1,8 @@
-"""Whether layers are compiled as one loop, where nobody has said."""
+"""How programs of small models are compiled on CPUs: layers one by one, and machine code with less effort."""
 
 from __future__ import annotations
+
+from jax.sharding import Mesh
 
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.sharding import on_cpu
@@ -19,7 +21,19 @@ def are_looped(config: ModelConfig) -> bool:
     quarters of the loop's time to compile and nine tenths to run. The 30 layers of SmolLM2-135M would take twice the
     loop's time to compile (docs/benchmarks.md).
     """
+    return not (on_cpu() and _is_small(config))
+
+
+def compiler_options(config: ModelConfig, mesh: Mesh) -> dict[str, str | bool | int | float] | None:
+    """What `jax.jit` is to tell the compiler of a model's programs on a mesh.
+
+    Most of what they compute are products, which are ready-made. The loops around them become machine code that
+    rounds alike and is as fast after fewer passes of the optimizer, which for a small model are what starting takes.
+    """
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 1} if on_cpus and _is_small(config) else None
+
+
+def _is_small(config: ModelConfig) -> bool:
     embeddings = config.vocab_size * config.embed_dim * (2 - config.tie_embeddings)
-    return not (
-        on_cpu() and config.num_layers <= FEW and config.num_parameters - embeddings <= config.num_layers * SMALL
-    )
+    return config.num_layers <= FEW and config.num_parameters - embeddings <= config.num_layers * SMALL

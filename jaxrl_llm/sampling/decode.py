@@ -14,7 +14,7 @@ from jaxrl_llm.masking import length_mask
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.in_flight import sample_in_flight
-from jaxrl_llm.sampling.logits import SamplingConfig, uniforms
+from jaxrl_llm.sampling.logits import SamplingConfig, folded, uniforms
 from jaxrl_llm.sampling.sampled import Sampled, Wanted
 from jaxrl_llm.sampling.stop_texts import StopTexts
 from jaxrl_llm.sampling.together import ROOM, sample_together
@@ -23,16 +23,12 @@ from jaxrl_llm.sharding import on_cpu, row_axes, row_shards
 from jaxrl_llm.types import Rollout
 
 
-def row_keys(key: jax.Array, prompt_index: jax.Array, group: int) -> jax.Array:
+def row_keys(key: jax.Array, prompt_index: jax.Array, group: int, *, before: tuple[Any, ...] = ()) -> jax.Array:
     """A PRNG key `[P, G]` for each completion: `key` with the prompt's index, then the sample's, folded in.
 
-    So a row's sample does not depend on the batch that it is in.
+    So a row's sample does not depend on the batch that it is in. `before` are numbers that are folded in first.
     """
-
-    def of_prompt(index: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, index), jnp.arange(group))
-
-    return jax.vmap(of_prompt)(prompt_index)
+    return folded(key, *before, prompt_index[:, None], jnp.arange(group))
 
 
 class Loop(NamedTuple):

@@ -14,6 +14,7 @@ from jaxrl_llm.models.integers import rounded
 from jaxrl_llm.models.lora import merge_adapters, read_by_sampler
 from jaxrl_llm.models.tensor_heads import with_whole_parts
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.attention import choose
 from jaxrl_llm.sampling.caches import page_tokens
 from jaxrl_llm.sampling.decode import row_keys, sample
@@ -119,6 +120,7 @@ class Sampler:
         if dtype is None:
             return self.model
         others = {"model.base_dtype": config.base_dtype, "model.batch_invariant": config.batch_invariant}
+        others["a mixture of experts"] = config.experts
         if names := [name for name, value in others.items() if value]:
             raise ValueError(f"sampling.weights_dtype={dtype} is not for {names[0]}: leave out one of them")
         read = self.model.rounded(dtype)
@@ -203,7 +205,8 @@ class Sampler:
         """`sample`, jitted for so many prompts."""
         has_rows = self._has_rows(prompts)
         if has_rows not in self._programs:
-            self._programs[has_rows] = jax.jit(self.sample, out_shardings=self.shardings(prompts))
+            out, options = self.shardings(prompts), compiler_options(self.model.config, self.mesh)
+            self._programs[has_rows] = jax.jit(self.sample, out_shardings=out, compiler_options=options)
         return self._programs[has_rows]
 
     def trace(self, params: Params, prompts: int, width: int, key: jax.Array) -> jax.stages.Traced:
@@ -385,8 +388,8 @@ class Sampler:
         """The program on the sampler's own mesh."""
         prompts, group = prompt.shape[0], self.group
         split = self.row_split(prompts)
-        root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 0)
-        keys = row_keys(root, jnp.arange(prompts), group).reshape(prompts * split, group // split)
+        root = jax.random.wrap_key_data(key)
+        keys = row_keys(root, jnp.arange(prompts), group, before=(step, 0)).reshape(prompts * split, group // split)
         rows = constrain(jnp.repeat(prompt, split, axis=0), "rows", None)
         lengths = constrain(jnp.repeat(prompt_lengths, split), "rows")
         greedy = None

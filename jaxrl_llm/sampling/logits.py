@@ -204,6 +204,20 @@ def _by_mass(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     return logits
 
 
+def folded(key: jax.Array, *numbers: jax.typing.ArrayLike) -> jax.Array:
+    """The PRNG key with one number after the other folded in, for each entry of their common shape.
+
+    One loop over the numbers, of keys in a row: each fold of its own shape, and each axis, would be compiled anew.
+    """
+    each = jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, numbers)))
+
+    def fold(keys: jax.Array, numbers: jax.Array) -> tuple[jax.Array, None]:
+        return jax.vmap(jax.random.fold_in)(keys, numbers), None
+
+    keys, _ = jax.lax.scan(fold, jnp.broadcast_to(key, each[0].size), each.reshape(len(numbers), -1))
+    return keys.reshape(each.shape[1:])
+
+
 def uniforms(keys: jax.Array, length: int) -> jax.Array:
     """The randomness of `length` draws: uniform on [0, 1), `[..., length, 2]`.
 
@@ -214,10 +228,11 @@ def uniforms(keys: jax.Array, length: int) -> jax.Array:
         length: draws of each row.
     """
 
-    def of_row(key: jax.Array) -> jax.Array:
-        return jax.vmap(lambda time: jax.random.uniform(jax.random.fold_in(key, time), (2,)))(jnp.arange(length))
+    def one(key: jax.Array, time: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, time), (2,))
 
-    return jax.vmap(of_row)(keys.ravel()).reshape(*keys.shape, length, 2)
+    each, times = jnp.repeat(keys.ravel(), length), jnp.tile(jnp.arange(length), keys.size)
+    return jax.vmap(one)(each, times).reshape(*keys.shape, length, 2)
 
 
 def draw(uniform: jax.Array, logits: jax.Array, config: SamplingConfig, *, greedy: jax.Array | None = None) -> Draw:
@@ -297,8 +312,9 @@ def _block_size(vocabulary: int) -> int:
 
 def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first entry of positive weight at which the running sum exceeds `uniform` times the total."""
-    running = jnp.cumsum(weights, axis=-1)
-    above = (running > uniform[..., None] * running[..., -1:]) & (weights > 0)
+    running, entries = jnp.cumsum(weights, axis=-1), jnp.arange(weights.shape[-1])
+    possible = weights > 0
+    above = (running > uniform[..., None] * running[..., -1:]) & possible
     # Rounding may leave none above; the last entry of positive weight is then the one.
-    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), -1), axis=-1)
-    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)
+    first = jnp.min(jnp.where(above, entries, weights.shape[-1]), axis=-1)
+    return jnp.minimum(first, jnp.max(jnp.where(possible, entries, -1), axis=-1))

@@ -24,6 +24,7 @@ from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.rows import RowDataset, RowLoader, ServedRows, batches_in_order
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import start_reference
+from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.records import Metrics
 from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
@@ -197,7 +198,8 @@ class OfflineTrainer:
         check_memory(self.setup.mesh, needs, "the model's size, or train adapters: --model.lora.rank=16")
         placed: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         whole = replicated(self.setup.mesh)
-        self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+        options = compiler_options(self.model.config, self.setup.mesh)
+        self.update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole), compiler_options=options)
         self._evaluate = jax.jit(make_offline_evaluation(self.model, self.objective), out_shardings=whole)
         self._normalizer = jax.jit(self.objective.normalizer, out_shardings=whole)
         self._merged = jax.jit(_merged, out_shardings=whole)

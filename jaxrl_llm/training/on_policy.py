@@ -30,6 +30,7 @@ from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import abstract_reference, has_adapters, reference_of, start_reference
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import on_host, replicated, row_shards
@@ -288,7 +289,8 @@ class Trainer:
     def _make_programs(self, learner: Learner) -> None:
         """The programs, still to be compiled."""
         placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.setup.mesh)
-        self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole))
+        options = compiler_options(self.model.config, self.setup.mesh)
+        self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole), compiler_options=options)
         self._lower_update = self.update.lower
         self._score = self._iteration = None
         on_host = self.rewards is not None or self.algorithm.needs_hints
@@ -297,7 +299,8 @@ class Trainer:
         elif not on_host:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
             shardings: Any = (placed, whole, self.sampler.shardings(self.config.prompts_per_step), whole)
-            self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=Iteration(*shardings))
+            out = Iteration(*shardings)
+            self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=out, compiler_options=options)
         self._rates = Rates(learner.schedule)
 
     def learning_rate(self, step: int) -> float:

@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quantize
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
-from jaxrl_llm.models.config import ExpertsConfig, LayerKind, LoraConfig, Params
+from jaxrl_llm.models.config import LoraConfig, Params
 from jaxrl_llm.models.integers import BLOCK, Blocks, rounded, with_floats, with_whole_blocks
 from jaxrl_llm.models.lora import add_adapters, join, merge_adapters, split_adapters
 from jaxrl_llm.models.transformer import Transformer
@@ -30,19 +30,14 @@ SIZES = {"embed_dim": 64, "mlp_dim": 128, "num_kv_heads": 2, "head_dim": 16, "lo
 @pytest.fixture
 def made(tiny_config, lively_params, request):
     """A model with integers, its parameters, and the model of the floats that they stand for with its own."""
-    dtype, *mixture = request.param.split()
-    plain = Transformer(dataclasses.replace(tiny_config(**SIZES), **(EXPERTS if mixture else {})))
-    model = Transformer(dataclasses.replace(plain.config, base_dtype=dtype))
+    plain = Transformer(tiny_config(**SIZES))
+    model = Transformer(dataclasses.replace(plain.config, base_dtype=request.param))
     adapters, base = split_adapters(lively_params(plain))
-    params = join(rounded(base, dtype), adapters)
+    params = join(rounded(base, request.param), adapters)
     assert jax.tree.structure(params) == jax.tree.structure(model.abstract_params())
     return model, params, plain, with_floats(params, "float32")
 
 
-EXPERTS = {
-    "experts": ExpertsConfig(count=4, per_token=2, width=96, shared=64, bias=True),
-    "layer_kinds": (LayerKind(experts=True),),
-}
 both = pytest.mark.parametrize("made", ["int8", "int4"], indirect=True)
 
 
@@ -88,7 +83,7 @@ def test_rows_must_be_whole_blocks(tiny_config):
 # ---- Models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("made", ["int8", "int4", "int4 experts"], indirect=True)
+@both
 def test_a_model_computes_what_its_floats_would(made):
     model, params, plain, floats = made
 
@@ -107,13 +102,7 @@ def test_a_model_computes_what_its_floats_would(made):
 
 @pytest.mark.parametrize(
     ("made", "sizes"),
-    [
-        ("int4", {"fsdp": 2, "tensor": 4}),
-        ("int4", {"fsdp": 8}),
-        ("int8", {"tensor": 8}),
-        ("int4 experts", {"expert": 2, "fsdp": 4}),
-        ("int8 experts", {"expert": 2, "tensor": 4}),
-    ],
+    [("int4", {"fsdp": 2, "tensor": 4}), ("int4", {"fsdp": 8}), ("int8", {"tensor": 8})],
     indirect=["made"],
     ids=str,
 )
@@ -149,19 +138,10 @@ def test_sampling_is_that_of_the_floats(made):
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "changes"),
-    [
-        (None, {}),
-        ({"tensor": 8, "fsdp": 1}, {}),
-        pytest.param({"fsdp": 4, "tensor": 2}, {}, marks=pytest.mark.slow),
-        pytest.param({"expert": 2, "tensor": 4}, EXPERTS, marks=pytest.mark.slow),
-    ],
-    ids=["one device", "tensor", "fsdp", "experts"],
-)
-def test_a_sampler_may_round_the_weights(tiny_config, lively_params, sizes, changes):
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}, {"tensor": 8, "fsdp": 1}])
+def test_a_sampler_may_round_the_weights(tiny_config, lively_params, sizes):
     """Merged with their adapters: it draws as a model of the rounded weights does, and tells its log-probs."""
-    model = Transformer(dataclasses.replace(tiny_config(**SIZES), **changes))
+    model = Transformer(tiny_config(**SIZES))
     params, devices = lively_params(model), jax.devices() if sizes else jax.devices()[:1]
     mesh = make_mesh(MeshConfig(**sizes or {}), devices)
     on_mesh = jax.device_put(params, model.shardings(mesh))

@@ -28,6 +28,7 @@ from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import replicated, row_shards, sampling_mesh
@@ -222,7 +223,9 @@ class StarTrainer:
         self.abstract_state = abstract_train_state(model, resting, mesh, rounding="nearest")
         at_rest: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         step = make_offline_step(model, trained, SupervisedObjective(), plan=self._plan)
-        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
+        options = compiler_options(model.config, mesh)
+        out = (placed, replicated(mesh))
+        self._update = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
         self._begin = jax.jit(
             lambda params: make_train_state(params, trained, seed, rounding=rounding), out_shardings=placed
         )

@@ -113,6 +113,10 @@ def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
 
     The derivative by `x` turns back; `turn` has none.
     """
+    return _turned(x, turn)
+
+
+def _turned(x: jax.Array, turn: Rotation) -> jax.Array:
     cos, sin = turn.cos[..., None, :], turn.sin[..., None, :]
     planes = cos.shape[-1]
     ends = [end for end in (planes, 2 * planes) if end < x.shape[-1]]
@@ -122,11 +126,12 @@ def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
 
 
 def _rotate_forward(x: jax.Array, turn: Rotation) -> tuple[jax.Array, Rotation]:
-    return rotate(x, turn), turn
+    return _turned(x, turn), turn
 
 
 def _rotate_backward(turn: Rotation, gradient: jax.Array) -> tuple[jax.Array, None]:
-    return rotate(gradient, Rotation(turn.cos, -turn.sin)), None
+    # Plain, so that it can be transposed: the Fisher-vector products of a trust region are derivatives of derivatives.
+    return _turned(gradient, Rotation(turn.cos, -turn.sin)), None
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -318,11 +318,6 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r} is not one of {get_args(options)}")
         if self.base_dtype not in (None, *get_args(BaseDType)):
             raise ValueError(f"ModelConfig.base_dtype={self.base_dtype!r} is not one of {get_args(BaseDType)}, or None")
-        if self.base_dtype is not None and self.experts is not None:
-            raise ValueError(
-                f"model.base_dtype={self.base_dtype} with {self.experts.count} experts is not implemented: leave it "
-                "out, and keep the weights in half the memory of float32 by model.param_dtype=bfloat16"
-            )
         if (self.gradient_sums, self.dtype) == ("bfloat16", "float32"):
             raise ValueError(
                 "gradient_sums=bfloat16 would round gradients that dtype=float32 asks to be exact: set dtype=bfloat16, "

@@ -63,7 +63,7 @@ def text(meaning: str) -> Entry:
     return Entry(lambda value: isinstance(value, str) and value != "", "a text that is not empty", meaning)
 
 
-def one_of(meaning: str, *values: str | bool) -> Entry:
+def one_of(meaning: str, *values: str | bool | float) -> Entry:
     """One of a few values."""
 
     # Compared with their types, for 0 == False, and without hashes, which lists lack.

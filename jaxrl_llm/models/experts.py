@@ -20,10 +20,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jaxrl_llm.models.config import Activation, DType, ExpertsConfig, LayerKind, LoraTarget, ModelConfig, Params
-from jaxrl_llm.models.kernels.grouped import grouped_outer, grouped_product
+from jaxrl_llm.models.config import Activation, ExpertsConfig, LayerKind, LoraTarget, ModelConfig, Params
+from jaxrl_llm.models.expert_products import Gathers, expert_product, gathers_of
+from jaxrl_llm.models.integers import LEAVES, Blocks
 from jaxrl_llm.models.operands import GATES, LINEAR, operand
-from jaxrl_llm.sharding import MESH_AXES, gathered, row_shards, spec
+from jaxrl_llm.sharding import MESH_AXES, blocks_of, gathered, row_shards, spec
 
 _EXPERT = "expert"
 """The mesh axis."""
@@ -58,7 +59,10 @@ def top_experts(logits: jax.Array, config: ExpertsConfig, chosen: jax.Array | No
 
 
 class Stacked(nnx.Module):
-    """A linear layer of each expert: weight `[E, out, inner]`, and a bias and an adapter where they are configured."""
+    """A linear layer of each expert: weight `[E, out, inner]`, and a bias and an adapter where they are configured.
+
+    The weight may be of integers.
+    """
 
     def __init__(
         self,
@@ -74,7 +78,12 @@ class Stacked(nnx.Module):
         assert config.experts is not None
         count, dtype = config.experts.count, jnp.dtype(config.param_dtype)
         weight = 0.02 * jax.random.normal(rngs.params(), (count, out, inner), dtype)
-        self.weight = nnx.Param(weight, axes=("expert", *axes))
+        rounded = None if config.base_dtype is None else Blocks.of(weight, config.base_dtype)
+        weight, scale, offset = (weight, None, None) if rounded is None else rounded
+        in_blocks = ("expert", *axes) if rounded is None else ("expert", axes[0], blocks_of(axes[1]))
+        self.weight = nnx.Param(weight, axes=in_blocks)
+        self.weight_scale = None if scale is None else nnx.Param(scale, axes=in_blocks)
+        self.weight_offset = None if offset is None else nnx.Param(offset, axes=in_blocks)
         bias = jnp.zeros((count, out), dtype) if config.experts.bias else None
         self.bias = None if bias is None else nnx.Param(bias, axes=("expert", "mlp" if axes[0] == "mlp" else "whole"))
         if config.lora is None or name not in config.lora.targets:
@@ -89,7 +98,7 @@ class Stacked(nnx.Module):
     @property
     def leaves(self) -> dict[str, nnx.Param[jax.Array]]:
         """The parameters by name."""
-        named = {"weight": self.weight, "bias": self.bias, "lora_a": self.lora_a, "lora_b": self.lora_b}
+        named = {name: getattr(self, name) for name in (*LEAVES, "bias", "lora_a", "lora_b")}
         return {name: leaf for name, leaf in named.items() if leaf is not None}
 
 
@@ -139,13 +148,19 @@ class Experts(nnx.Module):
         axes = {
             name: {key: leaf.get_metadata()["axes"] for key, leaf in leaves.items()} for name, leaves in linear.items()
         }
-        of_device = _OfDevice(config, self.config, self.activation, axes)
-        y, experts = _over_mesh(of_device, x, logits, chosen, weights)
+        mesh = jax.sharding.get_abstract_mesh()
+        cut = {
+            name: {key: spec(mesh, axes[name][key], leaf.shape) for key, leaf in leaves.items()}
+            for name, leaves in weights.items()
+        }
+        gathers = {name: {key: gathers_of(one, mesh) for key, one in leaves.items()} for name, leaves in cut.items()}
+        of_device = _OfDevice(config, self.config, self.activation, axes, gathers)
+        y, experts = _over_mesh(of_device, x, logits, chosen, weights, cut)
         return y, Routed(experts, logits)
 
 
 def _over_mesh(
-    of_device: _OfDevice, x: jax.Array, logits: jax.Array, chosen: jax.Array | None, weights: Params
+    of_device: _OfDevice, x: jax.Array, logits: jax.Array, chosen: jax.Array | None, weights: Params, cut: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Each device's experts, on those axes of the ambient mesh that no `shard_map` around the caller has taken."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -158,12 +173,9 @@ def _over_mesh(
             lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), mode="edge"), (x, logits, chosen)
         )
     rows = spec(mesh, ("rows", "time") if x.ndim > 2 else ("rows",))
-    of_weights = jax.tree.map(
-        lambda names: spec(mesh, names), of_device.axes, is_leaf=lambda node: isinstance(node, tuple)
-    )
     y, experts = jax.shard_map(
         of_device,
-        in_specs=(rows, rows, rows if chosen is not None else PartitionSpec(), of_weights),
+        in_specs=(rows, rows, rows if chosen is not None else PartitionSpec(), cut),
         out_specs=(rows, rows),
         axis_names=free,
         check_vma=False,  # a Pallas kernel does not tell over which axes its results differ
@@ -179,6 +191,8 @@ class _OfDevice(NamedTuple):
     activation: Activation
     axes: dict[str, dict[str, tuple[str, ...]]]
     """Logical names of the axes of each weight."""
+    gathers: dict[str, dict[str, Gathers]]
+    """Of each weight."""
 
     def __call__(
         self, x: jax.Array, logits: jax.Array, chosen: jax.Array | None, weights: Params
@@ -214,18 +228,17 @@ class _OfDevice(NamedTuple):
         return jnp.einsum("nk,nkd->nd", shares, of_token.astype(jnp.float32))
 
     def _linear(self, weights: Params, sizes: jax.Array, group: jax.Array, name: str, rows: jax.Array) -> jax.Array:
-        leaves, axes = weights[name], self.axes[name]
-
-        def product(leaf: str, rows: jax.Array) -> jax.Array:
-            gathers = _cut_axes(axes[leaf])
-            return _product(self.config.dtype, self.config.gradient_sums, gathers, rows, leaves[leaf], sizes)
-
-        y = product("weight", rows)
+        leaves, gathers = weights[name], self.gathers[name]
+        product = functools.partial(expert_product, self.config.dtype, self.config.gradient_sums)
+        y = product(leaves, gathers, rows, sizes)
         if "lora_a" in leaves:
             assert self.config.lora is not None
-            y = y + self.config.lora.scale * product("lora_b", product("lora_a", rows))
+            for adapter in ("lora_a", "lora_b"):
+                rows = product({"weight": leaves[adapter]}, {"weight": gathers[adapter]}, rows, sizes)
+            y = y + self.config.lora.scale * rows
         if "bias" in leaves:
-            y = y + operand(self.config.dtype, self._bias(leaves["bias"], axes["bias"], group).astype(y.dtype))
+            bias = self._bias(leaves["bias"], self.axes[name]["bias"], group)
+            y = y + operand(self.config.dtype, bias.astype(y.dtype))
         return checkpoint_name(y, LINEAR)
 
     def _bias(self, bias: jax.Array, axes: tuple[str, ...], group: jax.Array) -> jax.Array:
@@ -240,59 +253,6 @@ def _size(axis: str) -> int:
     """Devices along a mesh axis in the `shard_map` around; 1 without one, or where it was not free."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape.get(axis, 1) if axis in mesh.manual_axes else 1
-
-
-_Gathers = tuple[tuple[int, tuple[str, ...]], ...]
-"""Axes of a weight and the mesh axes over which each is cut for storage alone."""
-
-
-def _cut_axes(names: tuple[str, ...]) -> _Gathers:
-    mesh = jax.sharding.get_abstract_mesh()
-    over = tuple(axis for axis in ("fsdp", "context") if axis in mesh.manual_axes and mesh.shape[axis] > 1)
-    return tuple((place, over) for place, name in enumerate(names) if name == "embed_of_expert" and over)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(
-    dtype: DType, sums: DType, gathers: _Gathers, x: jax.Array, weight: jax.Array, sizes: jax.Array
-) -> jax.Array:
-    """x·Wᵀ of each row `[R, in]` with its group's weight; factors and gradients are those of `Linear`.
-
-    The weight is gathered in the narrow type, and its gradient is summed over devices in the type `sums`.
-    """
-    return _product_forward(dtype, sums, gathers, x, weight, sizes)[0]
-
-
-def _whole(dtype: DType, gathers: _Gathers, weight: jax.Array, x: jax.Array) -> jax.Array:
-    weight = operand(dtype, weight.astype(x.dtype))
-    for place, axes in gathers:
-        weight = jax.lax.all_gather(weight, axes, axis=place, tiled=True)
-    return weight
-
-
-_Saved = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def _product_forward(
-    dtype: DType, sums: DType, gathers: _Gathers, x: jax.Array, weight: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, _Saved]:
-    x = operand(dtype, x)
-    return grouped_product(x, _whole(dtype, gathers, weight, x), sizes), (x, weight, sizes)
-
-
-def _product_backward(
-    dtype: DType, sums: DType, gathers: _Gathers, saved: _Saved, gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x, weight, sizes = saved
-    gradient = operand(dtype, gradient)
-    to_x = grouped_product(gradient, _whole(dtype, gathers, weight, x), sizes, transposed=True)
-    to_weight = grouped_outer(gradient, x, sizes, dtype=sums)
-    for place, axes in gathers:
-        to_weight = jax.lax.psum_scatter(to_weight, axes, scatter_dimension=place, tiled=True)
-    return to_x, to_weight.astype(weight.dtype), None
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

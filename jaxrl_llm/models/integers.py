@@ -1,8 +1,9 @@
 """Weights that are not trained, kept as small integers: W = q·scale + offset, a scale for each 32 entries of a row.
 
 Of 8 bits: q from −127 to 127, scale = max |W| / 127, no offset (GGUF's Q8_0). Of 4 bits: q from 0 to 15, offset =
-min W, scale = (max W − min W) / 15 (Q4_1). Scales and offsets are float16, as there, so that blocks of a GGUF file in
-these formats come out as they are in it. Adapters are trained beside them (Dettmers et al. 2023, QLoRA).
+min W, scale = (max W − min W) / 15 (Q4_1); of a block that has been rounded to Q4_0, what that has. Scales and offsets
+are float16, as there, so that blocks of a GGUF file in these formats come out as they are in it. Adapters are trained
+beside them (Dettmers et al. 2023, QLoRA).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.models.config import BaseDType, DType, Params
+from jaxrl_llm.models.config import BaseDType, DType, LoraTarget, Params
 from jaxrl_llm.models.operands import operand
 from jaxrl_llm.sharding import blocks_of, constrain, gathered, head_shards
 
@@ -58,12 +59,11 @@ class Blocks(NamedTuple):
         if dtype == "int8":
             low, scale = None, jnp.max(jnp.abs(blocks), axis=-1) / 127
         else:
-            low = jnp.min(blocks, axis=-1).astype(jnp.float16)
-            scale = (jnp.max(blocks, axis=-1) - low.astype(jnp.float32)) / 15
+            low, scale = _sixteen(blocks)
         scale = scale.astype(jnp.float16)
         steps = scale.astype(jnp.float32)[..., None]
         above = blocks if low is None else blocks - low.astype(jnp.float32)[..., None]
-        steps = jnp.round(above / jnp.where(steps > 0, steps, 1))
+        steps = jnp.round(above / jnp.where(steps != 0, steps, 1))
         if low is None:
             values = jnp.clip(steps, -127, 127).astype(jnp.int8)
         else:
@@ -81,6 +81,28 @@ class Blocks(NamedTuple):
         if self.offset is not None:
             wide = wide + self.offset.astype(jnp.float32)[..., None]
         return wide.reshape(*outer, -1).astype(dtype)
+
+
+def _sixteen(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first of 16 numbers, float16, and the step between them, for each block `[..., 32]`.
+
+    They go from the least to the greatest of the block; or from that which is farthest from 0 over 0 to seven eighths
+    of its opposite, where all of it lies on these, as after Q4_0.
+    """
+
+    def away(first: jax.Array, step: jax.Array) -> jax.Array:
+        """Steps between the block's entries and the nearest of the numbers, at most."""
+        steps = (blocks - first.astype(jnp.float32)[..., None]) / jnp.where(step != 0, step, 1)[..., None]
+        return jnp.max(jnp.abs(steps - jnp.clip(jnp.round(steps), 0, 15)), axis=-1)
+
+    least, most = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
+    low = least.astype(jnp.float16)
+    step = (most - low.astype(jnp.float32)) / 15
+    farthest = jnp.where(most >= -least, most, least)
+    over_zero = -farthest / 8
+    away_then = away(farthest, over_zero)
+    lies_on = (away_then < 1 / 16) & (away_then < away(low, step))
+    return jnp.where(lies_on, farthest.astype(jnp.float16), low), jnp.where(lies_on, over_zero, step)
 
 
 LEAVES = ("weight", "weight_scale", "weight_offset")
@@ -112,6 +134,8 @@ def with_blocks(params: Any) -> Any:
 def rounded(params: Params, dtype: BaseDType, axes: Params | None = None) -> Params:
     """Parameters of a model whose layers' linear maps are integers in place of floats. Pure; has no adapters.
 
+    Routers of experts stay floats, as does what gates a shared one.
+
     Args:
         params: of the model with floats.
         dtype: of the integers.
@@ -119,18 +143,20 @@ def rounded(params: Params, dtype: BaseDType, axes: Params | None = None) -> Par
             whole blocks on a device; `None`: there is no mesh.
     """
 
-    def one(tree: Any, names: Any) -> Any:
+    def one(name: str, tree: Any, names: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         if "weight" in tree:
+            if name not in get_args(LoraTarget):
+                return tree
             weight = tree["weight"]
             if names:
                 *outer, inner = weight.shape
                 weight = constrain(weight, *names[LEAVES[1]], shape=(*outer, inner // BLOCK))
             return tree | {"weight": Blocks.of(weight, dtype)}
-        return {name: one(part, names and names[name]) for name, part in tree.items()}
+        return {name: one(name, part, names and names[name]) for name, part in tree.items()}
 
-    return with_blocks(params | {"layers": one(params["layers"], axes and axes["layers"])})
+    return with_blocks(params | {"layers": one("layers", params["layers"], axes and axes["layers"])})
 
 
 _READ_IN_PARTS = {"output": "heads", "down": "mlp"}

@@ -120,7 +120,6 @@ class Sampler:
         if dtype is None:
             return self.model
         others = {"model.base_dtype": config.base_dtype, "model.batch_invariant": config.batch_invariant}
-        others["a mixture of experts"] = config.experts
         if names := [name for name, value in others.items() if value]:
             raise ValueError(f"sampling.weights_dtype={dtype} is not for {names[0]}: leave out one of them")
         read = self.model.rounded(dtype)

@@ -44,7 +44,7 @@ from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import describe, record
 from jaxrl_llm.launch.plan.work import Work, update_work
 from jaxrl_llm.launch.stages import GRPO
-from jaxrl_llm.models.config import LoraConfig, Params
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, LoraConfig, Params
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
@@ -392,6 +392,14 @@ def test_frozen_weights_have_no_gradient_and_integers_are_read_as_such(tiny_conf
     assert (plain.read, adapted.read) == (2 * 3 * 4 * config.num_parameters, 2 * 2 * 4 * config.num_parameters)
     assert adapted.read - rounded.read == 2 * 2 * linear * (4 - 0.625)
     assert adapted.sent - rounded.sent == 2 * 2 * linear * (4 - 0.625) / 2
+
+    experts = ExpertsConfig(count=4, per_token=2, width=32, shared=96)
+    mixture = dataclasses.replace(config, lora=lora, layer_kinds=(LayerKind(experts=True),), experts=experts)
+    adapted, rounded = (
+        update_work(c, mesh, plan, state=0) for c in (mixture, dataclasses.replace(mixture, base_dtype="int4"))
+    )
+    linear = 2 * (4 * 64 * 64 + 3 * 64 * (4 * 32 + 96))  # routers are floats
+    assert adapted.read - rounded.read == 2 * 2 * linear * (4 - 0.625)
 
 
 def test_windows_bound_what_is_seen(tiny_config):

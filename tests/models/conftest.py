@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,37 @@ def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
+def _with_stacked_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As llama.cpp's converter has experts: each projection of all of them in one tensor, `[E, out, in]`."""
+    made, experts = {}, {}
+    for name, value in tensors.items():
+        if one := re.fullmatch(r"model\.(layers\.\d+\.)(mlp|block_sparse_moe)\.experts\.(\d+)\.(.*)", name):
+            layer, kind, number, rest = one.groups()
+            whole = f"model.{layer}mlp.experts.{rest}" if kind == "mlp" else f"{layer}feed_forward.experts.{rest}"
+            experts.setdefault(whole, {})[int(number)] = value
+        elif ".experts.gate_up_proj" in name:  # GPT-OSS: columns in turns, and turned over
+            turned = value if name.endswith("_bias") else value.swapaxes(1, 2)
+            prefix, kind = name.split(".experts.")[0], "bias" if name.endswith("_bias") else "weight"
+            made |= {f"{prefix}.experts.{part}_proj.{kind}": turned[:, i::2] for i, part in enumerate(("gate", "up"))}
+        elif name.endswith(".experts.down_proj_bias"):
+            made[name.replace("_bias", ".bias")] = value
+        elif name.endswith(".experts.down_proj"):
+            made[f"{name}.weight"] = value.swapaxes(1, 2)
+        else:
+            made[name + ".weight" * name.endswith("sinks")] = value
+    return made | {name: np.stack([found[e] for e in sorted(found)]) for name, found in experts.items()}
+
+
+_ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+}
+_WINDOWS = ("mistral", "mixtral", "gemma2", "gemma3_text", "gpt_oss")
+
+
 def write_gguf(
     path: Path,
     config: dict[str, Any],
@@ -99,7 +131,7 @@ def write_gguf(
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """Writes a checkpoint as llama.cpp's converter does; `kinds`: part of a matrix's name → its type."""
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    arch = _ARCHITECTURES.get(config["model_type"], config["model_type"])
     rope = config["rope_parameters"]
     local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -118,7 +150,12 @@ def write_gguf(
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
-    if config["model_type"] in ("mistral", "gemma2", "gemma3_text") and config["sliding_window"]:
+    if config.get("num_local_experts"):
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        if arch != "llama":
+            writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
+    if config["model_type"] in _WINDOWS and config["sliding_window"]:
         writer.add_sliding_window(config["sliding_window"])
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
@@ -129,6 +166,11 @@ def write_gguf(
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
     if arch == "phi3":
         original = config["original_max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
@@ -139,13 +181,13 @@ def write_gguf(
             for kind in ("long", "short"):
                 writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32))
     extra(writer)
-    for name, value in tensors.items():
+    for name, value in _with_stacked_experts(tensors).items():
         if arch in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             value = _interleave(value, heads if "q_proj" in name else kv_heads)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             value = value + np.float32(1)
         kind = gguf.GGMLQuantizationType.F32
-        if value.ndim == 2:
+        if value.ndim >= 2:
             kind = next((kind for part, kind in (kinds or {}).items() if part in name), kind)
         writer.add_tensor(
             _gguf_name(name, arch, config["num_hidden_layers"]), gguf.quants.quantize(value, kind), raw_dtype=kind

@@ -29,9 +29,11 @@ def moe_config(tiny_config):
     )
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
 @pytest.mark.parametrize("interpret", [False, True], ids=["blocks", "megablox"])
 @pytest.mark.parametrize("sizes", [[7, 0, 150, 1, 40], [0, 0, 0, 0, 9]])
-def test_products_are_those_of_a_loop_over_groups(sizes, interpret):
+def test_products_are_those_of_a_loop_over_groups(sizes, interpret, made, monkeypatch):
+    """Of matrices, and of ones that are made of other arrays, one by one."""
     rng, rows, inner, outer = np.random.default_rng(0), 210, 16, 24
     x, y = rng.normal(size=(rows, inner)).astype("f"), rng.normal(size=(rows, outer)).astype("f")
     weight = rng.normal(size=(len(sizes), outer, inner)).astype("f")
@@ -41,12 +43,16 @@ def test_products_are_those_of_a_loop_over_groups(sizes, interpret):
             product[row], back[row] = weight[group] @ x[row], y[row] @ weight[group]
             gradient[group] += np.outer(y[row], x[row])
     counts = jnp.array(sizes, jnp.int32)
-    made = (
-        grouped_product(x, weight, counts, interpret=interpret),
-        grouped_product(y, weight, counts, transposed=True, interpret=interpret),
+    how: dict[str, Any] = {"interpret": interpret}
+    if made:
+        monkeypatch.setattr("jaxrl_llm.models.kernels.grouped._FLOATS", 1)
+        weight, how["floats"] = (weight / 2, weight / 2), lambda halves: halves[0] + halves[1]
+    found = (
+        grouped_product(x, weight, counts, **how),
+        grouped_product(y, weight, counts, transposed=True, **how),
         grouped_outer(y, x, counts, dtype=jnp.float32, interpret=interpret),
     )
-    for ours, expected in zip(made, (product, back, gradient), strict=True):
+    for ours, expected in zip(found, (product, back, gradient), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 

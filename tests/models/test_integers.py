@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quantize
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.pretrained import load_params, save_pretrained
-from jaxrl_llm.models.config import LoraConfig, Params
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, LoraConfig, Params
 from jaxrl_llm.models.integers import BLOCK, Blocks, rounded, with_floats, with_whole_blocks
 from jaxrl_llm.models.lora import add_adapters, join, merge_adapters, split_adapters
 from jaxrl_llm.models.transformer import Transformer
@@ -30,14 +30,19 @@ SIZES = {"embed_dim": 64, "mlp_dim": 128, "num_kv_heads": 2, "head_dim": 16, "lo
 @pytest.fixture
 def made(tiny_config, lively_params, request):
     """A model with integers, its parameters, and the model of the floats that they stand for with its own."""
-    plain = Transformer(tiny_config(**SIZES))
-    model = Transformer(dataclasses.replace(plain.config, base_dtype=request.param))
+    dtype, *mixture = request.param.split()
+    plain = Transformer(dataclasses.replace(tiny_config(**SIZES), **(EXPERTS if mixture else {})))
+    model = Transformer(dataclasses.replace(plain.config, base_dtype=dtype))
     adapters, base = split_adapters(lively_params(plain))
-    params = join(rounded(base, request.param), adapters)
+    params = join(rounded(base, dtype), adapters)
     assert jax.tree.structure(params) == jax.tree.structure(model.abstract_params())
     return model, params, plain, with_floats(params, "float32")
 
 
+EXPERTS = {
+    "experts": ExpertsConfig(count=4, per_token=2, width=96, shared=64, bias=True),
+    "layer_kinds": (LayerKind(experts=True),),
+}
 both = pytest.mark.parametrize("made", ["int8", "int4"], indirect=True)
 
 
@@ -66,7 +71,7 @@ def test_integers_are_the_nearest(dtype):
     assert np.array_equal(got[1, :BLOCK], np.zeros(BLOCK))
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("int8", "Q8_0"), ("int4", "Q4_1")])
+@pytest.mark.parametrize(("dtype", "kind"), [("int8", "Q8_0"), ("int4", "Q4_1"), ("int4", "Q4_0")])
 def test_blocks_of_a_gguf_file_come_out_as_they_are(dtype, kind):
     weight = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     kind = GGMLQuantizationType[kind]
@@ -83,7 +88,7 @@ def test_rows_must_be_whole_blocks(tiny_config):
 # ---- Models --------------------------------------------------------------------------------------
 
 
-@both
+@pytest.mark.parametrize("made", ["int8", "int4", "int4 experts"], indirect=True)
 def test_a_model_computes_what_its_floats_would(made):
     model, params, plain, floats = made
 
@@ -102,7 +107,13 @@ def test_a_model_computes_what_its_floats_would(made):
 
 @pytest.mark.parametrize(
     ("made", "sizes"),
-    [("int4", {"fsdp": 2, "tensor": 4}), ("int4", {"fsdp": 8}), ("int8", {"tensor": 8})],
+    [
+        ("int4", {"fsdp": 2, "tensor": 4}),
+        ("int4", {"fsdp": 8}),
+        ("int8", {"tensor": 8}),
+        ("int4 experts", {"expert": 2, "fsdp": 4}),
+        ("int8 experts", {"expert": 2, "tensor": 4}),
+    ],
     indirect=["made"],
     ids=str,
 )
@@ -138,10 +149,19 @@ def test_sampling_is_that_of_the_floats(made):
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}, {"tensor": 8, "fsdp": 1}])
-def test_a_sampler_may_round_the_weights(tiny_config, lively_params, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        (None, {}),
+        ({"tensor": 8, "fsdp": 1}, {}),
+        pytest.param({"fsdp": 4, "tensor": 2}, {}, marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "tensor": 4}, EXPERTS, marks=pytest.mark.slow),
+    ],
+    ids=["one device", "tensor", "fsdp", "experts"],
+)
+def test_a_sampler_may_round_the_weights(tiny_config, lively_params, sizes, changes):
     """Merged with their adapters: it draws as a model of the rounded weights does, and tells its log-probs."""
-    model = Transformer(tiny_config(**SIZES))
+    model = Transformer(dataclasses.replace(tiny_config(**SIZES), **changes))
     params, devices = lively_params(model), jax.devices() if sizes else jax.devices()[:1]
     mesh = make_mesh(MeshConfig(**sizes or {}), devices)
     on_mesh = jax.device_put(params, model.shardings(mesh))

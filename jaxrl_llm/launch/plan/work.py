@@ -241,8 +241,18 @@ def _bytes(config: ModelConfig, dtype: str) -> tuple[float, float]:
     if config.experts is not None:
         of_layer = 3 * config.embed_dim * config.experts.count * config.experts.width
         experts = of_layer * sum(kind.experts for kind in config.kinds)
-    rounded, each = (0, 0) if config.base_dtype is None else (weights_of_layers(config), BYTES[config.base_dtype])
-    return (config.num_parameters - experts - rounded) * size + rounded * each, experts * size
+    if config.base_dtype is None:
+        return (config.num_parameters - experts) * size, experts * size
+    each, rounded = BYTES[config.base_dtype], weights_of_layers(config) - experts - _routers(config)
+    return (config.num_parameters - experts - rounded) * size + rounded * each, experts * each
+
+
+def _routers(config: ModelConfig) -> int:
+    """Entries of the matrices that say which experts compute a token, and how much of a shared one is taken."""
+    if config.experts is None:
+        return 0
+    each = config.experts.count + (config.experts.shared is not None)
+    return config.embed_dim * each * sum(kind.experts for kind in config.kinds)
 
 
 def _sum(numbers: int, shards: int) -> float:

@@ -39,6 +39,11 @@ METADATA: Table = {
     "feed_forward_length": CONFIG["intermediate_size"],
     "block_count": CONFIG["num_hidden_layers"],
     "expert_count": whole("experts of a layer", 0, 10**6),
+    "expert_used_count": whole("experts that compute a token", 0, 10**6),
+    "expert_feed_forward_length": whole("width of an expert", 1, 10**9),
+    "expert_weights_norm": one_of("whether the shares of a token's experts add up to 1", True),
+    "expert_weights_scale": one_of("what they are multiplied by, 0 for nothing", 0.0, 1.0),
+    "expert_gating_func": one_of("how they come from logits: 1 and 3 are softmax", 0, 1, 3),
     "attention.head_count": CONFIG["num_attention_heads"],
     "attention.head_count_kv": whole("key and value heads", 1, 10**4),
     "attention.key_length": whole("width of a head", 1, 10**4),
@@ -102,19 +107,18 @@ class GGUFSource:
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         for kind, (name, tensor) in {t.tensor_type: (name, t) for name, t in self._tensors.items()}.items():
             try:
-                dequantize(tensor.data[:1], kind)
+                dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
             except NotImplementedError as error:
                 raise ValueError(f"{path}: quantisation {kind.name} (of {name!r}) is not supported by gguf") from error
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """The slice `index` of a tensor in float32; only its rows are dequantised."""
-        tensor = self._tensors[name]
-        data = tensor.data
-        rows: slice | np.ndarray = index[0]
-        order = self._rotary_order(name)
+        tensor, order = self._tensors[name], self._rotary_order(name)
+        rows: tuple[Any, ...] = index[:-1] or index
         if order is not None:
-            rows = order[index[0]]
-        values = dequantize(data[rows], tensor.tensor_type)[(slice(None), *index[1:])]
+            rows = (order[rows[0]],)
+        values = dequantize(tensor.data[rows], tensor.tensor_type)
+        values = values[..., index[-1]] if len(index) > 1 else values
         offset = self.architecture.norm_offset if name.endswith("norm.weight") else 0.0
         return values - np.float32(offset) if offset else values
 
@@ -140,12 +144,14 @@ class GGUFSource:
         """The entries of the `config.json` that this model would have.
 
         Raises:
-            ValueError: a mixture of experts or a rope scaling that is not implemented, or missing metadata.
+            ValueError: experts or a rope scaling that are not implemented, or missing metadata.
         """
         architecture = self.metadata["general.architecture"]
-        if self.get("expert_count", 0):
-            count = self.get("expert_count")
-            raise ValueError(f"{self.path}: mixtures of experts (expert_count={count}) are not supported")
+        if (count := self.get("expert_count", 0)) and not self.architecture.experts:
+            raise ValueError(
+                f"{self.path}: mixtures of experts (expert_count={count}) in architecture {architecture!r} are not "
+                "supported"
+            )
         heads, width = self.get("attention.head_count"), self.get("embedding_length")
         if width % heads and not self.get("attention.key_length", None):
             raise ValueError(f"{self.path}: embedding_length={width} must be a multiple of head_count={heads}")

@@ -36,6 +36,10 @@ TENSOR_NAMES: Mapping[str, str] = {
     "layers.mlp.up.bias": "blk.{layer}.ffn_up.bias",
     "layers.mlp.down.weight": "blk.{layer}.ffn_down.weight",
     "layers.mlp.down.bias": "blk.{layer}.ffn_down.bias",
+    "layers.experts.router.weight": "blk.{layer}.ffn_gate_inp.weight",
+    "layers.experts.gate.weight": "blk.{layer}.ffn_gate_exps.weight",
+    "layers.experts.up.weight": "blk.{layer}.ffn_up_exps.weight",
+    "layers.experts.down.weight": "blk.{layer}.ffn_down_exps.weight",
     "final_norm.scale": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
@@ -43,6 +47,15 @@ TENSOR_NAMES: Mapping[str, str] = {
 
 _FUSED = {f"layers.attention.{part}.weight": "blk.{layer}.attn_qkv.weight" for part in ("query", "key", "value")}
 _FUSED |= {f"layers.mlp.{part}.weight": "blk.{layer}.ffn_up.weight" for part in ("gate", "up")}
+
+_GPT_OSS = {
+    "layers.attention.sinks": "blk.{layer}.attn_sinks.weight",
+    "layers.mlp_norm.scale": "blk.{layer}.post_attention_norm.weight",
+    "layers.experts.router.bias": "blk.{layer}.ffn_gate_inp.bias",
+    "layers.experts.gate.bias": "blk.{layer}.ffn_gate_exps.bias",
+    "layers.experts.up.bias": "blk.{layer}.ffn_up_exps.bias",
+    "layers.experts.down.bias": "blk.{layer}.ffn_down_exps.bias",
+}
 
 
 class File(Protocol):
@@ -78,6 +91,8 @@ class Architecture:
     """Added to the scales of norms."""
     window: bool = False
     """Whether its metadata may have a sliding window."""
+    experts: bool = False
+    """Whether its layers may be mixtures of experts."""
 
 
 def decimal(stored: float) -> float:
@@ -86,8 +101,10 @@ def decimal(stored: float) -> float:
 
 
 def _llama(file: File, config: dict[str, Any]) -> dict[str, Any]:
-    """Mistral's file is a Llama's, with a window."""
+    """Mistral's file is a Llama's, with a window, and Mixtral's one with experts."""
     window = file.get("attention.sliding_window", 0)
+    if file.get("expert_count", 0):
+        return {"model_type": "mixtral", "sliding_window": window or None, **_experts(file)}
     entries = {"attention_bias": _has_bias(file), "mlp_bias": "blk.0.ffn_up.bias" in file.shapes}
     return {"model_type": "mistral", "sliding_window": window, **entries} if window else entries
 
@@ -98,6 +115,33 @@ def _has_bias(file: File) -> bool:
 
 def _biased(file: File, config: dict[str, Any]) -> dict[str, Any]:
     return {"attention_bias": _has_bias(file)}
+
+
+def _experts(file: File) -> dict[str, Any]:
+    return {"num_local_experts": file.get("expert_count"), "num_experts_per_tok": file.get("expert_used_count")}
+
+
+def _qwen3_moe(file: File, config: dict[str, Any]) -> dict[str, Any]:
+    """With experts in each layer, the shares of a token's adding up to 1."""
+    return {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": file.get("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+        **_experts(file),
+        **_biased(file, config),
+    }
+
+
+def _gpt_oss(file: File, config: dict[str, Any]) -> dict[str, Any]:
+    """Each second layer has a window, the first one, too."""
+    return {
+        "model_type": "gpt_oss",
+        "intermediate_size": file.get("expert_feed_forward_length", config["intermediate_size"]),
+        "sliding_window": file.get("attention.sliding_window"),
+        "rope_parameters": {**config["rope_parameters"], "truncate": False},
+        **_experts(file),
+        **_biased(file, config),
+    }
 
 
 def _gemma(file: File, config: dict[str, Any], largest: int) -> dict[str, Any]:
@@ -153,13 +197,15 @@ def _attention_factor(file: File, config: dict[str, Any], original: int) -> dict
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(_llama, turns_neighbours=True, window=True),
+    "llama": Architecture(_llama, turns_neighbours=True, window=True, experts=True),
     "qwen2": Architecture(lambda file, config: {}),
     "qwen3": Architecture(_biased),
+    "qwen3moe": Architecture(_qwen3_moe, experts=True),
     "gemma2": Architecture(_gemma2, norm_offset=1.0, window=True),
     "gemma3": Architecture(_gemma3, norm_offset=1.0, window=True),
     "olmo2": Architecture(_biased),
     "phi3": Architecture(_phi3, {**TENSOR_NAMES, **_FUSED}, window=True),
     "smollm3": Architecture(_biased, turns_neighbours=True),
+    "gpt-oss": Architecture(_gpt_oss, {**TENSOR_NAMES, **_GPT_OSS}, window=True, experts=True),
 }
 """By name."""

@@ -23,17 +23,23 @@ if TYPE_CHECKING:
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
+
+def _by_case(ending: str, digits: str) -> str:
+    """Words end where a capital follows a small letter."""
+    before, high, low = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    words = f"{before}{high}*{low}+{ending}|{before}{high}+{low}*{ending}|{digits}"
+    return words + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+_TEKKEN, _GPT4O = _by_case("", r"\p{N}"), _by_case(f"{_CONTRACTIONS}?", r"\p{N}{1,3}")
 
 _GPT2_LIKE = ("gpt-2",)
 _DIGIT_LIKE = ("smollm", "starcoder", "refact")
 _LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 _QWEN2_LIKE = ("qwen2", "deepseek-r1-qwen", "stablelm2")
 _TEKKEN_LIKE = ("tekken",)
+_GPT4O_LIKE = ("gpt-4o",)
 _WHOLE_WORDS = (*_LLAMA3_LIKE, *_TEKKEN_LIKE)  # a word that is a token is taken before any merge is tried
 
 
@@ -77,11 +83,12 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(path: Path, pre: str | None, tokens: Sequence[str], merges: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM)."""
+    """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM, GPT-OSS)."""
     split = {
         **dict.fromkeys(_LLAMA3_LIKE, _LLAMA3),
         **dict.fromkeys(_QWEN2_LIKE, _QWEN2),
         **dict.fromkeys(_TEKKEN_LIKE, _TEKKEN),
+        **dict.fromkeys(_GPT4O_LIKE, _GPT4O),
     }
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     vocab = {token: number for number, token in enumerate(tokens)}

@@ -13,10 +13,12 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from jaxrl_llm.models.checkpoints.gguf import GGUFSource
-from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_config
+from jaxrl_llm.models.checkpoints.pretrained import from_pretrained, load_config, load_params
 from jaxrl_llm.models.config import RopeConfig
+from jaxrl_llm.models.integers import with_floats
 from jaxrl_llm.models.rope import frequencies
-from jaxrl_llm.sharding import parameter_shardings
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
 
 
 def close(config):
@@ -51,6 +53,9 @@ def write(tmp_path, gguf_writer, golden_config, golden_tensors):
         "phi3_longrope",
         "phi3_partial_tied",
         "smollm3",
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss_long",
     ],
 )
 def test_equals_the_hugging_face_checkpoint(case, write, checkpoint, golden_tensors):
@@ -95,6 +100,34 @@ def test_quantised_matrices(kind, write, golden_tensors):
         error = np.abs(np.asarray(layer["query"]["weight"][index]) - tensors[name]).max()
         assert 0 < error < 0.1
     assert GGUFSource(path).shapes["blk.0.attn_q.weight"] == (32, 32)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.MXFP4])
+def test_quantised_experts(kind, write, golden_tensors):
+    """Expert by expert, and a part of them on each device."""
+    path, tensors = write("gpt_oss_long", kinds={"experts.gate_proj.weight": kind}), golden_tensors("gpt_oss_long")
+    model, params = from_pretrained(path)
+    gate = np.stack([tensors[f"model.layers.{i}.mlp.experts.gate_up_proj"][..., ::2].swapaxes(1, 2) for i in range(3)])
+    expected = gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(gate), kind), kind)
+    np.testing.assert_array_equal(params["layers"]["experts"]["gate"]["weight"], expected)
+    cut = load_params(path, model, model.shardings(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))))
+    chex.assert_trees_all_equal(cut, params)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Kind.Q8_0, "int8"), (Kind.Q4_1, "int4"), (Kind.Q4_0, "int4")])
+def test_experts_in_blocks_are_kept_as_they_are(kind, dtype, write, golden_module, golden_tensors):
+    tensors = {
+        name: golden_module.tensor(name, [32 if size == 24 else size for size in value.shape])
+        for name, value in golden_tensors("qwen3_moe").items()
+    }
+    config = {"moe_intermediate_size": 32}
+    path = write("qwen3_moe", config=config, tensors=tensors, kinds={"experts": kind})
+    plain, floats = from_pretrained(path)
+    model = Transformer(dataclasses.replace(plain.config, base_dtype=dtype))
+    kept = with_floats(load_params(path, model), "float32")
+    for name in ("gate", "up", "down"):
+        ours, theirs = (params["layers"]["experts"][name]["weight"] for params in (kept, floats))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
@@ -214,7 +247,7 @@ def test_unknown_architecture_lists_the_known(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="'gpt2' is not supported; known: llama, qwen2, qwen3, gemma2"):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; known: llama, qwen2, qwen3, qwen3moe"):
         from_pretrained(tmp_path / "x.gguf")
 
 

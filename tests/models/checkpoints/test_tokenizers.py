@@ -85,6 +85,7 @@ def pieces(tokenizer, text):
         ("qwen2", "e\u0301", ["Ã©"]),  # composed first
         ("llama-bpe", "e\u0301", ["e", "Ì", "ģ"]),
         ("tekken", "123", ["1", "2", "3"]),
+        ("gpt-4o", "1231", ["123", "1"]),
     ],
 )
 def test_text_is_split_as_in_training(pre, text, expected, tmp_path):
@@ -92,7 +93,13 @@ def test_text_is_split_as_in_training(pre, text, expected, tmp_path):
     assert pieces(tokenizer, text) == expected
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
+def test_words_of_gpt_oss(tmp_path):
+    backend = load_tokenizer(write_tokenizer(tmp_path / "t.gguf", pre="gpt-4o")).backend_tokenizer
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str("it's HiHi 1234")]
+    assert words == ["it's", "ĠHi", "Hi", "Ġ", "123", "4"]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o"])
 def test_any_text_survives(pre, tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t.gguf", pre=pre))
     text = "Hi, it's  12345 … naïve 北京 🙂\n\n\tdef f(x): return x  "

@@ -9,12 +9,10 @@ from safetensors import SafetensorError
 from jaxrl_llm.config import Experiment, OfflineExperiment
 from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.loading import Policy
-from jaxrl_llm.models.checkpoints.fused_adapters import unwritable
 from jaxrl_llm.models.checkpoints.peft import save_adapters
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
 from jaxrl_llm.models.checkpoints.score_pretrained import save_score_model
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.families import family_for
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.training.run.curves import plot_curves
 from jaxrl_llm.training.run.distributed import is_main_process
@@ -108,8 +106,6 @@ def _export(
         )
     exported = [("model", f"{model} (transformers loads it)")]
     if policy.model.config.lora is not None and not scores:
-        if problem := unwritable(family_for(policy.model.config), policy.model.config.lora):
-            return [*exported, ("adapters", f"in the model alone: {problem}")]
         adapters = folder / "adapters"
         save_adapters(adapters, policy.model, params, base_name=config.model.path, overwrite=True)
         exported.append(("adapters", f"{adapters} (PEFT loads it)"))

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
 TOLERANCE = 1e-4
 CASES = ["llama_biases", "mistral", "qwen2", "qwen3_tied_bias", "gemma2", "olmo2", "phi3_partial_tied"]
 MIXTURES = ["mixtral", "qwen3_moe"]
-FUSED = "gpt_oss_long"  # of whose experts PEFT has no adapters
+FUSED = "gpt_oss_long"  # whose experts lie in one tensor
 
 # transformers, torch and PEFT warn of their own deprecations; ours stay errors in every other file
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -56,7 +56,7 @@ def test_peft_reads_ours(case: str, use_rslora: bool, golden_module: Any, tokens
     base = golden_module.torch_model(case)
     base.save_pretrained(tmp_path / "base")
     # Of experts PEFT reads adapters of one at a time, and then wants those of all three projections.
-    mlp: Any = ("gate", "up", "down") if case in MIXTURES else () if case == FUSED else ("up",)
+    mlp: Any = ("gate", "up", "down") if case in MIXTURES else ("up", "down") if case == FUSED else ("up",)
     lora = LoraConfig(rank=4, alpha=6.0, targets=("query", "value", "output", *mlp), use_rslora=use_rslora)
     model = Transformer(dataclasses.replace(load_config(tmp_path / "base"), lora=lora))
     params = add_adapters(load_params(tmp_path / "base", model), model, jax.random.key(0))
@@ -103,6 +103,30 @@ def test_we_read_pefts(case: str, targets: Any, golden_module: Any, tokens: np.n
     np.testing.assert_allclose(ours(model, params, tokens), expected, atol=TOLERANCE, rtol=0)
     plain, loaded = from_pretrained(tmp_path / "base")
     assert np.abs(ours(plain, loaded, tokens) - expected).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("modules", "parameters"),
+    [(["q_proj"], ["gate_up_proj", "down_proj"]), ([], ["down_proj"])],
+    ids=["all", "one"],
+)
+def test_we_read_pefts_of_experts(modules, parameters, golden_module: Any, tokens: np.ndarray, tmp_path: Any) -> None:
+    base = golden_module.torch_model(FUSED)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    names = [f"mlp.experts.{name}" for name in parameters]
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=modules, target_parameters=names, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(base, settings).eval()
+    adapted.save_pretrained(str(tmp_path / "adapters"))
+    config = load_config(tmp_path / "base")
+    model = Transformer(dataclasses.replace(config, lora=load_lora_config(tmp_path / "adapters", config)))
+    params = load_adapters(tmp_path / "adapters", model, load_params(tmp_path / "base", model))
+    expected = theirs(adapted, tokens)
+    np.testing.assert_allclose(ours(model, params, tokens), expected, atol=TOLERANCE, rtol=0)
+    again = save_adapters(tmp_path / "again", model, params)
+    assert load_lora_config(again, config).rank == 3 * len(parameters)  # twice, where gate and up are one
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import get_args
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.models.checkpoints.expert_adapters import stacked
 from jaxrl_llm.models.checkpoints.weights import Index, Layout, TensorSource
 from jaxrl_llm.models.config import LoraConfig, LoraTarget, ModelConfig, Params
 from jaxrl_llm.models.families import Family
@@ -26,7 +27,7 @@ _PART = "#"
 def modules(family: Family) -> dict[str, tuple[str, ...]]:
     """The linear layers of a block, as a checkpoint has them → their parts, as paths in our parameters.
 
-    Experts whose tensors have a layout of their own (GPT-OSS) are no such layers.
+    Experts that lie in one tensor (GPT-OSS) are no such layers: `expert_adapters` has them.
     """
     found: dict[str, tuple[str, ...]] = {}
     for path, tensor in family.tensor_names.items():
@@ -35,18 +36,6 @@ def modules(family: Family) -> dict[str, tuple[str, ...]]:
             module = tensor.removesuffix(".weight")
             found[module] = (*found.get(module, ()), path.removesuffix(".weight"))
     return found
-
-
-def unwritable(family: Family, lora: LoraConfig) -> str | None:
-    """Why PEFT has no such adapters, or `None` where it has."""
-    known = {path.split(".")[-1] for paths in modules(family).values() for path in paths}
-    lost = [target for target in lora.targets if target not in known]
-    if not lost:
-        return None
-    return (
-        f"PEFT has no adapters of {', '.join(lost)} of {family.model_type}, whose experts lie in one tensor: keep them "
-        f"merged into the model, as save_pretrained writes it, or train lora.targets without {', '.join(lost)}"
-    )
 
 
 def written_as(family: Family, lora: LoraConfig) -> LoraConfig:
@@ -78,17 +67,18 @@ def to_peft(adapters: Params, weights: Params, family: Family, lora: LoraConfig)
     made = {}
     for paths in _adapted(family, lora):
         for place, path in enumerate(paths):
-            layers, out, inner = shapes[f"{path}.weight"].shape
-            a = ours.get(f"{path}.lora_a", jnp.zeros((layers, rank, inner), jnp.float32))
-            b = ours.get(f"{path}.lora_b", jnp.zeros((layers, out, rank), jnp.float32))
-            below = wide - rank * len(paths) if place == len(paths) - 1 else 0
-            made[f"{path}.lora_a"] = jnp.pad(a, ((0, 0), (0, below), (0, 0)))
-            made[f"{path}.lora_b"] = jnp.pad(b, ((0, 0), (0, 0), (rank * place, wide - rank * (place + 1))))
+            *outer, out, inner = shapes[f"{path}.weight"].shape
+            a = ours.get(f"{path}.lora_a", jnp.zeros((*outer, rank, inner), jnp.float32))
+            b = ours.get(f"{path}.lora_b", jnp.zeros((*outer, out, rank), jnp.float32))
+            below, whole = wide - rank * len(paths) if place == len(paths) - 1 else 0, ((0, 0),) * (a.ndim - 1)
+            made[f"{path}.lora_a"] = jnp.pad(a, (*whole[1:], (0, below), (0, 0)))
+            made[f"{path}.lora_b"] = jnp.pad(b, (*whole, (rank * place, wide - rank * (place + 1))))
     return nested(made)
 
 
 def _adapted(family: Family, lora: LoraConfig) -> list[tuple[str, ...]]:
-    return [paths for paths in modules(family).values() if any(path.split(".")[-1] in lora.targets for path in paths)]
+    tensors = (*modules(family).values(), *stacked(family).values())
+    return [paths for paths in tensors if any(path.split(".")[-1] in lora.targets for path in paths)]
 
 
 def names_read(names: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,9 @@ from typing import Any, get_args
 import jax
 from jax.experimental import multihost_utils
 
-from jaxrl_llm.models.checkpoints.fused_adapters import Parted, modules, names_read, to_peft, unwritable, written_as
+from jaxrl_llm.models.checkpoints import expert_adapters
+from jaxrl_llm.models.checkpoints.expert_adapters import OfExperts, names_written, target_parameters
+from jaxrl_llm.models.checkpoints.fused_adapters import Parted, modules, names_read, to_peft, written_as
 from jaxrl_llm.models.checkpoints.hf import (
     SafetensorsSource,
     overwrite_problem,
@@ -27,10 +29,12 @@ from jaxrl_llm.models.entries import (
     Table,
     check_entries,
     errors_name,
+    list_of,
     number_between,
     one_of,
     require,
     shown,
+    text,
     truth,
     whole,
 )
@@ -50,6 +54,7 @@ _ENTRIES: Table = {
     "use_rslora": truth("whether it is over the root of the rank").or_null(),
     "bias": one_of("biases that were trained", "none").or_null(),
     "init_lora_weights": one_of("how the adapters began", *_KEEP_THE_BASE).or_null(),
+    "target_parameters": list_of(text("a parameter that has adapters, such as mlp.experts.down_proj")).or_null(),
 }
 """Entries that are read."""
 _WITHOUT_EFFECT = (
@@ -83,18 +88,18 @@ def save_adapters(
         The folder.
 
     Raises:
-        ValueError: there are no adapters, no family expresses the configuration, PEFT has none such, or the folder
-            exists and must not be overwritten.
+        ValueError: there are no adapters, no family expresses the configuration, or the folder exists and must not be
+            overwritten.
     """
     folder, lora = Path(os.path.expanduser(folder)), _lora_of(model)
     if not has_adapters(params):
         raise ValueError("these parameters have no adapters to save")
     family, weights = family_for(model.config), model.base.abstract_params()
-    if problem := unwritable(family, lora):
-        raise ValueError(problem)
-    adapters = to_peft(split_adapters(params)[0], weights, family, lora)
-    stack = Transformer(dataclasses.replace(model.config, lora=written_as(family, lora))).stack
-    names, writer = _tensor_names(family), jax.process_index() == 0
+    written = written_as(family, lora)
+    adapters = expert_adapters.to_peft(to_peft(split_adapters(params)[0], weights, family, lora), family)
+    stack = Transformer(dataclasses.replace(model.config, lora=written)).stack
+    names = _tensor_names(family) | names_written(family, target_parameters(family, written.targets))
+    writer = jax.process_index() == 0
     problem = overwrite_problem(folder, overwrite=overwrite, marker=ADAPTER_CONFIG) if writer else None
     agree_on_problem(problem, folder)
     if writer:
@@ -121,8 +126,8 @@ def load_lora_config(folder: str | os.PathLike[str], config: ModelConfig) -> Lor
     path = Path(os.path.expanduser(folder))
     settings = read_json(path / ADAPTER_CONFIG)
     _check_supported(settings, path / ADAPTER_CONFIG)
-    names = names_read(_tensor_names(family_for(config)))
-    present = Parted(SafetensorsSource(path, ADAPTER_WEIGHTS), names, config).shapes
+    source, names = _tensors(path, config)
+    present = source.shapes
     targets = tuple(
         target
         for target in get_args(LoraTarget)
@@ -170,12 +175,31 @@ def load_adapters(folder: str | os.PathLike[str], model: Transformer, params: Pa
     ]
     if differing:
         raise ValueError(f"the adapters in {path} are not those of this model: {'; '.join(differing)}")
-    names, abstract = names_read(_tensor_names(family_for(model.config))), split_adapters(model.abstract_params())[0]
-    source = Parted(SafetensorsSource(path, ADAPTER_WEIGHTS), names, model.config)
+    (source, names), abstract = _tensors(path, model.config), split_adapters(model.abstract_params())[0]
     wanted = leaves(abstract, names, model.stack)
     placements = None if shardings is None else split_adapters(shardings)[0]
     arrays = load_leaves(source, wanted, placements, where=str(path))
     return join(without_adapters(params), jax.tree.unflatten(jax.tree.structure(abstract), arrays))
+
+
+def _tensors(path: Path, config: ModelConfig) -> tuple[OfExperts, dict[str, str]]:
+    """The tensors of a folder of adapters, and leaf of an adapter → name of its tensor.
+
+    Raises:
+        ValueError: a parameter has adapters that are not those of experts in one tensor.
+    """
+    family, parameters = family_for(config), read_json(path / ADAPTER_CONFIG).get("target_parameters") or ()
+    known = target_parameters(family, get_args(LoraTarget))
+    if others := [name for name in parameters if name not in known]:
+        has = f"has only {', '.join(known)}" if known else "has none"
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG}: target_parameters={others} are not implemented for {family.model_type}, which "
+            f"{has}: merge the adapters into their base with PEFT instead"
+        )
+    names = names_read(_tensor_names(family))
+    parted = Parted(SafetensorsSource(path, ADAPTER_WEIGHTS), names, config)
+    source = OfExperts(parted, family, config, parameters)
+    return source, names | source.names
 
 
 def _shown(lora: LoraConfig, field: dataclasses.Field[Any]) -> Any:
@@ -203,7 +227,7 @@ def _describe(lora: LoraConfig, family: Family, base_name: str | None) -> dict[s
     """The entries of `adapter_config.json`."""
     places = {path.split(".")[-1]: module.split(".")[-1] for module, paths in modules(family).items() for path in paths}
     lora = written_as(family, lora)
-    targets = {places[target] for target in lora.targets}
+    targets = {places[target] for target in lora.targets if target in places}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -211,6 +235,7 @@ def _describe(lora: LoraConfig, family: Family, base_name: str | None) -> dict[s
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "target_modules": sorted(targets),
+        "target_parameters": target_parameters(family, lora.targets) or None,
         "use_rslora": lora.use_rslora,
         "lora_dropout": 0.0,
         "bias": "none",

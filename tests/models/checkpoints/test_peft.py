@@ -148,6 +148,7 @@ def test_only_folders_of_adapters_are_replaced(adapted, tmp_path):
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"something_new": 1}, "something_new=1"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, r"target_parameters=\['mlp.*for \w+, which has none"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
         ({"r": None}, "r=None must be a whole number"),
     ],

@@ -64,6 +64,11 @@ def _abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: Transformer(config).init(jax.random.key(0)))
 
 
+@functools.lru_cache(maxsize=1024)
+def _abstract_frame(config: ModelConfig) -> Frame:
+    return nnx.eval_shape(lambda: Frame(config, nnx.Rngs(0)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Transformer:
     """A transformer without its parameters: hashable, static under `jit`; every method is pure.
@@ -93,7 +98,7 @@ class Transformer:
 
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters."""
-        return jax.tree.map(lambda leaf: leaf, _abstract_params(self.config))
+        return jax.tree.map(lambda leaf: leaf, _abstract_params(self.config))  # dicts of the caller's own
 
     def abstract_params_on(self, mesh: Mesh) -> Params:
         """Shapes, types and shardings of the parameters on a mesh.
@@ -119,8 +124,7 @@ class Transformer:
             return nnx.to_pure_dict(axes)
 
         blocks = [names(_abstract_block(self.config, kind), ("layers",)) for kind in self.config.layer_kinds]
-        frame = nnx.eval_shape(lambda: Frame(self.config, nnx.Rngs(0)))
-        return {**names(frame, ()), "layers": functools.reduce(join, blocks)}
+        return {**names(_abstract_frame(self.config), ()), "layers": functools.reduce(join, blocks)}
 
     def shardings(self, mesh: Mesh) -> Params:
         """Where each parameter lies on a mesh.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,10 +65,14 @@ def forward(
     heads, weights = config.num_heads * config.head_dim, weights_of_layers(config, active=True)
     fed = [length - unfed for group in completions for length in group]
     tokens = len(completions) * prompt_tokens + sum(fed)
+    lengths, windows = Counter(fed), Counter(kind.window for kind in config.kinds)
     pairs = sum(
-        len(completions) * _seen(0, prompt_tokens, kind.window)
-        + sum(_seen(prompt_tokens, length, kind.window) for length in fed)
-        for kind in config.kinds
+        layers
+        * (
+            len(completions) * _seen(0, prompt_tokens, window)
+            + sum(many * _seen(prompt_tokens, length, window) for length, many in lengths.items())
+        )
+        for window, layers in windows.items()
     )
     head = 2 * config.embed_dim * (config.vocab_size if outputs is None else outputs)
     return Forward(2 * tokens * weights, 4 * heads * pairs, scored * head)

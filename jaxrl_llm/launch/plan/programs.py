@@ -89,11 +89,15 @@ def _build(plan: Plan, mesh: Mesh) -> list[Program]:
     return [make(beside) for name, make in made.items() if name in plan.programs and (name != "reward" or judge)]
 
 
+def shape_of(plan: Plan) -> ModelConfig:
+    """The policy's shape."""
+    config = SIZES[plan.size] if plan.model.path is None else load_config(plan.model.path)
+    return config if plan.layers is None else dataclasses.replace(config, num_layers=plan.layers)
+
+
 def model_of(plan: Plan, mesh: Mesh) -> Transformer:
     """The policy, as it is on the devices of `mesh`: what is left to `auto` is chosen for these, wherever one plans."""
-    config = SIZES[plan.size] if plan.model.path is None else load_config(plan.model.path)
-    if plan.layers is not None:
-        config = dataclasses.replace(config, num_layers=plan.layers)
+    config = shape_of(plan)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return Transformer(plan.model.applied_to(config))
 

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrl_llm.launch.plan.compiled import STATE, Report, compile_program
-from jaxrl_llm.launch.plan.programs import GIB, build, model_of
+from jaxrl_llm.launch.plan.programs import GIB, build, model_of, shape_of
 from jaxrl_llm.launch.plan.run_flags import run_flags
 from jaxrl_llm.launch.plan.settings import Plan, ProgramName
 from jaxrl_llm.launch.plan.slices import Chip
@@ -28,7 +28,7 @@ REMATS: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 """What the backward pass may keep, where nothing is said of it."""
 _ROWS = (16, 8, 4, 2, 1)
 """Longest texts that a row of tokens may hold."""
-_TENSOR, _CONTEXT, _COPIES = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)
+_TENSOR, _CONTEXT, _EXPERT, _COPIES = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)
 _TILE = 128
 """Tokens of which rows have multiples."""
 
@@ -142,7 +142,7 @@ def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Re
     """
     refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
     found, room = 0, chip.hbm_gib * GIB
-    for sizes in _meshes(plan.mesh, len(devices)):
+    for sizes in _meshes(plan, len(devices)):
         on_mesh = dataclasses.replace(plan, mesh=sizes)
         try:
             mesh = make_mesh(sizes, devices)
@@ -162,16 +162,17 @@ def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Re
         raise refusal
 
 
-def _meshes(asked: MeshConfig, devices: int) -> Iterator[MeshConfig]:
+def _meshes(plan: Plan, devices: int) -> Iterator[MeshConfig]:
     """Sizes of the axes; those that were asked for are kept."""
+    asked, mixture = plan.mesh, shape_of(plan).experts
     tensors = (asked.tensor,) if asked.tensor > 1 else _TENSOR
     contexts = (asked.context,) if asked.context > 1 else _CONTEXT
-    fixed = max(1, asked.data) * asked.expert
-    for tensor, context in itertools.product(tensors, contexts):
-        if devices % (fixed * tensor * context) == 0:
-            fsdp = devices // (fixed * tensor * context)
-            if asked.fsdp in (-1, fsdp):
-                yield dataclasses.replace(asked, data=max(1, asked.data), fsdp=fsdp, tensor=tensor, context=context)
+    experts = (asked.expert,) if asked.expert > 1 or mixture is None else _EXPERT
+    data = max(1, asked.data)
+    for expert, tensor, context in itertools.product(experts, tensors, contexts):
+        fsdp, rest = divmod(devices, data * expert * tensor * context)
+        if rest == 0 and asked.fsdp in (-1, fsdp):
+            yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
 
 
 def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:

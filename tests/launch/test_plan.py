@@ -495,11 +495,12 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch, refused: Any) -> list[tuple[s
     """In place of the compiler one to which all fits but what `refused` says; what it was given, in order."""
     given: list[tuple[str, Any]] = []
 
-    def compiled(option: Any, chip: Chip, tell: Any) -> dict[str, Any] | None:
+    def compiled(option: Any, chip: Chip, tell: Any) -> tuple[dict[str, Any] | None, int | None]:
         (name,) = option.plan.programs
         given.append((name, option.plan))
-        seconds = {"compute": option.seconds(chip)}
-        return None if refused(name, option.plan) else {"program": name, "seconds": seconds, "slots": 1}
+        if refused(name, option.plan):
+            return None, round(chip.hbm_gib * GIB) + 1
+        return {"program": name, "seconds": {"compute": option.seconds(chip)}, "slots": 1}, None
 
     monkeypatch.setattr(search_module, "_compiled", compiled)
     return given
@@ -526,6 +527,21 @@ def test_search_goes_on_to_the_next_sampler(model_path: str, monkeypatch: pytest
     assert len(found) == 2  # each update once
     samplers = [plan.sampling_tensor for name, plan in given if name == "sampler"]
     assert len(samplers) == len(set(samplers)) > 1
+
+
+def test_search_leaves_out_what_needs_more_than_what_did_not_fit(model_path: str, monkeypatch: pytest.MonkeyPatch):
+    given = fake_compiler(monkeypatch, lambda name, plan: name == "update" and plan.model.remat == "none")
+    plan = small(model_path, mesh=MeshConfig(fsdp=8))
+    found = next(search(plan, jax.devices(), Chip(1.0, 1e-9, 1e9, 1e9), lambda line: None, remats=("none", "full")))
+    assert found.plan.model.remat == "full"
+    tried = [(plan.model.remat, plan.update.tokens_per_micro_batch) for name, plan in given if name == "update"]
+    assert tried == [("none", 256), ("full", 256)]  # rows of 128 would keep as much
+
+
+def test_search_tries_to_deal_experts_out():
+    dense, mixture = (Plan(size=size, mesh=MeshConfig(tensor=2)) for size in ("qwen3-0.6b", "qwen3-30b-a3b"))
+    tried = [{one.expert for one in search_module._meshes(plan, 8)} for plan in (dense, mixture)]
+    assert tried == [{1}, {1, 2, 4}]
 
 
 def test_search_keeps_what_the_command_line_sets(model_path: str):

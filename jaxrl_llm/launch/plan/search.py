@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ REMATS: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 _ROWS = (16, 8, 4, 2, 1)
 """Longest texts that a row of tokens may hold."""
 _TENSOR, _CONTEXT, _EXPERT, _COPIES = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)
+_USED = re.compile(r"Used ([\d.]+)([BKMGT]) of")
+"""In the compiler's refusal: what there would have to be."""
 _TILE = 128
 """Tokens of which rows have multiples."""
 
@@ -103,11 +106,16 @@ def search(
     """
     compiled: dict[int, dict[str, Any] | None] = {}
     settled: set[int] = set()
+    beyond = _Beyond(chip.hbm_gib * GIB)
 
     def fits(option: Option) -> dict[str, Any] | None:
         """The record of a program, compiled at most once; `None`: it does not fit."""
+        if id(option) not in compiled and beyond.too_much(option):
+            compiled[id(option)] = None
         if id(option) not in compiled:
-            compiled[id(option)] = _compiled(option, chip, tell)
+            told, needed = _compiled(option, chip, tell)
+            beyond.learn(option, needed)
+            compiled[id(option)] = told
         return compiled[id(option)]
 
     def order(options: _Options) -> tuple[float, int, int]:
@@ -226,8 +234,42 @@ def _updates(plan: Plan, mesh: Mesh, remats: Sequence[Remat]) -> Iterator[Option
         yield Option(one, mesh, work, sum(parts.values()))
 
 
-def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    """The record of a program that the compiler makes, if it fits."""
+class _Beyond:
+    """What updates need beyond their bounds, as the compiler has told of those before.
+
+    It grows with what is kept, and with the part of a weight that a device gathers. So an update that keeps no less
+    than another one in the same way, of weights that are cut no finer, needs as much more: where that is too much, it
+    need not be compiled.
+
+    Args:
+        room: bytes of a device.
+    """
+
+    def __init__(self, room: float):
+        self._room = room
+        self._told: list[tuple[Option, int]] = []
+
+    def learn(self, option: Option, needed: int | None) -> None:
+        """Remembers what a program needs; `None`: it is not known."""
+        if option.plan.programs == ("update",) and needed is not None:
+            self._told.append((option, needed - option.least))
+
+    def too_much(self, option: Option) -> bool:
+        """Whether it is an update that will not fit."""
+        if option.plan.programs != ("update",):
+            return False
+        more = [
+            more
+            for other, more in self._told
+            if other.plan.model.remat == option.plan.model.remat
+            and other.work.kept <= option.work.kept
+            and head_shards(other.mesh) >= head_shards(option.mesh)
+        ]
+        return option.least + max(more, default=0) > self._room
+
+
+def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> tuple[dict[str, Any] | None, int | None]:
+    """The record of a program that the compiler makes, if it fits, and the bytes that it needs, if they are known."""
     plan, (program,) = option.plan, build(option.plan, option.mesh)
     chosen = {
         "sampler": f"weights over {plan.sampling_tensor}",
@@ -240,12 +282,13 @@ def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> dict[s
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        used = _USED.search(str(error))
         tell(f"{what}: does not fit")
-        return None
+        return None, None if used is None else int(float(used[1]) * 1024 ** "BKMGT".index(used[2]))
     told = record(program, report, chip)
     told["remarks"].append(what)
     tell(f"{what}: {told['needed'] / GIB:.2f} GiB, {max(told['seconds'].values()):.3g} s at least ({told['limit']})")
-    return told if told["fits"] else None
+    return told if told["fits"] else None, told["needed"]
 
 
 def found_table(found: Sequence[Found]) -> str:

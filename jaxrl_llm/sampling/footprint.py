@@ -23,7 +23,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Sizes, as_kept
 from jaxrl_llm.sampling.decode import Loop
 from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
-from jaxrl_llm.sampling.logits import SamplingConfig
+from jaxrl_llm.sampling.logits import SamplingConfig, block_size
 from jaxrl_llm.sampling.together import rooms
 from jaxrl_llm.sharding import dtype_read, head_shards, on_cpu, parameter_shardings
 
@@ -35,6 +35,12 @@ _LOGITS = 3
 
 _SORTED = 2
 """More of them, to find top-p."""
+
+_LANES = 128
+"""Entries of a row of a TPU's tile, to which blocks of the running sum are filled up."""
+
+_ACROSS = 16
+"""Entries of a block that is so small that the compiler lays such blocks out the other way, which fills up nothing."""
 
 
 class Batch(NamedTuple):
@@ -172,8 +178,12 @@ class Footprint:
 
     def _drawing(self, rows: int) -> int:
         """Of the tokens that are drawn at a time."""
+        vocabulary = self.model.config.vocab_size
         arrays = _LOGITS + _SORTED * (self.config.top_p < 1)
-        return 4 * arrays * rows * self._part(self.model.config.vocab_size)
+        block = block_size(vocabulary)
+        if _ACROSS < block < _LANES and not on_cpu():  # the running sum
+            arrays += _LANES // block - 1
+        return 4 * arrays * rows * self._part(vocabulary)
 
     def _part(self, size: int) -> int:
         """A device's, of what is split along `tensor`."""

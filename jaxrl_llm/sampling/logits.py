@@ -292,7 +292,7 @@ def _inverse_cdf(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     weight 0 are never chosen.
     """
     vocabulary = weights.shape[-1]
-    block = _block_size(vocabulary)
+    block = block_size(vocabulary)
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -vocabulary % block)])
     blocks = weights.reshape(*weights.shape[:-1], -1, block)
     chosen = _first_above(jnp.sum(blocks, axis=-1), uniform[..., 0])
@@ -301,7 +301,7 @@ def _inverse_cdf(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     return chosen * block + _first_above(entries, uniform[..., 1])
 
 
-def _block_size(vocabulary: int) -> int:
+def block_size(vocabulary: int) -> int:
     """About √V; of a vocabulary that can be split evenly over 8 devices, a divisor of their parts.
 
     Then a sharded distribution is summed where it lies. On more devices the result is the same, by moving it.

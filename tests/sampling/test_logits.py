@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.sampling.logits import Draw, SamplingConfig, _block_size, draw, truncate, uniforms
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, block_size, draw, truncate, uniforms
 
 FILTERS: list[dict[str, Any]] = [
     {"top_k": 3},
@@ -114,7 +114,7 @@ def test_every_vocabulary_size(vocabulary):
 
 @pytest.mark.parametrize("vocabulary", [32, 512, 32_000, 49_152, 128_256, 151_936, 152_064])
 def test_blocks_of_usual_vocabularies_lie_within_the_parts_of_eight_devices(vocabulary):
-    assert vocabulary // 8 % _block_size(vocabulary) == 0
+    assert vocabulary // 8 % block_size(vocabulary) == 0
 
 
 def test_tokens_of_no_probability_are_never_drawn():

@@ -12,6 +12,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(-start)?\("
 )
+_BETWEEN_SLICES = re.compile(r" = (\(.*?\)) recv\(.*xla_megascale_runtime")
 _CHANNEL = re.compile(r"channel_id=\d+")
 _LOOP = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
 _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
@@ -21,11 +22,16 @@ _BOUND = re.compile(r"ROOT .* compare\(%\S+, %(\S+)\), direction=LT")
 _SHAPE = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
 
 
+BETWEEN = "between slices"
+"""The kind of what devices take from those of other slices, over the network that hosts share."""
+
+
 class Collective(NamedTuple):
     """One collective instruction."""
 
     kind: str
-    """all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute or collective-broadcast."""
+    """all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute or collective-broadcast, each among the
+    devices of a slice, or `BETWEEN`."""
     bytes: int
     """Of its result on one device, each time that it runs."""
     place: str
@@ -86,6 +92,8 @@ def _walk(
             # On TPUs a reduce-scatter is an all-reduce, fused with the choice of a device's part.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else found[2]
             yield Collective(kind, _bytes(found[1], started=found[3] is not None), *around)
+        elif received := _BETWEEN_SLICES.search(line):
+            yield Collective(BETWEEN, _bytes(received[1].partition(", u32[]")[0], started=False), *around)
         elif loop := _LOOP.search(line):
             inside = around.within(numbers, _turns(line, bodies[loop[1]]))
             for part in loop.groups():

@@ -27,18 +27,24 @@ class Chip(NamedTuple):
     """10⁹ bytes a second that memory reads or writes."""
     ici_gbps: float
     """10⁹ bytes a second over all its links to other chips."""
+    dcn_gbps: float | None = None
+    """10⁹ bytes a second over the network between slices, when all devices of a host use it; `None`: not published."""
 
 
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         "TPU v4": Chip(30.75, 275, 1228, 300),
-        "TPU v5 lite": Chip(15.75, 197, 819, 200),
-        "TPU v5": Chip(95.7, 459, 2765, 600),
-        "TPU v6 lite": Chip(31.2, 918, 1640, 400),
-        "TPU7x": Chip(94.7, 1153, 3690, 600),
+        "TPU v5 lite": Chip(15.75, 197, 819, 200, 3.125),
+        "TPU v5": Chip(95.7, 459, 2765, 600, 6.25),
+        "TPU v6 lite": Chip(31.2, 918, 1640, 400, 12.5),
+        "TPU7x": Chip(94.7, 1153, 3690, 600, 6.25),
     }
 )
-"""By `device_kind`, from the published specifications of Cloud TPUs; of a TPU7x, half a chip is a device."""
+"""By `device_kind`, from the published specifications of Cloud TPUs; of a TPU7x, half a chip is a device.
+
+The network between slices is that of docs.cloud.google.com/tpu/docs: of v5e 2 × 100 Gbit/s for the eight chips of a
+host, of v5p, v6e and TPU7x 50, 100 and 100 Gbit/s a chip.
+"""
 
 
 def slice_devices(name: str) -> list[Any]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.extras import require
 from jaxrl_llm.launch.plan.compiled import OTHERS, Report
-from jaxrl_llm.launch.plan.hlo import Collective
+from jaxrl_llm.launch.plan.hlo import BETWEEN, Collective
 from jaxrl_llm.launch.plan.programs import GIB, Program
 from jaxrl_llm.launch.plan.slices import Chip
 
@@ -51,7 +51,8 @@ def describe(program: Program, report: Report, chip: Chip | None) -> str:
 def record(program: Program, report: Report, chip: Chip | None) -> dict[str, Any]:
     """The same as plain numbers: bytes, operations and seconds of one device."""
     work, sent = program.work, report.sent(program.work)
-    seconds = {} if chip is None else work.seconds(chip, sum(sent.values()))
+    between = sent.get(BETWEEN, 0)
+    seconds = {} if chip is None else work.seconds(chip, sum(sent.values()) - between, between)
     return {
         "program": program.name,
         "needed": report.needed,

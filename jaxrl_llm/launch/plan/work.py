@@ -71,17 +71,20 @@ class Work(NamedTuple):
             return self.turns / self.stride / loops
         return self.turns / self.epochs / (self.minibatches if outside > 1 else 1)
 
-    def seconds(self, chip: Chip, sent: float) -> dict[str, float]:
+    def seconds(self, chip: Chip, sent: float, between: float = 0) -> dict[str, float]:
         """How long each limit alone would let it take: a roofline.
 
         Args:
             chip: what a device can do.
-            sent: bytes that it takes from others.
+            sent: bytes that it takes from others of its slice.
+            between: bytes that it takes from those of other slices.
         """
+        slices = between and chip.dcn_gbps
         return {
             "compute": (self.flops + self.again) / (1e12 * chip.tflops),
             "memory": self.read / (1e9 * chip.hbm_gbps),
             "network": sent / (1e9 * chip.ici_gbps) + self.hops * _HOP_SECONDS,
+            **({"network between slices": between / (1e9 * slices)} if slices else {}),
         }
 
 

@@ -180,3 +180,13 @@ def test_rotation_is_float32_and_keeps_the_type_of_what_it_turns():
 def test_impossible_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         RopeConfig(**settings)
+
+
+def test_gradients_are_turned_back():
+    turn = rotation(LONG, 64, jnp.arange(5))  # its factor is not 1
+    x, g = (jax.random.normal(jax.random.key(seed), (5, 2, 64)) for seed in range(2))
+    (gradient,) = jax.vjp(lambda x: rotate(x, turn), x)[1](g)
+    # ⟨Rx, g⟩ = ⟨x, Rᵀg⟩, whatever x
+    np.testing.assert_allclose(jnp.vdot(rotate(x, turn), g), jnp.vdot(x, gradient), rtol=1e-5)
+    (back,) = jax.linear_transpose(jax.vjp(lambda x: rotate(x, turn), x)[1], g)((x,))  # as trust regions do
+    np.testing.assert_allclose(back, rotate(x, turn), rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.sampling.logits import Draw, SamplingConfig, block_size, draw, truncate, uniforms
+from jaxrl_llm.sampling.logits import Draw, SamplingConfig, block_size, draw, folded, truncate, uniforms
 
 FILTERS: list[dict[str, Any]] = [
     {"top_k": 3},
@@ -180,6 +180,15 @@ def test_randomness_is_that_of_the_row_and_the_draw():
     assert whole.shape == (2, 3, 5, 2)
     assert len(np.unique(whole)) == whole.size
     np.testing.assert_array_equal(uniforms(keys[1, :2], 3), whole[1, :2, :3])
+
+
+def test_numbers_are_folded_in_one_after_the_other():
+    key, fold = jax.random.key(3), jax.random.fold_in
+    keys = folded(key, 7, jnp.arange(2)[:, None], jnp.arange(3))
+    expected = [[fold(fold(fold(key, 7), prompt), sample) for sample in range(3)] for prompt in range(2)]
+    np.testing.assert_array_equal(
+        *(jax.random.key_data(jnp.stack(jax.tree.leaves(x))) for x in (list(keys.ravel()), expected))
+    )
 
 
 def test_two_uniform_numbers_are_independent():

@@ -42,7 +42,7 @@ class MicroBatches:
         if tokens is not None and self.micro_batches > 1:
             raise ValueError(
                 f"update.micro_batches={self.micro_batches} with update.tokens_per_micro_batch={tokens}: how many rows "
-                "there are depends on the tokens; leave one of them out"
+                "there are depends on the tokens; set update.micro_batches=1, or leave the tokens out"
             )
 
     def check_width(self, prompt_width: int, width: int) -> None:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -551,10 +552,32 @@ def test_search_leaves_out_what_needs_more_than_what_did_not_fit(model_path: str
     assert tried == [("none", 256), ("full", 256)]  # rows of 128 would keep as much
 
 
+def test_search_learns_nothing_of_experts_and_texts_that_are_cut_otherwise():
+    """What two devices gather along an axis says nothing of those that have a whole layer's experts, or texts."""
+
+    def option(mesh: MeshConfig, programs: tuple[Any, ...] = ("update",)) -> Any:
+        work = SimpleNamespace(kept=10)
+        return SimpleNamespace(plan=Plan(programs=programs), mesh=make_mesh(mesh), work=work, least=10)
+
+    beyond = search_module._Beyond(100)
+    beyond.learn(option(MeshConfig(expert=2, context=2, tensor=2)), 101)
+    known = {(2, 2, 2): True, (2, 2, 1): True, (2, 4, 1): True, (4, 2, 1): False, (1, 2, 2): False, (2, 1, 2): False}
+    for (expert, context, tensor), too_much in known.items():
+        mesh = MeshConfig(expert=expert, context=context, tensor=tensor)
+        assert beyond.too_much(option(mesh)) == too_much, mesh
+
+
 def test_search_tries_to_deal_experts_out():
     dense, mixture = (Plan(size=size, mesh=MeshConfig(tensor=2)) for size in ("qwen3-0.6b", "qwen3-30b-a3b"))
     tried = [{one.expert for one in search_module._meshes(plan, 8)} for plan in (dense, mixture)]
     assert tried == [{1}, {1, 2, 4}]
+
+
+def test_search_takes_no_mesh_but_one_of_the_devices():
+    assert {one.data for one in search_module._meshes(Plan(mesh=MeshConfig(data=-1, fsdp=1)), 4)} == {1, 2, 4}
+    for mesh, told in ((MeshConfig(tensor=3), "cannot be split by the fixed"), (MeshConfig(fsdp=3), "needs 3 devices")):
+        with pytest.raises(ValueError, match=told):
+            next(search_module._meshes(Plan(mesh=mesh), 8))
 
 
 def test_search_keeps_what_the_command_line_sets(model_path: str):

@@ -171,16 +171,27 @@ def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Re
 
 
 def _meshes(plan: Plan, devices: int) -> Iterator[MeshConfig]:
-    """Sizes of the axes; those that were asked for are kept."""
+    """Sizes of the axes; those that were asked for are kept.
+
+    Raises:
+        ValueError: none of them fit the devices.
+    """
     asked, mixture = plan.mesh, shape_of(plan).experts
     tensors = (asked.tensor,) if asked.tensor > 1 else _TENSOR
     contexts = (asked.context,) if asked.context > 1 else _CONTEXT
     experts = (asked.expert,) if asked.expert > 1 or mixture is None else _EXPERT
-    data = max(1, asked.data)
+    refusals, found = list[ValueError](), False
     for expert, tensor, context in itertools.product(experts, tensors, contexts):
-        fsdp, rest = divmod(devices, data * expert * tensor * context)
-        if rest == 0 and asked.fsdp in (-1, fsdp):
-            yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
+        one = dataclasses.replace(asked, tensor=tensor, context=context, expert=expert)
+        try:
+            sizes = one.sizes(devices)
+        except ValueError as error:
+            refusals.append(error)
+        else:
+            found = True
+            yield MeshConfig(**sizes)
+    if not found:
+        raise refusals[0]  # of the fewest axes that were not asked for
 
 
 def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:
@@ -237,9 +248,11 @@ def _updates(plan: Plan, mesh: Mesh, remats: Sequence[Remat]) -> Iterator[Option
 class _Beyond:
     """What updates need beyond their bounds, as the compiler has told of those before.
 
-    It grows with what is kept, and with the part of a weight that a device gathers. So an update that keeps no less
-    than another one in the same way, of weights that are cut no finer, needs as much more: where that is too much, it
-    need not be compiled.
+    It grows with what is kept, with the part of a weight that a device gathers, and with the tokens whose keys and
+    values it gathers along `context`. So an update that keeps no less than another one in the same way, of weights that
+    are cut no finer and texts that are cut no less, needs as much more: where that is too much, it need not be
+    compiled.
+    Along `expert` weights become less and tokens more, so that only those on as many devices are comparable.
 
     Args:
         room: bytes of a device.
@@ -258,12 +271,15 @@ class _Beyond:
         """Whether it is an update that will not fit."""
         if option.plan.programs != ("update",):
             return False
+        ours, own = option.mesh.shape, option.plan.model.remat
         more = [
             more
             for other, more in self._told
-            if other.plan.model.remat == option.plan.model.remat
+            if other.plan.model.remat == own
             and other.work.kept <= option.work.kept
-            and head_shards(other.mesh) >= head_shards(option.mesh)
+            and (theirs := other.mesh.shape)["expert"] == ours["expert"]
+            and theirs["tensor"] >= ours["tensor"]
+            and theirs["context"] <= ours["context"]
         ]
         return option.least + max(more, default=0) > self._room
 

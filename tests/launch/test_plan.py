@@ -609,6 +609,21 @@ def test_flags_that_are_told_are_those_of_the_run(changes: dict[str, Any]):
     assert {field.name for field in dataclasses.fields(Plan)} == {*OF_RUN, *SAME} | of_no_run
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dump=hlo"], "dump='hlo' would have no effect"),
+        (["--programs", "sampler"], "would have no effect: a search compiles all"),
+        (["--preset=ppo", "--reward-model=policies"], "reward_model='policies' is none of policy, "),
+    ],
+)
+def test_search_refuses_what_it_cannot_do(flags: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "CHIPS", {jax.devices()[0].device_kind: Chip(1.0, 1.0, 1.0, 1.0)})
+    with pytest.raises(SystemExit):
+        run_plan(["--slice=local", "--search=1", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_search_says_why_nothing_can_fit(model_path: str):
     with pytest.raises(ValueError, match="alone do not fit"):
         searched(model_path, Chip(1e-9, 1, 1, 1), slots=1)

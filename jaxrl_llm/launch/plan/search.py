@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrl_llm.launch.plan.compiled import STATE, Report, compile_program
-from jaxrl_llm.launch.plan.programs import GIB, build, model_of, shape_of
+from jaxrl_llm.launch.plan.programs import GIB, build, model_of, reward_config, shape_of
 from jaxrl_llm.launch.plan.run_flags import run_flags
 from jaxrl_llm.launch.plan.settings import Plan, ProgramName
 from jaxrl_llm.launch.plan.slices import Chip
@@ -148,6 +148,8 @@ def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Re
     Raises:
         ValueError: there are none.
     """
+    if plan.reward_model is not None:
+        reward_config(plan, shape_of(plan))  # raises, whatever the mesh, if there is none such
     refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
     found, room = 0, chip.hbm_gib * GIB
     for sizes in _meshes(plan, len(devices)):

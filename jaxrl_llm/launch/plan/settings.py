@@ -96,9 +96,14 @@ class Plan:
     @property
     def without_effect(self) -> dict[str, str]:
         """Settings that change nothing as the others are, and what is missing."""
-        if self.algorithm.needs_critic:
-            return {}
-        return {"critic": f"{self.algorithm.reader} has no critic; --preset=ppo has one"}
+        missing = {}
+        if not self.algorithm.needs_critic:
+            missing["critic"] = f"{self.algorithm.reader} has no critic; --preset=ppo has one"
+        if self.search:
+            missing |= dict.fromkeys(
+                ("programs", "dump"), "a search compiles all programs and writes none; leave out search"
+            )
+        return missing
 
     @property
     def group(self) -> int:

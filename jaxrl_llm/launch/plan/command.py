@@ -20,6 +20,7 @@ from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME
 from jaxrl_llm.launch.plan.compiled import compile_program
 from jaxrl_llm.launch.plan.programs import Program, build
+from jaxrl_llm.launch.plan.run_flags import run_flags
 from jaxrl_llm.launch.plan.search import REMATS, Found, found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import CHIPS, Chip, slice_devices
@@ -69,7 +70,8 @@ def _one(plan: Plan, devices: Sequence[Any], chip: Chip | None, title: str) -> l
     mesh = make_mesh(plan.mesh, devices)
     programs = build(plan, mesh)
     print(f"{title}, {told_mesh(mesh)}")
-    return [_compiled(plan, program, mesh, chip) for program in programs]
+    flags, batch = run_flags(plan)
+    return [{**_compiled(plan, program, mesh, chip), "flags": flags, "batch": batch} for program in programs]
 
 
 def _compiled(plan: Plan, program: Program, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:

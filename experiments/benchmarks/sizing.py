@@ -31,7 +31,6 @@ MIXTURE = ("--algorithm.routing=replayed", "--update.micro-batches=1", "--model.
 PPO = ("--preset=ppo", "--reward-model=policy", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
 GIVEN = {
     ("gemma3-12b", "v5e:8x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
-    ("gemma3-12b", "v5p:2x4x4"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("gemma3-12b", "v6e:4x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("qwen3-30b-a3b", "v5e:16x16"): (*MIXTURE, "--update.tokens-per-micro-batch=10240", "--slots=40"),
     ("qwen3-30b-a3b", "v5p:4x4x4"): (*MIXTURE, "--update.tokens-per-micro-batch=20480"),

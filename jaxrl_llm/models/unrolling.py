@@ -28,10 +28,11 @@ def compiler_options(config: ModelConfig, mesh: Mesh) -> dict[str, str | bool | 
     """What `jax.jit` is to tell the compiler of a model's programs on a mesh.
 
     Most of what they compute are products, which are ready-made. The loops around them become machine code that
-    rounds alike and is as fast after fewer passes of the optimizer, which for a small model are what starting takes.
+    is as fast after fewer passes of the optimizer, which for a small model are what starting takes. Not of a batch
+    invariant model, whose numbers are to be those of programs that others compile, to the bit.
     """
-    on_cpus = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 1} if on_cpus and _is_small(config) else None
+    fewer = mesh.devices.flat[0].platform == "cpu" and _is_small(config) and not config.batch_invariant
+    return {"xla_backend_optimization_level": 1} if fewer else None
 
 
 def _is_small(config: ModelConfig) -> bool:

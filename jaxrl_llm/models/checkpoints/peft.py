@@ -235,7 +235,7 @@ def _describe(lora: LoraConfig, family: Family, base_name: str | None) -> dict[s
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "target_modules": sorted(targets),
-        "target_parameters": target_parameters(family, lora.targets) or None,
+        **({"target_parameters": given} if (given := target_parameters(family, lora.targets)) else {}),
         "use_rslora": lora.use_rslora,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -278,6 +278,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_or_whole(mesh: Mesh, rows: int) -> NamedSharding:
+    """Sharding of arrays of so many rows: cut along these, or whole on each device if the mesh does not divide them."""
+    return replicated(mesh) if rows % row_shards(mesh) else row_sharding(mesh)
+
+
 def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     """Shardings of a tree of parameters.
 

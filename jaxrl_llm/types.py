@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,6 @@ class Rollout(struct.PyTreeNode):
     written down."""
     prompt_experts: jax.Array | None = None
     """`[P, Tp, L, k]` int16: the same of prompts."""
-
-    WIDE: ClassVar[tuple[str, ...]] = ("kept", "experts", "prompt_experts")
-    """Arrays that have many numbers of each token: of 2048 completions of 4096 tokens, 8 experts in each of 48 layers
-    are 6 GiB. They lie with the rows of their prompts, the others whole on each device."""
 
     @property
     def mask(self) -> jax.Array:

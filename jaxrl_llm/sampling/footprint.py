@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     shards: int
     """How many of these devices, or groups of them, there are; each has as much."""
     returned: float
-    """Of how many of them a device has what is returned with the learner's rows (`Rollout.WIDE`)."""
+    """Of how many of them a device has what is returned with the learner's rows (`Sampler.shardings`)."""
 
     @property
     def completions(self) -> int:

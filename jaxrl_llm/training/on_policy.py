@@ -293,10 +293,10 @@ class Trainer:
         self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole), compiler_options=options)
         self._lower_update = self.update.lower
         self._score = self._iteration = None
-        on_host = self.rewards is not None or self.algorithm.needs_hints
-        if self.device_rewards and on_host:
+        waits_for_host = self.rewards is not None or self.algorithm.needs_hints
+        if self.device_rewards and waits_for_host:
             self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
-        elif not on_host:
+        elif not waits_for_host:
             iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
             shardings: Any = (placed, whole, self.sampler.shardings(self.config.prompts_per_step), whole)
             out = Iteration(*shardings)

@@ -98,7 +98,8 @@ for argument in sys.argv:
 plan = (cloud / "plan").read_text().split() if (cloud / "plan").exists() else ["wait"]
 doing = plan[min(len(launches.read_text().splitlines()), len(plan)) - 1]
 if doing == "wait":
-    time.sleep(30)
+    time.sleep(120)
+    sys.exit("nobody stopped it")
 if doing == "taken":
     time.sleep(0.5)
     (cloud / "states").write_text("SUSPENDED")

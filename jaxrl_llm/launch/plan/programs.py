@@ -25,7 +25,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
-from jaxrl_llm.sharding import replicated, row_sharding, row_shards, sampling_mesh
+from jaxrl_llm.sharding import replicated, rows_or_whole, sampling_mesh
 from jaxrl_llm.training.learner import Learner, make_learner
 from jaxrl_llm.types import Rollout, TrainState
 
@@ -178,7 +178,7 @@ class _Beside(NamedTuple):
         if not plan.algorithm.keeps_experts or config.experts is None:
             return rollout
         of_token = config.num_layers, config.experts.per_token
-        lies = row_sharding(self.mesh) if p % row_shards(self.mesh) == 0 else replicated(self.mesh)
+        lies = rows_or_whole(self.mesh, p)
         experts, of_prompts = (
             jax.ShapeDtypeStruct((*shape, *of_token), jnp.int16, sharding=lies)
             for shape in ((p, g, tc), (p, plan.prompt_tokens))

@@ -18,19 +18,18 @@ from jaxrl_llm import sharding
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxrl_llm.algorithms.state import make_train_state
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.sampling.layout import gather_for_sampling, sampling_mesh
 from jaxrl_llm.sharding import (
     MESH_AXES,
     MeshConfig,
     check_host_memory,
     constrain,
-    gather_for_sampling,
     head_shards,
     make_mesh,
     parameter_shardings,
     replicated,
     row_sharding,
     row_shards,
-    sampling_mesh,
     state_shardings,
 )
 

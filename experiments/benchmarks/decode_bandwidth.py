@@ -34,10 +34,11 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.decode import row_keys
 from jaxrl_llm.sampling.in_flight import sample_in_flight
+from jaxrl_llm.sampling.layout import gather_for_sampling
 from jaxrl_llm.sampling.logits import CacheDType, SamplingConfig, SlotAttention, uniforms
 from jaxrl_llm.sampling.sampled import Wanted
 from jaxrl_llm.sampling.traffic import traffic
-from jaxrl_llm.sharding import gather_for_sampling, make_mesh, on_cpu
+from jaxrl_llm.sharding import make_mesh, on_cpu
 
 
 @dataclasses.dataclass(frozen=True)

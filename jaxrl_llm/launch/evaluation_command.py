@@ -28,9 +28,10 @@ from jaxrl_llm.launch.run_checkpoints import base_of
 from jaxrl_llm.launch.words import take_flag
 from jaxrl_llm.models.checkpoints.pretrained import load_config
 from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
-from jaxrl_llm.sharding import MeshConfig, make_mesh, sampling_mesh
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import enable_persistent_cache
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig
 from jaxrl_llm.training.episodes.scoring import RewardSum

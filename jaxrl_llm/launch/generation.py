@@ -16,8 +16,9 @@ from jaxrl_llm.data.tokens import encode_prompt, opened_thought
 from jaxrl_llm.launch.loading import Policy, check_writes, mesh_of
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import row_shards, sampling_mesh
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.training.episodes.reading import completion_text
 
 _WIDTHS = 64

@@ -16,9 +16,10 @@ from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.generation import Completion, generate
 from jaxrl_llm.launch.loading import SOURCES, load_policy, load_tokenizer_of
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.stop_texts import check_stop_texts
-from jaxrl_llm.sharding import MeshConfig, make_mesh, sampling_mesh
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.training.compilation import enable_persistent_cache
 
 

@@ -13,7 +13,8 @@ from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConf
 from jaxrl_llm.models.config import ExpertsConfig, LayerKind, ModelConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import row_split
-from jaxrl_llm.sharding import make_mesh, row_shards, sampling_mesh
+from jaxrl_llm.sampling.layout import sampling_mesh
+from jaxrl_llm.sharding import make_mesh, row_shards
 from jaxrl_llm.training.learner import check_group, make_learner
 from jaxrl_llm.training.run.distributed import from_main_process
 from jaxrl_llm.training.run.memory import ROWS, check_memory

@@ -19,19 +19,10 @@ from jaxrl_llm.sampling.attention import choose
 from jaxrl_llm.sampling.caches import page_tokens
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.footprint import Batch, Footprint
+from jaxrl_llm.sampling.layout import common_mesh, everywhere, gather_for_sampling, sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.stop_texts import StopTexts
-from jaxrl_llm.sharding import (
-    common_mesh,
-    constrain,
-    everywhere,
-    gather_for_sampling,
-    head_shards,
-    replicated,
-    row_shards,
-    rows_or_whole,
-    sampling_mesh,
-)
+from jaxrl_llm.sharding import constrain, head_shards, replicated, row_shards, rows_or_whole
 from jaxrl_llm.types import Rollout
 
 

@@ -23,9 +23,10 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.caches import Sizes, as_kept
 from jaxrl_llm.sampling.decode import Loop
 from jaxrl_llm.sampling.flight import prompts_at_a_time, sizes_of
+from jaxrl_llm.sampling.layout import dtype_read
 from jaxrl_llm.sampling.logits import SamplingConfig, block_size
 from jaxrl_llm.sampling.together import rooms
-from jaxrl_llm.sharding import dtype_read, head_shards, on_cpu, parameter_shardings
+from jaxrl_llm.sharding import head_shards, on_cpu, parameter_shardings
 
 MARGIN = 1 / 16
 """Of a device's memory what is left to the compiler."""

@@ -13,8 +13,9 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling import traffic as module
 from jaxrl_llm.sampling.caches import Sizes
 from jaxrl_llm.sampling.in_pages import neighbours
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.traffic import spread, traffic
-from jaxrl_llm.sharding import MeshConfig, make_mesh, sampling_mesh
+from jaxrl_llm.sharding import MeshConfig, make_mesh
 
 PAGE, SLOTS = 8, 12
 SHAPE: dict[str, Any] = {"group": 3, "prompt_width": 20, "tokens": 64}

@@ -23,9 +23,10 @@ from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.lora import abstract_reference, has_adapters, split_trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
-from jaxrl_llm.sharding import replicated, rows_or_whole, sampling_mesh
+from jaxrl_llm.sharding import replicated, rows_or_whole
 from jaxrl_llm.training.learner import Learner, make_learner
 from jaxrl_llm.types import Rollout, TrainState
 

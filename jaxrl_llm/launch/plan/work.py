@@ -18,8 +18,9 @@ from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.models.config import LayerKind, ModelConfig
 from jaxrl_llm.models.integers import BYTES
 from jaxrl_llm.sampling.flight import STEPS_BETWEEN_LOOKS
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.traffic import Traffic
-from jaxrl_llm.sharding import context_shards, head_shards, row_shards, sampling_mesh
+from jaxrl_llm.sharding import context_shards, head_shards, row_shards
 
 _HOP_SECONDS = 1e-6
 """From a chip to its neighbour, however little is sent: small sums, as those of a token, take nothing else."""

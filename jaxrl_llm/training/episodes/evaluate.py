@@ -15,8 +15,9 @@ from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import row_shards, sampling_mesh
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.training.episodes.episodes import Episodes, mean_of_known, score_rollout
 from jaxrl_llm.training.episodes.estimates import solved_within
 from jaxrl_llm.training.episodes.scorable import check_scorable

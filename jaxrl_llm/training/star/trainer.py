@@ -30,8 +30,9 @@ from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.engine import Sampler
+from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import replicated, row_shards, sampling_mesh
+from jaxrl_llm.sharding import replicated, row_shards
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.episodes import prompt_text, score_rollout
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator

@@ -17,7 +17,7 @@ from jaxrl_llm.logprobs import outer_product
 from jaxrl_llm.models.config import Activation, DType, LayerKind, LoraTarget, ModelConfig, Norms
 from jaxrl_llm.models.experts import Experts, Routed
 from jaxrl_llm.models.integers import Blocks, blocks_product
-from jaxrl_llm.models.operands import GATES, LINEAR, operand
+from jaxrl_llm.models.operands import GATES, LINEAR, operand, times_transposed
 from jaxrl_llm.models.rope import Rotation, rotate
 from jaxrl_llm.sharding import blocks_of, constrain, dealt_again, gathered
 
@@ -56,7 +56,7 @@ def _product_forward(
     dtype: DType, sums: DType, axes: _Axes, x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x = operand(dtype, x)
-    return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, weight, x)), (x, weight)
+    return times_transposed(x, _factor(dtype, axes, weight, x)), (x, weight)
 
 
 def _factor(dtype: DType, axes: _Axes, weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models.config import BaseDType, DType, LoraTarget, Params
-from jaxrl_llm.models.operands import operand
+from jaxrl_llm.models.operands import operand, times_transposed
 from jaxrl_llm.sharding import blocks_of, constrain, gathered, head_shards
 
 BLOCK = 32
@@ -225,7 +225,7 @@ def _factor(dtype: DType, axes: _Axes, blocks: Blocks, x: jax.Array) -> jax.Arra
 
 def _forward(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> tuple[jax.Array, Blocks]:
     x = operand(dtype, x)
-    return jnp.einsum("...i,oi->...o", x, _factor(dtype, axes, blocks, x)), blocks
+    return times_transposed(x, _factor(dtype, axes, blocks, x)), blocks
 
 
 def _backward(dtype: DType, axes: _Axes, blocks: Blocks, gradient: jax.Array) -> tuple[jax.Array, None]:

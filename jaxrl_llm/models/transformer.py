@@ -27,6 +27,7 @@ from jaxrl_llm.models.experts import Routed
 from jaxrl_llm.models.kernels.seam import attention
 from jaxrl_llm.models.lookup import look_up
 from jaxrl_llm.models.lora import has_adapters, join
+from jaxrl_llm.models.operands import times_transposed
 from jaxrl_llm.models.remat import rematerialised
 from jaxrl_llm.models.rope import Rotation, rotation
 from jaxrl_llm.models.rows import TokenRows, layout_of
@@ -496,7 +497,7 @@ class Transformer:
         if self.config.batch_invariant:
             project = functools.partial(self.plain.project, head.astype(hidden.dtype))
             return invariant.numbers_by_tile(project, hidden, axes=1)
-        logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = times_transposed(hidden, head.astype(hidden.dtype), dtype="float32")
         cap, known = self.config.logit_softcap, self.config.known_tokens
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         return logits if known is None else jnp.where(jnp.arange(head.shape[0]) < known, logits, IMPOSSIBLE)

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from jaxrl_llm.models.config import Params
+from jaxrl_llm.models.operands import SMALL
 from jaxrl_llm.models.transformer import Transformer
-
-_SMALL = 2**18
-"""Elements, at most, of the largest of weights that are turned around before the loop."""
 
 WeightsT = TypeVar("WeightsT")
 
@@ -44,8 +42,8 @@ def _turn(weights: WeightsT) -> WeightsT:
     Layers have weights of the same shapes, so that one of them is judged as all of them.
 
     The way back is no work: XLA then reads the weight as it lies. For products of a few rows XLA's CPU compiler packs
-    `[out, in]` weights anew at every token, up to half of a small model's time. Weights that do not stay in a core's
-    cache from one token to the next are better packed.
+    `[out, in]` weights anew at every token, up to half of a small model's time. Of large ones it packs the rows
+    instead (`times_transposed`).
     """
     small = are_small(weights)
     return jax.tree.map(lambda leaf: leaf.T if small and leaf.ndim == 2 else leaf, weights)
@@ -53,4 +51,4 @@ def _turn(weights: WeightsT) -> WeightsT:
 
 def are_small(weights: Any) -> bool:
     """Whether a token takes less time to compute than to begin its products, one by one."""
-    return max(leaf.size for leaf in jax.tree.leaves(weights)) <= _SMALL
+    return max(leaf.size for leaf in jax.tree.leaves(weights)) <= SMALL

@@ -28,7 +28,10 @@ SLICES = {
 """Slices of each generation on which a plan is sought, the first ones as small as goes."""
 DENSE = ("--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=4", "--sampling-tensor=8")
 MIXTURE = ("--algorithm.routing=replayed", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
-PPO = ("--preset=ppo", "--reward-model=policy", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
+PPO = (
+    *("--preset=ppo", "--reward-model=policy", "--programs", "sampler", "reward", "update"),
+    *("--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8"),
+)
 GIVEN = {
     ("gemma3-12b", "v5e:8x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("gemma3-12b", "v6e:4x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),

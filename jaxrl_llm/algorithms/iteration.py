@@ -99,8 +99,9 @@ def make_iteration(
     """The pure function `(state, prompt, prompt_lengths, reward_params, reference=None, history=None) -> Iteration`.
 
     Compiled, it is one XLA program from prompts to the next training state: nothing waits for the host. It draws and
-    learns exactly what the sampler, the rewards and the update step do as programs of their own. Compile and call it
-    under `jax.set_mesh`, with the state donated.
+    learns exactly what the sampler, the rewards and the update step do as programs of their own; a profile, and the
+    compiled text, name its phases sampler, reward and update. Compile and call it under `jax.set_mesh`, with the state
+    donated.
 
     Args:
         sampler: samples completions; its checks of the prompts are the caller's here.
@@ -124,9 +125,12 @@ def make_iteration(
         chex.assert_rank(prompt, 2)
         chex.assert_shape(prompt_lengths, (len(prompt),))
         chex.assert_type([prompt, prompt_lengths], int)
-        rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1, history=history)
-        scores = score(reward_params, rollout)
-        state, metrics = update_step(state, rollout, scores.total if rewards else None, reference)
+        with jax.named_scope("sampler"):
+            rollout = sampler.sample(state.params, prompt, prompt_lengths, state.key, state.step + 1, history=history)
+        with jax.named_scope("reward"):
+            scores = score(reward_params, rollout)
+        with jax.named_scope("update"):
+            state, metrics = update_step(state, rollout, scores.total if rewards else None, reference)
         return Iteration(state, metrics, rollout, scores)
 
     return iteration

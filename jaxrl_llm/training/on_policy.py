@@ -17,7 +17,7 @@ from jaxrl_llm.algorithms.batching import UpdateConfig
 from jaxrl_llm.algorithms.distillation.objective import Distillation
 from jaxrl_llm.algorithms.distillation.self_teacher import ITSELF
 from jaxrl_llm.algorithms.interfaces import Algorithm
-from jaxrl_llm.algorithms.iteration import DeviceReward, Iteration, make_device_scores, make_iteration
+from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.optimizer import OptimizerConfig, Rates
 from jaxrl_llm.algorithms.policy_gradient.credit_assignment import OBSERVED, Observed
 from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
@@ -30,10 +30,9 @@ from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.lora import abstract_reference, has_adapters, reference_of, start_reference
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import on_host, replicated, row_shards
+from jaxrl_llm.sharding import on_host, row_shards
 from jaxrl_llm.training.ahead import Ahead
 from jaxrl_llm.training.compilation import CompilationCounter
 from jaxrl_llm.training.episodes.completions import RecordedCompletions
@@ -50,6 +49,7 @@ from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.episodes.telling import TrainerState
 from jaxrl_llm.training.learner import CriticSource, Learner, check_critic, check_group, make_learner
 from jaxrl_llm.training.loop import run_stage
+from jaxrl_llm.training.programs import iteration_program, score_program, update_program
 from jaxrl_llm.training.run.completions import CompletionsConfig
 from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.run.frozen import check_frozen
@@ -288,19 +288,15 @@ class Trainer:
 
     def _make_programs(self, learner: Learner) -> None:
         """The programs, still to be compiled."""
-        placed, whole = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state), replicated(self.setup.mesh)
-        options = compiler_options(self.model.config, self.setup.mesh)
-        self.update = jax.jit(learner.step, donate_argnums=0, out_shardings=(placed, whole), compiler_options=options)
+        state, mesh, rewards = self.abstract_state, self.setup.mesh, self.device_rewards
+        self.update = update_program(learner, state, mesh)
         self._lower_update = self.update.lower
         self._score = self._iteration = None
         waits_for_host = self.rewards is not None or self.algorithm.needs_hints
-        if self.device_rewards and waits_for_host:
-            self._score = jax.jit(make_device_scores(self.device_rewards), out_shardings=whole)
+        if rewards and waits_for_host:
+            self._score = score_program(rewards, mesh)
         elif not waits_for_host:
-            iteration = make_iteration(self.sampler, self.device_rewards, learner.step)
-            shardings: Any = (placed, whole, self.sampler.shardings(self.config.prompts_per_step), whole)
-            out = Iteration(*shardings)
-            self._iteration = jax.jit(iteration, donate_argnums=0, out_shardings=out, compiler_options=options)
+            self._iteration = iteration_program(learner, state, self.sampler, rewards, self.config.prompts_per_step)
         self._rates = Rates(learner.schedule)
 
     def learning_rate(self, step: int) -> float:

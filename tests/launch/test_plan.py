@@ -110,21 +110,21 @@ HloModule jit_f, is_scheduled=true
 }
 
 ENTRY %main (p: s32[]) -> s32[] {
-  %gathered = f32[16]{0:T(128)S(1)} all-gather(%p), channel_id=1, dimensions={0}
+  %gathered = f32[16]{0:T(128)S(1)} all-gather(%p), channel_id=1, metadata={op_name="jit(i)/sampler/x"}
   %both = (f32[2]{0}, s8[5]{0}) all-reduce(%p, %p), channel_id=2, to_apply=%add
-  %while.2 = (s32[]) while(%p), condition=%condition, body=%body
+  %while.2 = (s32[]) while(%p), condition=%condition, body=%body, metadata={op_name="jit(i)/update/while"}
 }
 """
 
 
 def test_collectives_are_found_where_they_run():
     assert [tuple(one) for one in collectives(HLO)] == [
-        ("all-gather", 64, "once", 1, 0, 1),
-        ("all-reduce", 8 + 5, "once", 1, 0, 1),
-        ("all-reduce", 1, "loop 1", 1, 1, 1),
-        ("collective-permute", 24, "loop 1 inner", 9, 1, 1),
-        ("reduce-scatter", 128, "loop 1", 1, 1, 1),  # written down once for each fusion it is part of
-        ("between slices", 64, "loop 1", 1, 1, 1),
+        ("all-gather", 64, "once", 1, 0, 1, "sampler"),
+        ("all-reduce", 8 + 5, "once", 1, 0, 1, ""),
+        ("all-reduce", 1, "loop 1", 1, 1, 1, "update"),
+        ("collective-permute", 24, "loop 1 inner", 9, 1, 1, "update"),
+        ("reduce-scatter", 128, "loop 1", 1, 1, 1, "update"),  # written down once for each fusion it is part of
+        ("between slices", 64, "loop 1", 1, 1, 1, "update"),
     ]
 
 
@@ -177,7 +177,8 @@ def test_parts_of_ppo_are_those_of_real_arrays(model_path: str):
     """Policy, critic, reference and reward model on eight devices, as a trainer has them, and what stays beside each
     program."""
     mesh, algorithm = make_mesh(MeshConfig(fsdp=2, tensor=4)), presets.ppo()
-    plan = small(model_path, algorithm=algorithm, reward_model="policy")
+    apart: Any = ("sampler", "reward", "update")
+    plan = small(model_path, algorithm=algorithm, reward_model="policy", programs=apart)
     sampler, reward, update = build(plan, mesh)
     model, others = model_of(plan, mesh), {"optimizer": plan.optimizer, "trust_region": None}
     shape: Any = {"iterations": 2, "plan": plan.update, "sampling": SamplingConfig(max_tokens=8), **others}
@@ -226,9 +227,40 @@ def test_scores_of_a_reward_model_are_a_program(model_path: str):
         build(dataclasses.replace(plan, reward_model="x"), mesh)
 
 
-@pytest.mark.parametrize("programs", [(), ("reward",)])
-def test_a_plan_of_no_program_is_refused(programs: tuple[Any, ...]):
-    with pytest.raises(ValueError, match=r"programs=\(.*\) leaves nothing to compile"):
+def test_a_reward_model_alone_makes_one_program(model_path: str):
+    """The trainer's own, with all that stays in memory among its arguments; its phases are told apart."""
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    plan = small(model_path, prompts=2, update=UpdateConfig(), reward_model="policy", layers=1, completion_tokens=4)
+    (iteration,) = build(plan, mesh)
+    assert (iteration.name, iteration.resident) == ("iteration", ())
+    assert [*iteration.phases] == ["sampler", "reward", "update"]
+    chip = Chip(1.0, tflops=1.0, hbm_gbps=1.0, ici_gbps=1.0)
+    report = compile_program(iteration, mesh)
+    told = record(iteration, report, chip)
+    assert sum(told["bytes"].values()) == pytest.approx(told["needed"], rel=0.02)
+    assert set(told["bytes"]) >= {"parameters", "optimizer", "reward model", "activations and others"}
+    phases = told["phases"]
+    assert told["least_seconds"] == sum(max(one["seconds"].values()) for one in phases.values())
+    assert all(sum(one["sent"].values()) for one in phases.values())
+    assert "at least      reward: compute" in describe(iteration, report, chip)
+
+
+@pytest.mark.slow
+def test_phases_of_one_program_need_and_send_what_they_do_alone(model_path: str):
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    plan = small(model_path, algorithm=presets.ppo(), reward_model="policy")
+    (iteration,), apart = build(plan, mesh), build(dataclasses.replace(plan, programs=("sampler", "update")), mesh)
+    whole, *alone = (compile_program(one, mesh) for one in (iteration, *apart))
+    assert whole.needed >= max(one.needed for one in alone)
+    phases = whole.sent(iteration.phases)
+    for program, report in zip(apart, alone, strict=True):
+        sent = report.sent(program.phases)[program.name]
+        assert sum(phases[program.name].values()) == pytest.approx(sum(sent.values()), rel=0.1)
+
+
+@pytest.mark.parametrize(("programs", "why"), [((), "leaves nothing"), (("update", "reward"), "needs a reward_model")])
+def test_a_plan_of_no_program_is_refused(programs: tuple[Any, ...], why: str):
+    with pytest.raises(ValueError, match=rf"programs=\(.*\) {why}"):
         Plan(programs=programs)
 
 
@@ -293,9 +325,13 @@ def test_what_is_sent_counts_loops_as_often_as_they_turn():
     ]
     report = Report(1.0, 0, 0, 0, 0, 0, found, "")
     work = Work(flops=0, again=0, read=0, turns=64, turn="token", stride=8, fills=3)
-    assert report.sent(work) == {"all-gather": 1000, "all-reduce": 10 * 4 + 2 * 64, "all-to-all": 1500}
+    assert report.sent({"sampler": work})["sampler"] == {
+        "all-gather": 1000,
+        "all-reduce": 10 * 4 + 2 * 64,
+        "all-to-all": 1500,
+    }
     pieces = Work(flops=0, again=0, read=0, turns=4, turn="piece")
-    assert report.sent(pieces)["all-reduce"] == 4 * (10 + 16 + 16)
+    assert report.sent({"update": pieces})["update"]["all-reduce"] == 4 * (10 + 16 + 16)
 
 
 def test_what_is_sent_of_minibatches_counts_their_part_of_the_pieces():
@@ -305,7 +341,8 @@ def test_what_is_sent_of_minibatches_counts_their_part_of_the_pieces():
         Collective("all-gather", 100, "loop 2 inner", 2 * 4 * 3, 1, outside=2 * 4),
     ]
     work = Work(flops=0, again=0, read=0, turns=2 * 8, turn="piece", epochs=2, minibatches=4)
-    assert Report(1.0, 0, 0, 0, 0, 0, found, "").sent(work) == {"all-gather": 3 * 8 + 100 * 2 * 4 * 3 * 2}
+    sent = Report(1.0, 0, 0, 0, 0, 0, found, "").sent({"update": work})
+    assert sent["update"] == {"all-gather": 3 * 8 + 100 * 2 * 4 * 3 * 2}
 
 
 @pytest.mark.parametrize(("limit", "word"), [(1.0, "DOES NOT FIT"), (2.0, "fits"), (None, "a device\n")])
@@ -313,7 +350,7 @@ def test_verdict_counts_what_stays_in_memory(limit: float | None, word: str):
     half = GIB // 2
     report = Report(1.0, half, 0, half, half, half, [Collective("all-gather", GIB, "loop 1", 2, 1)], "")
     work = Work(flops=2e12, again=1e12, read=5e9, turns=3, turn="piece")
-    program = Program("update", None, (), (), {"parameters": half, "gradients": half // 2}, work)
+    program = Program("update", None, (), (), {"parameters": half, "gradients": half // 2}, {"update": work})
     chip = None if limit is None else Chip(limit, tflops=1, hbm_gbps=10, ici_gbps=1)
     told = describe(program, report, chip)
     assert told.startswith("update: needs 1.50 GiB")
@@ -327,7 +364,7 @@ def test_verdict_counts_what_stays_in_memory(limit: float | None, word: str):
 
 def test_the_network_between_slices_is_a_limit_of_its_own():
     found = [Collective("all-gather", 10**9, "once"), Collective(BETWEEN, 10**9, "loop 1", 2, 1)]
-    program = Program("update", None, (), (), {}, Work(flops=0, again=0, read=0, turns=3, turn="piece"))
+    program = Program("update", None, (), (), {}, {"": Work(flops=0, again=0, read=0, turns=3, turn="piece")})
     told = record(program, Report(1.0, 0, 0, 0, 0, 0, found, ""), CHIPS["TPU v5 lite"])
     assert told["sent"] == {"all-gather": 10**9, BETWEEN: 6 * 10**9}
     assert told["seconds"]["network"] == 1 / 200
@@ -388,7 +425,7 @@ def test_operations_of_all_of_an_update_are_those_of_the_traced_program(
     unseen = t * t + g * c * (t + c) - t * (t + 1) // 2 - g * (c * t + c * (c + 1) // 2)
     unseen *= 4 * config.num_heads * config.head_dim * config.num_layers * p
     with jax.set_mesh(mesh):
-        counted = {one.name: products_of(one.function, *one.arguments) for one in (reward, update)}
+        counted = {one.name: products_of(one.function.__wrapped__, *one.arguments) for one in (reward, update)}
     assert counted == {"reward": reward.work.flops + unseen, "update": update.work.flops + passes * unseen}
 
 
@@ -510,11 +547,11 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch, refused: Any) -> list[tuple[s
     given: list[tuple[str, Any]] = []
 
     def compiled(option: Any, chip: Chip, tell: Any) -> tuple[dict[str, Any] | None, int | None]:
-        (name,) = option.plan.programs
+        (name,) = option.plan.made
         given.append((name, option.plan))
         if refused(name, option.plan):
             return None, round(chip.hbm_gib * GIB) + 1
-        return {"program": name, "seconds": {"compute": option.seconds(chip)}, "slots": 1}, None
+        return {"program": name, "least_seconds": option.seconds(chip), "slots": 1}, None
 
     monkeypatch.setattr(search_module, "_compiled", compiled)
     return given
@@ -537,8 +574,9 @@ def test_search_goes_on_to_the_next_sampler(model_path: str, monkeypatch: pytest
     assert {dataclasses.astuple(one.plan.mesh) for one in found} == {(1, 4, 1, 2, 1)}  # as set
     assert all(one.plan.sampling_tensor not in best for one in found)
     for one in found:
-        assert [told["program"] for told in one.records] == ["sampler", "reward", "update"]
+        assert [told["program"] for told in one.records] == ["iteration"]
     assert len(found) == 2  # each update once
+    assert [name for name, _ in given if name != "sampler"] == ["update", "reward", "iteration", "update", "iteration"]
     samplers = [plan.sampling_tensor for name, plan in given if name == "sampler"]
     assert len(samplers) == len(set(samplers)) > 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,13 +57,24 @@ class Report(NamedTuple):
         known = {name: size for name, size in {**parts, "batch": max(0, held)}.items() if size}
         return {**known, OTHERS: max(0, made + min(0, held))}
 
-    def sent(self, work: Work) -> dict[str, int]:
-        """Bytes that a device takes from others, by kind of collective, where open loops turn as `work` says."""
-        loops = {one.place.removesuffix(" inner") for one in self.collectives if one.open_loops == 1}
-        total: dict[str, float] = collections.defaultdict(float)
+    def sent(self, phases: Mapping[str, Work]) -> dict[str, dict[str, int]]:
+        """Bytes that a device takes from others in each phase, by kind of collective.
+
+        Args:
+            phases: in which open loops turn as they say; what bears no name of them is of the last.
+        """
+        found: dict[str, list[Collective]] = {name: [] for name in phases}
         for one in self.collectives:
-            total[one.kind] += one.bytes * one.times * work.runs(one.open_loops, len(loops), one.outside)
-        return {kind: round(size) for kind, size in total.items()}
+            found[one.phase if one.phase in found else [*phases][-1]].append(one)
+        return {name: _sent(found[name], work) for name, work in phases.items()}
+
+
+def _sent(among: Sequence[Collective], work: Work) -> dict[str, int]:
+    loops = {one.place.removesuffix(" inner") for one in among if one.open_loops == 1}
+    total: dict[str, float] = collections.defaultdict(float)
+    for one in among:
+        total[one.kind] += one.bytes * one.times * work.runs(one.open_loops, len(loops), one.outside)
+    return {kind: round(size) for kind, size in total.items()}
 
 
 def compile_program(program: Program, mesh: Mesh) -> Report:

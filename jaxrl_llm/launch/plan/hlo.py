@@ -13,6 +13,7 @@ _COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(-start)?\("
 )
 _BETWEEN_SLICES = re.compile(r" = (\(.*?\)) recv\(.*xla_megascale_runtime")
+_PHASE = re.compile(r'op_name="jit\(\w+\)/(\w+)/')
 _CHANNEL = re.compile(r"channel_id=\d+")
 _LOOP = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
 _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
@@ -42,6 +43,8 @@ class Collective(NamedTuple):
     """Loops around it whose length the numbers decide: until all rows have ended, say."""
     outside: int = 1
     """Of `times`, what loops count that are around all of these."""
+    phase: str = ""
+    """The outermost scope (`jax.named_scope`) of the loop around it, or its own, if there is one."""
 
 
 def collectives(text: str) -> list[Collective]:
@@ -60,7 +63,7 @@ def collectives(text: str) -> list[Collective]:
             lines.append(line)
     if entry is None:
         raise ValueError("the text is no HLO module: it has no ENTRY computation")
-    return list(_walk(bodies, entry, _Around("once", 1, 0, 1), itertools.count(1), set()))
+    return list(_walk(bodies, entry, _Around("once", 1, 0, 1, ""), itertools.count(1), set()))
 
 
 class _Around(NamedTuple):
@@ -70,12 +73,18 @@ class _Around(NamedTuple):
     times: int
     open_loops: int
     outside: int
+    phase: str
+
+    def at(self, line: str) -> _Around:
+        """What is around an instruction: its own phase, if no loop has one."""
+        found = None if self.phase else _PHASE.search(line)
+        return self if found is None else self._replace(phase=found[1])
 
     def within(self, numbers: Iterator[int], turns: int | None) -> _Around:
         """Inside a further loop, of so many turns if that is known."""
         place = f"loop {next(numbers)}" if self.place == "once" else f"{self.place.removesuffix(' inner')} inner"
         outside = self.outside if self.open_loops or turns else self.times
-        return _Around(place, self.times * (turns or 1), self.open_loops + (turns is None), outside)
+        return _Around(place, self.times * (turns or 1), self.open_loops + (turns is None), outside, self.phase)
 
 
 def _walk(
@@ -91,11 +100,11 @@ def _walk(
             seen |= {channel[0]} if channel else set()
             # On TPUs a reduce-scatter is an all-reduce, fused with the choice of a device's part.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else found[2]
-            yield Collective(kind, _bytes(found[1], started=found[3] is not None), *around)
+            yield Collective(kind, _bytes(found[1], started=found[3] is not None), *around.at(line))
         elif received := _BETWEEN_SLICES.search(line):
-            yield Collective(BETWEEN, _bytes(received[1].partition(", u32[]")[0], started=False), *around)
+            yield Collective(BETWEEN, _bytes(received[1].partition(", u32[]")[0], started=False), *around.at(line))
         elif loop := _LOOP.search(line):
-            inside = around.within(numbers, _turns(line, bodies[loop[1]]))
+            inside = around.at(line).within(numbers, _turns(line, bodies[loop[1]]))
             for part in loop.groups():
                 yield from _walk(bodies, part, inside, numbers, seen)
         else:

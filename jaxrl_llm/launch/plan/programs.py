@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_llm.algorithms.iteration import DeviceReward, make_device_scores
+from jaxrl_llm.algorithms.iteration import DeviceReward
 from jaxrl_llm.algorithms.score_models.reward_model import make_reward
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.launch.plan.run_flags import of_plan
@@ -28,6 +29,7 @@ from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
 from jaxrl_llm.sharding import replicated, rows_or_whole
 from jaxrl_llm.training.learner import Learner, make_learner
+from jaxrl_llm.training.programs import iteration_program, score_program, update_program
 from jaxrl_llm.types import Rollout, TrainState
 
 GIB = 2**30
@@ -45,19 +47,22 @@ class Program(NamedTuple):
     """Arrays that stay in memory while it runs and are none of its arguments."""
     parts: dict[str, int]
     """Bytes of a device by what they are for, as far as they are known before it is compiled."""
-    work: Work
-    """What it computes and reads."""
+    phases: Mapping[str, Work]
+    """What it computes and reads, one phase after another; most programs are one."""
     remarks: tuple[str, ...] = ()
     """What else there is to say of it."""
     slots: int | None = None
     """Completions that it decodes at a time on a device."""
 
+    @property
+    def work(self) -> Work:
+        """What a program of one phase computes and reads."""
+        (only,) = self.phases.values()
+        return only
+
 
 def build(plan: Plan, mesh: Mesh) -> list[Program]:
-    """The programs of a step as the trainer makes them, with abstract arguments.
-
-    They are the sampler, the reward model's scores, if there is one, and the update. Where nothing else is a reward,
-    the trainer makes one program of the three, which needs somewhat more than the largest of them.
+    """The programs of a step (`Plan.made`) as the trainer makes them, with abstract arguments.
 
     Raises:
         ValueError: the numbers do not fit the mesh or the model; what it names are settings of a plan.
@@ -86,8 +91,8 @@ def _build(plan: Plan, mesh: Mesh) -> list[Program]:
     judge = None if plan.reward_model is None else ScoreModel(Transformer(reward_config(plan, model.config)))
     judge_params = None if judge is None else _abstract_on(mesh, judge)
     beside = _Beside(plan, model, mesh, learner, state, reference, judge, judge_params)
-    made = {"sampler": _sampler, "reward": _reward, "update": _update}
-    return [make(beside) for name, make in made.items() if name in plan.programs and (name != "reward" or judge)]
+    made = {"sampler": _sampler, "reward": _reward, "update": _update, "iteration": _iteration}
+    return [make(beside) for name, make in made.items() if name in plan.made]
 
 
 def shape_of(plan: Plan) -> ModelConfig:
@@ -143,6 +148,32 @@ class _Beside(NamedTuple):
     judge: ScoreModel | None
     """The reward model."""
     judge_params: Any
+
+    @property
+    def rewards(self) -> list[DeviceReward]:
+        """The reward model's."""
+        assert self.judge is not None  # else no program reads them
+        reward: Any = make_reward(self.judge, plan=self.plan.update.of_batch)
+        return [DeviceReward("reward_model", reward)]
+
+    @property
+    def sampler(self) -> Sampler:
+        """As the trainer makes it, for devices that are not there."""
+        plan, mesh = self.plan, self.mesh
+        chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+        sampler = Sampler(
+            self.model,
+            _sampling(plan),
+            group=plan.samples,
+            stop_tokens=(0,),
+            mesh=mesh,
+            greedy=plan.algorithm.needs_greedy,
+            keep_experts=plan.algorithm.keeps_experts,
+            resident=bytes_per_device((self.state, self.reference, self.judge_params)),
+            memory=None if chip is None else chip.hbm_gib * GIB,
+        )
+        sampler.check_length(plan.prompt_tokens)
+        return sampler
 
     def array(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An abstract array that is whole on each device."""
@@ -200,32 +231,20 @@ def _sampling(plan: Plan) -> SamplingConfig:
 
 def _sampler(beside: _Beside) -> Program:
     plan, model, mesh, state = beside.plan, beside.model, beside.mesh, beside.state
-    settings = _sampling(plan)
-    chip, p, width = CHIPS.get(mesh.devices.flat[0].device_kind), plan.prompts, plan.prompt_tokens
-    sampler = Sampler(
-        model,
-        settings,
-        group=plan.samples,
-        stop_tokens=(0,),
-        mesh=mesh,
-        greedy=plan.algorithm.needs_greedy,
-        keep_experts=plan.algorithm.keeps_experts,
-        resident=bytes_per_device((state, beside.reference, beside.judge_params)),
-        memory=None if chip is None else chip.hbm_gib * GIB,
-    )
-    sampler.check_length(width)
+    sampler, p, width, rounded = beside.sampler, plan.prompts, plan.prompt_tokens, plan.sampling_weights_dtype
     slots = sampler.slots(p, width)
-    decoded = model if settings.weights_dtype is None else model.rounded(settings.weights_dtype)
+    decoded = model if rounded is None else model.rounded(rounded)
     footprint, read = sampler.footprint(p, width), _traffic(plan, decoded, mesh, slots)
     needs = footprint.needs(slots)
     chosen = sampler.how_slots_are_chosen(p, width)
+    work = sampling_work(model.config, mesh, plan, slots, next(iter(read.values())), fills=footprint.fills(slots))
     return Program(
         "sampler",
         sampler.program(p),
         (state.params, beside.array(p, width), beside.array(p), state.key, beside.array()),
         resident=(state.opt_state, state.critic, beside.reference, beside.judge_params),
         parts=beside.parts | {name: needs[name] for name in ("the sampler's own weights", "keys and values")},
-        work=sampling_work(model.config, mesh, plan, slots, next(iter(read.values())), fills=footprint.fills(slots)),
+        phases={"sampler": work},
         remarks=(*filter(None, [chosen.strip()]), _told(plan, slots, read)),
         slots=slots,
     )
@@ -234,31 +253,47 @@ def _sampler(beside: _Beside) -> Program:
 def _reward(beside: _Beside) -> Program:
     judge, mesh = beside.judge, beside.mesh
     assert judge is not None  # else there is no such program
-    reward: Any = make_reward(judge, plan=beside.plan.update.of_batch)
     read = ("prompt", "prompt_lengths", "completion", "completion_lengths")
     return Program(
         "reward",
-        jax.jit(make_device_scores([DeviceReward("reward_model", reward)]), out_shardings=replicated(mesh)),
+        score_program(beside.rewards, mesh),
         ([beside.judge_params], beside.rollout),
         resident=(beside.state, beside.reference, beside.rollout.replace(**dict.fromkeys(read))),
         parts=beside.parts,
-        work=reward_work(judge.config, mesh, beside.plan),
+        phases={"reward": reward_work(judge.config, mesh, beside.plan)},
     )
 
 
 def _update(beside: _Beside) -> Program:
     plan, mesh, state = beside.plan, beside.mesh, beside.state
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     # The compiler keeps those of policy and critic at one time, though nothing asks for it.
     trained = [split_trainable(model.params)[0] for model in (state, state.critic) if model is not None]
     gradients = bytes_per_device(jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), trained))
     return Program(
         "update",
-        jax.jit(beside.learner.step, donate_argnums=0, out_shardings=(placed, replicated(mesh))),
+        update_program(beside.learner, state, mesh),
         (state, beside.rollout, beside.array(plan.prompts, plan.group, dtype=jnp.float32), beside.reference),
         resident=beside.judge_params,
         parts=beside.parts | {"gradients": gradients},
-        work=update_work(beside.model.config, mesh, plan, state=bytes_per_device(state)),
+        phases={"update": update_work(beside.model.config, mesh, plan, state=bytes_per_device(state))},
+    )
+
+
+def _iteration(beside: _Beside) -> Program:
+    """Sampler, reward model and update as one, as the trainer makes it where nothing else is a reward."""
+    sampler, reward, update = programs = [make(beside) for make in (_sampler, _reward, _update)]
+    _, *prompts, _, _ = sampler.arguments
+    kept = sum(work.kept for work in update.phases.values())
+    largest = max((sampler, 0), (update, kept), key=lambda one: sum(one[0].parts.values()) + one[1])[0]
+    return Program(
+        "iteration",
+        iteration_program(beside.learner, beside.state, beside.sampler, beside.rewards, beside.plan.prompts),
+        (beside.state, *prompts, *reward.arguments[:1], beside.reference),
+        resident=(),
+        parts=largest.parts,  # what others have is there before or after
+        phases={name: work for program in programs for name, work in program.phases.items()},
+        remarks=sampler.remarks,
+        slots=sampler.slots,
     )
 
 

@@ -67,7 +67,7 @@ class Found(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of a step, at least: each program by the limit that binds it."""
-        return sum(max(one["seconds"].values()) for one in self.records)
+        return sum(one["least_seconds"] for one in self.records)
 
     @property
     def flags(self) -> str:
@@ -92,7 +92,7 @@ def search(
 
     Sizes of `plan.mesh` other than 1 and −1 (of fsdp: than −1), `plan.sampling_tensor` and
     `plan.update.tokens_per_micro_batch` are kept where they are set. Of each mesh and update that fits, the fastest
-    sampler that does goes with it.
+    sampler that does goes with it. Where a run is one program, it is compiled once its phases are found to fit.
 
     Args:
         plan: what is to run, and where.
@@ -132,14 +132,18 @@ def search(
                 break
             records[name] = told
         else:
-            settled.add(id(update))
             tensor = sampler.plan.sampling_tensor
             chosen = dataclasses.replace(update.plan, sampling_tensor=tensor, programs=plan.programs)
-            yield Found(chosen, update.mesh, [records[name] for name in _ORDER if name in records])
+            if chosen.made == ("iteration",):
+                whole, _ = _compiled(update._replace(plan=chosen), chip, tell)
+                records = {} if whole is None else {"iteration": whole}
+            if records:
+                settled.add(id(update))
+                yield Found(chosen, update.mesh, [records[name] for name in _ORDER if name in records])
 
 
 _Options = dict[ProgramName, Option]
-_ORDER: tuple[ProgramName, ...] = ("sampler", "reward", "update")
+_ORDER: tuple[ProgramName, ...] = ("sampler", "reward", "update", "iteration")
 
 
 def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Remat]) -> Iterator[_Options]:
@@ -294,6 +298,7 @@ def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> tuple[
         "reward": f"rows of {plan.update.tokens_per_micro_batch}",
         "update": f"rows of {plan.update.tokens_per_micro_batch}, remat {plan.model.remat}",
     }
+    chosen["iteration"] = f"{chosen['sampler']}, {chosen['update']}"
     what = f"{program.name}, {told_mesh(option.mesh)}, {chosen[program.name]}"
     try:
         report: Report = compile_program(program, option.mesh)
@@ -305,7 +310,7 @@ def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> tuple[
         return None, None if used is None else int(float(used[1]) * 1024 ** "BKMGT".index(used[2]))
     told = record(program, report, chip)
     told["remarks"].append(what)
-    tell(f"{what}: {told['needed'] / GIB:.2f} GiB, {max(told['seconds'].values()):.3g} s at least ({told['limit']})")
+    tell(f"{what}: {told['needed'] / GIB:.2f} GiB, {told['least_seconds']:.3g} s at least ({told['limit']})")
     return told if told["fits"] else None, told["needed"]
 
 
@@ -316,7 +321,7 @@ def found_table(found: Sequence[Found]) -> str:
     rows = [head]
     for one in found:
         plan, records = one.plan, one.records
-        programs = [f"{r['needed'] / GIB:.1f}, {max(r['seconds'].values()):.3g} ({r['limit']})" for r in records]
+        programs = [f"{r['needed'] / GIB:.1f}, {r['least_seconds']:.3g} ({r['limit']})" for r in records]
         budget = plan.update.tokens_per_micro_batch
         chosen = [plan.sampling_tensor, records[0]["slots"], f"{budget:,}", plan.model.remat]
         rows.append([told_mesh(one.mesh).removeprefix("mesh "), *map(str, chosen), *programs])

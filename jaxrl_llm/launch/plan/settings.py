@@ -16,7 +16,7 @@ from jaxrl_llm.sampling.logits import CacheDType, SlotAttention
 from jaxrl_llm.sharding import MeshConfig
 from jaxrl_llm.training.learner import CriticSource
 
-ProgramName = Literal["sampler", "reward", "update"]
+ProgramName = Literal["sampler", "reward", "update", "iteration"]
 OWN = "policy"
 """What stands for the policy's own shape where another model is named."""
 
@@ -63,15 +63,16 @@ class Plan:
     critic: CriticSource = CriticSource()
     """The critic of an algorithm that is made of one (PPO): of the policy's shape, as a run makes it."""
     reward_model: str | None = None
-    """A model whose scores of completions are rewards: one of the sizes, a checkpoint (its config.json alone is read),
-    or `policy`, for one of the policy's shape. It stays in memory in `model.dtype`, on the policy's mesh, and reads
-    completions in the pieces in which the update does."""
+    """A model whose scores of completions are the rewards: one of the sizes, a checkpoint (its config.json alone is
+    read), or `policy`, for one of the policy's shape. It stays in memory in `model.dtype`, on the policy's mesh, and
+    reads completions in the pieces in which the update does."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
-    programs: tuple[ProgramName, ...] = ("sampler", "reward", "update")
-    """Which programs to compile; `reward` where there is a reward model."""
+    programs: tuple[ProgramName, ...] | None = None
+    """Which programs to compile; `None`: those that the run is: sampler and update, or with a reward model one
+    `iteration` of sampler, reward and update. With functions of the host as further rewards it is these three."""
     search: int = 0
     """Find so many plans that fit, the fastest first: meshes, slots, tokens of a row (in place of micro-batches) and
     rematerialisation are tried. Axes of the mesh, sampling_tensor, update.tokens_per_micro_batch and model.remat are
@@ -87,11 +88,20 @@ class Plan:
         """Rejects counts that cannot be meant, and plans of nothing."""
         counts = {"prompts": 1, "samples": 1, "prompt_tokens": 1, "completion_tokens": 1, "search": 0}
         check_fields("plan", self, **{name: count(getattr(self, name), least=n) for name, n in counts.items()})
-        if not self.programs or (self.reward_model is None and set(self.programs) == {"reward"}):
+        lacking = "" if self.made else "leaves nothing to compile"
+        if self.reward_model is None and not {"reward", "iteration"}.isdisjoint(self.made):
+            lacking = "needs a reward_model"
+        if lacking:
             raise ValueError(
-                f"programs={self.programs} leaves nothing to compile: name sampler or update, or reward beside a "
-                "reward_model, or leave it out for all that there are"
+                f"programs={self.programs} {lacking}: name sampler or update, or leave it out for all that there are"
             )
+
+    @property
+    def made(self) -> tuple[ProgramName, ...]:
+        """`programs`, or those that a trainer makes of such a run."""
+        if self.programs is not None:
+            return self.programs
+        return ("sampler", "update") if self.reward_model is None else ("iteration",)
 
     @property
     def without_effect(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from jaxrl_llm.launch.plan.compiled import OTHERS, Report
 from jaxrl_llm.launch.plan.hlo import BETWEEN, Collective
 from jaxrl_llm.launch.plan.programs import GIB, Program
 from jaxrl_llm.launch.plan.slices import Chip
+from jaxrl_llm.launch.plan.work import Work
 
 
 def describe(program: Program, report: Report, chip: Chip | None) -> str:
@@ -24,17 +25,18 @@ def describe(program: Program, report: Report, chip: Chip | None) -> str:
         verdict += f" of {chip.hbm_gib}: " + ("fits" if told["fits"] else "DOES NOT FIT")
     memory = ", ".join(f"{name} {_gib(size)}" for name, size in told["bytes"].items())
     host = f"; in the host's memory {_gib(report.host)}" if report.host else ""
-    again = f", and {program.work.again:.3g} again in the backward pass" if program.work.again else ""
+    again = f", and {told['flops_again']:.3g} again in the backward pass" if told["flops_again"] else ""
     rows = [
         f"{program.name}: {verdict}",
         f"  compiled in {report.seconds:.0f} s of CPU",
         f"  GiB           {memory}{host}; peak of the live {_gib(report.peak)}",
-        f"  FLOPs         {program.work.flops:.3g} a device{again}",
+        f"  FLOPs         {told['flops']:.3g} a device{again}",
     ]
-    if chip is not None:
-        limits = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in told["seconds"].items())
-        turns = f"{program.work.turns:,} {program.work.turn}s"
-        rows.append(f"  at least      {limits}: {told['limit']} binds ({turns} one after another)")
+    for name, one in told.get("phases", {"": told}).items() if chip is not None else ():
+        limits = ", ".join(f"{limit} {seconds:.3g} s" for limit, seconds in one["seconds"].items())
+        turns = f"{one['turns']:,} {one['turn']}s"
+        phase = f"{name}: " if name else ""
+        rows.append(f"  at least      {phase}{limits}: {one['limit']} binds ({turns} one after another)")
     sent = ", ".join(f"{kind} {_gib(size)}" for kind, size in told["sent"].items())
     rows.append(f"  sent, GiB     {sent}" if sent else "  no collectives")
     places: dict[str, list[Collective]] = collections.defaultdict(list)
@@ -49,10 +51,13 @@ def describe(program: Program, report: Report, chip: Chip | None) -> str:
 
 
 def record(program: Program, report: Report, chip: Chip | None) -> dict[str, Any]:
-    """The same as plain numbers: bytes, operations and seconds of one device."""
-    work, sent = program.work, report.sent(program.work)
-    between = sent.get(BETWEEN, 0)
-    seconds = {} if chip is None else work.seconds(chip, sum(sent.values()) - between, between)
+    """The same as plain numbers: bytes, operations and seconds of one device.
+
+    What a program of several phases computes, reads and sends is told of all of them, and of each; its least seconds
+    are the sum of theirs, and its limit is that of the longest.
+    """
+    sent = report.sent(program.phases)
+    phases = {name: _phase(work, sent[name], chip) for name, work in program.phases.items()}
     return {
         "program": program.name,
         "needed": report.needed,
@@ -61,17 +66,41 @@ def record(program: Program, report: Report, chip: Chip | None) -> dict[str, Any
         "bytes": report.by_kind(program.parts),
         "host_bytes": report.host,
         "peak": report.peak,
-        "flops": work.flops,
-        "flops_again": work.again,
-        "read": work.read,
-        "turns": work.turns,
-        "sent": sent,
-        "seconds": seconds,
-        "limit": max(seconds, key=lambda name: seconds[name]) if seconds else None,
+        **(_joined(phases) if len(phases) > 1 else next(iter(phases.values()))),
         "compile_cpu_seconds": round(report.seconds, 1),
         "remarks": list(program.remarks),
         **({} if program.slots is None else {"slots": program.slots}),
     }
+
+
+def _phase(work: Work, sent: dict[str, int], chip: Chip | None) -> dict[str, Any]:
+    between = sent.get(BETWEEN, 0)
+    seconds = {} if chip is None else work.seconds(chip, sum(sent.values()) - between, between)
+    return {
+        "flops": work.flops,
+        "flops_again": work.again,
+        "read": work.read,
+        "turns": work.turns,
+        "turn": work.turn,
+        "sent": sent,
+        "seconds": seconds,
+        "least_seconds": max(seconds.values(), default=None),
+        "limit": max(seconds, key=lambda name: seconds[name]) if seconds else None,
+    }
+
+
+def _joined(phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Several phases as one, which takes what they take one after another."""
+    each = [*phases.values()]
+    sums: dict[str, Any] = {name: sum(one[name] for one in each) for name in ("flops", "flops_again", "read")}
+    kinds = dict.fromkeys(kind for one in each for kind in one["sent"])
+    sums["sent"] = {kind: sum(one["sent"].get(kind, 0) for one in each) for kind in kinds}
+    sums |= {"phases": phases, "least_seconds": None, "limit": None}
+    if each[0]["seconds"]:
+        longest = max(phases, key=lambda name: phases[name]["least_seconds"])
+        sums["least_seconds"] = sum(one["least_seconds"] for one in each)
+        sums["limit"] = f"{longest}: {phases[longest]['limit']}"
+    return sums
 
 
 def told_mesh(mesh: Mesh) -> str:

@@ -45,6 +45,16 @@ class MicroBatches:
                 "there are depends on the tokens; set update.micro_batches=1, or leave the tokens out"
             )
 
+    @property
+    def _told(self) -> str:
+        """How many pieces there are, by the settings that say so."""
+        return f"update.micro_batches={self.micro_batches}"
+
+    @property
+    def _of(self) -> str:
+        """Of what they are, in words."""
+        return " of a minibatch"
+
     def check_width(self, prompt_width: int, width: int) -> None:
         """Raises ValueError unless a row has room for a prompt and a completion of these widths."""
         if self.tokens_per_micro_batch is not None:
@@ -74,8 +84,8 @@ class MicroBatches:
                     break
                 return split
         raise ValueError(
-            f"{prompts} prompts × {group} samples of a minibatch cannot be cut into update.micro_batches="
-            f"{self.micro_batches} × {row_shards} row shards of the mesh (data × fsdp)"
+            f"{prompts} prompts × {group} samples{self._of} cannot be cut into {self._told} × {row_shards} row shards "
+            "of the mesh (data × fsdp)"
             + (
                 " without cutting groups, which are needed whole here; change prompts per step"
                 if whole_groups
@@ -106,8 +116,8 @@ class MicroBatches:
             )
         if rows % (multiple := self.micro_batches * row_shards):
             raise ValueError(
-                f"{rows} rows of tokens cannot be dealt to update.micro_batches={self.micro_batches} × {row_shards} "
-                f"row shards of the mesh (data × fsdp); lay out a multiple of {multiple}, of which some may be empty, "
+                f"{rows} rows of tokens cannot be dealt to {self._told} × {row_shards} row shards of the mesh "
+                f"(data × fsdp); lay out a multiple of {multiple}, of which some may be empty, "
                 "or change the other two"
             )
         if tokens is None:
@@ -149,13 +159,28 @@ class UpdateConfig(MicroBatches):
         """How a whole batch is read: in pieces of the size that those of a minibatch have."""
         if self.tokens_per_micro_batch is not None:
             return self.of_minibatch
-        return MicroBatches(self.micro_batches * self.minibatches)
+        return _OfBatch(self.micro_batches * self.minibatches, minibatches=self.minibatches)
 
     def group_split(self, prompts: int, group: int, row_shards: int, *, whole_groups: bool = False) -> int:
         """That of the prompts of one minibatch."""
         if prompts % self.minibatches:
             raise ValueError(f"{prompts} prompts per step are not divisible by update.minibatches={self.minibatches}")
         return super().group_split(prompts // self.minibatches, group, row_shards, whole_groups=whole_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfBatch(MicroBatches):
+    """The pieces of all minibatches."""
+
+    minibatches: int = 1
+
+    @property
+    def _told(self) -> str:
+        return f"update.minibatches={self.minibatches} × update.micro_batches={self.micro_batches // self.minibatches}"
+
+    @property
+    def _of(self) -> str:
+        return ""
 
 
 def split_groups(rows: Any, split: int) -> Any:

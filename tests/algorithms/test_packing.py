@@ -174,6 +174,14 @@ def test_a_row_that_may_be_too_short_raises():
         MicroBatches(tokens_per_micro_batch=0)
 
 
+def test_pieces_of_a_batch_that_do_not_fit_are_told_by_what_was_set():
+    plan = UpdateConfig(minibatches=2)
+    with pytest.raises(ValueError, match=r"samples cannot .* update\.minibatches=2 × update\.micro_batches=1 × 4 row"):
+        plan.of_batch.group_split(3, 1, 4)
+    with pytest.raises(ValueError, match=r"update\.minibatches=2 × update\.micro_batches=1 × 2 row"):
+        plan.of_batch.row_pieces(3, 10, 2)
+
+
 # ---- Loss, gradient and metrics ------------------------------------------------------------------
 
 

@@ -310,6 +310,10 @@ def test_numbers_that_do_not_fit_the_mesh_are_refused(model_path: str):
     mesh = make_mesh(MeshConfig(), jax.devices()[:3])
     with pytest.raises(ValueError, match=r"mesh\.fsdp"):
         build(small(model_path), mesh)
+    with pytest.raises(ValueError, match=r"update\.micro_batches=3 × 1 row shards"):
+        build(small(model_path, update=UpdateConfig(micro_batches=3)), make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(ValueError, match=r"tokens_per_micro_batch=15 is less than .* raise it to 16 or more"):
+        small(model_path, update=UpdateConfig(tokens_per_micro_batch=15), search=1)
     with pytest.raises(ValueError, match=r"search=-1 must be at least 0"):
         Plan(search=-1)
 

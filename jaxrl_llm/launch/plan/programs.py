@@ -27,7 +27,7 @@ from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.traffic import Traffic, spread, traffic
-from jaxrl_llm.sharding import replicated, rows_or_whole
+from jaxrl_llm.sharding import replicated, row_shards, rows_or_whole
 from jaxrl_llm.training.learner import Learner, make_learner
 from jaxrl_llm.training.programs import iteration_program, score_program, update_program
 from jaxrl_llm.types import Rollout, TrainState
@@ -86,6 +86,8 @@ def _build(plan: Plan, mesh: Mesh) -> list[Program]:
         trust_region=None,
     )
     state = learner.abstract_state(mesh)
+    whole = plan.algorithm.needs_whole_groups
+    plan.update.group_split(plan.prompts, plan.samples, row_shards(mesh), whole_groups=whole)
     needed = plan.algorithm.needs_reference and not has_adapters(state.params)  # without them, the policy is the base
     reference = abstract_reference(state.params, model.config.dtype) if needed else None
     judge = None if plan.reward_model is None else ScoreModel(Transformer(reward_config(plan, model.config)))

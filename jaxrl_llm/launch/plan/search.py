@@ -157,7 +157,7 @@ def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Re
     refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
     found, room = 0, chip.hbm_gib * GIB
     for sizes in _meshes(plan, len(devices)):
-        on_mesh = dataclasses.replace(plan, mesh=sizes)
+        on_mesh = dataclasses.replace(plan, mesh=sizes, update=dataclasses.replace(plan.update, micro_batches=1))
         try:
             mesh = make_mesh(sizes, devices)
             updates = [one for one in _updates(on_mesh, mesh, remats) if one.least <= room]
@@ -244,7 +244,7 @@ def _updates(plan: Plan, mesh: Mesh, remats: Sequence[Remat]) -> Iterator[Option
     asked = plan.update.tokens_per_micro_batch
     budgets = [n * longest for n in _ROWS if n <= max(1, texts)] if asked is None else [asked]
     for remat, budget in itertools.product(remats, budgets):
-        update = dataclasses.replace(plan.update, micro_batches=1, tokens_per_micro_batch=budget)
+        update = dataclasses.replace(plan.update, tokens_per_micro_batch=budget)
         model = dataclasses.replace(plan.model, remat=remat)
         one = dataclasses.replace(plan, update=update, model=model, programs=("update",))
         work = update_work(model_of(one, mesh).config, mesh, one, state=sum(parts[name] for name in STATE))

@@ -85,9 +85,10 @@ class Plan:
     """File for the memory of the programs as bars, .png or .svg."""
 
     def __post_init__(self) -> None:
-        """Rejects counts that cannot be meant, and plans of nothing."""
+        """Rejects counts that cannot be meant, rows without room for the longest text, and plans of nothing."""
         counts = {"prompts": 1, "samples": 1, "prompt_tokens": 1, "completion_tokens": 1, "search": 0}
         check_fields("plan", self, **{name: count(getattr(self, name), least=n) for name, n in counts.items()})
+        self.update.check_width(self.prompt_tokens, self.completion_tokens)
         lacking = "" if self.made else "leaves nothing to compile"
         if self.reward_model is None and not {"reward", "iteration"}.isdisjoint(self.made):
             lacking = "needs a reward_model"

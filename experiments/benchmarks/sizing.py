@@ -34,6 +34,7 @@ PPO = (
 )
 GIVEN = {
     ("gemma3-12b", "v5e:8x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
+    ("gemma3-12b", "v5p:2x4x4"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("gemma3-12b", "v6e:4x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("qwen3-30b-a3b", "v5e:16x16"): (*MIXTURE, "--update.tokens-per-micro-batch=10240", "--slots=40"),
     ("qwen3-30b-a3b", "v5p:4x4x4"): (*MIXTURE, "--update.tokens-per-micro-batch=20480"),

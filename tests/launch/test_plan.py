@@ -30,7 +30,7 @@ from jaxrl_llm.cli import parse
 from jaxrl_llm.config import ModelSource
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.launch.flags import read_flags
-from jaxrl_llm.launch.plan import command
+from jaxrl_llm.launch.plan import command, options
 from jaxrl_llm.launch.plan import search as search_module
 from jaxrl_llm.launch.plan.command import run_plan
 from jaxrl_llm.launch.plan.compiled import Report, compile_program
@@ -581,8 +581,27 @@ def test_search_goes_on_to_the_next_sampler(model_path: str, monkeypatch: pytest
         assert [told["program"] for told in one.records] == ["iteration"]
     assert len(found) == 2  # each update once
     assert [name for name, _ in given if name != "sampler"] == ["update", "reward", "iteration", "update", "iteration"]
-    samplers = [plan.sampling_tensor for name, plan in given if name == "sampler"]
+    samplers = [(plan.sampling_tensor, plan.slots) for name, plan in given if name == "sampler"]
     assert len(samplers) == len(set(samplers)) > 1
+
+
+def test_search_goes_on_with_fewer_slots(model_path: str, monkeypatch: pytest.MonkeyPatch):
+    """Where the compiler needs more than was foretold of one, or of all together; slots that are set stay."""
+    refused: set[Any] = {("sampler", "auto"), ("iteration", 14)}
+    given = fake_compiler(monkeypatch, lambda name, plan: (name, plan.slots) in refused)
+    only: Any = {"mesh": MeshConfig(fsdp=8), "sampling_tensor": 4, "prompts": 8}
+
+    def first(**changes: Any) -> Any:
+        plan = small(model_path, **only, **changes)
+        return next(search(plan, jax.devices(), Chip(1.0, 1e9, 1e9, 1e9), print, remats=("full",)), None)
+
+    found = first(reward_model="policy", update=UpdateConfig(tokens_per_micro_batch=128))
+    assert found is not None
+    assert [plan.slots for name, plan in given if name == "sampler"] == ["auto", 14, 12]  # of all 16 of a device
+    assert "--sampling.slots=12" in found.flags.split()
+    refused.add(("sampler", 16))
+    given.clear()
+    assert first(slots=16) is None
 
 
 def test_search_leaves_out_what_needs_more_than_what_did_not_fit(model_path: str, monkeypatch: pytest.MonkeyPatch):
@@ -611,20 +630,20 @@ def test_search_learns_nothing_of_experts_and_texts_that_are_cut_otherwise():
 
 def test_search_tries_to_deal_experts_out():
     dense, mixture = (Plan(size=size, mesh=MeshConfig(tensor=2)) for size in ("qwen3-0.6b", "qwen3-30b-a3b"))
-    tried = [{one.expert for one in search_module._meshes(plan, 8)} for plan in (dense, mixture)]
+    tried = [{one.expert for one in options._meshes(plan, 8)} for plan in (dense, mixture)]
     assert tried == [{1}, {1, 2, 4}]
 
 
 def test_search_takes_no_mesh_but_one_of_the_devices():
-    assert {one.data for one in search_module._meshes(Plan(mesh=MeshConfig(data=-1, fsdp=1)), 4)} == {1, 2, 4}
+    assert {one.data for one in options._meshes(Plan(mesh=MeshConfig(data=-1, fsdp=1)), 4)} == {1, 2, 4}
     for mesh, told in ((MeshConfig(tensor=3), "cannot be split by the fixed"), (MeshConfig(fsdp=3), "needs 3 devices")):
         with pytest.raises(ValueError, match=told):
-            next(search_module._meshes(Plan(mesh=mesh), 8))
+            next(options._meshes(Plan(mesh=mesh), 8))
 
 
 def test_search_keeps_what_the_command_line_sets(model_path: str):
     plan = Plan(model=ModelSource(dtype="bfloat16"))
-    assert command._remats(plan, ["--search=1"]) == search_module.REMATS
+    assert command._remats(plan, ["--search=1"]) == options.REMATS
     assert command._remats(plan, ["--search=1", "--model.remat=full"]) == ("full",)
     dots = Plan(model=ModelSource(dtype="bfloat16", remat="dots"))
     assert command._remats(dots, ["--search=1", "--model.remat", "dots"]) == ("dots",)

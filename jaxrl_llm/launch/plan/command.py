@@ -19,9 +19,10 @@ from jaxrl_llm.launch.errors import plain_errors
 from jaxrl_llm.launch.flags import read_flags
 from jaxrl_llm.launch.on_policy import PRESETS_BY_NAME
 from jaxrl_llm.launch.plan.compiled import compile_program
+from jaxrl_llm.launch.plan.options import REMATS
 from jaxrl_llm.launch.plan.programs import Program, build
 from jaxrl_llm.launch.plan.run_flags import run_flags
-from jaxrl_llm.launch.plan.search import REMATS, Found, found_table, search
+from jaxrl_llm.launch.plan.search import Found, found_table, search
 from jaxrl_llm.launch.plan.settings import Plan
 from jaxrl_llm.launch.plan.slices import CHIPS, Chip, slice_devices
 from jaxrl_llm.launch.plan.telling import describe, draw, record, told_mesh

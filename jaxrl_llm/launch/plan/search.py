@@ -7,7 +7,7 @@ that they give, until enough plans fit. What is told of a plan is what the compi
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import heapq
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,45 +15,17 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxrl_llm.launch.plan.compiled import STATE, Report, compile_program
-from jaxrl_llm.launch.plan.programs import GIB, build, model_of, reward_config, shape_of
+from jaxrl_llm.launch.plan.compiled import Report, compile_program
+from jaxrl_llm.launch.plan.options import REMATS, Option, Options, choices, with_fewer_slots
+from jaxrl_llm.launch.plan.programs import GIB, build
 from jaxrl_llm.launch.plan.run_flags import run_flags
 from jaxrl_llm.launch.plan.settings import Plan, ProgramName
 from jaxrl_llm.launch.plan.slices import Chip
 from jaxrl_llm.launch.plan.telling import record, told_mesh
-from jaxrl_llm.launch.plan.work import Work, update_work
 from jaxrl_llm.models.config import Remat
-from jaxrl_llm.sharding import MeshConfig, head_shards, make_mesh, row_shards
 
-REMATS: tuple[Remat, ...] = ("none", "dots", "attention", "full")
-"""What the backward pass may keep, where nothing is said of it."""
-_ROWS = (16, 8, 4, 2, 1)
-"""Longest texts that a row of tokens may hold."""
-_TENSOR, _CONTEXT, _EXPERT, _COPIES = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)
 _USED = re.compile(r"Used ([\d.]+)([BKMGT]) of")
 """In the compiler's refusal: what there would have to be."""
-_TILE = 128
-"""Tokens of which rows have multiples."""
-
-
-class Option(NamedTuple):
-    """One program, as it may be."""
-
-    plan: Plan
-    """With this program alone."""
-    mesh: Mesh
-    work: Work
-    held: int
-    """Bytes of a device that are known beforehand."""
-
-    def seconds(self, chip: Chip) -> float:
-        """That it takes at least."""
-        return max(self.work.seconds(chip, self.work.sent).values())
-
-    @property
-    def least(self) -> int:
-        """Bytes of a device that it takes at least."""
-        return self.held + self.work.kept
 
 
 class Found(NamedTuple):
@@ -92,7 +64,8 @@ def search(
 
     Sizes of `plan.mesh` other than 1 and −1 (of fsdp: than −1), `plan.sampling_tensor` and
     `plan.update.tokens_per_micro_batch` are kept where they are set. Of each mesh and update that fits, the fastest
-    sampler that does goes with it. Where a run is one program, it is compiled once its phases are found to fit.
+    sampler that does goes with it. Where a run is one program, it is compiled once its phases are found to fit. Slots
+    that are `auto` become fewer where the compiler needs more than was foretold of them.
 
     Args:
         plan: what is to run, and where.
@@ -104,151 +77,76 @@ def search(
     Raises:
         ValueError: no mesh can have this model and batch, or no plan's bounds fit; says why.
     """
-    compiled: dict[int, dict[str, Any] | None] = {}
+    tried = _Tried(chip, tell)
     settled: set[int] = set()
-    beyond = _Beyond(chip.hbm_gib * GIB)
 
-    def fits(option: Option) -> dict[str, Any] | None:
-        """The record of a program, compiled at most once; `None`: it does not fit."""
-        if id(option) not in compiled and beyond.too_much(option):
-            compiled[id(option)] = None
-        if id(option) not in compiled:
-            told, needed = _compiled(option, chip, tell)
-            beyond.learn(option, needed)
-            compiled[id(option)] = told
-        return compiled[id(option)]
-
-    def order(options: _Options) -> tuple[float, int, int]:
+    def order(options: Options) -> tuple[float, int, int]:
         seconds = sum(option.seconds(chip) for option in options.values())
         return seconds, options["update"].least, options["sampler"].least
 
-    for options in sorted(_choices(plan, devices, chip, remats), key=order):
+    every = [*choices(plan, devices, chip, remats)]  # kept, since what was tried is known by its id
+    queue = [(order(options), number, options) for number, options in enumerate(every)]
+    heapq.heapify(queue)
+    while queue:
+        key, number, options = heapq.heappop(queue)
         update, sampler = options["update"], options["sampler"]
-        if id(update) in settled or any(compiled.get(id(one), True) is None for one in options.values()):
+        if id(update) in settled:
             continue
-        records: dict[ProgramName, dict[str, Any]] = {}
-        for name, option in options.items():
-            if (told := fits(option)) is None:
-                break
-            records[name] = told
-        else:
-            tensor = sampler.plan.sampling_tensor
-            chosen = dataclasses.replace(update.plan, sampling_tensor=tensor, programs=plan.programs)
-            if chosen.made == ("iteration",):
-                whole, _ = _compiled(update._replace(plan=chosen), chip, tell)
-                records = {} if whole is None else {"iteration": whole}
-            if records:
+        refused = tried.refused(options)
+        if refused is None:
+            if (found := tried.together(plan, options)) is not None:
                 settled.add(id(update))
-                yield Found(chosen, update.mesh, [records[name] for name in _ORDER if name in records])
+                yield found
+            elif sampler.least > update.least:
+                refused = "sampler"
+        if refused == "sampler" and (fewer := tried.lessened(sampler)) is not None:
+            others: Options = {**options, "sampler": fewer}
+            heapq.heappush(queue, (max(key, order(others)), number, others))
 
 
-_Options = dict[ProgramName, Option]
-_ORDER: tuple[ProgramName, ...] = ("sampler", "reward", "update", "iteration")
+_ORDER: tuple[ProgramName, ...] = ("sampler", "reward", "update")
 
 
-def _choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Remat]) -> Iterator[_Options]:
-    """Of each mesh every sampler with every update, where their bounds fit, in the order in which to compile them.
+class _Tried:
+    """What was compiled of the options, each at most once."""
 
-    Raises:
-        ValueError: there are none.
-    """
-    if plan.reward_model is not None:
-        reward_config(plan, shape_of(plan))  # raises, whatever the mesh, if there is none such
-    refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
-    found, room = 0, chip.hbm_gib * GIB
-    for sizes in _meshes(plan, len(devices)):
-        on_mesh = dataclasses.replace(plan, mesh=sizes, update=dataclasses.replace(plan.update, micro_batches=1))
-        try:
-            mesh = make_mesh(sizes, devices)
-            updates = [one for one in _updates(on_mesh, mesh, remats) if one.least <= room]
-            samplers = [one for one in _samplers(on_mesh, mesh) if one.least <= room] if updates else []
-            rewards = _rewards(on_mesh, mesh, updates)
-        except ValueError as error:  # the mesh does not divide the model or the batch, or nothing can be sampled
-            refusal = error
-            continue
-        if updates and not samplers:
-            refusal = ValueError("weights, keys and values of the sampler do not fit: fewer --slots, or more devices")
-        for update, sampler in itertools.product(updates, samplers):
-            found += 1
-            budget = update.plan.update.tokens_per_micro_batch
-            yield {"update": update, "sampler": sampler, **({"reward": rewards[budget]} if rewards else {})}
-    if not found:
-        raise refusal
+    def __init__(self, chip: Chip, tell: Callable[[str], None]):
+        self._chip, self._tell, self._beyond = chip, tell, _Beyond(chip.hbm_gib * GIB)
+        self._told: dict[int, dict[str, Any] | None] = {}
+        self._lessened: dict[int, Option | None] = {}
 
+    def refused(self, options: Options) -> ProgramName | None:
+        """The first program that does not fit, as far as that is known without compiling the others."""
+        known: list[ProgramName] = [name for name, one in options.items() if self._told.get(id(one), True) is None]
+        found: Iterator[ProgramName] = (name for name, one in options.items() if self._fits(one) is None)
+        return known[0] if known else next(found, None)
 
-def _meshes(plan: Plan, devices: int) -> Iterator[MeshConfig]:
-    """Sizes of the axes; those that were asked for are kept.
+    def _fits(self, option: Option) -> dict[str, Any] | None:
+        """The record of a program; `None`: it does not fit."""
+        if id(option) not in self._told:
+            told = None
+            if not self._beyond.too_much(option):
+                told, needed = _compiled(option, self._chip, self._tell)
+                self._beyond.learn(option, needed)
+            self._told[id(option)] = told
+        return self._told[id(option)]
 
-    Raises:
-        ValueError: none of them fit the devices.
-    """
-    asked, mixture = plan.mesh, shape_of(plan).experts
-    tensors = (asked.tensor,) if asked.tensor > 1 else _TENSOR
-    contexts = (asked.context,) if asked.context > 1 else _CONTEXT
-    experts = (asked.expert,) if asked.expert > 1 or mixture is None else _EXPERT
-    refusals, found = list[ValueError](), False
-    for expert, tensor, context in itertools.product(experts, tensors, contexts):
-        one = dataclasses.replace(asked, tensor=tensor, context=context, expert=expert)
-        try:
-            sizes = one.sizes(devices)
-        except ValueError as error:
-            refusals.append(error)
-        else:
-            found = True
-            yield MeshConfig(**sizes)
-    if not found:
-        raise refusals[0]  # of the fewest axes that were not asked for
+    def together(self, plan: Plan, options: Options) -> Found | None:
+        """Programs that fit as a plan; one that is made of all of them is compiled, and `None` if it does not fit."""
+        update, given = options["update"], options["sampler"].plan
+        slots = {"sampling_tensor": given.sampling_tensor, "slots": given.slots}
+        chosen = dataclasses.replace(update.plan, **slots, programs=plan.programs)
+        if chosen.made == ("iteration",):
+            whole, _ = _compiled(update._replace(plan=chosen), self._chip, self._tell)
+            return None if whole is None else Found(chosen, update.mesh, [whole])
+        told = [self._fits(options[name]) for name in _ORDER if name in options]
+        return Found(chosen, update.mesh, [one for one in told if one is not None])
 
-
-def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:
-    """By how many devices share a copy of the weights.
-
-    Raises:
-        ValueError: none of them can be.
-    """
-    own, made = head_shards(mesh), list[Option]()
-    refusal: ValueError | None = None
-    for tensor in [own * n for n in _COPIES] if plan.sampling_tensor is None else [plan.sampling_tensor]:
-        one = dataclasses.replace(plan, sampling_tensor=tensor, programs=("sampler",))
-        try:
-            (program,) = build(one, mesh)
-        except ValueError as error:
-            refusal = error
-        else:
-            made.append(Option(one, mesh, program.work, sum(program.parts.values())))
-    if refusal is not None and not made:
-        raise refusal
-    return made
-
-
-def _rewards(plan: Plan, mesh: Mesh, updates: Sequence[Option]) -> dict[int | None, Option]:
-    """A reward model's scores, by the tokens that are computed at a time; none where there is no such model."""
-    made: dict[int | None, Option] = {}
-    if plan.reward_model is None:
-        return made
-    for update in (one.plan.update for one in updates):
-        if update.tokens_per_micro_batch not in made:
-            one = dataclasses.replace(plan, update=update, programs=("reward",))
-            (program,) = build(one, mesh)
-            held = sum(program.parts.values())
-            made[update.tokens_per_micro_batch] = Option(one, mesh, program.work, held)
-    return made
-
-
-def _updates(plan: Plan, mesh: Mesh, remats: Sequence[Remat]) -> Iterator[Option]:
-    """By what the backward pass keeps, and how many tokens are computed at a time."""
-    (program,) = build(dataclasses.replace(plan, programs=("update",)), mesh)
-    parts = program.parts
-    longest = -(-(plan.prompt_tokens + plan.completion_tokens) // _TILE) * _TILE
-    texts = plan.prompts * plan.group // row_shards(mesh)
-    asked = plan.update.tokens_per_micro_batch
-    budgets = [n * longest for n in _ROWS if n <= max(1, texts)] if asked is None else [asked]
-    for remat, budget in itertools.product(remats, budgets):
-        update = dataclasses.replace(plan.update, tokens_per_micro_batch=budget)
-        model = dataclasses.replace(plan.model, remat=remat)
-        one = dataclasses.replace(plan, update=update, model=model, programs=("update",))
-        work = update_work(model_of(one, mesh).config, mesh, one, state=sum(parts[name] for name in STATE))
-        yield Option(one, mesh, work, sum(parts.values()))
+    def lessened(self, sampler: Option) -> Option | None:
+        """The sampler with fewer slots, if there may be fewer."""
+        if id(sampler) not in self._lessened:
+            self._lessened[id(sampler)] = with_fewer_slots(sampler)
+        return self._lessened[id(sampler)]
 
 
 class _Beyond:
@@ -294,7 +192,7 @@ def _compiled(option: Option, chip: Chip, tell: Callable[[str], None]) -> tuple[
     """The record of a program that the compiler makes, if it fits, and the bytes that it needs, if they are known."""
     plan, (program,) = option.plan, build(option.plan, option.mesh)
     chosen = {
-        "sampler": f"weights over {plan.sampling_tensor}",
+        "sampler": f"weights over {plan.sampling_tensor}, slots {plan.slots}",
         "reward": f"rows of {plan.update.tokens_per_micro_batch}",
         "update": f"rows of {plan.update.tokens_per_micro_batch}, remat {plan.model.remat}",
     }

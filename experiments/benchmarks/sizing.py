@@ -28,10 +28,7 @@ SLICES = {
 """Slices of each generation on which a plan is sought, the first ones as small as goes."""
 DENSE = ("--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=4", "--sampling-tensor=8")
 MIXTURE = ("--algorithm.routing=replayed", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
-PPO = (
-    *("--preset=ppo", "--reward-model=policy", "--programs", "sampler", "reward", "update"),
-    *("--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8"),
-)
+PPO = ("--preset=ppo", "--reward-model=policy", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
 GIVEN = {
     ("gemma3-12b", "v5e:8x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("gemma3-12b", "v5p:2x4x4"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
@@ -70,17 +67,23 @@ def find(model: str, slice_: str, file: Path) -> None:
 
 def row(model: str, slice_: str, found: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
-    by_name = {one["program"]: one for one in found["programs"] if one["fits"]}
-    if len(by_name) < max(2, len(found["programs"])):
+    programs = found["programs"]
+    if not programs or not all(one["fits"] for one in programs):
         return (model, slice_, *("",) * (len(HEAD) - 3), "does not fit")
+    by_name = {one["program"]: one for one in programs}
+    if (whole := by_name.get("iteration")) is not None:  # one program of three phases
+        by_name = whole["phases"] | {"sampler": whole | whole["phases"]["sampler"]}
 
     def told(name: str) -> str:
         one = by_name.get(name)
-        return "" if one is None else f"{one['needed'] / 2**30:.1f}, {max(one['seconds'].values()):.3g} {one['limit']}"
+        if one is None:
+            return ""
+        seconds = f"{max(one['seconds'].values()):.3g} {one['limit']}"
+        return f"{one['needed'] / 2**30:.1f}, {seconds}" if "needed" in one else f"with it, {seconds}"
 
     sampler, chips = by_name["sampler"], found["plan"].split(", ")[1].split(" ")[0]
-    programs = map(told, ("sampler", "reward", "update"))
-    return model, slice_, chips, str(sampler["slots"]), *programs, f"`{sampler['flags']}`"
+    cells = map(told, ("sampler", "reward", "update"))
+    return model, slice_, chips, str(sampler["slots"]), *cells, f"`{sampler['flags']}`"
 
 
 def main() -> None:

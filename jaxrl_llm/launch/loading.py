@@ -25,7 +25,7 @@ from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rewards.by_name import find_reward
-from jaxrl_llm.sampling.engine import check_cut
+from jaxrl_llm.sampling.checks import check_cut
 from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.training.episodes.scorable import check_scorable

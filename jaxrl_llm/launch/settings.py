@@ -12,7 +12,7 @@ from jaxrl_llm.algorithms.optimizer import make_schedule
 from jaxrl_llm.config import Experiment, ModelSource, OfflineExperiment, RunConfig, StarExperiment, flatten
 from jaxrl_llm.models.config import ExpertsConfig, LayerKind, ModelConfig
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.sampling.engine import row_split
+from jaxrl_llm.sampling.checks import row_split
 from jaxrl_llm.sampling.layout import sampling_mesh
 from jaxrl_llm.sharding import make_mesh, row_shards
 from jaxrl_llm.training.learner import check_group, make_learner

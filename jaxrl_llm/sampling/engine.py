@@ -17,12 +17,21 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.unrolling import compiler_options
 from jaxrl_llm.sampling.attention import choose
 from jaxrl_llm.sampling.caches import page_tokens
+from jaxrl_llm.sampling.checks import (
+    check_batch_invariant,
+    check_cut,
+    check_positions,
+    checked_history,
+    checked_limits,
+    checked_prompts,
+    row_split,
+)
 from jaxrl_llm.sampling.decode import row_keys, sample
 from jaxrl_llm.sampling.footprint import Batch, Footprint
 from jaxrl_llm.sampling.layout import common_mesh, everywhere, gather_for_sampling, sampling_mesh
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sampling.stop_texts import StopTexts
-from jaxrl_llm.sharding import constrain, head_shards, replicated, row_shards, rows_or_whole
+from jaxrl_llm.sharding import constrain, replicated, row_shards, rows_or_whole
 from jaxrl_llm.types import Rollout
 
 
@@ -93,7 +102,7 @@ class Sampler:
             choose(config.attention, page_tokens())  # raises if it is of another platform
         self.dtype = jnp.dtype(dtype or model.config.dtype)
         if model.config.batch_invariant:
-            self._check_batch_invariant()
+            check_batch_invariant(model.config, config, self.dtype)
         self._read = self._model_read()
         self._axes = read_by_sampler(self._read.logical_axes(), self._read.config)
         self._resident, self._memory = resident, memory
@@ -116,25 +125,6 @@ class Sampler:
         read = self.model.rounded(dtype)
         check_cut(read, self.mesh, self._own_mesh)
         return read
-
-    def _check_batch_invariant(self) -> None:
-        """Raises ValueError for settings with which its numbers would not be the learner's."""
-        own = self.model.config.dtype
-        if self.dtype != jnp.dtype(own):
-            raise ValueError(
-                f"dtype={self.dtype.name}: with model.batch_invariant the sampler computes in the learner's type, "
-                f"{own}; leave it out"
-            )
-        if self.config.attention != "auto":
-            raise ValueError(
-                f"sampling.attention={self.config.attention!r}: with model.batch_invariant attention has an order of "
-                "its own; pass --sampling.attention=auto"
-            )
-        if self.config.cache_dtype is not None:
-            raise ValueError(
-                f"sampling.cache_dtype={self.config.cache_dtype!r}: with model.batch_invariant the sampler reads the "
-                "keys and values that the learner reads, not rounded ones; leave it out"
-            )
 
     def __call__(
         self,
@@ -164,30 +154,15 @@ class Sampler:
                 limit is out of range, or there is a history that does not fit, or that is not asked for, or not one
                 completion fits into memory.
         """
-        prompt, lengths = np.asarray(prompt, np.int32), np.asarray(prompt_lengths, np.int32)
-        fits = prompt.ndim == 2 and lengths.shape == prompt.shape[:1] and lengths.size
-        if not fits or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
-            raise ValueError(f"prompt lengths {lengths} do not fit prompts of shape {prompt.shape}")
-        known = (prompt >= 0) & (prompt < self.model.config.vocab_size)
-        unknown = np.argwhere(~known & (np.arange(prompt.shape[1]) < lengths[:, None]))
-        if unknown.size:
-            row, place = unknown[0]
-            raise ValueError(
-                f"token {prompt[row, place]} at place {place} of prompt {row} is outside the model's vocabulary of "
-                f"{self.model.config.vocab_size}; is the tokenizer that of the model?"
-            )
+        vocabulary = self.model.config.vocab_size
+        prompt, lengths = checked_prompts(prompt, prompt_lengths, vocabulary)
         self.check_length(lengths.max())
         self.row_split(prompt.shape[0])
+        samples = len(prompt), self.group
         if limits is not None:
-            limits, longest = np.asarray(limits, np.int32), self.config.max_tokens
-            outside = limits[(limits < 1) | (limits > longest)]
-            if limits.shape != (len(prompt), self.group) or outside.size:
-                raise ValueError(
-                    f"limits of shape {limits.shape} for {len(prompt)} prompts × {self.group} samples must be one for "
-                    f"each, from 1 to sampling.max_tokens={longest}; outside of that are {outside[:8].tolist()}"
-                )
+            limits = checked_limits(limits, samples, self.config)
         if history is not None:
-            history = self._checked(history, len(prompt))
+            history = checked_history(history, samples, self.config, vocabulary)
         with jax.set_mesh(self.mesh):
             return self.program(len(prompt))(params, prompt, lengths, key, np.asarray(step, np.int32), limits, history)
 
@@ -213,26 +188,6 @@ class Sampler:
         with jax.set_mesh(self.mesh):
             return self.program(prompts).trace(params, tokens, lengths, root, step, None, None)
 
-    def _checked(self, history: tuple[np.ndarray, np.ndarray], prompts: int) -> tuple[np.ndarray, np.ndarray]:
-        """As the program takes it.
-
-        Raises:
-            ValueError: it does not fit, or is not asked for.
-        """
-        if self.config.speculate != "history":
-            raise ValueError(f"sampling.speculate={self.config.speculate} proposes no history: set it to history")
-        tokens, lengths = (np.asarray(part, np.int32) for part in history)
-        shape = (prompts, self.group, self.config.max_tokens)
-        if tokens.shape != shape or lengths.shape != shape[:2] or lengths.min() < 0 or lengths.max() > shape[2]:
-            raise ValueError(
-                f"a history of shape {tokens.shape} with lengths of shape {lengths.shape} must be one completion of at "
-                f"most sampling.max_tokens={shape[2]} tokens for each of {prompts} prompts × {self.group} samples"
-            )
-        known = (tokens >= 0) & (tokens < self.model.config.vocab_size)
-        if not known[np.arange(shape[2]) < lengths[..., None]].all():
-            raise ValueError(f"the history has tokens outside the vocabulary of {self.model.config.vocab_size}")
-        return np.where(known, tokens, 0), lengths
-
     def check_length(self, longest: int, *, width: int = 0) -> None:
         """Checks that the model has positions for the longest prompt and a completion.
 
@@ -243,17 +198,7 @@ class Sampler:
         Raises:
             ValueError: it has not.
         """
-        limit, way = self.model.config.longest_text, self.model.config.way_to_longer
-        if width > limit:
-            raise ValueError(
-                f"max_prompt_length={width} is more than the model's {limit} positions{way}, and prompts are padded to "
-                f"it; lower it (the longest prompt has {longest} tokens)"
-            )
-        if longest + self.config.max_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and sampling.max_tokens={self.config.max_tokens} exceed the "
-                f"model's {limit} positions{way}; shorten one of them"
-            )
+        check_positions(self.model.config, longest, self.config, width=width)
 
     def row_split(self, prompts: int) -> int:
         """Into how many rows the completions of a prompt are dealt, so that rows fill the mesh.
@@ -413,45 +358,3 @@ def _told(needs: dict[str, int]) -> str:
     """Bytes in all, and their parts, the largest first."""
     parts = ", ".join(f"{what} {readable(size)}" for what, size in sorted(needs.items(), key=lambda item: -item[1]))
     return f"{readable(sum(needs.values()))} ({parts})"
-
-
-def check_cut(model: Transformer, mesh: jax.sharding.Mesh, own: jax.sharding.Mesh) -> None:
-    """Checks that a model can be cut as its sampler wants.
-
-    Args:
-        model: the model, or the one with rounded weights.
-        mesh: the learner's.
-        own: the sampler's (`sampling_mesh`).
-
-    Raises:
-        ValueError: a parameter or the heads cannot be divided; names the setting that `tensor` is by.
-    """
-    try:
-        model.shardings(own)
-    except ValueError as error:
-        if head_shards(own) == head_shards(mesh):
-            raise
-        raise ValueError(str(error).replace("mesh.tensor", "sampling.tensor")) from error
-
-
-def row_split(prompts: int, group: int, mesh: jax.sharding.Mesh, *, greedy: bool = False) -> int:
-    """Into how many rows the completions of a prompt must be dealt, so that rows fill a mesh.
-
-    Args:
-        prompts: P.
-        group: completions of each.
-        mesh: the sampler's (`sampling_mesh`), on which all that is not `tensor` splits rows.
-        greedy: whether the greedy one is among the completions; for the message.
-
-    Raises:
-        ValueError: there is no such number.
-    """
-    shards = row_shards(mesh)
-    for split in range(1, group + 1):
-        if group % split == 0 and prompts * split % shards == 0:
-            return split
-    raise ValueError(
-        f"{prompts} prompts × {group} samples{' (the greedy one counted)' * greedy} cannot be split over the {shards} "
-        "row shards of the sampler (the devices / tensor, those along mesh.context among them); make one of them a "
-        "multiple of it, or set a larger sampling.tensor"
-    )

@@ -24,24 +24,23 @@ from jaxrl_llm.algorithms.trust_region.step import TrustRegionConfig
 from jaxrl_llm.checks import check_fields, count
 from jaxrl_llm.data.encoded_rows import counted
 from jaxrl_llm.data.loader import PromptLoader
-from jaxrl_llm.data.prompts import PromptBatch, PromptDataset
+from jaxrl_llm.data.prompts import PromptDataset
 from jaxrl_llm.device_memory import bytes_per_device
 from jaxrl_llm.models.checkpoints.tokenizers import known_tokens
 from jaxrl_llm.models.config import Params
-from jaxrl_llm.models.lora import abstract_reference, has_adapters, reference_of, start_reference
+from jaxrl_llm.models.lora import abstract_reference, has_adapters, start_reference
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.engine import Sampler
 from jaxrl_llm.sampling.logits import SamplingConfig
-from jaxrl_llm.sharding import on_host, row_shards
+from jaxrl_llm.sharding import row_shards
 from jaxrl_llm.training.ahead import Ahead
 from jaxrl_llm.training.compilation import CompilationCounter
+from jaxrl_llm.training.episodes.collector import Collector
 from jaxrl_llm.training.episodes.completions import RecordedCompletions
-from jaxrl_llm.training.episodes.dynamic_sampling import GroupBuffer
-from jaxrl_llm.training.episodes.episodes import Episodes, score_rollout, unscored
+from jaxrl_llm.training.episodes.episodes import Episodes, unscored
 from jaxrl_llm.training.episodes.evaluate import EvaluationConfig, make_evaluator
 from jaxrl_llm.training.episodes.feedback import FeedbackSource
 from jaxrl_llm.training.episodes.hints import check_positions, self_teacher_of
-from jaxrl_llm.training.episodes.history import CompletionHistory
 from jaxrl_llm.training.episodes.judging import Judge
 from jaxrl_llm.training.episodes.reference_rewards import ReferenceRewards
 from jaxrl_llm.training.episodes.reward_watch import RewardWatch
@@ -49,7 +48,7 @@ from jaxrl_llm.training.episodes.scoring import RewardSum
 from jaxrl_llm.training.episodes.telling import TrainerState
 from jaxrl_llm.training.learner import CriticSource, Learner, check_critic, check_group, make_learner
 from jaxrl_llm.training.loop import run_stage
-from jaxrl_llm.training.programs import iteration_program, score_program, update_program
+from jaxrl_llm.training.programs import iteration_program, update_program
 from jaxrl_llm.training.run.completions import CompletionsConfig
 from jaxrl_llm.training.run.distributed import is_main_process
 from jaxrl_llm.training.run.frozen import check_frozen
@@ -94,8 +93,6 @@ class TrainingConfig:
 
 EVALUATION_KEY = np.uint32(0x5EED)
 """Keeps the noise of evaluations apart from that of training."""
-REFERENCE_KEY = np.uint32(0x0FEF)
-"""The same for samples of the reference."""
 
 
 class Trainer:
@@ -173,7 +170,6 @@ class Trainer:
         if (itself := self_teacher_of(algorithm)) is not None:
             check_positions(itself, model.config.longest_text, sampling.max_tokens)
         self.saved = setup.find()
-        self._first_step = self.saved.step + 1 if self.saved else 1
         plan.group_split(prompts, group, row_shards(mesh), whole_groups=algorithm.needs_whole_groups)
         self.loader = PromptLoader(dataset, batch_size=prompts, seed=setup.seed)
         if self.saved:
@@ -206,12 +202,9 @@ class Trainer:
             keep_experts=algorithm.keeps_experts,
             resident=resident,
         )
-        self.history = None  # of this process: a run that goes on begins with none, and proposes from prompts again
-        if sampling.speculate == "history":
-            self.history = CompletionHistory(self.sampler.group, sampling.max_tokens)
-        self.reference_rewards = None
+        reference_rewards = None
         if "reference_rewards" in algorithm.needs:
-            self.reference_rewards = ReferenceRewards(setup.folder, resume=self.saved is not None)
+            reference_rewards = ReferenceRewards(setup.folder, resume=self.saved is not None)
         self.sampler.check_length(dataset.longest, width=dataset.max_prompt_length)
         self.sampler.row_split(prompts)
         self.evaluator = make_evaluator(
@@ -243,6 +236,18 @@ class Trainer:
         self.what_a_step_is += self.sampler.how_slots_are_chosen(prompts, dataset.max_prompt_length)
         self._start(learner, params, critic_params, teachers)
         self._make_programs(learner)
+        self.collector = Collector(
+            self.sampler,
+            rewards,
+            device_rewards=self.device_rewards,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            rounds=self.config.dynamic_sampling,
+            skips_unscored=self.feedback.skips_unscored,
+            first_step=self.saved.step + 1 if self.saved else 1,
+            told_of=self._told_of,
+            reference_rewards=reference_rewards,
+        )
         self._begun, self._ahead = False, Ahead(mesh, {})
         self._watch = RewardWatch(self.feedback.watched, in_groups=algorithm.smallest_group > 1)
         self.compilations = CompilationCounter()
@@ -291,11 +296,8 @@ class Trainer:
         state, mesh, rewards = self.abstract_state, self.setup.mesh, self.device_rewards
         self.update = update_program(learner, state, mesh)
         self._lower_update = self.update.lower
-        self._score = self._iteration = None
-        waits_for_host = self.rewards is not None or self.algorithm.needs_hints
-        if rewards and waits_for_host:
-            self._score = score_program(rewards, mesh)
-        elif not waits_for_host:
+        self._iteration = None
+        if self.rewards is None and not self.algorithm.needs_hints:
             self._iteration = iteration_program(learner, state, self.sampler, rewards, self.config.prompts_per_step)
         self._rates = Rates(learner.schedule)
 
@@ -334,7 +336,7 @@ class Trainer:
         """
         mesh, prompts = self.setup.mesh, self.config.prompts_per_step
         feedback = self.feedback.foretold(prompts, self.sampler.group)
-        later = feedback is None or self.config.dynamic_sampling or self.history is not None
+        later = feedback is None or self.config.dynamic_sampling or self.collector.history is not None
         if self._begun or self._iteration is not None or later or jax.process_count() > 1:
             return
         self._begun = True
@@ -351,7 +353,9 @@ class Trainer:
         if self._iteration is not None:
             return self._iterate_on_device(step, phase)
         self._begin()
-        rollout, episodes, drawn = self._collect(step, phase)
+        rollout, episodes, drawn = self.collector(
+            self.loader, self.state, self.reference, step, phase, ready=partial(self._ahead.wait, "sample")
+        )
         with phase("update"), jax.set_mesh(self.setup.mesh):
             self._ahead.wait("update")
             feedback = self.feedback(episodes, np.asarray(self.state.key), step)
@@ -389,77 +393,16 @@ class Trainer:
         last = self.config.steps
         return TrainerState(global_step=step, max_steps=last, epoch=step * each, num_train_epochs=last * each)
 
-    def _collect(self, step: int, phase: Phase) -> tuple[Rollout, Episodes, dict[str, float]]:
-        """Completions of a step's prompts with their rewards, and metrics of how they were found."""
-        wanted, rounds = self.config.prompts_per_step, max(1, self.config.dynamic_sampling)
-        filled = GroupBuffer(wanted)
-        for number in range(rounds):
-            with phase("sample"):
-                batch = next(self.loader)
-                key = np.asarray(self.state.key) ^ np.uint32(number)  # the rounds of a step draw apart
-                history = self._proposed(batch)
-                self._ahead.wait("sample")
-                rollout = self.sampler(self.state.params, batch.tokens, batch.lengths, key, step, history=history)
-                jax.block_until_ready(rollout)
-                self._remember(batch, rollout)
-            with phase("reward"):
-                episodes = self._scored(rollout, batch, step)
-                if self.reference_rewards is not None:
-                    of_reference = self._of_reference(self.reference_rewards, batch, key, step)
-                    episodes = dataclasses.replace(episodes, reference_rewards=of_reference)
-            if not self.config.dynamic_sampling:
-                return rollout, episodes, {}
-            if filled.add(jax.tree.map(on_host, rollout), episodes):
-                break
-        rollout, episodes = filled.take()
-        told = {"dynamic_sampling/rounds": number + 1, "dynamic_sampling/kept": filled.kept_share}
-        return self.sampler.placed(rollout), episodes, told
-
-    def _scored(self, rollout: Rollout, batch: PromptBatch, step: int) -> Episodes:
-        stops = self.sampler.stop_tokens
-        if self.rewards is None:
-            episodes = unscored(rollout, batch, stop_tokens=stops)
-        else:
-            # Where no function has applied to any sample as yet, something is wrong with them.
-            lacking = ("some" if step == self._first_step else "all") if self.feedback.skips_unscored else "none"
-            told: dict[str, Any] = {"stop_tokens": stops, "trainer_state": self._told_of(step - 1), "lacking": lacking}
-            episodes = score_rollout(rollout, batch, self.rewards, self.tokenizer, **told)
-        return episodes if self._score is None else self._with_device_rewards(rollout, episodes)
-
-    def _of_reference(self, kept: ReferenceRewards, batch: PromptBatch, key: np.ndarray, step: int) -> np.ndarray:
-        """Rewards of the reference's samples, which it draws where a prompt comes for the first time."""
-        if kept.lacks(batch.indices):
-            params = reference_of(self.state.params, self.reference)
-            assert params is not None  # the algorithm reads its log-probs, too
-            rollout = self.sampler(params, batch.tokens, batch.lengths, key ^ REFERENCE_KEY, step)
-            kept.keep(batch.indices, self._scored(rollout, batch, step).rewards)
-        return kept.of(batch.indices)
-
-    def _proposed(self, batch: PromptBatch) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the sampler may propose."""
-        return None if self.history is None else self.history.of(batch.indices)
-
-    def _remember(self, batch: PromptBatch, rollout: Rollout) -> None:
-        """Keeps the completions, to be proposed when their prompts come again."""
-        if self.history is not None:
-            self.history.keep(batch.indices, *jax.device_get((rollout.completion, rollout.completion_lengths)))
-
-    def _with_device_rewards(self, rollout: Rollout, episodes: Episodes) -> Episodes:
-        assert self._score is not None
-        with jax.set_mesh(self.setup.mesh):
-            scores = jax.device_get(self._score([reward.params for reward in self.device_rewards], rollout))
-        return episodes.plus(scores.total, scores.by_name)
-
     def _iterate_on_device(self, step: int, phase: Phase) -> Outcome:
         """Samples, scores and updates in one program."""
         assert self._iteration is not None
         with phase("iteration"), jax.set_mesh(self.setup.mesh):
             batch = next(self.loader)
             given = [reward.params for reward in self.device_rewards]
-            history = self._proposed(batch)
+            history = self.collector.proposed(batch)
             done = self._iteration(self.state, batch.tokens, batch.lengths, given, self.reference, history)
             self.state, found, rollout, scores = done
-            self._remember(batch, rollout)
+            self.collector.remember(batch, rollout)
             found = jax.device_get(found)
         episodes = unscored(rollout, batch, stop_tokens=self.sampler.stop_tokens).plus(*jax.device_get(scores))
         episodes = episodes.first(self.config.samples_per_prompt)

@@ -344,8 +344,15 @@ def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def dealt_again(gradient: jax.Array, *axes: str | None) -> jax.Array:
-    """The gradient of what was `gathered`, summed over devices and laid out as the weight."""
-    return constrain(constrain(gradient, *_whole_along_embed(axes)), *axes)
+    """The gradient of what was `gathered`, summed over devices and laid out as the weight.
+
+    Whole in between, it is made by one product (as in `gathered`), but would be summed whole over replicas, too. Where
+    there are some, XLA is told its layout alone: it makes one product all the same, sums that over the devices of a
+    replica, of which each takes its part (a reduce-scatter), and then this part over replicas.
+    """
+    if replicas() == 1:
+        gradient = constrain(gradient, *_whole_along_embed(axes))
+    return constrain(gradient, *axes)
 
 
 def _whole_along_embed(axes: Sequence[str | None]) -> tuple[str | None, ...]:

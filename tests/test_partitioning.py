@@ -7,6 +7,7 @@ of collectives are those that it chose; what follows on a CPU widens them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def of_weights(sums: list[list[str]]) -> list[tuple[str, str]]:
 
 
 def test_gradients_of_weights_are_summed_in_float32_unless_asked_otherwise():
-    """Of a model that computes in bfloat16; with it, that nothing was replicated for want of a way."""
+    """Of a model that computes in bfloat16; with it, that nothing was replicated for want of a way, and over what."""
     narrow = {"gradient_sums": "bfloat16"}
     cases = [
         {"program": "update", "mesh": ALL, "kv": 1},
@@ -108,6 +109,10 @@ def test_gradients_of_weights_are_summed_in_float32_unless_asked_otherwise():
     assert "rematerialization" not in complaints
     for sums in (whole, adapters):
         assert len(of_weights(sums)) >= 7 and {kind for kind, _ in of_weights(sums)} == {"f32"}
+    products = [shape for _, shape, name in whole if "...m,...n->mn" in name]
+    sizes = [math.prod(map(int, shape.split(","))) for shape in products]
+    # Over the two devices of a replica, and then over the replicas what one of the two is to hold.
+    assert len(sizes) == 2 * 8 and sizes[::2] == [2 * part for part in sizes[1::2]]
     kinds = [kind for kind, _ in of_weights(rounded)]
     assert kinds.count("bf16") == 7  # of a layer; embedding and head keep float32
     assert kinds.count("f32") == len(kinds) - 7 > 0

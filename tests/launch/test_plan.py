@@ -87,6 +87,15 @@ HloModule jit_f, is_scheduled=true
   ROOT %slice = f32[8,2]{1,0} dynamic-slice(%all-reduce.1)
 }
 
+%step.1 (input: f32[3]) -> f32[6] {
+  ROOT %gathered.1 = f32[6]{0} all-gather(%input), channel_id=1, chain_id="3", metadata={op_name="g"}
+}
+
+%step.2 (input: f32[3]) -> f32[6] {
+  %gathered.2 = f32[6]{0:S(1)} all-gather(%input), channel_id=1, chain_id="3", metadata={op_name="g"}
+  ROOT %gathered.3 = f32[6]{0:S(1)} all-gather(%input), channel_id=1, chain_id="4", metadata={op_name="g"}
+}
+
 %inner_body (p: (s32[])) -> (s32[]) {
   %permute = (bf16[3,4]{1,0}, bf16[3,4]{1,0}, u32[], u32[]) collective-permute-start(%p), channel_id=3
 }
@@ -99,6 +108,10 @@ HloModule jit_f, is_scheduled=true
   %while.1 = (s32[]) while(%p), condition=%nothing, body=%inner_body, metadata={op_name="x"}
   %fused = f32[8,2]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %fused.again = f32[8,2]{1,0} fusion(%fused), kind=kCustom, calls=%all-reduce-scatter.1
+  %scattered.1 = f32[2]{0} reduce-scatter(%p), channel_id=1, metadata={op_name="f/shard_map/reduce_scatter"}
+  %scattered.2 = f32[2]{0} reduce-scatter(%p), channel_id=1, metadata={op_name="f/shard_map/reduce_scatter"}
+  %started = f32[6]{0} fusion(%p), kind=kCustom, calls=%step.1
+  %done = f32[6]{0} fusion(%started), kind=kCustom, calls=%step.2
   %send.1 = (f32[8,2]{1,0:T(8,128)}, u32[], token[]) send(%fused), channel_id=7, handler="xla_megascale_runtime"
   %recv.1 = (f32[8,2]{1,0:T(8,128)}, u32[], token[]) recv(%p), channel_id=6, handler="xla_megascale_runtime"
 }
@@ -124,6 +137,10 @@ def test_collectives_are_found_where_they_run():
         ("all-reduce", 1, "loop 1", 1, 1, 1, "update"),
         ("collective-permute", 24, "loop 1 inner", 9, 1, 1, "update"),
         ("reduce-scatter", 128, "loop 1", 1, 1, 1, "update"),  # written down once for each fusion it is part of
+        ("reduce-scatter", 8, "loop 1", 1, 1, 1, "update"),
+        ("reduce-scatter", 8, "loop 1", 1, 1, 1, "update"),  # another one, on the same channel
+        ("all-gather", 24, "loop 1", 1, 1, 1, "update"),  # in two steps
+        ("all-gather", 24, "loop 1", 1, 1, 1, "update"),
         ("between slices", 64, "loop 1", 1, 1, 1, "update"),
     ]
 

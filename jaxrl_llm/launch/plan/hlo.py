@@ -14,7 +14,8 @@ _COLLECTIVE = re.compile(
 )
 _BETWEEN_SLICES = re.compile(r" = (\(.*?\)) recv\(.*xla_megascale_runtime")
 _PHASE = re.compile(r'op_name="jit\(\w+\)/(\w+)/')
-_CHANNEL = re.compile(r"channel_id=\d+")
+_IDENTITY = re.compile(r"channel_id=\d+|chain_id=\"\d+\"|metadata=\{[^}]*\}")
+_FUSION = " fusion("
 _LOOP = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
 _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -88,16 +89,22 @@ class _Around(NamedTuple):
 
 
 def _walk(
-    bodies: dict[str, list[str]], name: str, around: _Around, numbers: Iterator[int], seen: set[str]
+    bodies: dict[str, list[str]],
+    name: str,
+    around: _Around,
+    numbers: Iterator[int],
+    seen: set[tuple[str, ...]],
+    fused: bool = False,
 ) -> Iterator[Collective]:
     """The collectives of a computation and of all that it calls."""
     for line in bodies[name]:
         if found := _COLLECTIVE.search(line):
-            # One that is fused step by step with what it overlaps is written down once for each step.
-            channel = _CHANNEL.search(line)
-            if channel and channel[0] in seen:
+            # One that is fused step by step with what it overlaps is written down once for each step. The channel
+            # alone tells nothing: all collectives of `shard_map` share one.
+            one = tuple(_IDENTITY.findall(line))
+            if fused and one in seen:
                 continue
-            seen |= {channel[0]} if channel else set()
+            seen |= {one} if fused else set()
             # On TPUs a reduce-scatter is an all-reduce, fused with the choice of a device's part.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else found[2]
             yield Collective(kind, _bytes(found[1], started=found[3] is not None), *around.at(line))
@@ -109,7 +116,7 @@ def _walk(
                 yield from _walk(bodies, part, inside, numbers, seen)
         else:
             for called in _called(line):
-                yield from _walk(bodies, called, around, numbers, seen)
+                yield from _walk(bodies, called, around, numbers, seen, fused or _FUSION in line)
 
 
 def _turns(loop: str, condition: list[str]) -> int | None:

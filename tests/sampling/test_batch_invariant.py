@@ -109,7 +109,7 @@ def test_sampler_and_learner_say_the_same_number(name, tiny_config, lively_param
     model = Transformer(tiny_config(batch_invariant=True, remat="full", **ARCHITECTURES[name]))
     params = lively_params(model)
     rollout = sampler(model, one_device, slots=7, temperature=0.8)(params, *long_prompts, key, 0)
-    assert 0.2 < np.mean(rollout.mask) < 0.9
+    assert 0.2 < np.mean(rollout.mask) < 1
     assert (np.asarray(rollout.completion_lengths) > 30).any()
     assert apart(learned(model, params, rollout, 0.8), rollout.sampler_logprobs) == 0
     assert apart(learned(model, params, rollout), rollout.logprobs) == 0

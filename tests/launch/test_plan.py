@@ -707,6 +707,8 @@ def test_search_says_why_nothing_can_fit(model_path: str):
         searched(model_path, Chip(1e-9, 1, 1, 1), slots=1)
     with pytest.raises(ValueError, match="--sampling-tensor=3 must be a multiple of the mesh's tensor=2"):
         searched(model_path, Chip(1.0, 1, 1, 1), sampling_tensor=3)
+    with pytest.raises(ValueError, match="exceed the model's"):  # and not what some tensor axis cannot hold
+        searched(model_path, Chip(1.0, 1, 1, 1), completion_tokens=100_000)
     with pytest.raises(SystemExit):
         run_plan(arguments(model_path, "--slice=local", "--search=1"))
 

@@ -62,8 +62,7 @@ def choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Rem
     """
     if plan.reward_model is not None:
         reward_config(plan, shape_of(plan))  # raises, whatever the mesh, if there is none such
-    refusal = ValueError("parameters, moments and gradients alone do not fit: more devices are needed")
-    found, room = 0, chip.hbm_gib * GIB
+    refusals, found, room = list[ValueError](), 0, chip.hbm_gib * GIB
     for sizes in _meshes(plan, len(devices)):
         on_mesh = dataclasses.replace(plan, mesh=sizes, update=dataclasses.replace(plan.update, micro_batches=1))
         try:
@@ -72,16 +71,19 @@ def choices(plan: Plan, devices: Sequence[Any], chip: Chip, remats: Sequence[Rem
             samplers = [one for one in _samplers(on_mesh, mesh) if one.least <= room] if updates else []
             rewards = _rewards(on_mesh, mesh, updates)
         except ValueError as error:  # the mesh does not divide the model or the batch, or nothing can be sampled
-            refusal = error
+            refusals.append(error)
             continue
-        if updates and not samplers:
-            refusal = ValueError("weights, keys and values of the sampler do not fit: fewer --slots, or more devices")
+        if not updates:
+            refusals.append(ValueError("parameters, moments and gradients alone do not fit: more devices are needed"))
+        elif not samplers:
+            told = "weights, keys and values of the sampler do not fit: fewer --slots, or more devices"
+            refusals.append(ValueError(told))
         for update, sampler in itertools.product(updates, samplers):
             found += 1
             budget = update.plan.update.tokens_per_micro_batch
             yield {"update": update, "sampler": sampler, **({"reward": rewards[budget]} if rewards else {})}
     if not found:
-        raise refusal
+        raise refusals[0]  # of the fewest axes that were not asked for
 
 
 def _meshes(plan: Plan, devices: int) -> Iterator[MeshConfig]:
@@ -121,7 +123,7 @@ def _samplers(plan: Plan, mesh: Mesh) -> list[Option]:
         try:
             (program,) = build(one, mesh)
         except ValueError as error:
-            refusal = error
+            refusal = refusal or error  # of the fewest copies
         else:
             most = program.slots if plan.slots == "auto" else None
             fewer = dict.fromkeys(int(part * (most or 0)) for part in _FEWER)

@@ -100,9 +100,5 @@ def dtype_read(names: tuple[str | None, ...], own: Any, dtype: Any) -> Any:
 
     Norms, routers and sinks are read in float32, and what is rounded to integers and their scales as it is.
     """
-    return own if is_read_wide(names) or is_rounded(own) else dtype
-
-
-def is_read_wide(names: tuple[str | None, ...]) -> bool:
-    """Whether a parameter whose axes bear these names is read in float32, whatever the compute type."""
-    return not {"norm", "router", "sinks"}.isdisjoint(names)
+    in_float32 = not {"norm", "router", "sinks"}.isdisjoint(names)
+    return own if in_float32 or is_rounded(own) else dtype

@@ -164,6 +164,10 @@ class RunConfig:
     """Folder of metrics, checkpoints and the resolved configuration; by default runs/<name>-<time>."""
     resume: bool = False
     """Go on from the latest checkpoint in run_dir, which must hold a run."""
+    grace_period: float = 30.0
+    """Seconds that SIGTERM leaves before the process is killed. A phase that does not end in a third of them is cut,
+    and the last whole step saved: where phases take so long, the host's memory holds a copy of each step's state.
+    0: no phase is cut."""
     distributed: bool = False
     """Call jax.distributed.initialize first: on every host of a pod."""
     cluster: ClusterConfig = ClusterConfig()
@@ -283,6 +287,7 @@ _FREE = (
     "name",
     "run_dir",
     "resume",
+    "grace_period",
     "distributed",
     "cluster",
     "reward_timeout",

@@ -116,6 +116,7 @@ def run_setup(config: RunConfig, mesh: jax.sharding.Mesh) -> RunSetup:
         mesh=mesh,
         seed=config.seed,
         resume=config.resume,
+        grace_period=config.grace_period,
         bare_reference=config.model.bare_reference,
         settings=config.settings(),
         defaults=default_settings(flatten(config)),

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxrl_llm.training.run.checkpoint import Checkpointer
+from jaxrl_llm.training.run.checkpoint import Checkpointer, Prepared
 from jaxrl_llm.training.run.compiling import CompilationNews
 from jaxrl_llm.training.run.completions import CompletionsWriter
-from jaxrl_llm.training.run.distributed import any_process, at, ending_with_the_others, is_main_process
+from jaxrl_llm.training.run.distributed import any_processes, at, ending_with_the_others, is_main_process, notices
 from jaxrl_llm.training.run.divergence import FEW, DivergedError, SkippedSteps
 from jaxrl_llm.training.run.errors import RunError
 from jaxrl_llm.training.run.frozen import fingerprint, join_state, split_state, unsaved
@@ -21,6 +21,7 @@ from jaxrl_llm.training.run.memory import naming_phase
 from jaxrl_llm.training.run.metrics import MetricsWriter
 from jaxrl_llm.training.run.page.live import LivePage
 from jaxrl_llm.training.run.report import Report
+from jaxrl_llm.training.run.rescue import ANOTHER, Rescue
 from jaxrl_llm.training.run.resume import CHECKPOINTS, SavedRun, restore_run
 from jaxrl_llm.training.run.stop import GracefulStop
 from jaxrl_llm.training.stage import Outcome, Stage, TrainingResult
@@ -135,6 +136,8 @@ class Loop:
         self._data_state = stage.loader.get_state()
         self._seconds: dict[str, float] = {}
         self._skipped, self._unsaved = SkippedSteps(stage.length.max_skipped_steps), False
+        self._rescue = Rescue(stop, stage.setup.grace_period, self._save_kept, notices())
+        self._kept: tuple[int, Prepared | None] = (self.step, None)
         self._frozen = stage.saved.frozen if stage.saved else fingerprint(unsaved(stage.state, stage.reference))
 
     def train(self) -> None:
@@ -145,7 +148,8 @@ class Loop:
             DivergedError: it must not go on; they are not.
         """
         try:
-            stopped = self._iterations()
+            with self._rescue:
+                stopped = self._iterations()
             if stopped and self._skipped.suspicious:
                 raise DivergedError(str(self._skipped))
         except DivergedError as error:
@@ -156,17 +160,17 @@ class Loop:
             )  # given to an update that failed
             if self.step > 0 and not gone:
                 self._save(None)
-                self._say_how_to_resume(f"Failed after step {self.step}")
+                self._say_how_to_resume("Failed", self.step)
             raise
         if stopped:
-            self._say_how_to_resume(f"Stopped after step {self.step} ({self.stop.reason})")
+            self._say_how_to_resume("Stopped", self.step, self.stop.reason)
 
     def _iterations(self) -> bool:
         """Whether it was stopped before the last step."""
-        last = self.length.steps
+        last, self._rescue.ready = self.length.steps, True
         if self.step == 0 and self.length.evaluate_every:
             self._evaluate()
-        stopping, began = self.step < last and self._asked_to_stop(), time.perf_counter()
+        stopping, began = self.step < last and self._agree()[0], time.perf_counter()
         while self.step < last and not stopping:
             try:
                 outcome = self._iterate()
@@ -177,19 +181,23 @@ class Loop:
             self._log(outcome, ended - began)
             logged = time.perf_counter()
             evaluation = self._evaluate() if self._due(self.length.evaluate_every) else None
-            stopping = self.step < last and self._asked_to_stop()
+            stopping, slow = self._agree() if self.step < last else (False, False)
             self._unsaved |= stopping or self._due(self.length.checkpoint_every)
             # What may be good waits for a step that shows it: a checkpoint too many displaces one that is.
             if self._unsaved and (not self._skipped.in_a_row or stopping or self.step == last):
                 self._save(evaluation)
+            self._keep_for_a_cut(slow)
             began = ended + time.perf_counter() - logged  # evaluations and checkpoints are no part of a step
         return stopping
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was; equal on all."""
-        if asked := any_process(self.stop.requested):
-            self.stop.request("another process was stopped")  # kept where this one was not
-        return asked
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether phases may have to be cut; equal on all."""
+        slow = max(self._seconds.values(), default=0.0) > self._rescue.patience
+        with self._rescue.agreement():
+            asked, slow = any_processes([self.stop.requested, slow])
+        if asked:
+            self.stop.request(ANOTHER)  # kept where this one was not
+        return asked, slow
 
     def _iterate(self) -> Outcome:
         """One step; the state, the position in the data and `step` change together, at its end."""
@@ -209,7 +217,8 @@ class Loop:
         counter = self.stage.compilations
         began, mark = time.perf_counter(), counter.mark()
         step = self.step + (name in self.stage.phases)
-        with naming_phase(name), at(f"{name} of step {step}"):
+        cut = self._rescue.phase() if name != "checkpoint" else contextlib.nullcontext()
+        with naming_phase(name), at(f"{name} of step {step}"), cut:
             yield
         first = name not in self._seconds
         self._seconds[name] = time.perf_counter() - began
@@ -217,7 +226,7 @@ class Loop:
             programs = ", ".join(f"{program} ({count}×)" for program, count in again.items())
             text = f"compiled again after step {self.step} ({name}): {programs}; a shape or a static argument changed"
             warnings.warn(text, RecompilationWarning, stacklevel=3)
-        if name in self.stage.phases[:-1] and self._asked_to_stop():
+        if name in self.stage.phases[:-1] and self._agree()[0]:
             raise _StopNow
 
     def _due(self, every: int) -> bool:
@@ -280,18 +289,40 @@ class Loop:
         self._unsaved = False
         if self.checkpoints is None or self._skipped.suspicious or self.step == 0:
             return
-        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
         with self._phase("checkpoint"):
-            self.writer.flush()
-            self.completions.flush()
-            self.checkpoints.save(self.step, split_state(self.stage.state)[0], run.extra(), evaluation)
+            self.checkpoints.write(self._prepared(self.checkpoints), evaluation)
 
-    def _say_how_to_resume(self, what: str) -> None:
+    def _prepared(self, checkpoints: Checkpointer, *, aside: bool = False) -> Prepared:
+        run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
+        self.writer.flush()
+        self.completions.flush()
+        return checkpoints.prepare(self.step, split_state(self.stage.state)[0], run.extra(), aside=aside)
+
+    def _keep_for_a_cut(self, slow: bool) -> None:
+        """Makes ready what is saved if the next step is cut: what is on disk, or, where phases are slow, a copy."""
+        self._kept = (0, None)  # the one before, first
+        if self.checkpoints is None or self.checkpoints.current_step == self.step:
+            self._kept, self._rescue.ready = (self.step, None), True
+        elif slow and not self._skipped.suspicious:
+            self._kept, self._rescue.ready = (self.step, self._prepared(self.checkpoints, aside=True)), True
+        else:
+            self._rescue.ready = False
+
+    def _save_kept(self) -> None:
+        """In another thread, while this one is held in a phase."""
+        step, prepared = self._kept
+        if prepared is not None and self.checkpoints is not None:
+            self.checkpoints.write(prepared)
+        self._say_how_to_resume("Stopped", step, f"{self.stop.reason}, in the middle of the phase {self.news.place!r}")
+        self.report.close()
+
+    def _say_how_to_resume(self, what: str, step: int, why: str | None = None) -> None:
+        what = f"{what} after step {step}" + (f" ({why})" if why else "")
         if self.checkpoints is None:
             self.report.message(f"{what}; nothing was saved, since training.checkpoint_every is 0.")
             return
         folder = self.stage.setup.folder
-        if self.step == 0:
+        if step == 0:
             self.report.message(
                 f"Stopped before the first step, with nothing to save. Begin again with --resume --run-dir={folder}"
             )

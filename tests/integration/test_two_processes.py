@@ -51,7 +51,10 @@ tiny.CONFIG = dataclasses.replace(tiny.CONFIG, rewards=(shared_characters,))
 out["failed"] = run("failed", lean)
 signal = ["--signal=SIGTERM", "--signal-at=sample:4"] if process == 1 else []
 out["resumed"] = run("failed", lean, "--resume", *signal)
-print(json.dumps(out))
+print(json.dumps(out), flush=True)
+# Stopped in a phase without end of one process, while the other one waits for it.
+stuck = ["--signal=stuck", "--signal-at=reward:4"] if process == 1 else []
+run("cut", lean, "--grace-period=0.003", *stuck)
 """
 
 
@@ -68,7 +71,11 @@ def test_both_end_alike(outcome) -> None:
     _, (first, second) = outcome
     for process in (first, second):
         assert process.returncode == 0, process.stderr
-        assert json.loads(process.stdout.splitlines()[-1]) == {"whole": 0, "failed": 2, "resumed": 0}
+        assert json.loads(process.stdout[process.stdout.index('{"whole') :].splitlines()[0]) == {
+            "whole": 0,
+            "failed": 2,
+            "resumed": 0,
+        }
     assert "step 4/4" in first.stdout and "step 4/4" not in second.stdout
 
 
@@ -141,3 +148,19 @@ def test_both_resume_and_a_signal_to_one_stops_both(outcome) -> None:
     whole, resumed = (comparable_metrics(folder / name / "metrics.jsonl") for name in ("whole", "failed"))
     assert resumed == [line for line in whole if "reward" in line][:3]
     assert {path.name for path in (folder / "failed" / "checkpoints").iterdir()} == {"3"}  # the one that is kept
+
+
+def test_a_phase_that_does_not_end_in_one_is_cut_in_both(outcome, tiny: ModuleType) -> None:
+    folder, (first, second) = outcome
+    said = "Stopped after step 3 (another process was stopped, in the middle of the phase 'reward') and saved."
+    assert said in first.stdout.splitlines()[-1]
+    assert second.stderr.count("SIGTERM: Stopping") == 2
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    evaluation = dataclasses.replace(tiny.CONFIG.evaluation, every=0)
+    config = dataclasses.replace(tiny.CONFIG, run_dir=str(folder / "cut"), resume=True, evaluation=evaluation)
+    tiny.make(config, mesh)[1].run()
+    expected = [line for line in comparable_metrics(folder / "whole" / "metrics.jsonl") if "reward" in line]
+    actual = comparable_metrics(folder / "cut" / "metrics.jsonl")
+    assert [line["step"] for line in actual] == [1, 2, 3, 4]
+    assert actual[:3] == expected[:3]
+    assert actual[3] == pytest.approx(expected[3], rel=2e-3, abs=2e-5)

@@ -13,11 +13,14 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.algorithms.batching import UpdateConfig
@@ -108,11 +111,17 @@ def save_checkpoint(folder: Path) -> Path:
 
 
 def send_signal(trainer: Trainer, name: str, place: str) -> None:
-    """Arranges for the signal to be sent at the place."""
+    """Arranges for the signal to be sent at the place; "stuck": SIGTERM to slow phases, in one without end."""
     phase, step = place.split(":")
+    stuck = name == "stuck"
 
     def send() -> None:
-        os.kill(os.getpid(), getattr(signal, name))
+        if not stuck:
+            os.kill(os.getpid(), getattr(signal, name))
+            return
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
+        jax.block_until_ready(endless(jnp.float32(0.5)))
 
     if phase != "checkpoint":
 
@@ -120,6 +129,7 @@ def send_signal(trainer: Trainer, name: str, place: str) -> None:
             @contextlib.contextmanager
             def entered(name: str) -> Iterator[None]:
                 with enter(name):
+                    time.sleep(0.3 * stuck)
                     if (name, at) == (phase, int(step)):
                         send()
                     yield

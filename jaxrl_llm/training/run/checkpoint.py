@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxrl_llm.sharding import HOST
 from jaxrl_llm.training.run.checksums import check_arrays, check_seal, make_seal, sealed_arrays
 from jaxrl_llm.training.run.damaged_files import DamagedRunError, reading_checkpoint
 from jaxrl_llm.training.run.distributed import any_process
@@ -22,6 +23,16 @@ from jaxrl_llm.training.run.library_noise import hush
 from jaxrl_llm.training.run.state_tree import check_savable, differences, leaves_by_path
 
 _DELETED, _DAMAGED = "deleted", "damaged"
+
+
+class Prepared(NamedTuple):
+    """A checkpoint that is still to be written."""
+
+    step: int
+    arrays: dict[str, Any]
+    """By path."""
+    extra: dict[str, Any]
+    seal: dict[str, Any]
 
 
 class Checkpointer:
@@ -83,8 +94,15 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        if not read_only and jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        any_process(False)  # the folder is there
         options = ocp.CheckpointManagerOptions(
-            create=not read_only,
+            create=False,
+            # Named, they wait for each other without the devices, which may be at work while another thread saves.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count())) if jax.process_count() > 1 else None
+            ),
             cleanup_tmp_directories=not read_only,
             preservation_policy=policies.AnyPreservationPolicy(keep_policies),
             best_fn=None if best_metric is None else (lambda metrics: metrics[best_metric]),
@@ -130,6 +148,36 @@ class Checkpointer:
             TypeError: If JSON cannot hold `extra`.
             OSError: If the checkpoint before could not be written.
         """
+        return self.write(self.prepare(step, state, extra), metrics)
+
+    def prepare(
+        self, step: int, state: Any, extra: Mapping[str, Any] | None = None, *, aside: bool = False
+    ) -> Prepared:
+        """What `write` writes, without the devices, and which no later change of its parts changes.
+
+        Args:
+            step: Step of the state.
+            state: Tree of arrays, as for `save`.
+            extra: What JSON can hold.
+            aside: Copy the arrays to the memory of the host, so that `state` may be donated before they are written.
+
+        Raises:
+            ValueError: If a leaf is not an array.
+            TypeError: If JSON cannot hold `extra`.
+        """
+        arrays = leaves_by_path(state)
+        check_savable(arrays)
+        # A copy, as it is now: the caller may change its dict while the file is being written.
+        copied = json.loads(json.dumps(dict(extra or {})))
+        seal = make_seal(step, arrays, copied)
+        if aside:
+            places = {path: leaf.sharding.with_memory_kind(HOST) for path, leaf in arrays.items()}
+            arrays = jax.device_put(arrays, places, may_alias=False)
+        return Prepared(step, arrays, copied, seal)
+
+    def write(self, prepared: Prepared, metrics: Mapping[str, float] | None = None) -> bool:
+        """Starts to write what was prepared; otherwise as `save`. Any thread may, one at a time."""
+        step = prepared.step
         self._check_writable()
         self.wait()
         latest = self._manager.latest_step()
@@ -140,14 +188,10 @@ class Checkpointer:
                 f"cannot save step {step}: {self.folder} already has step {latest}. Resume from it, "
                 f"discard_after({step - 1}), or use another folder"
             )
-        arrays = leaves_by_path(state)
-        check_savable(arrays)
-        # A copy, as it is now: the caller may change its dict while the file is being written.
-        copied = json.loads(json.dumps(dict(extra or {})))
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            extra=ocp.args.JsonSave(copied),
-            seal=ocp.args.JsonSave(make_seal(step, arrays, copied)),
+            state=ocp.args.StandardSave(prepared.arrays),
+            extra=ocp.args.JsonSave(prepared.extra),
+            seal=ocp.args.JsonSave(prepared.seal),
         )
         # force: the caller decides when to save, not a policy
         self._manager.save(step, args=items, metrics=self._tracked(metrics), force=True)
@@ -229,6 +273,11 @@ class Checkpointer:
         """The step whose `best_metric` is best, or None if no metric is tracked or none was given yet."""
         self.wait()
         return None if self._best_metric is None else self._manager.best_step()
+
+    @property
+    def current_step(self) -> int | None:
+        """The step that this object last saved or restored; it may still be being written."""
+        return self._current
 
     def all_steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""

@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax._src import distributed as _of_jax  # its client has no public name
 from jax.experimental import multihost_utils
 
 from jaxrl_llm.training.run.lookout import Lookout
+from jaxrl_llm.training.run.notices import Notices
 
 _OF_ANOTHER = re.compile(r"gloo|peer|heartbeat|coordination service|barrier|preempted", re.IGNORECASE)
 """Words of collectives that fail because a process is gone."""
@@ -139,10 +140,21 @@ def any_process(flag: bool) -> bool:
     For decisions such as "stop now", which a signal makes on one host alone. With several processes the call
     waits for the work already given to the devices: make it where the host waits anyway.
     """
+    return any_processes([flag])[0]
+
+
+def any_processes(flags: Sequence[bool]) -> list[bool]:
+    """`any_process` of several flags at once."""
     if jax.process_count() == 1:
-        return bool(flag)
+        return [bool(flag) for flag in flags]
     with at("a common decision"):
-        return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+        return np.any(multihost_utils.process_allgather(np.array(flags, np.int32)), axis=0).tolist()
+
+
+def notices() -> Notices:
+    """What the processes tell each other beside the devices."""
+    joined = _of_jax.global_state
+    return Notices(joined.client, joined.process_id, joined.num_processes) if jax.process_count() > 1 else Notices()
 
 
 def from_main_process(value: Any) -> Any:

@@ -136,6 +136,10 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the live view as it is, with the terminal as it was."""
         if self._live is not None:
             self._progress.stop_task(self._task)
             self._live.update(self._render())

@@ -25,6 +25,8 @@ class RunSetup:
     """Of samples, orders and noise; what else it seeds, the trainer says."""
     resume: bool = False
     """Go on from the latest checkpoint in `folder` if there is one."""
+    grace_period: float = 30.0
+    """Seconds between SIGTERM and the end of the process; 0: a phase is never cut in its middle."""
     bare_reference: bool = False
     """The reference is the base alone, also where the model starts with trained adapters."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)

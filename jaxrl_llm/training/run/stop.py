@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -36,7 +38,10 @@ class GracefulStop:
     def __init__(self, notice: str | None = "Stopping as soon as this phase ends; Ctrl-C again aborts.") -> None:
         self.notice = notice
         self._reason: str | None = None
+        self._first = iter([True])
         self._previous: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._previous_pipe = -1
 
     @property
     def requested(self) -> bool:
@@ -53,8 +58,24 @@ class GracefulStop:
         if self._reason is None:
             self._reason = reason
 
+    def terminated(self, seconds: float) -> bool:
+        """Whether SIGTERM comes within so many seconds; for another thread.
+
+        Python's handlers wait until the main thread is back from a call that waits for a device, and this does not.
+        """
+        until = time.monotonic() + seconds
+        while self._pipe is not None and (left := until - time.monotonic()) > 0:
+            if select.select([self._pipe[0]], [], [], left)[0] and signal.SIGTERM in os.read(self._pipe[0], 64):
+                self._note(signal.SIGTERM)
+                return True
+        time.sleep(max(0.0, until - time.monotonic()))
+        return False
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -66,12 +87,20 @@ class GracefulStop:
             # None: the handler was not installed from Python, and Python cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._previous_pipe)
+            pipe, self._pipe = self._pipe, None
+            for end in pipe:
+                os.close(end)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.requested and self.notice is not None:
+        self._note(number)
+
+    def _note(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self.request(name)
+        if next(self._first, False) and self.notice is not None:
             # Not print: the signal may have interrupted a print, whose buffer may not be entered twice.
             os.write(2, f"\n{name}: {self.notice}\n".encode())
-        self.request(name)

@@ -1,0 +1,62 @@
+"""SIGTERM in phases that do not end: the last whole step is saved all the same, and the run goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.run.metrics import comparable_metrics
+
+SCRIPT = Path(__file__).with_name("tiny_experiment.py")
+
+
+def cut(folder: Path, place: str, *args: str) -> str:
+    """What a run printed that was stopped in a phase without end."""
+    stuck = ["--signal=stuck", f"--signal-at={place}", "--grace-period=0.6"]
+    command = [sys.executable, str(SCRIPT), f"--run-dir={folder}", *stuck, *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("SIGTERM: Stopping as soon as this phase ends") == 1
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("place", "kept"),
+    [
+        ("update:4", 3),  # not on disk, and given to the update
+        pytest.param("sample:4", 3, marks=pytest.mark.slow),
+        pytest.param("reward:3", 2, marks=pytest.mark.slow),  # on disk
+        pytest.param("evaluate:4", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_phase_is_cut_and_made_again(tmp_path: Path, tiny: ModuleType, place: str, kept: int) -> None:
+    output = cut(tmp_path / "cut", place)
+    phase = place.partition(":")[0]
+    said = f"Stopped after step {kept} (SIGTERM, in the middle of the phase {phase!r}) and saved. Go on with the same"
+    assert said in output.splitlines()[-1]
+    assert (tmp_path / "cut" / "checkpoints" / str(kept)).is_dir()
+    ends = []
+    for name in ("cut", "whole"):
+        config = dataclasses.replace(tiny.CONFIG, run_dir=str(tmp_path / name), resume=name == "cut")
+        trainer = tiny.make(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1]
+        trainer.run()
+        ends.append((tiny.digest(trainer.state), comparable_metrics(tmp_path / name / "metrics.jsonl")))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+def test_the_first_step_is_cut_with_nothing_to_save(tmp_path: Path) -> None:
+    assert "Stopped before the first step, with nothing to save." in cut(tmp_path, "update:1", "--evaluation.every=0")
+
+
+@pytest.mark.slow
+def test_a_phase_is_waited_for_where_there_is_no_grace_period(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        cut(tmp_path, "update:2", "--grace-period=0")

@@ -16,6 +16,9 @@ PROJECT=""
 DRY_RUN=false
 ARGUMENTS=()
 
+# What of jaxrl-llm several hosts run as one.
+STAGES="demo sft reward-model prm dpo kto grpo ppo trpo distill star evaluate"
+
 COMMON_OPTIONS="\
   --name NAME        name of the TPU (and of its queued resource)
   --zone ZONE        its zone, such as us-east5-a
@@ -90,14 +93,56 @@ words() {
   printf '%q ' "$@"
 }
 
-# The folder that --run-dir=/FOLDER among these words names.
+# Sets ON_A_HOST to what Python is given there for the words after --: jaxrl-llm STAGE or a script, with arguments.
+# The stage is run as a module, which is there wherever the package is.
+for_python() {
+  if [[ ${1-} =~ ^python3?$ ]]; then shift; fi
+  if [[ ${1-} == -m && ${2-} == jaxrl_llm ]]; then shift; set -- jaxrl-llm "${@:2}"; fi
+  (($# > 0)) || die "nothing to run: say jaxrl-llm STAGE or a script after --; see --help"
+  ON_A_HOST=("$1")
+  if [[ $1 == jaxrl-llm ]]; then
+    shift
+    [[ -n ${1-} && " $STAGES " == *" ${1//_/-} "* ]] ||
+      die "'jaxrl-llm ${1-}' is nothing that several hosts run; they run: $STAGES"
+    ON_A_HOST=(-m jaxrl_llm "$1")
+  elif [[ $1 != *.py ]]; then
+    die "'$1' is neither jaxrl-llm nor a Python script; say jaxrl-llm grpo, or experiments/grpo_gsm8k.py"
+  fi
+  # jax.distributed.initialize() finds the other hosts by itself on a TPU, and is right on a single one too.
+  ON_A_HOST+=(--distributed "${@:2}")
+}
+
+# The run folder that these words name, of two the last one; that of --resume=FOLDER, too. After for_python.
 run_folder() {
+  local folder="" before="" word
+  [[ "${ON_A_HOST[*]:0:3}" != "-m jaxrl_llm evaluate" ]] ||
+    die "evaluate has no run folder to go on with; launch.sh starts it"
+  for word in "$@"; do
+    [[ ! $word =~ ^--(run[-_]dir|output[-_]dir|resume)=(.*)$ ]] || folder=${BASH_REMATCH[2]}
+    [[ ! $before =~ ^--(run[-_]dir|output[-_]dir|resume)$ || $word == --* ]] || folder=$word
+    before=$word
+  done
+  case $folder in
+    /*) printf '%s' "$folder" ;;
+    *://*) die "--run-dir=$folder is no folder: mount the bucket on every worker, and say where it lies there" ;;
+    *) die "say --run-dir=/FOLDER after the command, on storage that outlives the slice and all workers share" ;;
+  esac
+}
+
+# Shell text for a host: adds --resume to its "$@", once, where the run folder $1 holds a run.
+going_on() {
+  printf 'case " $* " in *" --resume"*) ;; *) [ ! -e %q/config.json ] || set -- "$@" --resume ;; esac' "$1"
+}
+
+# The files among these words that are named relative to the repository: FILE.py, --config=FILE, --rewards FILE.py:NAME.
+relative_files() {
   local word
   for word in "$@"; do
-    if [[ $word == --run-dir=/* ]]; then
-      printf '%s' "${word#--run-dir=}"
-      return
-    fi
+    word=${word#--*=}
+    [[ $word != *.py:* ]] || word=${word%%.py:*}.py
+    case $word in
+      /* | '~'* | *:* | *' '*) ;;
+      *.py | *.yaml | *.yml | *.json | *.jsonl | *.csv | *.parquet) printf '%s\n' "$word" ;;
+    esac
   done
-  die "say --run-dir=/FOLDER after the script, on storage that outlives the slice and all workers share"
 }

@@ -6,11 +6,12 @@ RUN_DIR=""
 
 usage() {
   cat <<EOF
-Usage: launch.sh --name NAME --zone ZONE [options] -- experiments/FILE.py [ARGUMENTS]
+Usage: launch.sh --name NAME --zone ZONE [options] -- jaxrl-llm STAGE [ARGUMENTS]
+       launch.sh --name NAME --zone ZONE [options] -- FILE.py [ARGUMENTS]
 
-Starts "python experiments/FILE.py --distributed ARGUMENTS" on every worker. The run outlives the connection; its
-output goes to ~/$REMOTE_REPOSITORY/runs/launch.log of each worker, its exit status to launch.status beside it. A worker
-that still has a run refuses.
+Starts the line on every worker, in ~/$REMOTE_REPOSITORY and with --distributed. The run outlives the connection; its
+output goes to runs/launch.log there, its exit status to launch.status beside it. A worker that still has a run
+refuses.
 
   --go-on FOLDER     add --resume where this run folder, which all workers share, holds a run
 $COMMON_OPTIONS
@@ -24,17 +25,12 @@ own_option() {
 }
 
 parse_options "$@"
-((${#ARGUMENTS[@]} > 0)) || die "nothing to run: name a script after --; see --help"
+for_python ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 line=$(words "${ARGUMENTS[@]}")
-set -- "${ARGUMENTS[@]}"
-script=$1
-shift
-[[ $script == *.py ]] || die "'$script' is no Python script; one looks like experiments/grpo_gsm8k.py"
-# jax.distributed.initialize() finds the other workers by itself on a TPU, and is right on a single one too.
-command=("$script" --distributed "$@")
 
 # Runs on the workers. setsid frees the run from the connection; the shell around it, whose process id is kept for
 # stop.sh, writes down how it ended: its status, or "stopped" after a SIGTERM (stop.sh, or a machine that goes down).
+# shellcheck disable=SC2016
 around='trap "stopped=stopped" TERM; "$@"; echo "${stopped:-$?}" > runs/launch.status'
 on_all_workers "set -eu
 cd ~/$REMOTE_REPOSITORY
@@ -45,8 +41,8 @@ if [ -f runs/launch.pid ] && kill -0 \"\$(cat runs/launch.pid)\" 2>/dev/null; th
 fi
 rm -f runs/launch.status
 printf '%s' $(printf %q "$line") > runs/launch.line
-set -- ~/$REMOTE_ENVIRONMENT/bin/python$(printf ' %q' "${command[@]}")
-${RUN_DIR:+if [ -e $(printf %q "$RUN_DIR")/config.json ]; then set -- \"\$@\" --resume; fi}
+set -- ~/$REMOTE_ENVIRONMENT/bin/python $(words "${ON_A_HOST[@]}")
+${RUN_DIR:+$(going_on "$RUN_DIR")}
 setsid nohup bash -c $(printf %q "$around") run \"\$@\" > runs/launch.log 2>&1 < /dev/null &
 echo \$! > runs/launch.pid"
 

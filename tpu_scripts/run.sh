@@ -5,6 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 HOURS=""
 PREPARE=""
+COMMIT=HEAD
 KEEP=false
 FAILURES=3
 CREATE=()
@@ -13,14 +14,16 @@ POLL_SECONDS=${POLL_SECONDS:-30}
 
 usage() {
   cat <<EOF
-Usage: run.sh --name NAME --zone ZONE --type TYPE --hours HOURS [options] -- experiments/FILE.py --run-dir=FOLDER [ARGUMENTS]
+Usage: run.sh --name NAME --zone ZONE --type TYPE --hours HOURS [options] -- LINE --run-dir=FOLDER
 
-Creates the slice if it is not there, sets it up, launches the script on every worker and shows the first one's output.
-A slice that is taken away is asked for again, and the run goes on from its last checkpoint. At the end what the run wrote
-in ~/$REMOTE_REPOSITORY/runs is fetched, and the slice is deleted: when the script has ended, failed too often, or the
-hours are spent (it saves first). The same command again, after Ctrl-C or from another machine, finds out how far it is.
+LINE is "jaxrl-llm STAGE ARGUMENTS" or "FILE.py ARGUMENTS". Creates the slice if it is not there, sets it up, launches
+the line on every worker and shows the first one's output. A slice that is taken away is asked for again, and the run
+goes on from its last checkpoint. At the end what the run wrote in ~/$REMOTE_REPOSITORY/runs is fetched, and the slice
+is deleted: when the line has ended, failed too often, or the hours are spent (it saves first). The same command again,
+after Ctrl-C or from another machine, finds out how far it is.
 
-The run folder has to outlive the slice and be the same for all workers: on a mounted bucket or share.
+The run folder has to outlive the slice and be the same for all workers: on a mounted bucket or share. Files that the
+line names without a folder at the root (a script, rewards, a configuration) are those of the commit.
 
   --type TYPE        accelerator type, as for create.sh; so are --runtime, --spot, --reserved and --valid-for
   --hours HOURS      budget: the longest that this command keeps a slice that is there
@@ -40,7 +43,8 @@ own_option() {
     --keep) KEEP=true; CONSUMED=1 ;;
     --spot | --reserved) CREATE+=("$1"); CONSUMED=1 ;;
     --type | --runtime | --valid-for) CREATE+=("$1" "$(value_of "${@:1:2}")"); CONSUMED=2 ;;
-    --commit | --python) SET_UP+=("$1" "$(value_of "${@:1:2}")"); CONSUMED=2 ;;
+    --commit) COMMIT=$(value_of "${@:1:2}"); SET_UP+=("$1" "$COMMIT"); CONSUMED=2 ;;
+    --python) SET_UP+=("$1" "$(value_of "${@:1:2}")"); CONSUMED=2 ;;
   esac
 }
 
@@ -159,11 +163,15 @@ leave() {
 }
 
 parse_options "$@"
-((${#ARGUMENTS[@]} > 0)) || die "nothing to run: name a script after --; see --help"
+for_python ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 [[ $HOURS =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--hours '$HOURS': a number of hours, such as 12 or 0.5"
 [[ $FAILURES =~ ^[0-9]+$ ]] || die "--failures '$FAILURES': a whole number"
 BUDGET=$(awk "BEGIN { print int($HOURS * 3600) }")
 RUN_DIR=$(run_folder "${ARGUMENTS[@]}")
+while read -r file; do
+  git -C "$HERE/.." cat-file -e "$COMMIT:./$file" 2>/dev/null ||
+    die "'$file' is not in commit $COMMIT, which the workers get: commit it, or name one on storage that they share"
+done < <(relative_files "${ARGUMENTS[@]}")
 
 if $DRY_RUN; then
   script create ${CREATE[@]+"${CREATE[@]}"}

@@ -10,10 +10,11 @@ IMAGE=python:3.12
 
 usage() {
   cat <<EOF
-Usage: xpk.sh --cluster CLUSTER --name NAME --zone ZONE --type TYPE [options] -- experiments/FILE.py --run-dir=FOLDER [ARGUMENTS]
+Usage: xpk.sh --cluster CLUSTER --name NAME --zone ZONE --type TYPE [options] -- LINE --run-dir=FOLDER
 
-Submits the script as workload NAME, with this repository copied into an image and JAX for TPUs installed when it starts.
-A workload that is interrupted, or one of whose processes is lost, is restarted and goes on from its last checkpoint.
+Submits LINE, "jaxrl-llm STAGE ARGUMENTS" or "FILE.py ARGUMENTS", as workload NAME, with this repository copied into an
+image and JAX for TPUs installed when it starts. A workload that is interrupted, or one of whose processes is lost, is
+restarted and goes on from its last checkpoint.
 The run folder has to outlive the workload and be the same for all hosts: on storage attached with "xpk storage".
 
   --cluster CLUSTER  made before: xpk cluster create --cluster=CLUSTER --tpu-type=TYPE --num-slices=N --spot
@@ -40,20 +41,21 @@ parse_options "$@"
 [[ $TYPE =~ ^(v[0-9]+[a-z]*|tpu[0-9]+x)-[0-9x]+$ ]] || die "--type '$TYPE' is no TPU type; one looks like tpu7x-128"
 [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices '$SLICES': a whole number"
 [[ $RESTARTS =~ ^[0-9]+$ ]] || die "--restarts '$RESTARTS': a whole number"
-((${#ARGUMENTS[@]} > 0)) || die "nothing to run: name a script after --; see --help"
+for_python ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 folder=$(run_folder "${ARGUMENTS[@]}")
-set -- "${ARGUMENTS[@]}"
-script=$1
-shift
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+while read -r file; do
+  [[ -e $repository/$file ]] || die "'$file' is not in $repository, which the hosts get; name one on their storage"
+done < <(relative_files "${ARGUMENTS[@]}")
 $DRY_RUN || command -v xpk >/dev/null || die "xpk is not on PATH; pip install xpk, or look at the command with --dry-run"
 
 # Runs on the hosts. Status 1 is that of a run that lost a process; XPK restarts for a few others by itself.
 command="set -e
 pip install --quiet -e '.[train,tpu]'
-set -- $(words "$script" --distributed "$@")
-if [ -e $(printf %q "$folder")/config.json ]; then set -- \"\$@\" --resume; fi
+set -- $(words "${ON_A_HOST[@]}")
+$(going_on "$folder")
 exec python \"\$@\""
 run xpk workload create --cluster="$CLUSTER" --workload="$NAME" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} \
   --tpu-type="$TYPE" --num-slices="$SLICES" --max-restarts="$RESTARTS" --restart-on-exit-codes=1 \
   --termination-grace-period-seconds=300 --base-docker-image="$IMAGE" \
-  --script-dir="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" --command="$command"
+  --script-dir="$repository" --command="$command"

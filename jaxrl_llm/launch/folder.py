@@ -52,6 +52,8 @@ def prepare(config: RunConfigT) -> RunConfigT:
     check_names(config)
     if config.resume and config.run_dir is None:
         raise ValueError("--resume needs --run-dir=<folder of the run>")
+    if "://" in (config.run_dir or ""):
+        raise ValueError(f"--run-dir={config.run_dir} is no folder: mount the bucket, and say where it lies then")
     if config.distributed:
         cluster = config.cluster
         initialize(**vars(cluster))

@@ -90,6 +90,7 @@ def test_a_run_leaves_a_model_that_can_be_loaded(config: OfflineExperiment, caps
         (["--data.max-prompt-length=4"], "training rows: row 0: the prompt has"),
         (["--training.rows-per-step=4"], "4 prompts × 1 samples"),
         (["--model.dtype=float32", "--resume"], "--resume needs --run-dir"),
+        (["--model.dtype=float32", "--run-dir=gs://bucket/run"], "is no folder: mount the bucket"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -173,6 +173,8 @@ def cloud(tmp_path: Path) -> Cloud:
     (tmp_path / "states").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
     shutil.copytree(SCRIPTS, cloud.repository / "tpu_scripts")
     (cloud.repository / "kept.txt").write_text("first")
+    (cloud.repository / "experiments").mkdir()
+    (cloud.repository / "experiments/x.py").touch()
     cloud.git("init", "-q")
     cloud.git("add", ".")
     cloud.git("commit", "-qm", "first")

@@ -22,7 +22,9 @@ def on_a_host(text: str, home: Path, **environment: str) -> list[str]:
         (tools / name).write_text('#!/bin/bash\n[ "$0" = "${0%pip}" ] && printf "%s\\n" "$@"; exit 0\n')
         (tools / name).chmod(0o755)
     environment |= {"HOME": str(home), "PATH": f"{tools}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", text], env=environment, cwd=SCRIPTS.parent, capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
@@ -31,7 +33,7 @@ def test_xpk_is_given_a_workload_that_goes_on_after_a_restart(cloud: Any) -> Non
     record.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {cloud.folder}/xpk\n')
     record.chmod(0o755)
     folder = cloud.folder / "shared"
-    line = ("experiments/x.py", f"--run-dir={folder}", "--a.b=c d", "--mesh.data=2")
+    line = ("experiments/x.py", "--run-dir", str(folder), "--a.b=c d", "--mesh.data=2")
     done = cloud.script("xpk", *WHERE, "--project", "mine", "--type", "tpu7x-128", "--slices", "2", "--", *line)
     assert done.returncode == 0, done.stderr
     *words, command, _ = (cloud.folder / "xpk").read_text().split("\0")
@@ -54,6 +56,8 @@ def test_xpk_is_given_a_workload_that_goes_on_after_a_restart(cloud: Any) -> Non
         (("--type", "tpu7x", "--", "x.py", "--run-dir=/a"), "--type 'tpu7x' is no TPU type"),
         (("--type", "v6e-8", "--slices", "0", "--", "x.py", "--run-dir=/a"), "--slices '0'"),
         (("--type", "v6e-8", "--", "x.py"), "say --run-dir=/FOLDER"),
+        (("--type", "v6e-8", "--", "jaxrl-llm", "gpro", "--run-dir=/a"), "'jaxrl-llm gpro' is nothing"),
+        (("--type", "v6e-8", "--", "jaxrl-llm", "sft", "--run-dir=/a", "--config=run.yaml"), "'run.yaml' is not in"),
         (("--type", "v6e-8"), "nothing to run"),
     ],
 )
@@ -65,8 +69,8 @@ def test_what_xpk_cannot_run_is_refused(cloud: Any, options: tuple[str, ...], me
 def test_skypilot_runs_the_line_on_every_host_and_goes_on(tmp_path: Path) -> None:
     task = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
     assert task["resources"]["accelerators"].startswith("tpu-") and task["resources"]["use_spot"]
-    line = f"experiments/x.py --run-dir={tmp_path / 'shared'} --a.b=c"
-    expected = [*line.split(), "--distributed"]
+    line = f"jaxrl-llm sft --run-dir={tmp_path / 'shared'} --a.b='c d'"
+    expected = ["-m", "jaxrl_llm", "sft", "--distributed", f"--run-dir={tmp_path / 'shared'}", "--a.b=c d"]
     assert on_a_host(task["run"], tmp_path, LINE=line) == expected
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared/config.json").touch()

@@ -16,7 +16,7 @@ WHERE = ("--name", "my-tpu", "--zone", "us-east5-a")
 
 def line(cloud: Any, *options: str, hours: str = "1") -> tuple[str, ...]:
     """What is given to run.sh."""
-    run = ("--", "experiments/x.py", f"--run-dir={cloud.folder / 'shared'}", "--a.b=c d")
+    run = ("--", "jaxrl-llm", "grpo", f"--run-dir={cloud.folder / 'shared'}", "--a.b=c d")
     return (*WHERE, "--type", "v6e-16", "--spot", "--hours", hours, *options, *run)
 
 
@@ -44,7 +44,7 @@ def test_a_slice_that_is_taken_away_is_asked_for_again_and_the_run_goes_on(empty
     assert requests(empty) == ["create", "delete", "create", "delete"]
     for worker in (0, 1):
         first, second = launches(empty, worker)
-        assert first == f"experiments/x.py --distributed --run-dir={empty.folder / 'shared'} --a.b=c d"
+        assert first == f"-m jaxrl_llm grpo --distributed --run-dir={empty.folder / 'shared'} --a.b=c d"
         assert second == f"{first} --resume"
         assert (empty.worker(worker) / "mounted").exists()
     assert "is SUSPENDED: asks for it again" in done.stdout and "the run has ended" in done.stdout
@@ -134,15 +134,20 @@ def test_dry_run_prints_every_command_and_runs_none(empty: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--type", "v6e-8", "--", "x.py", "--run-dir=/a"), "--hours ''"),
-        (("--type", "v6e-8", "--hours", "soon", "--", "x.py", "--run-dir=/a"), "--hours 'soon'"),
-        (("--type", "v6e-8", "--hours", "1", "--", "x.py", "--run-dir=runs/a"), "say --run-dir=/FOLDER"),
-        (("--hours", "1", "--", "x.py", "--run-dir=/a"), "--type is missing"),
-        (("--type", "v6e-8", "--hours", "1", "--", "x", "--run-dir=/a"), "'x' is no Python script"),
-        (("--type", "v6e-8", "--hours", "1", "--python", "3", "--", "x.py", "--run-dir=/a"), "--python '3'"),
+        ("--type v6e-8 -- /x.py --run-dir=/a", "--hours ''"),
+        ("--type v6e-8 --hours soon -- /x.py --run-dir=/a", "--hours 'soon'"),
+        ("--hours 1 -- experiments/x.py --run-dir=/a", "--type is missing"),
+        ("--type v6e-8 --hours 1 --python 3 -- experiments/x.py --run-dir=/a", "--python '3'"),
+        ("--type v6e-8 --hours 1 -- jaxrl-llm grpo --run-dir runs/a", "say --run-dir=/FOLDER"),
+        ("--type v6e-8 --hours 1 -- jaxrl-llm grpo --run-dir=gs://a/b", "mount the bucket"),
+        ("--type v6e-8 --hours 1 -- jaxrl-llm evaluate --run-dir=/a", "evaluate has no run folder"),
+        ("--type v6e-8 --hours 1 -- jaxrl-llm gpro --run-dir=/a", "'jaxrl-llm gpro' is nothing"),
+        ("--type v6e-8 --hours 1 -- x --run-dir=/a", "'x' is neither jaxrl-llm nor a Python script"),
+        ("--type v6e-8 --hours 1 -- y.py --run-dir=/a", "'y.py' is not in commit HEAD"),
+        ("--type v6e-8 --hours 1 -- jaxrl-llm grpo --resume=/a --rewards math r.py:f", "'r.py' is not in commit HEAD"),
     ],
 )
-def test_what_cannot_work_is_refused_before_it_costs(empty: Any, options: tuple[str, ...], message: str) -> None:
-    refused = empty.script("run", *WHERE, *options)
+def test_what_cannot_work_is_refused_before_it_costs(empty: Any, options: str, message: str) -> None:
+    refused = empty.script("run", *WHERE, *options.split())
     assert refused.returncode == 2 and message in refused.stderr
     assert not empty.calls()

@@ -74,7 +74,7 @@ def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Any):
 
     cloud.git("commit", "-qm", "second")
     assert cloud.script("setup", *WHERE).returncode == 0
-    assert sorted(path.name for path in remote.iterdir()) == ["moved.txt", "runs", "tpu_scripts"]
+    assert sorted(path.name for path in remote.iterdir()) == ["experiments", "moved.txt", "runs", "tpu_scripts"]
     assert (remote / "runs/metrics.jsonl").exists()
 
 
@@ -142,7 +142,8 @@ def test_help_needs_nothing_else(cloud: Any, name: str):
         ("setup --name my-tpu --zone us-east5-a --commit nonsense", "--commit 'nonsense' is no commit"),
         ("setup --name my-tpu --zone us-east5-a --python three", "--python 'three'"),
         ("launch --name my-tpu --zone us-east5-a", "nothing to run"),
-        ("launch --name my-tpu --zone us-east5-a -- --a.b=c", "'--a.b=c' is no Python script"),
+        ("launch --name my-tpu --zone us-east5-a -- --a.b=c", "'--a.b=c' is neither jaxrl-llm nor a Python script"),
+        ("launch --name my-tpu --zone us-east5-a -- python -m jaxrl_llm plan", "'jaxrl-llm plan' is nothing"),
         ("stop --name my-tpu --zone us-east5-a --wait long", "--wait 'long'"),
         ("fetch --name my-tpu --zone us-east5-a --to --from", "--to needs a value"),
         ("fetch --name my-tpu --zone us-east5-a -- more", "unknown argument 'more'"),

@@ -83,6 +83,18 @@ tpus() {
   run gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet
 }
 
+# State of the queued resource; NONE where there is none, UNKNOWN where gcloud does not say.
+state() {
+  local complaint
+  if complaint=$(tpus queued-resources describe "$NAME" '--format=value(state.state)' 2>&1 >&3); then
+    return
+  elif [[ $complaint == *NOT_FOUND* ]]; then
+    printf NONE
+  else
+    printf UNKNOWN
+  fi
+} 3>&1
+
 # Runs one shell line on every worker at once; fails if it fails on any.
 on_all_workers() {
   tpus tpu-vm ssh "$NAME" --worker=all --command="$1"

@@ -13,7 +13,7 @@ usage() {
 Usage: create.sh --name NAME --zone ZONE --type TYPE [options]
 
 Requests a TPU slice as a queued resource and returns when it is ACTIVE. Interrupting the wait does not withdraw
-the request: run delete.sh for that.
+the request: run delete.sh for that. Where NAME was asked for before, nothing new is: the same command waits for that.
 
   --type TYPE        accelerator type: v6e-8, v5litepod-16, v5p-8, v4-8, ...
   --runtime VERSION  TPU software version; by default the one for JAX on that type
@@ -71,6 +71,18 @@ no_arguments
 [[ -z $VALID_FOR || $VALID_FOR =~ ^[1-9][0-9]*[smhd]$ ]] ||
   die "--valid-for '$VALID_FOR': a whole number and s, m, h or d, such as 6h"
 
-tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" \
+# Whether there is a request of that name already, of this type.
+asked_before() {
+  local found type
+  if $DRY_RUN; then return 1; fi
+  found=$(state)
+  if [[ $found == NONE || $found == UNKNOWN ]]; then return 1; fi  # what hinders gcloud it says when it is asked
+  type=$(tpus queued-resources describe "$NAME" '--format=value(tpu.nodeSpec[0].node.acceleratorType)')
+  [[ -z $type || $type == "$TYPE" ]] ||
+    die "'$NAME' is there and is a $type: delete it with delete.sh, or give the $TYPE another --name"
+  echo "$NAME was asked for before; nothing new is requested"
+}
+
+asked_before || tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" \
   ${CAPACITY[@]+"${CAPACITY[@]}"} ${VALID_FOR:+"--valid-until-duration=$VALID_FOR"}
 wait_until_active

@@ -8,7 +8,8 @@ usage() {
   cat <<EOF
 Usage: delete.sh --name NAME --zone ZONE [options]
 
-Deletes the TPU with its disks, or withdraws the request for it. Fetch what you want to keep first.
+Deletes the TPU with its disks, or withdraws the request for it. Fetch what you want to keep first. What is gone
+already is no error.
 
   --yes              do not ask
 $COMMON_OPTIONS
@@ -26,6 +27,14 @@ no_arguments
 
 if ! $CONFIRMED && ! $DRY_RUN; then
   [[ -t 0 ]] || die "there is no terminal to ask on; say --yes"
+fi
+if ! $DRY_RUN; then
+  case $(state) in
+    NONE) echo "there is no queued resource '$NAME' in $ZONE: nothing to delete"; exit ;;
+    DELETING) echo "'$NAME' is being deleted already"; exit ;;
+  esac
+fi
+if ! $CONFIRMED && ! $DRY_RUN; then
   read -r -p "Delete TPU '$NAME' in $ZONE with its disks? Type its name: " answer
   [[ $answer == "$NAME" ]] || die "not deleted"
 fi

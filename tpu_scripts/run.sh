@@ -59,18 +59,6 @@ script() {
   "$HERE/$name.sh" "${options[@]}" "$@"
 }
 
-# State of the queued resource; NONE where there is none, UNKNOWN where gcloud does not say.
-state() {
-  local told
-  if told=$(tpus queued-resources describe "$NAME" '--format=value(state.state)' 2>"$COMPLAINT"); then
-    printf '%s' "$told"
-  elif grep -q NOT_FOUND "$COMPLAINT"; then
-    printf NONE
-  else
-    printf UNKNOWN
-  fi
-}
-
 # What the first worker has of the run: nothing, "running", or its status; "other" while it runs something else.
 progress() {
   tpus tpu-vm ssh "$NAME" --worker=0 --command="cd ~/$REMOTE_REPOSITORY/runs 2>/dev/null || exit 0
@@ -193,8 +181,6 @@ DRY_RUN=false
 
 DEADLINE=""
 FOLLOWER=""
-COMPLAINT=$(mktemp)
-trap 'rm -f "$COMPLAINT"' EXIT
 trap leave INT TERM
 failed=0
 while true; do

@@ -14,7 +14,7 @@ Usage: xpk.sh --cluster CLUSTER --name NAME --zone ZONE --type TYPE [options] --
 
 Submits LINE, "jaxrl-llm STAGE ARGUMENTS" or "FILE.py ARGUMENTS", as workload NAME, with this repository copied into an
 image and JAX for TPUs installed when it starts. A workload that is interrupted, or one of whose processes is lost, is
-restarted and goes on from its last checkpoint.
+restarted and goes on from its last checkpoint. Where NAME was submitted before and has not ended, nothing new is.
 The run folder has to outlive the workload and be the same for all hosts: on storage attached with "xpk storage".
 
   --cluster CLUSTER  made before: xpk cluster create --cluster=CLUSTER --tpu-type=TYPE --num-slices=N --spot
@@ -48,6 +48,23 @@ while read -r file; do
   [[ -e $repository/$file ]] || die "'$file' is not in $repository, which the hosts get; name one on their storage"
 done < <(relative_files "${ARGUMENTS[@]}")
 $DRY_RUN || command -v xpk >/dev/null || die "xpk is not on PATH; pip install xpk, or look at the command with --dry-run"
+
+# Whether the workload is there in such a state: EVERYTHING, or FINISHED.
+there_is() {
+  local told
+  told=$(xpk workload list --cluster="$CLUSTER" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} \
+    --filter-by-job="$NAME" --filter-by-status="$1") || die "xpk cannot list the workloads of '$CLUSTER': $told"
+  grep -q "^$NAME " <<<"$told"
+}
+
+if ! $DRY_RUN && there_is EVERYTHING; then
+  if there_is FINISHED; then
+    die "workload '$NAME' has ended; another --name goes on with the same run folder, or this one after:" \
+      "xpk workload delete --workload=$NAME --cluster=$CLUSTER --zone=$ZONE${PROJECT:+ --project=$PROJECT}"
+  fi
+  echo "$NAME was submitted before and has not ended; nothing new is"
+  exit
+fi
 
 # Runs on the hosts. Status 1 is that of a run that lost a process; XPK restarts for a few others by itself.
 command="set -e

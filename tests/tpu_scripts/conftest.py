@@ -33,14 +33,24 @@ def renew():
         shutil.rmtree(cloud / worker, ignore_errors=True)
         (cloud / worker).mkdir()
 
-if words[:2] == ["queued-resources", "create"] and not (cloud / "states").exists():
+def refuse(why):
+    sys.exit("ERROR: (gcloud." + ".".join(arguments[:4]) + ") " + why)
+
+resource = "Resource 'projects/mine/locations/us-east5-a/queuedResources/my-tpu'"
+there = (cloud / "states").exists()
+if words[:2] == ["queued-resources", "create"]:
+    if there:
+        refuse("ALREADY_EXISTS: " + resource + " already exists")
     renew()
-    (cloud / "states").write_text("PROVISIONING ACTIVE")
+    (cloud / "states").write_text((cloud / "future").read_text())
+    (cloud / "type").write_text(flags["accelerator-type"])
+elif words[0] == "queued-resources" and not there:
+    refuse("NOT_FOUND: " + resource + " was not found")
 elif words[:2] == ["queued-resources", "delete"]:
     (cloud / "states").unlink()
+elif "acceleratorType" in flags.get("format", ""):
+    print((cloud / "type").read_text())
 elif words[:2] == ["queued-resources", "describe"]:
-    if not (cloud / "states").exists():
-        sys.exit("ERROR: NOT_FOUND: Resource my-tpu was not found")
     first, *rest = (cloud / "states").read_text().split()
     (cloud / "states").write_text(" ".join(rest or [first]))
     print(first)
@@ -170,7 +180,7 @@ def cloud(tmp_path: Path) -> Cloud:
         tmp_path / "worker_bin" / "environment_python",
         ENVIRONMENT_PYTHON.format(python=sys.executable, cloud=str(tmp_path)),
     )
-    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+    (tmp_path / "future").write_text("PROVISIONING ACTIVE")
     shutil.copytree(SCRIPTS, cloud.repository / "tpu_scripts")
     (cloud.repository / "kept.txt").write_text("first")
     (cloud.repository / "experiments").mkdir()

@@ -14,6 +14,24 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "tpu_scripts"
 WHERE = ("--cluster", "pods", "--name", "first", "--zone", "us-east5-a")
 
 
+FAKE_XPK = """\
+#!/bin/bash
+# Lists the workload as far as it has come, and as XPK does refuses to submit it twice.
+set -e
+cd "{folder}"
+for state in EVERYTHING FINISHED; do
+  if [[ "$*" == "workload list "*"--filter-by-job=first --filter-by-status=$state" ]]; then
+    printf '[XPK] Starting workload list\\nJobset Name   Created Time   Status\\n'
+    [ ! -e $state ] || printf 'first-one   2026   Admitted\\nfirst   2026   Admitted\\n'
+    exit
+  fi
+done
+[ ! -e EVERYTHING ] || exit 1
+printf "%s\\0" "$@" > xpk
+touch EVERYTHING
+"""
+
+
 def on_a_host(text: str, home: Path, **environment: str) -> list[str]:
     """The words that a shell text runs Python with, where that is a stand-in and nothing is installed."""
     tools = home / "jaxrl_llm_venv" / "bin"
@@ -28,10 +46,27 @@ def on_a_host(text: str, home: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_xpk_is_given_a_workload_that_goes_on_after_a_restart(cloud: Any) -> None:
-    record = cloud.folder / "bin" / "xpk"
-    record.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {cloud.folder}/xpk\n')
-    record.chmod(0o755)
+@pytest.fixture
+def xpk(cloud: Any) -> None:
+    path = cloud.folder / "bin" / "xpk"
+    path.write_text(FAKE_XPK.format(folder=cloud.folder))
+    path.chmod(0o755)
+
+
+def test_a_workload_is_submitted_once(cloud: Any, xpk: None) -> None:
+    submit = ("xpk", *WHERE, "--type", "v6e-8", "--", "jaxrl-llm", "sft", "--run-dir=/a")
+    assert cloud.script(*submit).returncode == 0
+    (cloud.folder / "xpk").unlink()
+    again = cloud.script(*submit)
+    assert again.returncode == 0 and "was submitted before" in again.stdout, again.stderr
+    (cloud.folder / "FINISHED").touch()
+    ended = cloud.script(*submit)
+    assert ended.returncode == 2 and "has ended" in ended.stderr
+    assert "xpk workload delete --workload=first --cluster=pods --zone=us-east5-a" in ended.stderr
+    assert not (cloud.folder / "xpk").exists()
+
+
+def test_xpk_is_given_a_workload_that_goes_on_after_a_restart(cloud: Any, xpk: None) -> None:
     folder = cloud.folder / "shared"
     line = ("experiments/x.py", "--run-dir", str(folder), "--a.b=c d", "--mesh.data=2")
     done = cloud.script("xpk", *WHERE, "--project", "mine", "--type", "tpu7x-128", "--slices", "2", "--", *line)

@@ -30,51 +30,44 @@ def requests(cloud: Any) -> list[str]:
     return [call[3] for call in cloud.calls() if call[2] == "queued-resources" and call[3] != "describe"]
 
 
-@pytest.fixture
-def empty(cloud: Any) -> Any:
-    """A cloud without a slice."""
-    (cloud.folder / "states").unlink()
-    return cloud
-
-
-def test_a_slice_that_is_taken_away_is_asked_for_again_and_the_run_goes_on(empty: Any) -> None:
-    (empty.folder / "plan").write_text("taken end")
-    done = empty.script("run", *line(empty, "--prepare", "touch ~/mounted"))
+def test_a_slice_that_is_taken_away_is_asked_for_again_and_the_run_goes_on(cloud: Any) -> None:
+    (cloud.folder / "plan").write_text("taken end")
+    done = cloud.script("run", *line(cloud, "--prepare", "touch ~/mounted"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert requests(empty) == ["create", "delete", "create", "delete"]
+    assert requests(cloud) == ["create", "delete", "create", "delete"]
     for worker in (0, 1):
-        first, second = launches(empty, worker)
-        assert first == f"-m jaxrl_llm grpo --distributed --run-dir={empty.folder / 'shared'} --a.b=c d"
+        first, second = launches(cloud, worker)
+        assert first == f"-m jaxrl_llm grpo --distributed --run-dir={cloud.folder / 'shared'} --a.b=c d"
         assert second == f"{first} --resume"
-        assert (empty.worker(worker) / "mounted").exists()
+        assert (cloud.worker(worker) / "mounted").exists()
     assert "is SUSPENDED: asks for it again" in done.stdout and "the run has ended" in done.stdout
     assert "output of the run" in done.stdout
-    assert (empty.folder / "fetched/my-tpu/runs/launch.status").read_text() == "0\n"
+    assert (cloud.folder / "fetched/my-tpu/runs/launch.status").read_text() == "0\n"
 
 
-def test_ctrl_c_leaves_the_run_alone_and_the_same_command_attends_to_it_again(empty: Any) -> None:
-    begun = empty.begin("run", *line(empty))
-    empty.wait_for(empty.worker(0) / "jaxrl_llm/runs/started")
+def test_ctrl_c_leaves_the_run_alone_and_the_same_command_attends_to_it_again(cloud: Any) -> None:
+    begun = cloud.begin("run", *line(cloud))
+    cloud.wait_for(cloud.worker(0) / "jaxrl_llm/runs/started")
     assert begun.poll() is None
     os.killpg(begun.pid, signal.SIGINT)
     out, err = begun.communicate(timeout=180)
     assert begun.returncode == 130 and "COSTS ON" in out, out + err
-    assert requests(empty) == ["create"]
+    assert requests(cloud) == ["create"]
 
-    again = empty.begin("run", *line(empty))
-    assert empty.script("stop", *WHERE).returncode == 0
+    again = cloud.begin("run", *line(cloud))
+    assert cloud.script("stop", *WHERE).returncode == 0
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0 and "the run was stopped" in out, out + err
-    assert requests(empty) == ["create", "delete"] and len(launches(empty)) == 1
-    assert (empty.folder / "fetched/my-tpu/runs/saved").exists()
+    assert requests(cloud) == ["create", "delete"] and len(launches(cloud)) == 1
+    assert (cloud.folder / "fetched/my-tpu/runs/saved").exists()
 
 
-def test_when_the_hours_are_spent_the_run_saves_and_the_slice_goes(empty: Any) -> None:
-    done = empty.script("run", *line(empty, hours="0.0003"))
+def test_when_the_hours_are_spent_the_run_saves_and_the_slice_goes(cloud: Any) -> None:
+    done = cloud.script("run", *line(cloud, hours="0.0003"))
     assert done.returncode == 3 and "the 0.0003 hours are spent" in done.stdout, done.stdout + done.stderr
-    assert requests(empty) == ["create", "delete"]
-    if launches(empty):
-        assert (empty.folder / "fetched/my-tpu/runs/saved").exists()
+    assert requests(cloud) == ["create", "delete"]
+    if launches(cloud):
+        assert (cloud.folder / "fetched/my-tpu/runs/saved").exists()
 
 
 def test_the_hours_stand_still_while_there_is_no_slice() -> None:
@@ -86,11 +79,11 @@ def test_the_hours_stand_still_while_there_is_no_slice() -> None:
     assert [int(words) // 10 for words in told.stdout.split()] == [0, 500], told.stderr
 
 
-def test_a_slice_that_cannot_be_set_up_goes_and_costs_nothing_more(empty: Any) -> None:
-    (empty.folder / "worker_bin/python3").write_text("#!/bin/bash\necho no network >&2; exit 1\n")
-    done = empty.script("run", *line(empty))
+def test_a_slice_that_cannot_be_set_up_goes_and_costs_nothing_more(cloud: Any) -> None:
+    (cloud.folder / "worker_bin/python3").write_text("#!/bin/bash\necho no network >&2; exit 1\n")
+    done = cloud.script("run", *line(cloud))
     assert done.returncode == 1 and "attempt 3 of 3" in done.stdout, done.stdout + done.stderr
-    assert requests(empty) == ["create", "delete"] and not launches(empty)
+    assert requests(cloud) == ["create", "delete"] and not launches(cloud)
 
 
 @pytest.mark.parametrize(
@@ -102,28 +95,28 @@ def test_a_slice_that_cannot_be_set_up_goes_and_costs_nothing_more(empty: Any) -
     ],
 )
 def test_a_run_that_fails_is_launched_again_a_few_times(
-    empty: Any, plan: str, status: int, times: int, told: str
+    cloud: Any, plan: str, status: int, times: int, told: str
 ) -> None:
-    (empty.folder / "plan").write_text(plan)
-    done = empty.script("run", *line(empty, "--failures", "1"))
-    assert (done.returncode, len(launches(empty))) == (status, times), done.stdout + done.stderr
-    assert told in done.stdout and requests(empty) == ["create", "delete"]
+    (cloud.folder / "plan").write_text(plan)
+    done = cloud.script("run", *line(cloud, "--failures", "1"))
+    assert (done.returncode, len(launches(cloud))) == (status, times), done.stdout + done.stderr
+    assert told in done.stdout and requests(cloud) == ["create", "delete"]
 
 
-def test_what_another_run_uses_is_left_to_it(empty: Any) -> None:
-    assert empty.script("create", *WHERE, "--type", "v6e-16").returncode == 0
-    assert empty.script("setup", *WHERE).returncode == 0
-    assert empty.script("launch", *WHERE, "--", "experiments/y.py").returncode == 0
-    refused = empty.script("run", *line(empty))
+def test_what_another_run_uses_is_left_to_it(cloud: Any) -> None:
+    assert cloud.script("create", *WHERE, "--type", "v6e-16").returncode == 0
+    assert cloud.script("setup", *WHERE).returncode == 0
+    assert cloud.script("launch", *WHERE, "--", "experiments/y.py").returncode == 0
+    refused = cloud.script("run", *line(cloud))
     assert refused.returncode == 2 and "another run is active" in refused.stderr
-    assert requests(empty) == ["create"]
-    empty.script("stop", *WHERE)
+    assert requests(cloud) == ["create"]
+    cloud.script("stop", *WHERE)
 
 
-def test_dry_run_prints_every_command_and_runs_none(empty: Any) -> None:
-    told = empty.script("run", *line(empty, "--dry-run", "--prepare", "mount it"))
+def test_dry_run_prints_every_command_and_runs_none(cloud: Any) -> None:
+    told = cloud.script("run", *line(cloud, "--dry-run", "--prepare", "mount it"))
     assert told.returncode == 0, told.stderr
-    assert not empty.calls()
+    assert not cloud.calls()
     echo = 'gcloud() { printf "%s %s\\n" "$3" "$4"; }; git() { :; }; mkdir() { :; };'
     commands = subprocess.run(["bash", "-c", echo + told.stdout], capture_output=True, text=True, check=True).stdout
     asked, there = ["queued-resources create", "queued-resources describe"], ["tpu-vm ssh", "tpu-vm scp"]
@@ -147,7 +140,7 @@ def test_dry_run_prints_every_command_and_runs_none(empty: Any) -> None:
         ("--type v6e-8 --hours 1 -- jaxrl-llm grpo --resume=/a --rewards math r.py:f", "'r.py' is not in commit HEAD"),
     ],
 )
-def test_what_cannot_work_is_refused_before_it_costs(empty: Any, options: str, message: str) -> None:
-    refused = empty.script("run", *WHERE, *options.split())
+def test_what_cannot_work_is_refused_before_it_costs(cloud: Any, options: str, message: str) -> None:
+    refused = cloud.script("run", *WHERE, *options.split())
     assert refused.returncode == 2 and message in refused.stderr
-    assert not empty.calls()
+    assert not cloud.calls()

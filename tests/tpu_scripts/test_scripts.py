@@ -19,11 +19,11 @@ def test_whole_life_of_a_slice(cloud: Any):
 
     created = run("create", *WHERE, "--type", "v6e-16", "--spot")
     assert created.returncode == 0, created.stderr
-    assert [line.split()[-1] for line in created.stdout.splitlines()] == [
-        "WAITING_FOR_RESOURCES",
-        "PROVISIONING",
-        "ACTIVE",
-    ]
+    assert [line.split()[-1] for line in created.stdout.splitlines()] == ["PROVISIONING", "ACTIVE"]
+    again = run("create", *WHERE, "--type", "v6e-16", "--spot")
+    assert again.returncode == 0 and "was asked for before" in again.stdout, again.stderr
+    other = run("create", *WHERE, "--type", "v6e-8")
+    assert other.returncode == 2 and "'my-tpu' is there and is a v6e-16" in other.stderr
 
     set_up = run("setup", *WHERE)
     assert set_up.returncode == 0, set_up.stderr
@@ -58,6 +58,8 @@ def test_whole_life_of_a_slice(cloud: Any):
         *("compute", "tpus", "queued-resources", "delete", "my-tpu"),
         *("--force", "--zone=us-east5-a", "--quiet"),
     ]
+    again = run("delete", *WHERE, "--yes")
+    assert again.returncode == 0 and "nothing to delete" in again.stdout, again.stderr
 
 
 def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Any):
@@ -90,7 +92,7 @@ def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Any):
 def test_create_asks_for_the_runtime_of_the_type(cloud: Any, accelerator: str, runtime: str):
     options = ("--project", "mine", "--reserved", "--valid-for", "6h")
     assert cloud.script("create", *WHERE, "--type", accelerator, *options).returncode == 0
-    assert cloud.calls()[0] == [
+    assert cloud.calls()[1] == [
         *("compute", "tpus", "queued-resources", "create", "my-tpu", "--node-id=my-tpu"),
         *(f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"),
         *("--reserved", "--valid-until-duration=6h", "--zone=us-east5-a", "--project=mine", "--quiet"),
@@ -98,10 +100,12 @@ def test_create_asks_for_the_runtime_of_the_type(cloud: Any, accelerator: str, r
 
 
 def test_create_fails_when_the_request_fails(cloud: Any):
-    (cloud.folder / "states").write_text("PROVISIONING FAILED")
-    failed = cloud.script("create", *WHERE, "--type", "v6e-8")
-    assert failed.returncode == 2
-    assert "is FAILED" in failed.stderr
+    (cloud.folder / "future").write_text("PROVISIONING FAILED")
+    for _ in range(2):  # and what has failed before is told, not asked for again
+        failed = cloud.script("create", *WHERE, "--type", "v6e-8")
+        assert failed.returncode == 2
+        assert "is FAILED" in failed.stderr and "run delete.sh and ask again" in failed.stderr
+    assert [call[3] for call in cloud.calls()].count("create") == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

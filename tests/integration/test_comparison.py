@@ -72,6 +72,7 @@ def test_algorithms(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert json.loads((folder / "grpo-0" / "result.json").read_text()) == results[0]
 
 
+@pytest.mark.slow
 def test_preferences_beside_a_run_that_was_cut_off(
     load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,13 +27,14 @@ def cut(folder: Path, place: str, *args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # test_two_processes.py cuts a phase, too
 @pytest.mark.parametrize(
     ("place", "kept"),
     [
         ("update:4", 3),  # not on disk, and given to the update
-        pytest.param("sample:4", 3, marks=pytest.mark.slow),
-        pytest.param("reward:3", 2, marks=pytest.mark.slow),  # on disk
-        pytest.param("evaluate:4", 3, marks=pytest.mark.slow),
+        ("sample:4", 3),
+        ("reward:3", 2),  # on disk
+        ("evaluate:4", 3),
     ],
 )
 def test_a_phase_is_cut_and_made_again(tmp_path: Path, tiny: ModuleType, place: str, kept: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxrl_llm.training.run.metrics import comparable_metrics
 
 SCRIPT = Path(__file__).with_name("tiny_experiment.py")
-STEPS = 8
+STEPS = 6
 
 
 def run(folder: Path, *args: str, status: int = 0) -> str:
@@ -35,18 +35,11 @@ def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path: Path) -> No
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = run(whole)
 
-    output = run(killed, "--signal=SIGTERM", "--signal-at=update:3")
-    assert f"Stopped after step 3 (SIGTERM) and saved. Go on with the same command and --resume --run-dir={killed}" in (
-        output.splitlines()
-    )
-    assert "3 of 8 (SIGTERM)" in output
-    assert "3" in saved(killed)
-
-    run(killed, "--resume", "--signal=SIGKILL", "--signal-at=update:6", status=-signal.SIGKILL)
-    assert comparable_metrics(killed / "metrics.jsonl")[-1]["step"] == 5  # one step more than was saved
-    run(killed, "--resume", "--signal=SIGKILL", "--signal-at=checkpoint:6", status=-signal.SIGKILL)
-    unfinished = saved(killed) - {"2", "3", "4"}
-    assert len(unfinished) == 1 and unfinished.pop().startswith("6."), saved(killed)
+    run(killed, "--signal=SIGKILL", "--signal-at=update:4", status=-signal.SIGKILL)
+    assert comparable_metrics(killed / "metrics.jsonl")[-1]["step"] == 3  # one step more than was saved
+    run(killed, "--resume", "--signal=SIGKILL", "--signal-at=checkpoint:4", status=-signal.SIGKILL)
+    unfinished = saved(killed) - {"2"}
+    assert len(unfinished) == 1 and unfinished.pop().startswith("4."), saved(killed)
 
     output = run(killed, "--resume")
     assert digest(output) == digest(expected)

@@ -180,7 +180,7 @@ def never_cached() -> Iterator[None]:
     "layout",
     [
         pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
-        MeshConfig(fsdp=2, tensor=4),
+        pytest.param(MeshConfig(fsdp=2, tensor=4), marks=pytest.mark.slow),
         MeshConfig(data=2, fsdp=2, context=2),
     ],
     ids=repr,

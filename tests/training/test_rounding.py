@@ -57,7 +57,7 @@ def make(tiny: ModuleType, tmp_path: Path):
     ("rounding", "offload"),
     [
         pytest.param("master", False, marks=pytest.mark.slow),
-        ("stochastic", False),
+        pytest.param("stochastic", False, marks=pytest.mark.slow),
         ("master", True),
     ],
 )

@@ -193,8 +193,9 @@ class Repelled(Distillation):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "left"), [pytest.param("exact", 0.25, marks=pytest.mark.slow), ("sampled", 0.5)]
-)  # the one has no sampling noise
+    ("divergence", "left"),
+    [pytest.param("exact", 0.25, marks=pytest.mark.slow), ("sampled", 0.5)],  # the one has no sampling noise
+)
 def test_a_student_comes_near_its_teacher(divergence, left, model, train, lively_params):
     teachers = {"lively": (model, lively_params(model, seed=5))}
     prompts = np.random.default_rng(0).integers(1, VOCABULARY, (4, 3))

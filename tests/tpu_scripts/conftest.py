@@ -38,11 +38,17 @@ def refuse(why):
 
 resource = "Resource 'projects/mine/locations/us-east5-a/queuedResources/my-tpu'"
 there = (cloud / "states").exists()
+
+def become(states):  # at once, where Ctrl-C ends this process or another one reads
+    new = cloud / f"states.{{os.getpid()}}"
+    new.write_text(states)
+    new.rename(cloud / "states")
+
 if words[:2] == ["queued-resources", "create"]:
     if there:
         refuse("ALREADY_EXISTS: " + resource + " already exists")
     renew()
-    (cloud / "states").write_text((cloud / "future").read_text())
+    become((cloud / "future").read_text())
     (cloud / "type").write_text(flags["accelerator-type"])
 elif words[0] == "queued-resources" and not there:
     refuse("NOT_FOUND: " + resource + " was not found")
@@ -52,7 +58,7 @@ elif "acceleratorType" in flags.get("format", ""):
     print((cloud / "type").read_text())
 elif words[:2] == ["queued-resources", "describe"]:
     first, *rest = (cloud / "states").read_text().split()
-    (cloud / "states").write_text(" ".join(rest or [first]))
+    become(" ".join(rest or [first]))
     print(first)
 elif words[:2] == ["tpu-vm", "ssh"]:
     for worker in workers:

@@ -30,8 +30,19 @@ line=$(words "${ARGUMENTS[@]}")
 
 # Runs on the workers. setsid frees the run from the connection; the shell around it, whose process id is kept for
 # stop.sh, writes down how it ended: its status, or "stopped" after a SIGTERM (stop.sh, or a machine that goes down).
+# A Spot machine is told that it goes some seconds before its shutdown comes to the run: then that is the SIGTERM.
 # shellcheck disable=SC2016
-around='trap "stopped=stopped" TERM; "$@"; echo "${stopped:-$?}" > runs/launch.status'
+around='trap "stopped=stopped" TERM
+metadata=http://metadata.google.internal/computeMetadata/v1/instance
+{
+  until [ "$(curl -sf -H Metadata-Flavor:Google "$metadata/preempted?wait_for_change=true")" = TRUE ]; do sleep 5; done
+  echo "this machine is being preempted"
+  kill -TERM 0
+} 2>/dev/null &
+"$@"
+echo "${stopped:-$?}" > runs/launch.status
+trap "" TERM
+kill -TERM 0'
 on_all_workers "set -eu
 cd ~/$REMOTE_REPOSITORY
 mkdir -p runs

@@ -87,6 +87,14 @@ if [[ "$*" == *"uv venv"* ]]; then
 fi
 """
 
+# The machines' metadata: whether they are preempted, told when that changes.
+WORKER_CURL = """\
+#!/bin/bash
+[[ "${{@: -1}}" == http://metadata.google.internal/*/instance/preempted?wait_for_change=true ]] || exit 6
+until [ -e {cloud}/preempted ]; do sleep 0.1; done
+echo TRUE
+"""
+
 # Stands for a training run: writes down where it is and what it was given, and does what the plan says for this launch:
 # wait until SIGTERM and save, end, fail, refuse, or be taken away with the slice.
 ENVIRONMENT_PYTHON = """\
@@ -186,6 +194,7 @@ def cloud(tmp_path: Path) -> Cloud:
         tmp_path / "worker_bin" / "environment_python",
         ENVIRONMENT_PYTHON.format(python=sys.executable, cloud=str(tmp_path)),
     )
+    write_executable(tmp_path / "worker_bin" / "curl", WORKER_CURL.format(cloud=str(tmp_path)))
     (tmp_path / "future").write_text("PROVISIONING ACTIVE")
     shutil.copytree(SCRIPTS, cloud.repository / "tpu_scripts")
     (cloud.repository / "kept.txt").write_text("first")

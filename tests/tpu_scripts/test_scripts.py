@@ -62,6 +62,17 @@ def test_whole_life_of_a_slice(cloud: Any):
     assert again.returncode == 0 and "nothing to delete" in again.stdout, again.stderr
 
 
+def test_a_run_hears_that_its_machine_is_preempted(cloud: Any):
+    assert cloud.script("setup", *WHERE).returncode == 0
+    assert cloud.script("launch", *WHERE, "--", "experiments/x.py").returncode == 0
+    folder = cloud.worker(1) / "jaxrl_llm/runs"
+    cloud.wait_for(folder / "started")
+    (cloud.folder / "preempted").touch()
+    cloud.wait_for(folder / "saved")
+    assert cloud.wait_for(folder / "launch.status").read_text() in ("", "stopped\n")  # there before it is written
+    assert "this machine is being preempted" in (folder / "launch.log").read_text()
+
+
 def test_second_setup_replaces_the_files_and_keeps_the_runs(cloud: Any):
     assert cloud.script("setup", *WHERE).returncode == 0
     remote = cloud.worker(0) / "jaxrl_llm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,12 @@ from jaxrl_llm.data.sources import open_source
 from jaxrl_llm.launch.loading_bar import LoadingBar
 from jaxrl_llm.launch.run_checkpoints import base_of, checkpoint_params
 from jaxrl_llm.models.checkpoints.peft import load_adapters, load_lora_config
-from jaxrl_llm.models.checkpoints.pretrained import load_config, load_generation_config, load_params
+from jaxrl_llm.models.checkpoints.pretrained import (
+    load_config,
+    load_generation_config,
+    load_params,
+    what_is_left_out,
+)
 from jaxrl_llm.models.checkpoints.tokenizers import load_tokenizer, stop_token_ids
 from jaxrl_llm.models.config import Params
 from jaxrl_llm.models.heads import ScoreModel
@@ -137,6 +143,8 @@ def load_model(
     if sampled_on is not None:
         check_cut(model, mesh, sampled_on)
     name = Path(path).name or path
+    if (remark := what_is_left_out(path)) and jax.process_index() == 0:
+        print(f"{name} is a {remark}", file=sys.stderr)
     with LoadingBar(name, bytes_of(model.floats.abstract_params()), enabled=jax.process_index() == 0) as bar:
         params = load_params(path, model, shardings, told=bar)
     if source.adapters is not None:

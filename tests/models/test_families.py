@@ -315,7 +315,23 @@ def test_longrope_reads_texts_of_its_first_context_unless_asked():
     ("case", "change", "message"),
     [
         ("llama", {"model_type": "gpt2"}, "'gpt2'.*known: llama, mistral, qwen2, qwen3"),
-        ("llama", {"model_type": "gemma3"}, "the nearest is 'gemma3_text'"),
+        ("llama", {"model_type": "gemma3n"}, "the nearest is 'gemma3_text'"),
+        (
+            "llama",
+            {"model_type": "deepseek_v3", "n_routed_experts": 8, "n_shared_experts": 1, "kv_lora_rank": 512},
+            "by its settings the nearest is 'qwen2_moe', which has not kv_lora_rank=512, keys and values of a low rank",
+        ),
+        (
+            "llama",
+            {"model_type": "cohere2", "sliding_window": 9, "logit_scale": 0.5, "layer_norm_eps": 1e-5},
+            "nearest is 'mistral', which has not layer_norm_eps=1e-05, LayerNorm.*logit_scale=0.5, scaled logits",
+        ),
+        (
+            "llama",
+            {"model_type": "falcon", "alibi": False, "parallel_attn": True},
+            "nearest is 'llama', which has not parallel_attn=True, attention and MLP side by side",
+        ),
+        ("llama", {"model_type": "glm4_moe", "n_routed_experts": 8, "use_qk_norm": True}, "nearest is 'qwen3_moe'"),
         ("llama", {"model_type": "ministral"}, "did you mean 'mistral'"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act='relu2'.*silu"),

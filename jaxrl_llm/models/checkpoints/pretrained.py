@@ -26,12 +26,14 @@ from jaxrl_llm.models.checkpoints.hf import (
 )
 from jaxrl_llm.models.checkpoints.locate import locate
 from jaxrl_llm.models.checkpoints.mxfp4 import Unpacked
+from jaxrl_llm.models.checkpoints.text_part import TextPart
 from jaxrl_llm.models.checkpoints.tokenizers import stop_token_ids
-from jaxrl_llm.models.checkpoints.weights import load_weights
+from jaxrl_llm.models.checkpoints.weights import TensorSource, load_weights
 from jaxrl_llm.models.config import DType, ModelConfig, Params, Remat
 from jaxrl_llm.models.entries import check_entries, errors_name
 from jaxrl_llm.models.families import Family, family_for, family_of
 from jaxrl_llm.models.families.config_json import special_tokens
+from jaxrl_llm.models.families.wrapped import left_out, text_config
 from jaxrl_llm.models.lora import has_adapters, merge_adapters, without_adapters
 from jaxrl_llm.models.transformer import Transformer
 
@@ -94,10 +96,17 @@ def read_description(path: Path, *, causal: bool = True) -> tuple[Family, ModelC
     """
     file = path if _is_gguf(path) else path / CONFIG
     config = GGUFSource(path).config_json() if _is_gguf(path) else read_json(file)
-    config = config if causal else {**config, "architectures": None}
     with errors_name(file):
+        config = text_config(config)
+        config = config if causal else {**config, "architectures": None}
         family = family_of(config)
         return family, dataclasses.replace(family.read_config(config), family=family.model_type)
+
+
+def what_is_left_out(name: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
+    """A sentence on what of a checkpoint is not read: all but the text model, of one that also sees; or `None`."""
+    path = locate(name, weights=False, revision=revision)
+    return None if _is_gguf(path) else left_out(read_json(path / CONFIG))
 
 
 def load_params(
@@ -130,7 +139,10 @@ def load_params(
         source = GGUFSource(path)
         return load_weights(source, source.architecture.names, transformer, shardings, where=str(path), told=told)
     names = read_description(path)[0].tensor_names
-    source = Unpacked(SafetensorsSource(path))
+    source: TensorSource = SafetensorsSource(path)
+    if left_out(read_json(path / CONFIG)):
+        source = TextPart(source)
+    source = Unpacked(source)
     return load_weights(source, names, transformer, shardings, where=str(path), told=told)
 
 
@@ -147,6 +159,7 @@ def load_generation_config(name: str | os.PathLike[str], *, revision: str | None
         return special_ids(path)
     described, generating = path / CONFIG, path / GENERATION_CONFIG
     model, generation = (read_json(file) if file.exists() else {} for file in (described, generating))
+    model = {**text_config(model), **model}
     allowed = special_tokens(read_description(path, causal=False)[1].vocab_size - 1) if model else special_tokens()
     for file, entries in ((described, model), (generating, generation)):
         with errors_name(file):

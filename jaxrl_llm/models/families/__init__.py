@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
-from jaxrl_llm.checks import nearest_name
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.entries import Json, check_entries, shown
 from jaxrl_llm.models.families.base import Family, plain_attention
@@ -15,6 +12,7 @@ from jaxrl_llm.models.families.gpt_oss import GPT_OSS
 from jaxrl_llm.models.families.llama import LLAMA
 from jaxrl_llm.models.families.mistral import MISTRAL
 from jaxrl_llm.models.families.mixtral import MIXTRAL
+from jaxrl_llm.models.families.nearest import nearest
 from jaxrl_llm.models.families.olmo2 import OLMO2
 from jaxrl_llm.models.families.phi3 import PHI3
 from jaxrl_llm.models.families.qwen2 import QWEN2
@@ -45,7 +43,7 @@ def family_of(config: Json) -> Family:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise ValueError(
             f"model_type={shown(model_type)} (architectures={shown(architectures)}) is not supported; known: {known}"
-            f"{_nearest(str(model_type))}"
+            f"{nearest(config, [family.model_type for family in FAMILIES])}"
         )
     if architectures and family.architecture not in architectures:
         scores = any("Classification" in str(name) for name in architectures)
@@ -57,15 +55,6 @@ def family_of(config: Json) -> Family:
         raise ValueError(f"architectures={shown(architectures)} {why}")
     check_entries(config, CONFIG)
     return family
-
-
-def _nearest(model_type: str, alike: int = 3) -> str:
-    """Names the family whose name begins most like another one, which is how families are called by generation."""
-    names = [family.model_type for family in FAMILIES]
-    pairs = {name: zip(name, model_type.lower(), strict=False) for name in names}
-    begin = {name: len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs[name])]) for name in names}
-    best = max(names, key=lambda name: begin[name])
-    return f"; the nearest is {best!r}" if begin[best] >= alike else nearest_name(model_type, names)
 
 
 def family_for(config: ModelConfig) -> Family:

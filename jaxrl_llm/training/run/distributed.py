@@ -18,17 +18,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as _of_jax  # its client has no public name
+from jax._src import clusters  # what JAX detects has no public name
+from jax._src import distributed as _of_jax  # nor has its client
 from jax.experimental import multihost_utils
 
+from jaxrl_llm.training.run.gathering import gather
 from jaxrl_llm.training.run.lookout import Lookout
 from jaxrl_llm.training.run.notices import Notices
 
 _OF_ANOTHER = re.compile(r"gloo|peer|heartbeat|coordination service|barrier|preempted", re.IGNORECASE)
 """Words of collectives that fail because a process is gone."""
 
-_TOGETHER = 300_000
-"""Milliseconds that the others may take to begin, as JAX has it."""
+_TO_START = 60
+"""Seconds that JAX may take to start where all have come."""
 
 _lookout: Lookout | None = None
 """Of this process, as JAX's client is, once it has joined others."""
@@ -46,11 +48,15 @@ class ClusterConfig:
     """Which one this is, from 0."""
     lost_after: int = 30
     """Seconds of silence after which a process is lost, which ends the others."""
+    join_within: int = 300
+    """Seconds that those who have come wait for the others to start. Who is missing is said every half a minute."""
 
     def __post_init__(self) -> None:
         """Rejects what cannot be meant."""
         if self.lost_after < 5:
             raise ValueError(f"cluster.lost_after={self.lost_after} must be at least 5 seconds: a host may falter")
+        if self.join_within < 1:
+            raise ValueError(f"cluster.join_within={self.join_within} must be at least 1 second")
 
 
 def initialize(
@@ -58,19 +64,22 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     lost_after: int = 30,
+    join_within: int = 300,
 ) -> None:
     """Joins this process to the others. Call it first, before anything else of JAX, and only when asked for.
 
     On TPU pods and under Slurm, Open MPI or Kubernetes JAX finds all three values itself: leave them None, or give
     those that it should not look for.
 
-    From then on a process that is lost ends the others, and one that they wait for is named (`Lookout`).
+    All wait until all have come (`gather`). From then on a process that is lost ends the others, and one that they wait
+    for is named (`Lookout`).
 
     Args:
         coordinator_address: `host:port` of process 0; None: `JAX_COORDINATOR_ADDRESS`, if it is set.
         num_processes: How many processes there are.
         process_id: Which one this is, from 0.
         lost_after: Seconds of silence after which a process is lost.
+        join_within: Seconds that those who have come wait for the others.
 
     Raises:
         ValueError: If something is neither given nor detected, or cannot be meant.
@@ -85,11 +94,24 @@ def initialize(
         "num_processes": num_processes,
         "process_id": process_id,
     }
+    coordinator_address, num_processes, process_id, *_ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator_address, num_processes, process_id, None, None, join_within
+    )
+    joined = _of_jax.global_state
+    if (
+        coordinator_address
+        and num_processes is not None
+        and process_id is not None
+        and 0 <= process_id < num_processes > 1  # of what cannot be meant JAX says why
+        and joined.client is None
+    ):
+        gather(coordinator_address, process_id, num_processes, join_within)
     try:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
+            initialization_timeout=_TO_START,
             heartbeat_timeout_seconds=lost_after,
         )
     except ValueError as error:
@@ -108,13 +130,12 @@ def initialize(
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it, for notices that nothing here asks for
     global _lookout
-    joined = _of_jax.global_state
     if joined.client is not None and joined.num_processes > 1:
         where = str(joined.coordinator_address)
         _lookout = Lookout(joined.client, where, joined.process_id, joined.num_processes, lost_after)
         _lookout.begin()
         # Together and now: while the processes tell each other of their devices, no thread of Python runs.
-        joined.client.wait_at_barrier("jaxrl_llm/devices", _TOGETHER)
+        joined.client.wait_at_barrier("jaxrl_llm/devices", 1_000 * _TO_START)
         jax.devices()
 
 

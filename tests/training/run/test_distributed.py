@@ -67,8 +67,18 @@ def test_processes_that_do_not_come_together_are_no_bug(monkeypatch: pytest.Monk
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr(jax.distributed, "initialize", no_answer)
+    monkeypatch.setattr(distributed, "gather", lambda *args: None)
     with pytest.raises(ConnectionError, match=r"process 1 of 2 could not join .* at host:1234: DEADLINE_EXCEEDED"):
         distributed.initialize("host:1234", 2, 1)
+
+
+def test_who_does_not_come_is_named_before_jax_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: started.append(args))
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "127.0.0.1:0")  # any port: nobody is to call
+    with pytest.raises(ConnectionError, match=r"process 0 of 2 waited in vain .* for process 1 to join at host:1234"):
+        distributed.initialize("host:1234", 2, 0, join_within=0)
+    assert not started
 
 
 def test_errors_that_no_other_process_caused_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def torch_model(golden_module: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [
-        ({}, {}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
         ({"slots": 3, "attention": "xla"}, {}),
         pytest.param(
             *({"slots": 3, "attention": "pallas_interpret", "speculate": "prompt", "speculative_tokens": 2}, {}),
@@ -69,7 +69,7 @@ def test_greedy_texts_are_those_of_generate(settings, sizes, torch_model, golden
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("attention", ["dense", "blockwise"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("blockwise", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_pytorch(attention, torch_model, golden_module, tmp_path):
     """Of every parameter, written as a checkpoint's tensors are."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import chex
@@ -11,6 +12,7 @@ import pytest
 
 from jaxrl_llm.models.checkpoints.score_pretrained import load_score_model, save_score_model
 from jaxrl_llm.models.config import RopeConfig
+from jaxrl_llm.models.families import family_of
 from jaxrl_llm.models.heads import ScoreModel
 from jaxrl_llm.models.rows import PaddedLayout
 from jaxrl_llm.models.transformer import Transformer
@@ -67,9 +69,23 @@ GEMMA = {"norm_offset": 1.0, "scale_embeddings": True, "qk_norm": True, "norms":
     ids=["llama", "qwen3_untied", "gemma3", "phi3"],
 )
 def test_reward_model_in_both_directions(changes, tiny_config, lively_params, rows, tmp_path):
+    same_scores_in_both_directions(tiny_config(**changes), lively_params, rows, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gemma2", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss_long", "olmo2"])
+def test_reward_model_of_a_family(case, golden_config, lively_params, rows, tmp_path):
+    described = golden_config(case)
+    family = family_of(described)
+    config = dataclasses.replace(family.read_config(described), family=family.model_type, vocab_size=64, remat="none")
+    same_scores_in_both_directions(config, lively_params, rows, tmp_path)
+
+
+def same_scores_in_both_directions(config, lively_params, rows, tmp_path):
+    """What transformers computes of the folder that we write, and we of the one that it writes."""
     from transformers import AutoModelForSequenceClassification
 
-    model = ScoreModel(Transformer(tiny_config(**changes)))
+    model = ScoreModel(Transformer(config))
     params = lively_params(model)
     folder = save_score_model(tmp_path / "ours", model, params, tokenizer=Padding())
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()

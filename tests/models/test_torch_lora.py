@@ -176,3 +176,51 @@ def test_gradients_of_adapters(case: str, golden_module: Any, tokens: np.ndarray
     for name, value in expected.items():
         np.testing.assert_allclose(ours[name], value, atol=2e-5 * max(1, np.abs(value).max()), rtol=1e-4, err_msg=name)
     assert max(np.abs(value).max() for value in expected.values()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mixtral",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("llama", "mistral_window", "qwen2", "qwen3", "gemma3_long", "qwen3_moe", "qwen2_moe", FUSED)
+        ),
+    ],
+)
+def test_gradients_of_adapters_on_everything(
+    case: str, golden_module: Any, tokens: np.ndarray, tmp_path: Any, load_case: Any
+) -> None:
+    """Also on experts, whatever PEFT can hold: of W + s·B·A, s·∇W·Aᵀ is B's and s·Bᵀ·∇W is A's, with PyTorch's ∇W."""
+    from transformers import AutoModelForCausalLM
+
+    golden_module.torch_model(case).save_pretrained(tmp_path / "base")
+    base, params = load_case(case, tmp_path / "base")
+    targets = ("query", "key", "value", "output", "gate", "up", "down")
+    model = Transformer(dataclasses.replace(base.config, lora=LoraConfig(rank=3, alpha=5.0, targets=targets)))
+    params = add_adapters(params, model, jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0.2 * jax.random.normal(jax.random.key(1), leaf.shape) if path[-1].key == "lora_b" else leaf,
+        params,
+    )
+    weights = np.random.default_rng(1).normal(size=(*tokens.shape, 48)).astype(np.float32) / tokens.size
+    adapters, rest = split_adapters(params)
+    found = flat(jax.jit(jax.grad(lambda some: jnp.sum(model.logits(join(some, rest), tokens) * weights)))(adapters))
+
+    folder = save_pretrained(tmp_path / "merged", model, params)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    (merged(torch.tensor(tokens)).logits * torch.tensor(weights)).sum().backward()
+    with torch.no_grad():
+        for weight in merged.parameters():
+            weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    merged.save_pretrained(tmp_path / "gradients")  # as if it were a model, by which its parts have our names
+    slopes, given = flat(load_params(tmp_path / "gradients", model.base)), flat(adapters)
+    scale = 5.0 / 3
+    for path, value in found.items():
+        part, _, which = path.rpartition(".")
+        slope = scale * np.asarray(slopes[f"{part}.weight"])
+        a, b = (np.asarray(given[f"{part}.{name}"]).swapaxes(-1, -2) for name in ("lora_a", "lora_b"))
+        expected = b @ slope if which == "lora_a" else slope @ a
+        bound = 2e-5 * max(1, np.abs(expected).max())
+        np.testing.assert_allclose(value, expected, atol=bound, rtol=1e-4, err_msg=path)
+        assert np.abs(expected).max() > 1e-3, path

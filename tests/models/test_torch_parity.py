@@ -73,6 +73,10 @@ def test_both_directions(case, golden_module, tmp_path, load_case):
         *((case, None) for case in ("gemma2", "gemma3_long", "olmo2", "smollm3_window", "phi3", "phi3_longrope_long")),
         ("olmo2", MeshConfig(fsdp=2, tensor=4)),  # twice as many heads of keys and values as there are
         pytest.param("gemma3_long", MeshConfig(data=2, tensor=2, fsdp=2), marks=pytest.mark.slow),
+        *(
+            pytest.param(case, None, marks=pytest.mark.slow)
+            for case in ("llama", "mistral_window", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+        ),
     ],
 )
 def test_greedy_texts_are_those_of_generate(case, sizes, golden_module, tmp_path, load_case):

@@ -28,6 +28,7 @@ SLICES = {
 """Slices of each generation on which a plan is sought, the first ones as small as goes."""
 DENSE = ("--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=4", "--sampling-tensor=8")
 MIXTURE = ("--algorithm.routing=replayed", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
+EXPERTS = (*MIXTURE[:-1], "--mesh.tensor=4", "--mesh.expert=4")
 PPO = ("--preset=ppo", "--reward-model=policy", "--update.micro-batches=1", "--model.remat=full", "--mesh.tensor=8")
 GIVEN = {
     ("gemma3-12b", "v5e:8x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
@@ -35,6 +36,7 @@ GIVEN = {
     ("gemma3-12b", "v6e:4x8"): (*DENSE, "--update.tokens-per-micro-batch=5120"),
     ("qwen3-30b-a3b", "v5e:16x16"): (*MIXTURE, "--update.tokens-per-micro-batch=10240", "--slots=40"),
     ("qwen3-30b-a3b", "v5p:4x4x4"): (*MIXTURE, "--update.tokens-per-micro-batch=20480"),
+    ("qwen3-30b-a3b, expert 4", "v5p:4x4x4"): (*EXPERTS, "--update.tokens-per-micro-batch=20480"),
     ("qwen3-30b-a3b", "v6e:8x8"): (*MIXTURE, "--update.tokens-per-micro-batch=10240", "--slots=96"),
     ("llama3.1-8b, PPO", "v5e:16x16"): (*PPO, "--update.tokens-per-micro-batch=5120", "--mesh.context=2"),
     ("llama3.1-8b, PPO", "v5p:4x4x4"): (*PPO, "--update.tokens-per-micro-batch=5120"),

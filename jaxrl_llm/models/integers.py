@@ -73,14 +73,16 @@ class Blocks(NamedTuple):
 
     def floats(self, dtype: Any) -> jax.Array:
         """The weight, computed in float32 and rounded to a type."""
-        values, outer = self.values, self.scale.shape[:-1]
+        # Each byte twice and each scale 32 times, in place of axes of 2 and of 32 entries, which a TPU fills up to 128.
+        values = self.values
         if self.offset is not None:
-            values = jnp.stack([values & 15, values >> 4], axis=-1)
-        wide = values.astype(jnp.float32).reshape(*self.scale.shape, -1)
-        wide = wide * self.scale.astype(jnp.float32)[..., None]
+            shifts = (4 * (jnp.arange(2 * values.shape[-1]) % 2)).astype(jnp.uint8)
+            values = jnp.repeat(values, 2, axis=-1) >> shifts & 15
+        each = values.shape[-1] // self.scale.shape[-1]
+        wide = values.astype(jnp.float32) * jnp.repeat(self.scale.astype(jnp.float32), each, axis=-1)
         if self.offset is not None:
-            wide = wide + self.offset.astype(jnp.float32)[..., None]
-        return wide.reshape(*outer, -1).astype(dtype)
+            wide = wide + jnp.repeat(self.offset.astype(jnp.float32), each, axis=-1)
+        return wide.astype(dtype)
 
 
 def _sixteen(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:

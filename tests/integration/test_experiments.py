@@ -196,6 +196,7 @@ def test_what_was_trained_writes_the_same_in_pytorch(
     assert any(not np.array_equal(changed[name], value) for name, value in load_file(start).items())  # it was trained
 
 
+@pytest.mark.slow
 def test_arithmetic_that_goes_on_starts_warm_from_what_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

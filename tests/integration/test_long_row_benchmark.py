@@ -24,6 +24,7 @@ def records(capsys: pytest.CaptureFixture[str]) -> list[dict]:
     return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
 
 
+@pytest.mark.slow
 def test_update_in_bfloat16_is_timed(script: ModuleType, capsys):
     script.main(
         ["--tokens", "24", "--prompt-tokens", "8", "--repeats", "2", "--model.dtype", "bfloat16", "--json", "-"]

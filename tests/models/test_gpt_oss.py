@@ -96,9 +96,9 @@ def test_gradients_are_those_of_pytorch(attention, torch_model, golden_module, t
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"expert": 2, "context": 2, "tensor": 2},
+        pytest.param({"expert": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "context": 2, "tensor": 2},
     ],
     ids=str,
 )
@@ -118,6 +118,7 @@ def test_eight_devices_compute_what_one_does(sizes, checkpoint, golden_module):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-6), ours, slopes)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_and_written(checkpoint, golden_module, tmp_path):
     tokens, folder = golden_module.tokens(CASE)["prompt"][:, :9], checkpoint(CASE)
     for targets in (("query", "output"), ("value", "gate", "up", "down")):

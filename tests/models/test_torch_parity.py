@@ -224,7 +224,8 @@ def test_greedy_text_of_experts(golden_module, tmp_path):
 
 
 @pytest.mark.skipif(SMOLLM2 is None, reason="SMOLLM2_GGUF is not set")
-def test_real_model_from_gguf(tmp_path):
+@pytest.mark.parametrize("texts_too", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_real_model_from_gguf(texts_too, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
@@ -246,6 +247,8 @@ def test_real_model_from_gguf(tmp_path):
         expected = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(logits, expected, atol=5e-4, rtol=0)  # 30 layers, logits up to 40
     np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+    if not texts_too:
+        return
 
     # Greedy text, of prompts of different lengths at once.
     questions = ("Name three colours.", messages[0]["content"], "What is the capital of France? Answer in one word.")

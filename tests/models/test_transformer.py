@@ -238,6 +238,7 @@ def test_remat_and_unrolled_layers_change_nothing(tiny_config, lively_params):
 REMAT = ("none", "dots", "attention", "full", "offload")
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_for_work(tiny_config):
     rows = make_rows((4, 4, 32, 32))
 

@@ -92,6 +92,7 @@ def make(tiny: ModuleType, tmp_path: Path):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_average(make) -> None:
     whole = make("whole")
     whole.run()

@@ -150,6 +150,7 @@ def test_gradient_is_that_of_the_renormalised_distribution(plan, model, params, 
     assert {name: metrics[name] for name in means} == pytest.approx(means, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(model, params, rollout, by_hand):
     """Rows and vocabulary are split, and time as well."""
     for config in (MeshConfig(fsdp=2, tensor=4), MeshConfig(fsdp=2, context=4)):

@@ -106,7 +106,9 @@ def test_an_iteration_leaves_what_it_did(whole):
     assert any(line["star/rationalized"] for line in trained)
 
 
-@pytest.mark.parametrize(("phase", "step"), [("_train", 1), ("_keep", 2), ("_sample", 2)])
+@pytest.mark.parametrize(
+    ("phase", "step"), [pytest.param("_train", 1, marks=pytest.mark.slow), ("_keep", 2), ("_sample", 2)]
+)
 def test_a_killed_run_ends_bit_equal(phase, step, whole, make, tmp_path, monkeypatch):
     """Killed at the start of a phase of an iteration; phases before it are not done again."""
     run_dir = tmp_path / "run"

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def prepare(config: RunConfigT) -> RunConfigT:
         raise ValueError("--resume needs --run-dir=<folder of the run>")
     if "://" in (config.run_dir or ""):
         raise ValueError(f"--run-dir={config.run_dir} is no folder: mount the bucket, and say where it lies then")
+    if not 0 <= config.grace_period < math.inf:
+        raise ValueError(f"--grace-period={config.grace_period} must be seconds, or 0: no phase is cut then")
     if config.distributed:
         cluster = config.cluster
         initialize(**vars(cluster))

@@ -91,6 +91,7 @@ def test_a_run_leaves_a_model_that_can_be_loaded(config: OfflineExperiment, caps
         (["--training.rows-per-step=4"], "4 prompts × 1 samples"),
         (["--model.dtype=float32", "--resume"], "--resume needs --run-dir"),
         (["--model.dtype=float32", "--run-dir=gs://bucket/run"], "is no folder: mount the bucket"),
+        (["--grace-period=-1"], "--grace-period=-1.0 must be seconds, or 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -156,7 +156,8 @@ class Cloud:
 
     def begin(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [self.repository / "tpu_scripts" / f"{name}.sh", *arguments],
+            # What runs in the background ignores Ctrl-C, and so would all that it starts.
+            ["env", "--default-signal=INT", self.repository / "tpu_scripts" / f"{name}.sh", *arguments],
             cwd=self.folder,
             env=dict(os.environ, PATH=f"{self.folder / 'bin'}:{os.environ['PATH']}", POLL_SECONDS="0.1"),
             stdin=subprocess.DEVNULL,

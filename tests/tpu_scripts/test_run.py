@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -50,12 +49,8 @@ def test_ctrl_c_leaves_the_run_alone_and_the_same_command_attends_to_it_again(cl
     begun = cloud.begin("run", *line(cloud))
     cloud.wait_for(cloud.worker(0) / "jaxrl_llm/runs/started")
     assert begun.poll() is None
-    presses = 0
-    while begun.poll() is None and (presses := presses + 1) < 10:  # bash may lose one between two commands
-        os.killpg(begun.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            begun.wait(10)
-    out, err = begun.communicate(timeout=10)
+    os.killpg(begun.pid, signal.SIGINT)
+    out, err = begun.communicate(timeout=60)
     assert begun.returncode == 130 and "COSTS ON" in out, out + err
     assert requests(cloud) == ["create"]
 

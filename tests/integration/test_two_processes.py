@@ -134,6 +134,48 @@ def test_rows_whose_time_two_processes_split(two_processes, tiny: ModuleType, tm
         assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
 
 
+MIXTURE = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from jaxrl_llm.training.run import distributed
+
+address, process, here, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+sys.path.insert(0, here)
+import tiny_experiment as tiny
+
+distributed.initialize(address, 2, process)
+tiny.SIZES |= tiny.MIXTURE
+tiny.main([f"--run-dir={folder}", *sys.argv[5:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [("--mesh.expert=4", "--mesh.fsdp=1"), ("--mesh.expert=2", "--mesh.context=2", "--mesh.fsdp=1")],
+    ids=["expert", "expert and context"],
+)
+def test_experts_that_two_processes_hold(
+    mesh: tuple[str, ...], two_processes, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are exchanged between the processes; the metrics are those of one device, and so are the experts."""
+    args = *mesh, "--evaluation.every=0", "--algorithm.routing=replayed"
+    for process in two_processes(MIXTURE, str(Path(__file__).parent), str(tmp_path / "two"), *args, timeout=240):
+        assert process.returncode == 0, process.stderr
+    monkeypatch.setattr(tiny, "SIZES", tiny.SIZES | tiny.MIXTURE)
+    evaluation = dataclasses.replace(tiny.CONFIG.evaluation, every=0)
+    algorithm = dataclasses.replace(tiny.CONFIG.algorithm, routing="replayed")
+    config = dataclasses.replace(tiny.CONFIG, run_dir=str(tmp_path / "one"), evaluation=evaluation, algorithm=algorithm)
+    policy, trainer = tiny.make(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert policy.model.config.experts == tiny.MIXTURE["experts"]
+    trainer.run()
+    pairs = zip(*(comparable_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True)
+    for line, other in pairs:
+        assert "sampling/routing_mismatch" in line
+        assert other == pytest.approx(line, rel=2e-3, abs=2e-5)
+
+
 def test_a_reward_that_fails_in_one_ends_both_after_saving(outcome) -> None:
     _, (first, second) = outcome
     assert "error: a reward function failed in another process" in first.stderr

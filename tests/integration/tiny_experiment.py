@@ -30,7 +30,7 @@ from jaxrl_llm.cli import Policy, finish, make_trainer, parse, plain_errors, sta
 from jaxrl_llm.config import DataConfig, Experiment
 from jaxrl_llm.data.tokenizers import CharTokenizer
 from jaxrl_llm.models.checkpoints.pretrained import save_pretrained
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ExpertsConfig, LayerKind, ModelConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.sampling.logits import SamplingConfig
 from jaxrl_llm.sharding import make_mesh
@@ -82,6 +82,12 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 16,
     "remat": "none",
 }
+MIXTURE: dict[str, Any] = {
+    "experts": ExpertsConfig(count=4, per_token=2, width=24),
+    "layer_kinds": (LayerKind(experts=True),),
+    "qk_norm": True,
+}
+"""Beside `SIZES`: a small Qwen3-MoE."""
 TRAIN_ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(10)]
 EVAL_ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)]
 

@@ -17,10 +17,14 @@ from jaxrl_llm.training.run.metrics import comparable_metrics
 SCRIPT = Path(__file__).with_name("tiny_experiment.py")
 
 
+def stuck(place: str) -> list[str]:
+    """Arguments of a run that is stopped in a phase without end."""
+    return ["--signal=stuck", f"--signal-at={place}", "--grace-period=0.6"]
+
+
 def cut(folder: Path, place: str, *args: str) -> str:
-    """What a run printed that was stopped in a phase without end."""
-    stuck = ["--signal=stuck", f"--signal-at={place}", "--grace-period=0.6"]
-    command = [sys.executable, str(SCRIPT), f"--run-dir={folder}", *stuck, *args]
+    """What it printed."""
+    command = [sys.executable, str(SCRIPT), f"--run-dir={folder}", *stuck(place), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("SIGTERM: Stopping as soon as this phase ends") == 1
@@ -50,6 +54,18 @@ def test_a_phase_is_cut_and_made_again(tmp_path: Path, tiny: ModuleType, place: 
         trainer.run()
         ends.append((tiny.digest(trainer.state), comparable_metrics(tmp_path / name / "metrics.jsonl")))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [["stdout"], ["stdout", "stderr"]])
+def test_a_cut_run_is_saved_where_nobody_reads_its_output(tmp_path: Path, gone: list[str]) -> None:
+    """SIGTERM to the whole group ends `tee` before the run."""
+    command = [sys.executable, str(SCRIPT), f"--run-dir={tmp_path}", *stuck("update:4")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        for name in gone:
+            getattr(run, name).close()
+        assert run.wait(120) == 0
+    assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
 @pytest.mark.slow

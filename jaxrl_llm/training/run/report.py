@@ -7,8 +7,11 @@ steer the terminal are shown as escapes.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import fnmatch
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -64,6 +67,16 @@ class SampledCompletion:
     """Its reward."""
 
 
+class _Output(Console):
+    """Standard output. Whoever reads it (`tee`, a pager) may end before the run, which goes on and saves."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what others print, and Python's last flush
+        with contextlib.suppress(OSError):
+            os.write(2, b"Nobody reads the run's output any more; it goes on. Ctrl-C or SIGTERM stops it.\n")
+
+
 class Report:
     """Shows the progress of a run; a context manager.
 
@@ -95,7 +108,7 @@ class Report:
             enabled: False shows nothing at all: for processes other than 0.
             clock: Seconds, for the time left.
         """
-        self._console = console or Console()
+        self._console = console or _Output()
         self._enabled = enabled
         unicode_output = "utf" in self._console.encoding.lower()
         self._newline = "⏎" if unicode_output else "\\n"

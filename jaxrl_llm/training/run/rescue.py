@@ -121,9 +121,11 @@ class Rescue:
             status = 0
         except Exception as error:  # of any kind: nobody else is left to say it
             last = traceback.format_exception_only(error)[-1].strip()
-            os.write(2, f"error: stopped in the middle of a phase, and could not save: {last}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"error: stopped in the middle of a phase, and could not save: {last}\n".encode())
         finally:
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             self._others.leave()
             self._end(status)
 

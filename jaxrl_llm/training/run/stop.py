@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -11,6 +12,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_entered: list[GracefulStop] = []
+"""Those whose handlers are installed."""
+_forking = threading.local()
 
 
 class GracefulStop:
@@ -20,7 +24,8 @@ class GracefulStop:
     nothing worth saving. A second Ctrl-C means that the user does not want to wait: it raises
     `KeyboardInterrupt` at once. Further SIGTERMs change nothing.
 
-    The handlers that were installed before are restored on exit. Outside the main thread Python permits no
+    The handlers that were installed before are restored on exit, and in a forked child, whose signals are its own
+    (`multiprocessing` ends workers by SIGTERM). Outside the main thread Python permits no
     signal handlers: there the object is inert and `requested` stays False unless `request` is called.
 
     Example:
@@ -38,6 +43,7 @@ class GracefulStop:
     def __init__(self, notice: str | None = "Stopping as soon as this phase ends; Ctrl-C again aborts.") -> None:
         self.notice = notice
         self._reason: str | None = None
+        self._terminated = False
         self._first = iter([True])
         self._previous: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -63,13 +69,14 @@ class GracefulStop:
 
         Python's handlers wait until the main thread is back from a call that waits for a device, and this does not.
         """
-        until = time.monotonic() + seconds
-        while self._pipe is not None and (left := until - time.monotonic()) > 0:
-            if select.select([self._pipe[0]], [], [], left)[0] and signal.SIGTERM in os.read(self._pipe[0], 64):
+        until, heard = time.monotonic() + seconds, select.poll()
+        if self._pipe is not None:
+            heard.register(self._pipe[0], select.POLLIN)
+        while not self._terminated and (left := until - time.monotonic()) > 0:
+            if heard.poll(left * 1e3) and self._pipe is not None and signal.SIGTERM in os.read(self._pipe[0], 64):
                 self._note(signal.SIGTERM)
-                return True
-        time.sleep(max(0.0, until - time.monotonic()))
-        return False
+        # The handler's word counts, too: an event loop may have taken Python's wakeup for itself.
+        return self._terminated
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -78,6 +85,7 @@ class GracefulStop:
             self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
+            _entered.append(self)
         return self
 
     def __exit__(
@@ -92,6 +100,8 @@ class GracefulStop:
             pipe, self._pipe = self._pipe, None
             for end in pipe:
                 os.close(end)
+            with contextlib.suppress(ValueError):  # a forked child has emptied it
+                _entered.remove(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -100,7 +110,30 @@ class GracefulStop:
 
     def _note(self, number: int) -> None:
         name = signal.Signals(number).name
+        self._terminated |= number == signal.SIGTERM
         self.request(name)
         if next(self._first, False) and self.notice is not None:
             # Not print: the signal may have interrupted a print, whose buffer may not be entered twice.
-            os.write(2, f"\n{name}: {self.notice}\n".encode())
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(2, f"\n{name}: {self.notice}\n".encode())
+
+
+# A forked child gets no signal before it has left: until then the handler would tell the parent of it.
+
+
+def _hold() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _leave_all() -> None:
+    entered, _entered[:] = _entered[::-1], []
+    for stop in entered:
+        stop.__exit__(None, None, None)
+    _let_go()
+
+
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_leave_all)

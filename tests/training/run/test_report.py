@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -205,3 +207,30 @@ def test_summary() -> None:
     report.summary("Learned [x]", SUMMARY)
     for shown in ("Learned [x]", "41 %", "93 %", SUMMARY[2][1]):
         assert shown in out.getvalue()
+
+
+def test_a_run_outlives_who_reads_its_output() -> None:
+    program = """
+from jaxrl_llm.training.run.report import Report
+with Report(3) as report:
+    report.message("first")
+    input()
+    for step in range(1, 4):
+        report.log(step, {"loss": 1.0})
+    report.message("last")
+print("what others print")
+open(2, "w", closefd=False).write("at its end")
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-u", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None and run.stdout.readline() == "first\n"
+    run.stdout.close()
+    run.stdout = None
+    errors = run.communicate("go on\n", timeout=60)[1]
+    assert run.returncode == 0
+    assert errors == "Nobody reads the run's output any more; it goes on. Ctrl-C or SIGTERM stops it.\nat its end"

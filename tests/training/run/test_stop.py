@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -63,3 +65,77 @@ def test_inert_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [before, False]
+
+
+def test_terminated_hears_of_sigterm_alone() -> None:
+    with GracefulStop(notice=None) as stop:
+        assert not stop.terminated(0.01)
+        send(signal.SIGINT)
+        assert not stop.terminated(0.01) and stop.requested
+        send(signal.SIGTERM)
+        assert stop.terminated(0.01) and stop.reason == "SIGINT"
+
+
+def test_terminated_hears_what_only_the_handler_heard() -> None:
+    """asyncio's `add_signal_handler` takes Python's one wakeup for itself."""
+    with GracefulStop(notice=None) as stop:
+        taken = signal.set_wakeup_fd(-1)
+        send(signal.SIGTERM)
+        assert stop.terminated(0.01)
+        signal.set_wakeup_fd(taken)
+
+
+def test_where_nobody_reads_the_notice_the_stop_is_heard() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    errors = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        with GracefulStop() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.terminated(5) and stop.requested
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        os.close(writing)
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import os, signal, time
+from jaxrl_llm.training.run.stop import GracefulStop
+
+{before}
+with GracefulStop(notice=None) as stop:
+    {within}
+print(stop.reason)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "within", "reason"),
+    [
+        # Python and many libraries can wait for descriptors of any number, select.select up to 1023.
+        (
+            "many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]",
+            "os.kill(os.getpid(), signal.SIGTERM); assert stop.terminated(5)",
+            "SIGTERM",
+        ),
+        # As multiprocessing ends its workers, whose signals are not the run's.
+        (
+            "",
+            "child = os.fork() or time.sleep(60); os.kill(child, signal.SIGTERM); "
+            "assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM; assert not stop.terminated(0.1)",
+            "None",
+        ),
+    ],
+    ids=["many_files", "forked"],
+)
+def test_in_a_process_of_its_own(before: str, within: str, reason: str) -> None:
+    program = IN_A_PROCESS_OF_ITS_OWN.format(before=before, within=within)
+    done = subprocess.run(
+        [sys.executable, "-c", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 4096))" + program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == [reason], done.stderr

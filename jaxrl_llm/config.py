@@ -47,8 +47,7 @@ class ModelSource:
     less is moved between devices and from memory."""
     base_dtype: BaseDType | None = None
     """Keep the weights that adapters are trained beside as integers, with a scale for each 32: int8 (1.06 bytes a
-    weight) or int4 (0.63). Needs model.lora.rank or model.adapters, and no experts; embedding, head and norms keep
-    param_dtype."""
+    weight) or int4 (0.63). Needs model.lora.rank or model.adapters; embedding, head and norms keep param_dtype."""
     gradient_sums: DType = "float32"
     """Type in which devices sum the gradients of the layers' weights. bfloat16 moves half as much, and costs 0.4 % of
     a gradient on 8 devices, 1.6 to 1.9 % on 256."""

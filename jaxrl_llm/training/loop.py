@@ -315,6 +315,8 @@ class Loop:
             self.checkpoints.write(prepared)
         self._say_how_to_resume("Stopped", step, f"{self.stop.reason}, in the middle of the phase {self.news.place!r}")
         self.report.close()
+        with contextlib.suppress(Exception):  # of any kind: all is saved
+            self.writer.close()  # so that Weights & Biases does not take the run for crashed
 
     def _say_how_to_resume(self, what: str, step: int, why: str | None = None) -> None:
         what = f"{what} after step {step}" + (f" ({why})" if why else "")

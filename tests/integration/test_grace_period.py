@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,36 @@ def stuck(place: str) -> list[str]:
     return ["--signal=stuck", f"--signal-at={place}", "--grace-period=0.6"]
 
 
+WANDB = """
+class Run:
+    id = "of the test"
+
+    def log(self, line):
+        pass
+
+    def define_metric(self, name, **settings):
+        pass
+
+    def finish(self):
+        print("the run at Weights & Biases has ended")
+
+
+def init(**settings):
+    return Run()
+"""
+
+
 def cut(folder: Path, place: str, *args: str) -> str:
-    """What it printed."""
-    command = [sys.executable, str(SCRIPT), f"--run-dir={folder}", *stuck(place), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """What it printed last; it reports to a Weights & Biases that says when it is told of the end."""
+    folder.parent.joinpath("wandb.py").write_text(WANDB)
+    command = [sys.executable, str(SCRIPT), f"--run-dir={folder}", *stuck(place), *args, "--wandb.project=p"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("SIGTERM: Stopping as soon as this phase ends") == 1
-    return done.stdout
+    *said, last = done.stdout.splitlines()
+    assert last == "the run at Weights & Biases has ended"
+    return said[-1]
 
 
 @pytest.mark.slow  # test_two_processes.py cuts a phase, too
@@ -45,7 +69,7 @@ def test_a_phase_is_cut_and_made_again(tmp_path: Path, tiny: ModuleType, place: 
     output = cut(tmp_path / "cut", place)
     phase = place.partition(":")[0]
     said = f"Stopped after step {kept} (SIGTERM, in the middle of the phase {phase!r}) and saved. Go on with the same"
-    assert said in output.splitlines()[-1]
+    assert said in output
     assert (tmp_path / "cut" / "checkpoints" / str(kept)).is_dir()
     ends = []
     for name in ("cut", "whole"):
@@ -70,10 +94,11 @@ def test_a_cut_run_is_saved_where_nobody_reads_its_output(tmp_path: Path, gone: 
 
 @pytest.mark.slow
 def test_the_first_step_is_cut_with_nothing_to_save(tmp_path: Path) -> None:
-    assert "Stopped before the first step, with nothing to save." in cut(tmp_path, "update:1", "--evaluation.every=0")
+    said = cut(tmp_path / "cut", "update:1", "--evaluation.every=0")
+    assert "Stopped before the first step, with nothing to save." in said
 
 
 @pytest.mark.slow
 def test_a_phase_is_waited_for_where_there_is_no_grace_period(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
-        cut(tmp_path, "update:2", "--grace-period=0")
+        cut(tmp_path / "cut", "update:2", "--grace-period=0")

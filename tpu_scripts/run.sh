@@ -178,6 +178,7 @@ script create ${CREATE[@]+"${CREATE[@]}"} >/dev/null
 script setup ${SET_UP[@]+"${SET_UP[@]}"} >/dev/null
 script launch -- "${ARGUMENTS[@]}" >/dev/null
 DRY_RUN=false
+[[ $(state) != ACTIVE ]] || script create ${CREATE[@]+"${CREATE[@]}"}  # refuses another type of slice
 
 DEADLINE=""
 FOLLOWER=""

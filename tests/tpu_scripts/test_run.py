@@ -53,6 +53,8 @@ def test_ctrl_c_leaves_the_run_alone_and_the_same_command_attends_to_it_again(cl
     out, err = begun.communicate(timeout=60)
     assert begun.returncode == 130 and "COSTS ON" in out, out + err
     assert requests(cloud) == ["create"]
+    other = cloud.script("run", *line(cloud, "--type", "v6e-8"))  # of two the last one
+    assert other.returncode == 2 and "'my-tpu' is there and is a v6e-16" in other.stderr
 
     again = cloud.begin("run", *line(cloud))
     assert cloud.script("stop", *WHERE).returncode == 0

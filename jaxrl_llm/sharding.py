@@ -57,7 +57,7 @@ _BLOCKS = "blocks of "
 
 
 def blocks_of(axis: str) -> str:
-    """The name of an axis with an entry for several of another one each; it is an array's last. See `spec`."""
+    """The name of an axis with an entry for several of another one each; an array's last but one. See `spec`."""
     return _BLOCKS + axis
 
 
@@ -192,7 +192,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[
     """The partition on `mesh` of an array whose dimensions have these logical names.
 
     Of an axis of blocks there are less than of that which they are of: a mesh axis that does not divide it cuts the
-    axis before it in its place, if that has a name and so many entries, or else nothing.
+    axis behind it in its place, if that has a name and so many entries, or else nothing.
 
     Args:
         mesh: the device mesh.
@@ -200,16 +200,16 @@ def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[
         shape: of the array; needed where one is an axis of blocks.
     """
     parts = [_mesh_axes(mesh, axis) for axis in axes]
-    if axes and _has_blocks(axes[-1]):
-        *_, rows, blocks = shape
-        *_, of_rows, wanted = parts
+    if len(axes) > 1 and _has_blocks(axes[-2]):
+        *_, blocks, rows = shape
+        *_, wanted, of_rows = parts
         of_blocks: tuple[str, ...] = ()
         for name in wanted:
             if blocks % _product(mesh, (*of_blocks, name)) == 0:
                 of_blocks = (*of_blocks, name)
-            elif axes[-2] is not None and rows % _product(mesh, (*of_rows, name)) == 0:
+            elif axes[-1] is not None and rows % _product(mesh, (*of_rows, name)) == 0:
                 of_rows = (*of_rows, name)
-        parts[-2:] = of_rows, of_blocks
+        parts[-2:] = of_blocks, of_rows
     return PartitionSpec(*(part or None for part in parts))
 
 

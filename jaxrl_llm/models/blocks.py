@@ -119,7 +119,7 @@ class Linear(nnx.Module):
         weight = 0.02 * jax.random.normal(rngs.params(), (out, inner), dtype)
         rounded = None if config.base_dtype is None or name is None else Blocks.of(weight, config.base_dtype)
         weight, scale, offset = (weight, None, None) if rounded is None else rounded
-        in_blocks = axes if rounded is None else (axes[0], blocks_of(axes[1]))
+        in_blocks = axes if rounded is None else (blocks_of(axes[1]), axes[0])
         self.weight = nnx.Param(weight, axes=in_blocks)
         self.weight_scale = None if scale is None else nnx.Param(scale, axes=in_blocks)
         self.weight_offset = None if offset is None else nnx.Param(offset, axes=in_blocks)
@@ -142,7 +142,7 @@ class Linear(nnx.Module):
             y = product(self.axes, x, self.weight[...])
         else:
             offset = None if self.weight_offset is None else self.weight_offset[...]
-            axes = self.axes[0], blocks_of(self.axes[1])
+            axes = blocks_of(self.axes[1]), self.axes[0]
             y = blocks_product(self.dtype, axes, x, Blocks(self.weight[...], self.weight_scale[...], offset))
         if self.lora_a is not None and self.lora_b is not None:
             (out, inner), rank = self.axes, "lora_rank"

@@ -120,7 +120,7 @@ def _read(
     whole = Blocks(_put_together(blocks.values, of_values), _put_together(blocks.scale, of_scales), offset)
 
     def floats(some: Blocks) -> jax.Array:
-        return operand(dtype, some.floats(x.dtype))
+        return operand(dtype, some.turned(x.dtype))
 
     return grouped_product(x, whole, sizes, transposed=transposed, floats=floats)
 
@@ -128,14 +128,14 @@ def _read(
 def _blocks_forward(
     dtype: DType, gathers: _OfLeaves, x: jax.Array, blocks: Blocks, sizes: jax.Array
 ) -> tuple[jax.Array, tuple[Blocks, jax.Array]]:
-    return _read(dtype, gathers, blocks, operand(dtype, x), sizes, transposed=False), (blocks, sizes)
+    return _read(dtype, gathers, blocks, operand(dtype, x), sizes, transposed=True), (blocks, sizes)
 
 
 def _blocks_backward(
     dtype: DType, gathers: _OfLeaves, saved: tuple[Blocks, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None, None]:
     blocks, sizes = saved
-    return _read(dtype, gathers, blocks, operand(dtype, gradient), sizes, transposed=True), None, None
+    return _read(dtype, gathers, blocks, operand(dtype, gradient), sizes, transposed=False), None, None
 
 
 _blocks_product.defvjp(_blocks_forward, _blocks_backward)

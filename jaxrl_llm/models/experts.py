@@ -80,7 +80,7 @@ class Stacked(nnx.Module):
         weight = 0.02 * jax.random.normal(rngs.params(), (count, out, inner), dtype)
         rounded = None if config.base_dtype is None else Blocks.of(weight, config.base_dtype)
         weight, scale, offset = (weight, None, None) if rounded is None else rounded
-        in_blocks = ("expert", *axes) if rounded is None else ("expert", axes[0], blocks_of(axes[1]))
+        in_blocks = ("expert", *axes) if rounded is None else ("expert", blocks_of(axes[1]), axes[0])
         self.weight = nnx.Param(weight, axes=in_blocks)
         self.weight_scale = None if scale is None else nnx.Param(scale, axes=in_blocks)
         self.weight_offset = None if offset is None else nnx.Param(offset, axes=in_blocks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
@@ -28,17 +28,21 @@ BYTES: Mapping[BaseDType, float] = MappingProxyType({"int8": 1 + 2 / BLOCK, "int
 """Of an entry, with its part of scale and offset."""
 
 _Axes = tuple[str, str]
-"""Logical names of the axes of blocks: rows, and blocks of something."""
+"""Logical names of the axes of blocks: blocks of something, and rows."""
 
 
 class Blocks(NamedTuple):
-    """A weight `[..., out, in]`."""
+    """A weight `[..., out, in]`, of which the rows are the last axis here.
+
+    So a TPU reads it as it lies: what is said of a block holds for whole lanes. Rows that lie one behind the other it
+    turns first, those of all layers at once, in as much memory again.
+    """
 
     values: jax.Array
-    """Of 8 bits int8 `[..., out, in]`; of 4 uint8 `[..., out, in / 2]`, entries 2n and 2n + 1 in a byte, the first in
-    its low bits."""
+    """Of 8 bits int8 `[..., in, out]`; of 4 uint8 `[..., in / 2, out]`, entries n and n + 16 of a block in a byte, the
+    first in its low bits, as in a GGUF file."""
     scale: jax.Array
-    """`[..., out, in / 32]` float16; more where a device has parts of blocks (`with_whole_blocks`)."""
+    """`[..., in / 32, out]` float16; more where a device has parts of blocks (`with_whole_blocks`)."""
     offset: jax.Array | None
     """The same, of 4 bits."""
 
@@ -49,44 +53,61 @@ class Blocks(NamedTuple):
         Raises:
             ValueError: its rows are not whole blocks.
         """
-        *outer, inner = weight.shape
+        inner = weight.shape[-1]
         if inner % BLOCK:
             raise ValueError(
                 f"{dtype} weights (model.base_dtype, sampling.weights_dtype) are in blocks of {BLOCK} entries of a "
                 f"row, and one of shape {list(weight.shape)} has rows of {inner}; leave it out"
             )
-        blocks = weight.astype(jnp.float32).reshape(*outer, -1, BLOCK)
+        turned = jnp.swapaxes(weight.astype(jnp.float32), -1, -2)
+        blocks = turned.reshape(*turned.shape[:-2], -1, BLOCK, turned.shape[-1])
         if dtype == "int8":
-            low, scale = None, jnp.max(jnp.abs(blocks), axis=-1) / 127
+            low, scale = None, jnp.max(jnp.abs(blocks), axis=-2) / 127
         else:
             low, scale = _sixteen(blocks)
         scale = scale.astype(jnp.float16)
-        steps = scale.astype(jnp.float32)[..., None]
-        above = blocks if low is None else blocks - low.astype(jnp.float32)[..., None]
+        steps = scale.astype(jnp.float32)[..., None, :]
+        above = blocks if low is None else blocks - low.astype(jnp.float32)[..., None, :]
         steps = jnp.round(above / jnp.where(steps != 0, steps, 1))
         if low is None:
-            values = jnp.clip(steps, -127, 127).astype(jnp.int8)
-        else:
-            pairs = jnp.clip(steps, 0, 15).astype(jnp.uint8).reshape(*outer, -1, 2)
-            values = pairs[..., 0] | pairs[..., 1] << 4
-        return cls(values.reshape(*outer, -1), scale, low)
+            return cls(jnp.clip(steps, -127, 127).astype(jnp.int8).reshape(turned.shape), scale, None)
+        return cls(_packed(jnp.clip(steps, 0, 15).astype(jnp.uint8)), scale, low)
+
+    @property
+    def inner(self) -> int:
+        """Entries of a row."""
+        return self.values.shape[-2] * (1 if self.offset is None else 2)
+
+    def turned(self, dtype: Any) -> jax.Array:
+        """The weight `[..., in, out]`, computed in float32 and rounded to a type."""
+        *outer, count, out = self.scale.shape
+        values = self.values.reshape(*outer, count, -1, out) if self.offset is None else _unpacked(self.values, count)
+        wide = values.astype(jnp.float32) * self.scale.astype(jnp.float32)[..., None, :]
+        if self.offset is not None:
+            wide = wide + self.offset.astype(jnp.float32)[..., None, :]
+        return wide.astype(dtype).reshape(*outer, -1, out)
 
     def floats(self, dtype: Any) -> jax.Array:
-        """The weight, computed in float32 and rounded to a type."""
-        # Each byte twice and each scale 32 times, in place of axes of 2 and of 32 entries, which a TPU fills up to 128.
-        values = self.values
-        if self.offset is not None:
-            shifts = (4 * (jnp.arange(2 * values.shape[-1]) % 2)).astype(jnp.uint8)
-            values = jnp.repeat(values, 2, axis=-1) >> shifts & 15
-        each = values.shape[-1] // self.scale.shape[-1]
-        wide = values.astype(jnp.float32) * jnp.repeat(self.scale.astype(jnp.float32), each, axis=-1)
-        if self.offset is not None:
-            wide = wide + jnp.repeat(self.offset.astype(jnp.float32), each, axis=-1)
-        return wide.astype(dtype)
+        """The weight `[..., out, in]`, as `turned`."""
+        return jnp.swapaxes(self.turned(dtype), -1, -2)
+
+
+def _packed(blocks: jax.Array) -> jax.Array:
+    """Numbers under 16 of blocks `[..., count, entries, out]`, two in a byte: `[..., count · entries / 2, out]`."""
+    *outer, count, entries, out = blocks.shape
+    low, high = jnp.split(blocks, 2, axis=-2)
+    return (low | high << 4).reshape(*outer, count * entries // 2, out)
+
+
+def _unpacked(values: jax.Array, count: int) -> jax.Array:
+    """What `_packed` packed, of so many blocks."""
+    *outer, _, out = values.shape
+    pairs = values.reshape(*outer, count, -1, out)
+    return jnp.concatenate([pairs & 15, pairs >> 4], axis=-2)
 
 
 def _sixteen(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first of 16 numbers, float16, and the step between them, for each block `[..., 32]`.
+    """The first of 16 numbers, float16, and the step between them, for each block `[..., 32, out]`.
 
     They go from the least to the greatest of the block; or from that which is farthest from 0 over 0 to seven eighths
     of its opposite, where all of it lies on these, as after Q4_0.
@@ -94,10 +115,10 @@ def _sixteen(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def away(first: jax.Array, step: jax.Array) -> jax.Array:
         """Steps between the block's entries and the nearest of the numbers, at most."""
-        steps = (blocks - first.astype(jnp.float32)[..., None]) / jnp.where(step != 0, step, 1)[..., None]
-        return jnp.max(jnp.abs(steps - jnp.clip(jnp.round(steps), 0, 15)), axis=-1)
+        steps = (blocks - first.astype(jnp.float32)[..., None, :]) / jnp.where(step != 0, step, 1)[..., None, :]
+        return jnp.max(jnp.abs(steps - jnp.clip(jnp.round(steps), 0, 15)), axis=-2)
 
-    least, most = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
+    least, most = jnp.min(blocks, axis=-2), jnp.max(blocks, axis=-2)
     low = least.astype(jnp.float16)
     step = (most - low.astype(jnp.float32)) / 15
     farthest = jnp.where(most >= -least, most, least)
@@ -153,8 +174,10 @@ def rounded(params: Params, dtype: BaseDType, axes: Params | None = None) -> Par
                 return tree
             weight = tree["weight"]
             if names:
-                *outer, inner = weight.shape
-                weight = constrain(weight, *names[LEAVES[1]], shape=(*outer, inner // BLOCK))
+                *outer, out, inner = weight.shape
+                turned = jnp.swapaxes(weight, -1, -2)
+                turned = constrain(turned, *names[LEAVES[1]], shape=(*outer, inner // BLOCK, out))
+                weight = jnp.swapaxes(turned, -1, -2)
             return tree | {"weight": Blocks.of(weight, dtype)}
         return {name: one(name, part, names and names[name]) for name, part in tree.items()}
 
@@ -182,27 +205,40 @@ def with_whole_blocks(params: Params) -> Params:
             return tree
         if path[-1:] and path[-1] in _READ_IN_PARTS and (blocks := blocks_in(tree)) is not None:
             rows = "embed_of_expert" if "experts" in path else "embed"
-            parted = _parted(blocks, rows, blocks_of(_READ_IN_PARTS[path[-1]]))
+            parted = _parted(blocks, blocks_of(_READ_IN_PARTS[path[-1]]), rows)
             return tree | {name: leaf for name, leaf in zip(LEAVES, parted, strict=True) if leaf is not None}
         return {name: one(part, (*path, name)) for name, part in tree.items()}
 
     return one(params, ())
 
 
-def _parted(blocks: Blocks, *names: str) -> Blocks:
+def _parted(blocks: Blocks, inner: str, rows: str) -> Blocks:
     scale, shards = blocks.scale, head_shards()
-    if scale.shape[-1] % shards == 0:
+    if scale.shape[-2] % shards == 0:
         return blocks
-    inner = blocks.values.shape[-1] * (1 if blocks.offset is None else 2)
-    own = inner // scale.shape[-1]
-    times = own // math.gcd(own, inner // shards)
-    outer = (None,) * (scale.ndim - 3) + ("expert",) if names[0] == "embed_of_expert" else (None,) * (scale.ndim - 2)
+    own = blocks.inner // scale.shape[-2]
+    part = math.gcd(own, blocks.inner // shards)
+    outer = (None,) * (scale.ndim - 3) + ("expert",) if rows == "embed_of_expert" else (None,) * (scale.ndim - 2)
 
-    def one(leaf: jax.Array) -> jax.Array:
-        whole = constrain(leaf, *outer, names[0], None)
-        return constrain(jnp.repeat(whole, times, axis=-1), *outer, *names)
+    def one(leaf: jax.Array, cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return constrain(cut(constrain(leaf, *outer, None, rows)), *outer, inner, rows)
 
-    return Blocks(blocks.values, one(blocks.scale), None if blocks.offset is None else one(blocks.offset))
+    def repeated(leaf: jax.Array) -> jax.Array:
+        return jnp.repeat(leaf, own // part, axis=-2)
+
+    if blocks.offset is None:
+        return Blocks(blocks.values, one(scale, repeated), None)
+    if part % 2:
+        raise ValueError(
+            f"rows of {blocks.inner} numbers of 4 bits, two in a byte, cannot be cut for a tensor axis of {shards} "
+            "devices: choose a smaller mesh.tensor, or int8"
+        )
+
+    def packed_anew(values: jax.Array) -> jax.Array:
+        whole = _unpacked(values, scale.shape[-2])
+        return _packed(whole.reshape(*scale.shape[:-2], -1, part, scale.shape[-1]))
+
+    return Blocks(one(blocks.values, packed_anew), one(scale, repeated), one(blocks.offset, repeated))
 
 
 def with_floats(params: Any, dtype: Any) -> Any:
@@ -222,17 +258,17 @@ def blocks_product(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> j
 
 def _factor(dtype: DType, axes: _Axes, blocks: Blocks, x: jax.Array) -> jax.Array:
     whole = jax.tree.map(lambda leaf: gathered(leaf, *axes), blocks)
-    return operand(dtype, whole.floats(x.dtype))
+    return operand(dtype, whole.turned(x.dtype))
 
 
 def _forward(dtype: DType, axes: _Axes, x: jax.Array, blocks: Blocks) -> tuple[jax.Array, Blocks]:
     x = operand(dtype, x)
-    return times_transposed(x, _factor(dtype, axes, blocks, x)), blocks
+    return jnp.einsum("...i,io->...o", x, _factor(dtype, axes, blocks, x)), blocks
 
 
 def _backward(dtype: DType, axes: _Axes, blocks: Blocks, gradient: jax.Array) -> tuple[jax.Array, None]:
     gradient = operand(dtype, gradient)
-    return jnp.einsum("...o,oi->...i", gradient, _factor(dtype, axes, blocks, gradient)), None
+    return times_transposed(gradient, _factor(dtype, axes, blocks, gradient)), None
 
 
 blocks_product.defvjp(_forward, _backward)

@@ -19,14 +19,15 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_llm.models.config import ModelConfig, Params
 from jaxrl_llm.models.integers import LEAVES, with_whole_blocks
-from jaxrl_llm.sharding import blocks_of, constrain, head_shards
+from jaxrl_llm.sharding import blocks_of, constrain, head_shards, is_rounded
 
 _AXES = {
-    **dict.fromkeys(LEAVES, ("kv_heads", blocks_of("embed"))),
+    "weight": ("kv_heads", "embed"),
     "lora_b": ("kv_heads", "lora_rank"),
     "bias": ("kv_heads",),
 }
-"""Of the leaves of a linear layer those that have its outputs as an axis."""
+"""Of the leaves of a linear layer those that have its outputs as an axis; of integers it is another one."""
+_OF_INTEGERS = dict.fromkeys(LEAVES, (blocks_of("embed"), "kv_heads"))
 
 
 def kv_heads_on(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) -> int:
@@ -64,21 +65,22 @@ def with_whole_parts(params: Params, config: ModelConfig) -> Params:
         *_, module, projection, name = [None, None, *(getattr(entry, "key", None) for entry in path)]
         if (module, projection) == ("attention", "key_norm") and config.qk_norm_over_heads:
             return _repeat(leaf, heads, ("norm",), config.head_dim)  # its mean is that of the heads that there were
-        if module != "attention" or projection not in ("key", "value") or name not in _AXES:
+        axes = _OF_INTEGERS if is_rounded(leaf.dtype) else _AXES
+        if module != "attention" or projection not in ("key", "value") or name not in axes:
             return leaf
-        return _repeat(leaf, heads, _AXES[name], config.head_dim)
+        return _repeat(leaf, heads, axes[name], config.head_dim)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _repeat(leaf: jax.Array, heads: int, names: tuple[str, ...], head_dim: int) -> jax.Array:
+def _repeat(leaf: jax.Array, heads: int, names: tuple[str | None, ...], head_dim: int) -> jax.Array:
     """Brings `[…, K·H, …]`, whose last axes bear these names, to so many heads; of stacked layers, too."""
-    axis = leaf.ndim - len(names)
+    names = (*[None] * (leaf.ndim - len(names)), *names)
+    axis = next(place for place, name in enumerate(names) if name in ("kv_heads", "norm"))
     before, width, after = leaf.shape[:axis], leaf.shape[axis], leaf.shape[axis + 1 :]
     if width == heads * head_dim:
         return leaf
-    stacked = (None,) * axis
     # The few weights whole, for there may be half a head on a device: its copies would be put together one by one.
-    whole = constrain(leaf, *stacked, None, *names[1:]).reshape(*before, -1, head_dim, *after)
+    whole = constrain(leaf, *names[:axis], None, *names[axis + 1 :]).reshape(*before, -1, head_dim, *after)
     copies = jnp.repeat(whole, heads * head_dim // width, axis=axis)
-    return constrain(copies.reshape(*before, -1, *after), *stacked, *names)
+    return constrain(copies.reshape(*before, -1, *after), *names)

@@ -764,6 +764,34 @@ def test_a_weight_is_gathered_and_not_multiplied_part_after_part():
 
 
 @needs_libtpu
+def test_integers_are_read_as_they_lie():
+    """Of layers in a loop, none but the one that is read is turned or made floats."""
+    line = """if True:
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+        from jaxrl_llm.launch.plan.slices import slice_devices
+        from jaxrl_llm.models.integers import Blocks, blocks_product
+        from jaxrl_llm.sharding import MeshConfig, blocks_of, make_mesh
+        mesh = make_mesh(MeshConfig(), slice_devices("v5e:1x1"))
+        lies = NamedSharding(mesh, PartitionSpec())
+        made = jax.eval_shape(lambda: Blocks.of(jnp.zeros((16, 14336, 4096)), "int4"))
+        blocks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies), made)
+        def layer(x, blocks):
+            y = blocks_product("bfloat16", (blocks_of("embed"), "mlp"), x, blocks)
+            return x + y[:, :4096], None
+        def value(x, blocks):
+            return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, blocks)[0], dtype="float32")
+        x = jax.ShapeDtypeStruct((512, 4096), "bfloat16", sharding=lies)
+        with jax.set_mesh(mesh):
+            used = jax.jit(jax.grad(value)).lower(x, blocks).compile().memory_analysis().temp_size_in_bytes
+        print(used / blocks.values.size)
+    """
+    told = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=120)
+    assert float(told.stdout) < 0.5, told.stdout + told.stderr
+
+
+@needs_libtpu
 def test_small_layers_are_a_loop_on_a_slice_and_none_on_a_cpu(model_path: str):
     line = """if True:
         import sys

@@ -111,6 +111,7 @@ def test_a_model_computes_what_its_floats_would(made):
         ("int4", {"fsdp": 2, "tensor": 4}),
         ("int4", {"fsdp": 8}),
         ("int8", {"tensor": 8}),
+        ("int4", {"tensor": 8}),
         ("int4 experts", {"expert": 2, "fsdp": 4}),
         ("int8 experts", {"expert": 2, "tensor": 4}),
     ],
@@ -131,7 +132,7 @@ def test_on_eight_devices(made, sizes):
         with jax.set_mesh(mesh):
             parted = jax.jit(with_whole_blocks)(on_mesh)
         scale = parted["layers"]["mlp"]["down"]["weight_scale"]
-        assert scale.shape == (2, 64, 8) and scale.sharding.shard_shape(scale.shape) == (2, 64, 1)
+        assert scale.shape == (2, 8, 64) and scale.sharding.shard_shape(scale.shape) == (2, 1, 64)
         jax.tree.map(np.testing.assert_array_equal, with_floats(parted, "float32"), floats)
 
 
@@ -200,8 +201,8 @@ def test_checkpoints_are_read_to_integers_and_written_as_floats(made, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, cut, loaded)
     up = cut["layers"]["mlp"]["up"]
     assert [leaf.sharding.shard_shape(leaf.shape)[1:] for leaf in (up["weight"], up["weight_scale"])] == [
-        (128, up["weight"].shape[-1] // 8),
-        (16, 2),  # rows, for there are 2 blocks in each
+        (up["weight"].shape[-2] // 8, 128),
+        (2, 16),  # rows, for there are 2 blocks in each
     ]
 
     params = add_adapters(loaded, model, jax.random.key(0))

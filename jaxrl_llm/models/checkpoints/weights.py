@@ -185,13 +185,19 @@ def load_weights(
         """The parameter as it is kept: where that is integers, the float one goes at once."""
         if transformer.config.base_dtype is None or blocks_at(kept, leaf.path) is None:
             return array
-        made = jax.jit(Blocks.of, static_argnums=1, out_shardings=array.sharding)(array, transformer.config.base_dtype)
-        return made if shardings is None else jax.device_put(made, blocks_at(shardings, leaf.path))
+        ends = None if shardings is None else blocks_at(shardings, leaf.path)
+        lies = array.sharding if ends is None else ends.scale
+        made = jax.jit(Blocks.of, static_argnums=1, out_shardings=lies)(array, transformer.config.base_dtype)
+        return made if ends is None else jax.device_put(made, ends)
 
     def place(leaf: Leaf) -> Any:
         """Where its floats go: of what is rounded, whole blocks of a row to one device."""
         blocks = blocks_at(shardings, leaf.path)
-        return _at(shardings, leaf.path) if blocks is None else blocks.scale
+        if blocks is None:
+            return _at(shardings, leaf.path)
+        of_scales: Any = blocks.scale
+        *outer, inner, out = of_scales.spec
+        return jax.sharding.NamedSharding(of_scales.mesh, jax.sharding.PartitionSpec(*outer, out, inner))
 
     places = None if shardings is None else [place(leaf) for leaf in wanted]
     arrays = load_leaves(source, wanted, places, where=where, told=told, finish=finish)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +46,9 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         "dataset": "train_data",
         "dataset_name": "train_data",
         "reward_funcs": "rewards",
+        "model_name": "model_path",
+        "group_size": "num_generations",
+        "num_return_sequences": "num_generations",
         "lora_r": "lora_rank",
         "max_steps": "steps",
         "max_new_tokens": "max_completion_length",
@@ -60,14 +64,26 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
 )
 """Names that other frameworks have for the same."""
 
+_ROWS = (
+    "a step has --training.prompts-per-step × --training.samples-per-prompt rows (--training.rows-per-step), on all "
+    "devices together; --update.micro-batches cuts it"
+)
+
 FOREIGN: Mapping[str, str] = MappingProxyType(
     {
-        "per_device_train_batch_size": "a step has --training.prompts-per-step × --training.samples-per-prompt rows "
-        "(--training.rows-per-step), on all devices together; --update.micro-batches cuts it",
+        "per_device_train_batch_size": _ROWS,
+        "batch_size": _ROWS,
+        "train_batch_size": _ROWS,
+        "micro_batch_size": _ROWS,
+        "mini_batch_size": "--update.minibatches is the number of updates that a batch is cut into",
         "gradient_accumulation_steps": "--update.micro-batches cuts a step, and changes no result",
         "generation_batch_size": "a step samples --training.prompts-per-step × --training.samples-per-prompt",
         "steps_per_generation": "--update.minibatches × --update.epochs is the number of updates of a batch",
         "num_train_epochs": "--training.steps is the length of a run, in batches",
+        "epochs": "--training.steps is the length of a run, in batches",
+        "num_epochs": "--training.steps is the length of a run, in batches",
+        "warmup_ratio": "--optimizer.warmup-steps counts steps",
+        "system_prompt": "prompts may be lists of messages, the first of them the system's",
         "lr_scheduler_type": "--optimizer.schedule is constant, linear or cosine",
         "adam_beta1": "--optimizer.b1 is the decay of the first moment",
         "adam_beta2": "--optimizer.b2 is the decay of the second moment",
@@ -124,6 +140,12 @@ def paths_of(config: Any, name: str) -> tuple[str, ...]:
     return ()
 
 
+def _concerns(text: str, config: Any) -> bool:
+    """Whether a record has any of the settings that a text names, if it names some."""
+    named = [flag.replace("-", "_") for flag in re.findall(r"--([a-z0-9-]+\.[a-z0-9.-]*[a-z0-9])", text)]
+    return not named or not set(setting_paths(config)).isdisjoint(named)
+
+
 def hint(config: Any, name: str, spelled: Callable[[str], str] = str) -> str | None:
     """Where a setting that there is not may be found: what of `config` is nearest, wherever in its path the slip is.
 
@@ -133,7 +155,7 @@ def hint(config: Any, name: str, spelled: Callable[[str], str] = str) -> str | N
         spelled: writes a setting's name as who gave it would.
     """
     last = name.rpartition(".")[2]
-    if last in FOREIGN:
+    if last in FOREIGN and _concerns(FOREIGN[last], config):
         return FOREIGN[last]
     if means := paths_of(config, last):
         return f"did you mean {spelled(means[0])}?"
@@ -149,4 +171,6 @@ def hint(config: Any, name: str, spelled: Callable[[str], str] = str) -> str | N
         for path in sorted(known, key=lambda path: -path.count(".")):  # of several alike, the outermost
             by_last[path.rpartition(".")[2]] = path
         near = [by_last[found] for found in difflib.get_close_matches(last, by_last, n=1)]
-    return f"did you mean {spelled(near[0])}?" if near else None
+    if near:
+        return f"did you mean {spelled(near[0])}?"
+    return f"--help-all lists those of {folder[:-1]}" if known[0].startswith(folder) else None

@@ -94,6 +94,12 @@ def test_a_flag_without_effect_is_refused(config, flags, message, capsys):
         ("--critic.optimzer.b1=1", "there is no setting --critic.optimzer.b1; did you mean --critic.optimizer.b1?"),
         ("--algorithm.clip-high=1", "there is no setting --algorithm.clip-high; did you mean --algorithm.surrogate.cl"),
         ("--per-device-train-batch-size=8", "there is no setting --per-device-train-batch-size; a step has --training"),
+        (
+            "--training.batch-size=8",
+            "there is no setting --training.batch-size; a step has --training.prompts-per-step",
+        ),
+        ("--epochs=2", "there is no setting --epochs; --training.steps is the length of a run"),
+        ("--model.qq=2", "there is no setting --model.qq; --help-all lists those of model"),
         ("--bf16", "there is no setting --bf16; --model.dtype=bfloat16"),
         (
             "--algorithm.surrogate.part=Cliped",

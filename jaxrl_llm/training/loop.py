@@ -136,7 +136,7 @@ class Loop:
         self._data_state = stage.loader.get_state()
         self._seconds: dict[str, float] = {}
         self._skipped, self._unsaved = SkippedSteps(stage.length.max_skipped_steps), False
-        self._rescue = Rescue(stop, stage.setup.grace_period, self._save_kept, notices())
+        self._rescue = Rescue(stop, stage.setup.grace_period, self._save_kept, notices(), report.close)
         self._kept: tuple[int, Prepared | None] = (self.step, None)
         self._frozen = stage.saved.frozen if stage.saved else fingerprint(unsaved(stage.state, stage.reference))
 

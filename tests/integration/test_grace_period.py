@@ -102,3 +102,14 @@ def test_the_first_step_is_cut_with_nothing_to_save(tmp_path: Path) -> None:
 def test_a_phase_is_waited_for_where_there_is_no_grace_period(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         cut(tmp_path / "cut", "update:2", "--grace-period=0")
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_answered_and_obeyed_in_a_phase_without_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), f"--run-dir={tmp_path}", "--signal=aborted", "--signal-at=update:3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-2:] == [
+        "SIGINT: Stopping as soon as this phase ends; Ctrl-C again aborts.",
+        "interrupted",
+    ]

@@ -117,15 +117,18 @@ def save_checkpoint(folder: Path) -> Path:
 
 
 def send_signal(trainer: Trainer, name: str, place: str) -> None:
-    """Arranges for the signal to be sent at the place; "stuck": SIGTERM to slow phases, in one without end."""
+    """Arranges for the signal to be sent at the place; "stuck": SIGTERM to slow phases, in one without end, and
+    "aborted": Ctrl-C twice there."""
     phase, step = place.split(":")
-    stuck = name == "stuck"
+    stuck = name in ("stuck", "aborted")
 
     def send() -> None:
         if not stuck:
             os.kill(os.getpid(), getattr(signal, name))
             return
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        numbers = [signal.SIGTERM] if name == "stuck" else [signal.SIGINT, signal.SIGINT]
+        for place, number in enumerate(numbers, start=1):
+            threading.Timer(0.5 * place, os.kill, (os.getpid(), number)).start()
         endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
         jax.block_until_ready(endless(jnp.float32(0.5)))
 

@@ -17,6 +17,8 @@ from jaxrl_llm.training.run.stop import GracefulStop
 
 ANOTHER = "another process was stopped"
 """Why a process ends that was not asked to itself."""
+_HEARS = 1.0
+"""Seconds in which the main thread hears of a signal, unless it waits for a device."""
 
 
 class _Main(enum.Enum):
@@ -33,7 +35,9 @@ class Rescue:
     """Cuts a phase that does not end soon after SIGTERM; a context manager around the run, in the main thread.
 
     The phase is given a third of the grace period. Then the main thread, which may wait for a device and hear of
-    nothing, is held where it would leave the phase, and another one saves and ends the process, with status 0.
+    nothing, is held where it would leave the phase, and another one saves and ends the process, with status 0. That one
+    answers Ctrl-C at once, too; a second Ctrl-C of which the main thread does not hear ends the process, with nothing
+    saved.
 
     With several processes all hear of a signal to any of them, cut the same phase, and save together. They can, since
     after each phase they agree on whether to stop: who cuts a phase does not come to the agreement after it, so that no
@@ -44,6 +48,7 @@ class Rescue:
         grace: seconds between SIGTERM and the end of the process; 0: no phase is cut.
         save: saves what is `ready`, in the other thread, and says so.
         others: how the processes hear of each other.
+        leave: leaves the terminal as it was.
         end: ends the process, with a status.
     """
 
@@ -53,11 +58,13 @@ class Rescue:
         grace: float,
         save: Callable[[], None],
         others: Notices,
+        leave: Callable[[], None] = lambda: None,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self.ready = False
         """Whether there is something to save, or to be said; the same in all processes, and set between phases."""
         self._stop, self._grace, self._save, self._others, self._end = stop, grace, save, others, end
+        self._leave = leave
         self.patience = grace / 3 if grace else float("inf")
         """Seconds that a phase is given to end."""
         self._main, self._agreements, self._cut = _Main.BETWEEN, 0, False
@@ -107,6 +114,8 @@ class Rescue:
         while not (self._stop.terminated(self._others.pause()) or self._others.stopping()):
             if self._over.is_set():
                 return
+            if self._stop.aborted and not self._over.wait(_HEARS) and self._stop.aborted:
+                self._abort()
         self._stop.request(ANOTHER)
         self._others.tell_stop()
         if self._over.wait(self.patience):
@@ -128,6 +137,12 @@ class Rescue:
                 sys.stdout.flush()
             self._others.leave()
             self._end(status)
+
+    def _abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._leave()
+            os.write(2, b"interrupted\n")
+        self._end(130)
 
     def _cuts(self) -> bool:
         """Cuts the phase, if it may be."""

@@ -43,7 +43,8 @@ class GracefulStop:
     def __init__(self, notice: str | None = "Stopping as soon as this phase ends; Ctrl-C again aborts.") -> None:
         self.notice = notice
         self._reason: str | None = None
-        self._terminated = False
+        self._terminated = self._raised = False
+        self._heard = self._handled = 0  # how often Ctrl-C, by another thread and by the handler
         self._first = iter([True])
         self._previous: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -67,16 +68,30 @@ class GracefulStop:
     def terminated(self, seconds: float) -> bool:
         """Whether SIGTERM comes within so many seconds; for another thread.
 
-        Python's handlers wait until the main thread is back from a call that waits for a device, and this does not.
+        Python's handlers wait until the main thread is back from a call that waits for a device, and this does not: it
+        also answers the first Ctrl-C.
         """
-        until, heard = time.monotonic() + seconds, select.poll()
+        until, said = time.monotonic() + seconds, select.poll()
         if self._pipe is not None:
-            heard.register(self._pipe[0], select.POLLIN)
+            said.register(self._pipe[0], select.POLLIN)
         while not self._terminated and (left := until - time.monotonic()) > 0:
-            if heard.poll(left * 1e3) and self._pipe is not None and signal.SIGTERM in os.read(self._pipe[0], 64):
-                self._note(signal.SIGTERM)
+            if said.poll(left * 1e3) and self._pipe is not None:
+                for number in os.read(self._pipe[0], 64):
+                    self._hear(number)
         # The handler's word counts, too: an event loop may have taken Python's wakeup for itself.
         return self._terminated
+
+    @property
+    def aborted(self) -> bool:
+        """Whether Ctrl-C came again, and the main thread, which should have ended, has not heard of it."""
+        return self._heard > 1 and not self._raised
+
+    def _hear(self, number: int) -> None:
+        """In the other thread, and often before the handler."""
+        if number == signal.SIGINT:
+            self._heard += 1 if self._reason in (None, signal.SIGINT.name) else 2
+        if number in _SIGNALS:
+            self._note(number)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -104,8 +119,11 @@ class GracefulStop:
                 _entered.remove(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self._handled += 1 if self._reason in (None, signal.SIGINT.name) else 2
+            if max(self._heard, self._handled) > 1:  # of two while the main thread waited, one call is made
+                self._raised = True
+                raise KeyboardInterrupt
         self._note(number)
 
     def _note(self, number: int) -> None:

@@ -35,7 +35,7 @@ class Process:
         self.saved, self.ended, self.status = threading.Event(), threading.Event(), -1
         others = Notices(service, number, count) if count > 1 else Notices()
         others._run = "run"  # they are of one run, though made in one process
-        self.rescue = Rescue(self.told, grace, self.saved.set, others, self._end)
+        self.rescue = Rescue(self.told, grace, self.saved.set, others, end=self._end)
         self.rescue.ready = ready
 
     def _end(self, status: int) -> None:

@@ -76,6 +76,27 @@ def test_terminated_hears_of_sigterm_alone() -> None:
         assert stop.terminated(0.01) and stop.reason == "SIGINT"
 
 
+def test_ctrl_c_is_heard_once_by_whoever_is_first() -> None:
+    with GracefulStop(notice=None) as stop:
+        stop._hear(signal.SIGINT)  # by the other thread, before the handler
+        assert stop.reason == "SIGINT"
+        stop._handle(signal.SIGINT, None)
+        assert not stop.aborted
+        stop._hear(signal.SIGINT)
+        assert stop.aborted  # until the main thread hears of it
+        with pytest.raises(KeyboardInterrupt):
+            stop._handle(signal.SIGINT, None)
+        assert not stop.aborted
+
+
+def test_of_two_ctrl_c_that_come_as_one_call_the_second_counts() -> None:
+    with GracefulStop(notice=None) as stop:
+        stop._hear(signal.SIGINT)
+        stop._hear(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop._handle(signal.SIGINT, None)
+
+
 def test_terminated_hears_what_only_the_handler_heard() -> None:
     """asyncio's `add_signal_handler` takes Python's one wakeup for itself."""
     with GracefulStop(notice=None) as stop:

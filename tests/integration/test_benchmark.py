@@ -66,6 +66,7 @@ def test_sampling(grpo, script):
     assert programs(record, "update_step") == 0
 
 
+@pytest.mark.slow
 def test_update_in_bfloat16(grpo, script):
     record = grpo.measure(small(script, model=ModelSource(dtype="bfloat16", remat="full")), "W2")
     check_record(record, work="W2", tokens=2 * 4 * 5)
@@ -111,6 +112,7 @@ def test_room_that_completions_do_not_fit_into_is_refused(script):
         small(script, room=4)
 
 
+@pytest.mark.slow
 def test_iteration_on_a_checkpoint_with_a_reference(grpo, script, tmp_path):
     script("make_model").make(str(tmp_path / "tiny"), size="tiny")
     source = ModelSource(path=str(tmp_path / "tiny"), remat="none")

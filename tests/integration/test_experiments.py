@@ -42,6 +42,7 @@ SMALL = (
 OFFLINE = ("dpo_hh", "kto_hh", "orpo_hh", "preference_arithmetic", "sft_gsm8k")
 """Experiments on given rows; they take other flags. A new one adds its name here."""
 ALIKE = (
+    "distill_arithmetic",
     "kto_hh",
     "orpo_hh",
     "ppo_rlhf",

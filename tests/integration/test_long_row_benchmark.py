@@ -44,6 +44,7 @@ def test_update_in_bfloat16_is_timed(script: ModuleType, capsys):
     assert rate == pytest.approx(record["gflops_per_second"], abs=0.1 + 1e-4 * record["matmul_peak"]["gflops"])
 
 
+@pytest.mark.slow
 def test_memory_without_a_run(script: ModuleType, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(script, "random_params")
     script.main(

@@ -90,7 +90,7 @@ def repeated_distributions(model: Transformer, params: Params, rollout: Rollout,
 @pytest.mark.parametrize(
     ("algorithm", "fisher", "architecture", "temperature"),
     [
-        (TRPO, "gauss_newton", {}, 1.0),
+        pytest.param(TRPO, "gauss_newton", {}, 1.0, marks=pytest.mark.slow),
         (
             dataclasses.replace(TRPO, aggregation="token-mean", mask_truncated=True),
             "hessian",

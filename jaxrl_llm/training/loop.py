@@ -311,11 +311,16 @@ class Loop:
     def _save_kept(self) -> None:
         """In another thread, while this one is held in a phase."""
         step, prepared = self._kept
-        if prepared is not None and self.checkpoints is not None:
-            self.checkpoints.write(prepared)
-        self._say_how_to_resume("Stopped", step, f"{self.stop.reason}, in the middle of the phase {self.news.place!r}")
-        self.report.close()
-        with contextlib.suppress(Exception):  # of any kind: all is saved
+        if self.checkpoints is not None:
+            if prepared is not None:
+                self.checkpoints.write(prepared)
+            self.checkpoints.wait()
+        why = f"{self.stop.reason}, in the middle of the phase {self.news.place!r}"
+        # All is saved: what else goes wrong, of any kind, no longer counts.
+        with contextlib.suppress(Exception):
+            self._say_how_to_resume("Stopped", step, why)
+            self.report.close()
+        with contextlib.suppress(Exception):
             self.writer.close()  # so that Weights & Biases does not take the run for crashed
 
     def _say_how_to_resume(self, what: str, step: int, why: str | None = None) -> None:

@@ -133,14 +133,17 @@ class Rescue:
             with contextlib.suppress(OSError):
                 os.write(2, f"error: stopped in the middle of a phase, and could not save: {last}\n".encode())
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # of any kind: it may be closed, or there may be none
                 sys.stdout.flush()
-            self._others.leave()
-            self._end(status)
+            try:
+                self._others.leave()
+            finally:
+                self._end(status)
 
     def _abort(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self._leave()
+        with contextlib.suppress(OSError):
             os.write(2, b"interrupted\n")
         self._end(130)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 
@@ -121,6 +122,24 @@ def test_one_that_fails_to_save_says_so(terminated: set[GracefulStop], capfd: py
     terminated.add(process.told)
     assert process.ended.wait(5) and process.status == 1
     assert "could not save: OSError: disk full" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("output", [None, io.StringIO()], ids=["none", "closed"])
+def test_where_there_is_no_output_it_ends_all_the_same(
+    terminated: set[GracefulStop], monkeypatch: pytest.MonkeyPatch, output: io.StringIO | None
+) -> None:
+    if output is not None:
+        output.close()
+    monkeypatch.setattr("jaxrl_llm.training.run.rescue.sys.stdout", output)
+    process = Process(Service(1), 0, 1)
+
+    def main(rescue: Rescue) -> None:
+        with rescue.phase():
+            process.ended.wait(10)
+
+    process.begin(main)
+    terminated.add(process.told)
+    assert process.ended.wait(5) and process.status == 0
 
 
 @pytest.mark.parametrize("signalled", [0, 1, 2])

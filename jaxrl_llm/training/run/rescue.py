@@ -37,7 +37,7 @@ class Rescue:
     The phase is given a third of the grace period. Then the main thread, which may wait for a device and hear of
     nothing, is held where it would leave the phase, and another one saves and ends the process, with status 0. That one
     answers Ctrl-C at once, too; a second Ctrl-C of which the main thread does not hear ends the process, with nothing
-    saved.
+    saved, unless SIGTERM came before: from there on Ctrl-C is not listened for.
 
     With several processes all hear of a signal to any of them, cut the same phase, and save together. They can, since
     after each phase they agree on whether to stop: who cuts a phase does not come to the agreement after it, so that no

@@ -134,10 +134,11 @@ class Loop:
         self.step = stage.saved.step if stage.saved else 0
         self.evaluations = stage.saved.evaluations if stage.saved else []
         self._data_state = stage.loader.get_state()
-        self._seconds: dict[str, float] = {}
+        self._place, self._seconds = "the start", dict[str, float]()
         self._skipped, self._unsaved = SkippedSteps(stage.length.max_skipped_steps), False
         self._rescue = Rescue(stop, stage.setup.grace_period, self._save_kept, notices(), report.close)
         self._kept: tuple[int, Prepared | None] = (self.step, None)
+        self._evaluated: tuple[int, dict[str, float] | None] = (self.step, None)
         self._frozen = stage.saved.frozen if stage.saved else fingerprint(unsaved(stage.state, stage.reference))
 
     def train(self) -> None:
@@ -159,7 +160,7 @@ class Loop:
                 leaf.is_deleted() for leaf in jax.tree.leaves(self.stage.state)
             )  # given to an update that failed
             if self.step > 0 and not gone:
-                self._save(None)
+                self._save()
                 self._say_how_to_resume("Failed", self.step)
             raise
         if stopped:
@@ -167,7 +168,7 @@ class Loop:
 
     def _iterations(self) -> bool:
         """Whether it was stopped before the last step."""
-        last, self._rescue.ready = self.length.steps, True
+        last, self._rescue.ready = self.length.steps, self.checkpoints is not None
         if self.step == 0 and self.length.evaluate_every:
             self._evaluate()
         stopping, began = self.step < last and self._agree()[0], time.perf_counter()
@@ -175,17 +176,18 @@ class Loop:
             try:
                 outcome = self._iterate()
             except _StopNow:
-                self._save(None)  # the state is still that of the step before
+                self._save()  # the state is still that of the step before
                 return True
             ended = time.perf_counter()
             self._log(outcome, ended - began)
             logged = time.perf_counter()
-            evaluation = self._evaluate() if self._due(self.length.evaluate_every) else None
+            if self._due(self.length.evaluate_every):
+                self._evaluate()
             stopping, slow = self._agree() if self.step < last else (False, False)
             self._unsaved |= stopping or self._due(self.length.checkpoint_every)
             # What may be good waits for a step that shows it: a checkpoint too many displaces one that is.
             if self._unsaved and (not self._skipped.in_a_row or stopping or self.step == last):
-                self._save(evaluation)
+                self._save()
             self._keep_for_a_cut(slow)
             began = ended + time.perf_counter() - logged  # evaluations and checkpoints are no part of a step
         return stopping
@@ -194,7 +196,7 @@ class Loop:
         """Whether any process was asked to stop, and whether phases may have to be cut; equal on all."""
         slow = max(self._seconds.values(), default=0.0) > self._rescue.patience
         with self._rescue.agreement():
-            asked, slow = any_processes([self.stop.requested, slow])
+            asked, slow = any_processes([self.stop.requested, slow], f"the decision after {self._place}")
         if asked:
             self.stop.request(ANOTHER)  # kept where this one was not
         return asked, slow
@@ -216,9 +218,9 @@ class Loop:
         self.news.place = name
         counter = self.stage.compilations
         began, mark = time.perf_counter(), counter.mark()
-        step = self.step + (name in self.stage.phases)
+        self._place = f"{name} of step {self.step + (name in self.stage.phases)}"
         cut = self._rescue.phase() if name != "checkpoint" else contextlib.nullcontext()
-        with naming_phase(name), at(f"{name} of step {step}"), cut:
+        with naming_phase(name), at(self._place), cut:
             yield
         first = name not in self._seconds
         self._seconds[name] = time.perf_counter() - began
@@ -263,7 +265,7 @@ class Loop:
         good = self._skipped.good_checkpoint(self.step, saved)
         return f"lower optimizer.learning_rate; {good}"
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> None:
         outcome = self.stage.evaluate(self._phase)
         self.evaluations = [*self.evaluations[:1], outcome.metrics]
         metrics = outcome.metrics | {"perf/evaluate_seconds": self._seconds["evaluate"]}
@@ -271,7 +273,11 @@ class Loop:
         self.report.log(self.step, metrics)
         self._show(outcome, 3)
         self._keep(outcome)
-        return metrics
+        self._evaluated = self.step, metrics
+
+    def _evaluation(self, step: int) -> dict[str, float] | None:
+        """Of the state after this step, if it is the latest."""
+        return self._evaluated[1] if self._evaluated[0] == step else None
 
     def _show(self, outcome: Outcome, count: int) -> None:
         if outcome.samples is not None and self.report.wants_samples(self.step):
@@ -285,12 +291,12 @@ class Loop:
         if self._due(self.length.samples_every):
             self.writer.show(self.step, list(outcome.completions()))
 
-    def _save(self, evaluation: dict[str, float] | None) -> None:
+    def _save(self) -> None:
         self._unsaved = False
         if self.checkpoints is None or self._skipped.suspicious or self.step == 0:
             return
         with self._phase("checkpoint"):
-            self.checkpoints.write(self._prepared(self.checkpoints), evaluation)
+            self.checkpoints.write(self._prepared(self.checkpoints), self._evaluation(self.step))
 
     def _prepared(self, checkpoints: Checkpointer, *, aside: bool = False) -> Prepared:
         run = SavedRun(self.step, self._data_state, self.evaluations, self.stage.setup.settings, self._frozen)
@@ -301,7 +307,9 @@ class Loop:
     def _keep_for_a_cut(self, slow: bool) -> None:
         """Makes ready what is saved if the next step is cut: what is on disk, or, where phases are slow, a copy."""
         self._kept = (0, None)  # the one before, first
-        if self.checkpoints is None or self.checkpoints.current_step == self.step:
+        if self.checkpoints is None:
+            return
+        if self.checkpoints.current_step == self.step:
             self._kept, self._rescue.ready = (self.step, None), True
         elif slow and not self._skipped.suspicious:
             self._kept, self._rescue.ready = (self.step, self._prepared(self.checkpoints, aside=True)), True
@@ -311,10 +319,10 @@ class Loop:
     def _save_kept(self) -> None:
         """In another thread, while this one is held in a phase."""
         step, prepared = self._kept
-        if self.checkpoints is not None:
-            if prepared is not None:
-                self.checkpoints.write(prepared)
-            self.checkpoints.wait()
+        assert self.checkpoints is not None
+        if prepared is not None:
+            self.checkpoints.write(prepared, self._evaluation(step))
+        self.checkpoints.wait()
         why = f"{self.stop.reason}, in the middle of the phase {self.news.place!r}"
         # All is saved: what else goes wrong, of any kind, no longer counts.
         with contextlib.suppress(Exception):

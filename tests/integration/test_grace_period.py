@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.training.run.checkpoint import Checkpointer
 from jaxrl_llm.training.run.metrics import comparable_metrics
 
 SCRIPT = Path(__file__).with_name("tiny_experiment.py")
@@ -42,12 +43,12 @@ def init(**settings):
 """
 
 
-def cut(folder: Path, place: str, *args: str) -> str:
+def cut(folder: Path, place: str, *args: str, timeout: float = 120) -> str:
     """What it printed last; it reports to a Weights & Biases that says when it is told of the end."""
     folder.parent.joinpath("wandb.py").write_text(WANDB)
     command = [sys.executable, str(SCRIPT), f"--run-dir={folder}", *stuck(place), *args, "--wandb.project=p"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("SIGTERM: Stopping as soon as this phase ends") == 1
     *said, last = done.stdout.splitlines()
@@ -81,6 +82,14 @@ def test_a_phase_is_cut_and_made_again(tmp_path: Path, tiny: ModuleType, place: 
 
 
 @pytest.mark.slow
+def test_what_is_saved_of_a_cut_run_has_its_evaluation(tmp_path: Path) -> None:
+    flags = ["--training.checkpoint-every=4", "--evaluation.every=1"]
+    cut(tmp_path / "cut", "update:3", *flags)
+    with Checkpointer(tmp_path / "cut" / "checkpoints", best_metric="eval/accuracy") as saved:
+        assert saved.best_step() == saved.latest_step() == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [["stdout"], ["stdout", "stderr"]])
 def test_a_cut_run_is_saved_where_nobody_reads_its_output(tmp_path: Path, gone: list[str]) -> None:
     """SIGTERM to the whole group ends `tee` before the run."""
@@ -101,15 +110,33 @@ def test_the_first_step_is_cut_with_nothing_to_save(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_phase_is_waited_for_where_there_is_no_grace_period(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
-        cut(tmp_path / "cut", "update:2", "--grace-period=0")
+        cut(tmp_path / "cut", "update:2", "--grace-period=0", timeout=40)
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_answered_and_obeyed_in_a_phase_without_end(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), f"--run-dir={tmp_path}", "--signal=aborted", "--signal-at=update:3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_where_nothing_is_ever_saved_a_phase_is_waited_for(tmp_path: Path) -> None:
+    """What an ordinary SIGTERM leaves, the model, comes after it."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        cut(tmp_path / "cut", "update:2", "--training.checkpoint_every=0", timeout=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "flags", "said"),
+    [
+        ("aborted", [], "SIGINT"),
+        ("aborted", ["--grace-period=0"], "SIGINT"),
+        ("both", ["--grace-period=0"], "SIGTERM"),
+        ("both", ["--training.checkpoint_every=0", "--grace-period=0.3"], "SIGTERM"),  # nothing is ready to be saved
+    ],
+)
+def test_ctrl_c_is_answered_and_obeyed_in_a_phase_without_end(
+    tmp_path: Path, signals: str, flags: list[str], said: str
+) -> None:
+    command = [sys.executable, str(SCRIPT), f"--run-dir={tmp_path}", f"--signal={signals}", "--signal-at=update:3"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-2:] == [
-        "SIGINT: Stopping as soon as this phase ends; Ctrl-C again aborts.",
+        f"{said}: Stopping as soon as this phase ends; Ctrl-C again aborts.",
         "interrupted",
     ]

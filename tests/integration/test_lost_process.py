@@ -104,7 +104,8 @@ def test_the_survivor_says_who_was_lost_and_how_to_go_on(tmp_path: Path) -> None
     status, _, err = pair.wait(0, 60)
     assert status == 1 and time.monotonic() - began < 30, err
     line = last_line(err)
-    assert re.match(r"error: process 0 of 2 lost process 1, which has been (in|past) '\w+ of step \d+' for \d+ s", line)
+    place = r"'(the decision after )?\w+ of step \d+(: [\w ]+)?'"
+    assert re.match(rf"error: process 0 of 2 lost process 1, which has been (in|past) {place} for \d+ s", line)
     assert f"--resume --run-dir={tmp_path / 'run'} in all of them" in line
 
 

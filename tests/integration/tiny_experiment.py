@@ -116,18 +116,23 @@ def save_checkpoint(folder: Path) -> Path:
     return folder
 
 
+STUCK = {
+    "stuck": [signal.SIGTERM],
+    "aborted": [signal.SIGINT, signal.SIGINT],
+    "both": [signal.SIGTERM, signal.SIGINT],
+}
+
+
 def send_signal(trainer: Trainer, name: str, place: str) -> None:
-    """Arranges for the signal to be sent at the place; "stuck": SIGTERM to slow phases, in one without end, and
-    "aborted": Ctrl-C twice there."""
+    """Arranges for the signal to be sent at the place, or for those of `STUCK`, to slow phases, in one without end."""
     phase, step = place.split(":")
-    stuck = name in ("stuck", "aborted")
+    stuck = name in STUCK
 
     def send() -> None:
         if not stuck:
             os.kill(os.getpid(), getattr(signal, name))
             return
-        numbers = [signal.SIGTERM] if name == "stuck" else [signal.SIGINT, signal.SIGINT]
-        for place, number in enumerate(numbers, start=1):
+        for place, number in enumerate(STUCK[name], start=1):
             threading.Timer(0.5 * place, os.kill, (os.getpid(), number)).start()
         endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
         jax.block_until_ready(endless(jnp.float32(0.5)))

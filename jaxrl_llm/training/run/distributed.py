@@ -164,11 +164,11 @@ def any_process(flag: bool) -> bool:
     return any_processes([flag])[0]
 
 
-def any_processes(flags: Sequence[bool]) -> list[bool]:
-    """`any_process` of several flags at once."""
+def any_processes(flags: Sequence[bool], place: str = "a common decision") -> list[bool]:
+    """`any_process` of several flags at once, at a place with a name."""
     if jax.process_count() == 1:
         return [bool(flag) for flag in flags]
-    with at("a common decision"):
+    with at(place):
         return np.any(multihost_utils.process_allgather(np.array(flags, np.int32)), axis=0).tolist()
 
 

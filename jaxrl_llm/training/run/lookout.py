@@ -97,7 +97,8 @@ class Lookout:
     @contextlib.contextmanager
     def at(self, name: str) -> Iterator[None]:
         """A place that all processes enter in the same order, and in which they may wait for each other."""
-        outer, self._name, self._entered = self._name, name, time.monotonic()
+        outer, self._entered = self._name, time.monotonic()
+        self._name = f"{outer}: {name}" if self._depth else name
         self._number, self._depth, self._inside = self._number + 1, self._depth + 1, True
         try:
             yield

@@ -7,6 +7,7 @@ import enum
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -36,8 +37,8 @@ class Rescue:
 
     The phase is given a third of the grace period. Then the main thread, which may wait for a device and hear of
     nothing, is held where it would leave the phase, and another one saves and ends the process, with status 0. That one
-    answers Ctrl-C at once, too; a second Ctrl-C of which the main thread does not hear ends the process, with nothing
-    saved, unless SIGTERM came before: from there on Ctrl-C is not listened for.
+    answers Ctrl-C at once, too; a second Ctrl-C (after SIGTERM the first) of which the main thread does not hear ends
+    the process, with nothing saved. In a notebook, whose variables would go with it, it is left to the main thread.
 
     With several processes all hear of a signal to any of them, cut the same phase, and save together. They can, since
     after each phase they agree on whether to stop: who cuts a phase does not come to the agreement after it, so that no
@@ -63,25 +64,24 @@ class Rescue:
     ) -> None:
         self.ready = False
         """Whether there is something to save, or to be said; the same in all processes, and set between phases."""
-        self._stop, self._grace, self._save, self._others, self._end = stop, grace, save, others, end
+        self._stop, self._save, self._others, self._end = stop, save, others, end
         self._leave = leave
         self.patience = grace / 3 if grace else float("inf")
         """Seconds that a phase is given to end."""
         self._main, self._agreements, self._cut = _Main.BETWEEN, 0, False
+        self._left_to_main = iter([True])
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rescue", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._grace:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.join()
 
     @contextlib.contextmanager
     def phase(self) -> Iterator[None]:
@@ -111,18 +111,17 @@ class Rescue:
     # ---- The other thread --------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not (self._stop.terminated(self._others.pause()) or self._others.stopping()):
+        began = None
+        while began is None or time.monotonic() < began + self.patience or not self._cuts():
+            self._stop.listen(self._others.pause())
             if self._over.is_set():
                 return
             if self._stop.aborted and not self._over.wait(_HEARS) and self._stop.aborted:
                 self._abort()
-        self._stop.request(ANOTHER)
-        self._others.tell_stop()
-        if self._over.wait(self.patience):
-            return
-        while not self._cuts():
-            if self._over.wait(self._others.pause()):
-                return
+            if began is None and (self._stop.terminated or self._others.stopping()):
+                began = time.monotonic()
+                self._stop.request(ANOTHER)
+                self._others.tell_stop()
         status = 1
         try:
             self._others.tell_cut(self._agreements)
@@ -141,6 +140,10 @@ class Rescue:
                 self._end(status)
 
     def _abort(self) -> None:
+        if _interactive():
+            if next(self._left_to_main, False):
+                os.write(2, b"interrupted as soon as the device is done; only a new kernel is quicker\n")
+            return
         with contextlib.suppress(Exception):
             self._leave()
         with contextlib.suppress(OSError):
@@ -158,3 +161,8 @@ class Rescue:
                 self._cut = True
                 self._agreements = before if followed else self._agreements
         return self._cut
+
+
+def _interactive() -> bool:
+    """Whether someone goes on in this process when the run has ended, and what it holds is theirs."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)

@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import threading
-import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -38,12 +37,14 @@ class GracefulStop:
     Attributes:
         notice: Text written to standard error when a signal arrives (a step may take minutes, and silence
             would look as if the signal were ignored), or None for silence.
+        terminated: Whether SIGTERM came.
     """
 
     def __init__(self, notice: str | None = "Stopping as soon as this phase ends; Ctrl-C again aborts.") -> None:
         self.notice = notice
+        self.terminated = False
         self._reason: str | None = None
-        self._terminated = self._raised = False
+        self._raised = False
         self._heard = self._handled = 0  # how often Ctrl-C, by another thread and by the handler
         self._first = iter([True])
         self._previous: dict[signal.Signals, Any] = {}
@@ -65,21 +66,17 @@ class GracefulStop:
         if self._reason is None:
             self._reason = reason
 
-    def terminated(self, seconds: float) -> bool:
-        """Whether SIGTERM comes within so many seconds; for another thread.
+    def listen(self, seconds: float) -> None:
+        """Returns after so many seconds, or with a signal that came, and answers the first Ctrl-C; for another thread.
 
-        Python's handlers wait until the main thread is back from a call that waits for a device, and this does not: it
-        also answers the first Ctrl-C.
+        Python's handlers wait until the main thread is back from a call that waits for a device, and this does not.
         """
-        until, said = time.monotonic() + seconds, select.poll()
+        said = select.poll()
         if self._pipe is not None:
             said.register(self._pipe[0], select.POLLIN)
-        while not self._terminated and (left := until - time.monotonic()) > 0:
-            if said.poll(left * 1e3) and self._pipe is not None:
-                for number in os.read(self._pipe[0], 64):
-                    self._hear(number)
-        # The handler's word counts, too: an event loop may have taken Python's wakeup for itself.
-        return self._terminated
+        if said.poll(seconds * 1e3) and self._pipe is not None:
+            for number in os.read(self._pipe[0], 64):
+                self._hear(number)
 
     @property
     def aborted(self) -> bool:
@@ -128,7 +125,7 @@ class GracefulStop:
 
     def _note(self, number: int) -> None:
         name = signal.Signals(number).name
-        self._terminated |= number == signal.SIGTERM
+        self.terminated |= number == signal.SIGTERM
         self.request(name)
         if next(self._first, False) and self.notice is not None:
             # Not print: the signal may have interrupted a print, whose buffer may not be entered twice.

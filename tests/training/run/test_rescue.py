@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import signal
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -57,8 +59,13 @@ class Process:
 def terminated(monkeypatch: pytest.MonkeyPatch) -> set[GracefulStop]:
     """Those that get SIGTERM: signals reach a process's main thread alone."""
     given: set[GracefulStop] = set()
-    waits = GracefulStop.terminated
-    monkeypatch.setattr(GracefulStop, "terminated", lambda self, s: waits(self, 0.01) or self in given)
+    listen = GracefulStop.listen
+
+    def hear(stop: GracefulStop, seconds: float) -> None:
+        listen(stop, 0.01)
+        stop.terminated |= stop in given
+
+    monkeypatch.setattr(GracefulStop, "listen", hear)
     monkeypatch.setattr("jaxrl_llm.training.run.notices._LAST", 0.0)
     return given
 
@@ -104,6 +111,38 @@ def test_where_nothing_is_ready_a_phase_is_waited_for(terminated: set[GracefulSt
     phase.set()
     thread.join(5)
     assert not thread.is_alive() and not process.ended.is_set()
+
+
+@pytest.mark.parametrize(("term", "times"), [(True, 1), (False, 2)], ids=["after SIGTERM", "twice"])
+@pytest.mark.parametrize("interactive", [False, True])
+def test_ctrl_c_ends_a_process_that_waits_but_no_notebook(
+    terminated: set[GracefulStop],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    term: bool,
+    times: int,
+    interactive: bool,
+) -> None:
+    monkeypatch.setattr("jaxrl_llm.training.run.rescue._HEARS", 0.01)
+    if interactive:
+        monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    process, phase = Process(Service(1), 0, 1, ready=False, grace=0.06), threading.Event()
+
+    def main(rescue: Rescue) -> None:
+        with rescue.phase():
+            phase.wait(10)
+
+    process.begin(main)
+    if term:
+        terminated.add(process.told)
+        while process.told.reason is None:
+            time.sleep(0.01)
+    for _ in range(times):
+        process.told._hear(signal.SIGINT)
+    assert process.ended.wait(0.5 if interactive else 5) is not interactive
+    assert process.status == (-1 if interactive else 130) and not process.saved.is_set()
+    assert ("only a new kernel" in capfd.readouterr().err) is interactive
+    phase.set()
 
 
 def test_one_that_fails_to_save_says_so(terminated: set[GracefulStop], capfd: pytest.CaptureFixture[str]) -> None:
